@@ -1,0 +1,1 @@
+"""What happens around the steps: checkpoints, throughput, samples, progress, predictions."""

@@ -1,0 +1,41 @@
+"""What the model writes by now: a sample after each validation, in TensorBoard's text tab."""
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from gpt_lightning.training.module import GPTLightningModule
+
+
+class TextSamples(Callback):
+    """Continues a few prompts after each validation of a fit, by the `generation` settings.
+
+    Args:
+        prompts: What to continue; an empty prompt starts a new document.
+    """
+
+    def __init__(self, prompts: list[str] = [""]) -> None:
+        self.prompts = prompts
+        self.latest: list[str] = []
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: GPTLightningModule) -> None:  # type: ignore[override]
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
+            return
+        # Every rank generates: the peers of a tensor-parallel group can only do it together.
+        tokenizer = trainer.datamodule.text_tokenizer  # type: ignore[attr-defined]
+        token_ids = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in self.prompts]
+        completions = pl_module.complete(tokenizer, token_ids)
+        self.latest = [
+            prompt + tokenizer.decode(completion.token_ids) for prompt, completion in zip(self.prompts, completions)
+        ]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                for number, text in enumerate(self.latest):
+                    logger.experiment.add_text(f"samples/{number}", _as_code(text), trainer.global_step)
+
+
+def _as_code(text: str) -> str:
+    """An indented Markdown block: TensorBoard renders Markdown, and the text is to stay as it is."""
+    return "\n".join("    " + line for line in text.splitlines())

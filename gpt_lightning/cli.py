@@ -1,0 +1,363 @@
+"""The program: LightningCLI with the four verbs, `prepare`, and what users of LightningCLI stumble over put right."""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from gpt_lightning.callbacks.prediction_writer import PredictionWriter
+from gpt_lightning.callbacks.progress import StepProgressBar
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.callbacks.text_samples import TextSamples
+from gpt_lightning.callbacks.throughput import Throughput
+from gpt_lightning.checkpoint import DurableCheckpointIO, checkpoint_config, checkpoint_tokenizer, read_checkpoint
+from gpt_lightning.cli_parser import Parser, shorten
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.run_folder import CONFIG_NAME, checkpoints_folder, choose_run_folder, find_checkpoint
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+
+VERBS = ("fit", "validate", "test", "predict", "prepare")
+DEFAULT_MAX_STEPS = 2000
+NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
+NOISE = (
+    r".*does not have many workers.*",
+    r".*exists and is not empty.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*is configured to be logged but.*",
+)
+
+
+class PreparingTrainer(Trainer):
+    """The Trainer, with the verb that needs only the data."""
+
+    def prepare(self, datamodule: TextDataModule) -> None:
+        """Tokenize the texts into the cache, without training."""
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Saves the configuration beside the checkpoints instead of in the logger's folder."""
+
+    folder: Path
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, self.folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=False)
+
+
+class GPTLightningCLI(LightningCLI):
+    """`args` are the words of the command line, the verb first."""
+
+    def __init__(self, args: list[str]) -> None:
+        self._words = args
+        self._checkpoint: dict[str, Any] | None = None
+        self._checkpoint_path: Path | None = None
+        self._run_folder = Path()
+        super().__init__(
+            GPTLightningModule,
+            TextDataModule,
+            save_config_callback=RunConfigCallback,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_class=PreparingTrainer,
+            trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
+            seed_everything_default=42,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            # Hyper-parameters with import paths in them are not to be stored, nor to be read.
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    # Options
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "prepare": {"datamodule"}}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_name", type=str | None, default=None, help="Folder under checkpoints/; by default the config's name."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TextSamples, "samples")
+        parser.add_class_arguments(GenerationConfig, "generation")
+        parser.link_arguments("data.vocab_size", "model.config.vocab_size", apply_on="instantiate")
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+            parser.add_argument(
+                "--output", type=str | None, default=None, help="predictions.jsonl beside the checkpoint by default."
+            )
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """The architecture comes from the checkpoint, everything else from the command line and its files.
+
+        Lightning would let all of the checkpoint's hyper-parameters win, without a word.
+        """
+        verb = self.config["subcommand"]
+        settings = self.config[verb]
+        root = checkpoints_folder(settings.trainer.default_root_dir)
+        if verb in ("fit", "prepare"):
+            self._name_run(settings)
+            path = self._resume_path(settings, root / settings.run_name) if verb == "fit" else None
+        else:
+            path = find_checkpoint(settings.ckpt_path, root)
+        if path is not None:
+            self._checkpoint_path, self._checkpoint = path, read_checkpoint(path)
+            say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
+            settings.ckpt_path = str(path)
+            self._take_architecture(settings, checkpoint_config(self._checkpoint))
+        if verb != "prepare":
+            settings.weights_only = True
+        if verb == "fit":
+            self._run_folder = choose_run_folder(root / settings.run_name, path)
+            settings.run_name = self._run_folder.name
+
+    def _name_run(self, settings: Any) -> None:
+        if settings.run_name is None:
+            files = settings.config or []
+            settings.run_name = Path(str(files[-1])).stem if files else "run"
+        if Path(settings.run_name).name != settings.run_name:
+            raise ValueError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
+
+    def _resume_path(self, settings: Any, folder: Path) -> Path | None:
+        if settings.ckpt_path is None:
+            return None
+        if settings.ckpt_path == "last" and not any(folder.glob("**/*.ckpt")):
+            say(f"no checkpoint in {folder} yet: starting from scratch")
+            settings.ckpt_path = None
+            return None
+        return find_checkpoint(settings.ckpt_path, folder)
+
+    def _take_architecture(self, settings: Any, saved: GPTConfig) -> None:
+        explicit = self.parser.parse_args(self._words, defaults=False)[self.config["subcommand"]]
+        for name, value in asdict(saved).items():
+            given = explicit.get(f"model.config.{name}")
+            if name in NOT_ARCHITECTURE:
+                continue
+            if given is not None and given != value:
+                raise ValueError(
+                    f"model.config.{name}={given} contradicts the checkpoint {self._checkpoint_path}, which has "
+                    f"{value}; leave the option out, or train anew"
+                )
+            settings[f"model.config.{name}"] = value
+
+    # From options to objects
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        settings = self.config[self.subcommand]
+        _check_before_work(settings, needs_data=self.subcommand != "predict")
+        if self.subcommand == "fit":
+            trainer = settings.trainer
+            if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
+                trainer.max_steps = DEFAULT_MAX_STEPS
+                say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
+        self.parser.add_instantiator(self._build_data, TextDataModule)
+
+    def _build_data(self, class_type: type[TextDataModule], **kwargs: Any) -> TextDataModule:
+        """The data with the checkpoint's own tokenizer, where there is a checkpoint: no other fits its weights."""
+        datamodule = class_type(**kwargs)
+        if self._checkpoint is not None:
+            datamodule.use_tokenizer(checkpoint_tokenizer(self._checkpoint))
+        return datamodule
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "prepare":
+            self.config_init = self.config
+            self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
+            return
+        super().instantiate_classes()
+        self.model.generation = self._get(self.config_init, "generation")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = {**self._get(self.config_init, "trainer"), **kwargs}
+        callbacks: list[Callback] = []
+        if not any(isinstance(callback, ProgressBar) for callback in _as_list(settings["callbacks"])):
+            if settings["enable_progress_bar"] is not False:
+                callbacks.append(StepProgressBar())
+        settings["plugins"] = [*_as_list(settings["plugins"]), DurableCheckpointIO()]
+        if self.subcommand == "fit":
+            callbacks += self._prepare_fit(settings)
+        else:
+            self.save_config_callback = None
+            settings["logger"] = settings["logger"] or False
+            settings["enable_checkpointing"] = False
+            if self.subcommand == "predict":
+                callbacks.append(PredictionWriter(self._output_path(), sys.stdout))
+        by_steps = type(settings["val_check_interval"]) is int
+        if by_steps:
+            settings["check_val_every_n_epoch"] = None
+        trainer = self._instantiate_trainer(settings, callbacks)
+        if by_steps:
+            # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        return trainer
+
+    def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
+        if settings["logger"] in (None, True):
+            settings["logger"] = TensorBoardLogger(self._run_folder, name="logs", version="", default_hp_metric=False)
+        RunConfigCallback.folder = self._run_folder
+        checkpoint = self._get(self.config_init, "checkpoint")
+        checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
+        callbacks = [Throughput(), self._get(self.config_init, "samples")]
+        return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
+
+    def _output_path(self) -> Path:
+        assert self._checkpoint_path is not None
+        output = self._get(self.config, "output")
+        return Path(output) if output else self._checkpoint_path.parent / "predictions.jsonl"
+
+    # Verbs
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "prepare":
+            self.datamodule.prepare()
+        else:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        loss = self.trainer.callback_metrics.get("val/loss")
+        if loss is not None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.log_hyperparams(self.model.hparams, {"val/loss": float(loss)}, self.trainer.global_step)
+                    logger.save()
+        for text in self._get(self.config_init, "samples").latest:
+            print(f"\n{text}\n")
+        say(f"watch:  tensorboard --logdir {self._run_folder.parent}")
+        say(f"next:   {_program()} predict --ckpt_path {self._run_folder / 'last.ckpt'} --data.prompts '[\"The \"]'")
+
+
+def _check_before_work(settings: Any, *, needs_data: bool) -> None:
+    """Whatever can be seen to be wrong in the options alone, before a tokenizer is trained or a file written."""
+    config = GPTConfig(**{**settings.model.config.as_dict(), "vocab_size": 1})
+    OptimizerConfig(**settings.model.optimizer.as_dict())
+    ScheduleConfig(**settings.model.schedule.as_dict())
+    GenerationConfig(**settings.generation.as_dict())
+    if needs_data and settings.data.seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"data.seq_len={settings.data.seq_len} is over "
+            f"model.config.max_position_embeddings={config.max_position_embeddings}; lower the one or raise the other"
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _program() -> str:
+    return "gpt-lightning" if Path(sys.argv[0]).name == "gpt-lightning" else "python -m gpt_lightning"
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# The command line, before Lightning sees it
+
+
+def complete_words(words: list[str]) -> list[str]:
+    """The command line with the configuration file filled in that it leaves to us.
+
+    `fit` and `prepare` alone run the quickstart; a verb on a checkpoint runs with the configuration that was
+    saved beside it.
+    """
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        raise ValueError(f"{words[0]} stands before the verb; write e.g. gpt-lightning fit {' '.join(words[:2])}")
+    if not words or words[0] not in VERBS or _value(words, "--config", "-c") is not None:
+        return words
+    verb, rest = words[0], words[1:]
+    given = _value(words, "--ckpt_path")
+    if verb in ("fit", "prepare") and given in (None, "last"):
+        return [verb, "--config", str(_default_config()), *rest]
+    if verb == "predict" or "--help" in rest or "-h" in rest:
+        return words
+    path = find_checkpoint(given, checkpoints_folder(_value(words, "--trainer.default_root_dir")))
+    config = path.parent / CONFIG_NAME
+    if not config.is_file():
+        raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+    return [verb, "--config", str(config), *rest]
+
+
+def _value(words: list[str], *names: str) -> str | None:
+    """The value of an option on the command line, as `--name value` or `--name=value`."""
+    for word, following in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return None
+
+
+def _default_config() -> Path:
+    """quickstart.yaml: inside the package where it is installed, beside it in a clone."""
+    package = Path(__file__).parent
+    candidates = (package / "configs" / "quickstart.yaml", package.parent / "configs" / "quickstart.yaml")
+    return next(path for path in candidates if path.is_file())
+
+
+def _quiet() -> None:
+    """No adverts, and no warnings about what is meant to be so."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    adverts = ("💡", "TPU available", "HPU available")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised on purpose, by this package or as Lightning's complaint about the options."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, MisconfigurationException) or Path(frames[-1].filename).is_relative_to(
+        Path(__file__).parent
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    words = sys.argv[1:] if args is None else args
+    Parser.show_all = "--help-all" in words
+    words = ["--help" if word == "--help-all" else word for word in words]
+    _quiet()
+    try:
+        GPTLightningCLI(complete_words(words))
+    except (ValueError, MisconfigurationException) as error:
+        if not _is_ours(error):
+            raise
+        print(f"error: {shorten(str(error))}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,95 @@
+"""The command line's manners: exact option names, errors of two lines, a help page that fits."""
+
+import argparse
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+# The Trainer's options that most runs use; the other fifty stand in --help-all.
+COMMON_TRAINER_OPTIONS = {
+    "trainer." + name
+    for name in (
+        "accelerator strategy devices precision max_steps max_epochs max_time val_check_interval limit_val_batches "
+        "log_every_n_steps accumulate_grad_batches gradient_clip_val default_root_dir fast_dev_run"
+    ).split()
+}
+QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
+UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
+
+
+class Parser(LightningArgumentParser):
+    """Options are never abbreviated: `--model.config.n_layer` would quietly set n_layers."""
+
+    show_all = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [f"error: {shorten(message)}", *self._suggestion(message)]
+        if self.prog:
+            lines.append(f"try: {self.prog.split(' [')[0]} --help")
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.exit(2)
+
+    def _suggestion(self, message: str) -> list[str]:
+        """The known option that is closest to the unknown one, if one is close."""
+        if not UNKNOWN.search(message):
+            return []
+        known = [action.dest for parser in self._all_parsers() for action in parser._actions]
+        for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or _same_last_name(name, known)
+                if close:
+                    return [f"did you mean {close[0]}?"]
+        return []
+
+    def _all_parsers(self) -> list["Parser"]:
+        parsers = [self]
+        for action in self._actions:
+            choices = getattr(action, "choices", None)
+            if isinstance(choices, dict):
+                parsers.extend(parser for parser in choices.values() if isinstance(parser, Parser))
+        return parsers
+
+    @override
+    def format_help(self) -> str:
+        hidden = [] if Parser.show_all else [action for action in self._actions if _is_rare(action.dest)]
+        helps = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            text = super().format_help()
+        finally:
+            for action, original in zip(hidden, helps):
+                action.help = original
+        if hidden:
+            text += "\nMore of the Trainer's options: --help-all\n"
+        return text
+
+    @override
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [--config FILE] [--option value ...]\n"
+
+
+def _is_rare(dest: str) -> bool:
+    return dest.startswith("trainer.") and dest not in COMMON_TRAINER_OPTIONS
+
+
+def _same_last_name(name: str, known: list[str]) -> list[str]:
+    """`model.n_layers` for `model.config.n_layers`: the right word under the wrong group."""
+    last_names = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
+    return [last_names[match] for match in close]
+
+
+def shorten(message: str) -> str:
+    """A parser's message without its nested lists of types tried: the first lines say what is wrong."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    text = " ".join(lines[:3])
+    return text if len(text) <= 400 else text[:397] + "..."

@@ -1,0 +1,128 @@
+"""From the logits of the next token to a token: penalty, temperature, filters, and one draw.
+
+Shapes: B rows, V vocabulary. The filters keep exactly what those of Hugging Face's transformers keep.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How text is sampled from the model.
+
+    Args:
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Divides the logits: below 1 safer, above 1 more varied; 0 always takes the likeliest token.
+        top_k: Sample from the k likeliest tokens only; null for all of them.
+        top_p: Sample from the likeliest tokens that together hold this probability; 1 for all of them.
+        min_p: Drop tokens less likely than this fraction of the likeliest one's probability; 0 drops none.
+        repetition_penalty: Above 1, tokens that the prompt or the completion already holds become less likely.
+        do_sample: False always takes the likeliest token, whatever temperature, top_k, top_p and min_p say.
+        seed: With a prompt's number, decides what is drawn for it; the same seed gives the same text.
+        stop: Strings that end a completion where they appear; they are not part of it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = True
+    seed: int = 42
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise _error("max_new_tokens", self.max_new_tokens, "is below 1; use e.g. 128")
+        if not 0.0 <= self.temperature < math.inf:
+            raise _error("temperature", self.temperature, "is below 0 or not finite; use 0 for greedy or e.g. 0.7")
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise _error("temperature", self.temperature, f"is between 0 and {MIN_TEMPERATURE}; use 0 for greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise _error("top_k", self.top_k, "is below 1; use null for no limit or e.g. 50")
+        if not 0.0 < self.top_p <= 1.0:
+            raise _error("top_p", self.top_p, "is not in (0, 1]; use 1 for no limit or e.g. 0.9")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise _error("min_p", self.min_p, "is not in [0, 1]; use 0 for no limit or e.g. 0.05")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise _error("repetition_penalty", self.repetition_penalty, "is not above 0; use 1 for none or e.g. 1.1")
+        if "" in self.stop:
+            raise _error("stop", self.stop, "holds an empty string, which would stop at once; remove it")
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0.0
+
+
+def _error(name: str, value: object, rule_and_remedy: str) -> ValueError:
+    return ValueError(f"generation.{name}={value!r} {rule_and_remedy}")
+
+
+def next_token_probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
+    """The distribution [B, V], in float32, that the next token is drawn from; greedy puts all of it on one token.
+
+    `seen` [B, V] marks the tokens that each row holds already; only the repetition penalty reads it.
+    """
+    logits = logits.float()
+    if settings.repetition_penalty != 1.0:
+        assert seen is not None, "a repetition penalty needs the tokens seen so far"
+        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
+    if settings.is_greedy:
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    logits = logits / settings.temperature
+    if settings.top_k is not None:
+        logits = top_k_filter(logits, settings.top_k)
+    if settings.top_p < 1.0:
+        logits = top_p_filter(logits, settings.top_p)
+    if settings.min_p > 0.0:
+        logits = min_p_filter(logits, settings.min_p)
+    return torch.softmax(logits, dim=-1)
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits in which the tokens marked in `seen` [B, V] score lower (penalty > 1) or higher (< 1)."""
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Logits of the k likeliest tokens, and of those that tie with the last of them; -inf elsewhere."""
+    smallest_kept = torch.topk(logits, min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest_kept, -math.inf)
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Logits of the likeliest tokens up to the one with which their probabilities reach p; -inf elsewhere."""
+    # Summed from the least likely token up: the small probabilities are added while the sum is small too.
+    ascending, tokens = torch.sort(logits, dim=-1)
+    mass_up_to = torch.softmax(ascending, dim=-1).cumsum(dim=-1)
+    removed = mass_up_to <= 1.0 - p  # the likelier tokens alone hold p already
+    removed[:, -1] = False
+    return logits.masked_fill(removed.scatter(1, tokens, removed), -math.inf)
+
+
+def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
+    """Logits of the tokens at least `min_p` times as likely as the likeliest one; -inf elsewhere."""
+    probabilities = torch.softmax(logits, dim=-1)
+    threshold = min_p * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(probabilities < threshold, -math.inf)
+
+
+def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row, [B], by inverting the cumulative distribution at `uniforms` [B], each in [0, 1)."""
+    cumulative = probabilities.cumsum(dim=-1)
+    # Zero where a token has no probability: such a token is never above a threshold, however the sum was rounded.
+    cumulative = torch.where(probabilities > 0, cumulative, 0.0)
+    total = cumulative.amax(dim=-1)
+    # The product may round up to the total itself, above which there is no token.
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniforms.to(total) * total, below_total)
+    return (cumulative > threshold[:, None]).int().argmax(dim=-1)  # the first of equal maxima

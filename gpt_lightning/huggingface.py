@@ -1,0 +1,145 @@
+"""GPT-2's vocabulary and ours, translated both ways: configuration and weights of transformers' GPT2LMHeadModel.
+
+Three things differ beside the names: Hugging Face stores linear weights as [in, out] (its Conv1D), ours are
+[out, in]; its fused projection holds all of q, then k, then v, ours goes head by head; its attention modules of
+old carry constant mask buffers, which hold no weights.
+Shapes: D d_model, H heads, K head_dim.
+"""
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gpt_lightning.config import GPTConfig
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+ACTIVATION_FROM_GPT2 = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ACTIVATION_TO_GPT2 = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+
+BLOCK_LAYERS = {  # ours -> GPT-2's
+    "ln_1": "ln_1",
+    "attn.qkv_proj": "attn.c_attn",
+    "attn.out_proj": "attn.c_proj",
+    "ln_2": "ln_2",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
+    """Our configuration of the same network; raises ValueError where ours cannot be the same."""
+    if hf_config.activation_function not in ACTIVATION_FROM_GPT2:
+        raise ValueError(
+            f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not one that "
+            f"GPTModel has; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
+        )
+    for name, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if getattr(hf_config, name) is not needed:
+            raise ValueError(
+                f"{name}={not needed} of the Hugging Face model changes its attention; import one with {needed}"
+            )
+    dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(set(dropouts.values())) > 1:
+        listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
+        warnings.warn(f"{listing} become one dropout={hf_config.resid_pdrop}; set model.config.dropout to choose")
+    return GPTConfig(
+        vocab_size=hf_config.vocab_size,
+        max_position_embeddings=hf_config.n_positions,
+        n_layers=hf_config.n_layer,
+        n_heads=hf_config.n_head,
+        d_model=hf_config.n_embd,
+        d_ff=hf_config.n_inner,
+        dropout=float(hf_config.resid_pdrop),
+        activation=ACTIVATION_FROM_GPT2[hf_config.activation_function],
+        bias=True,
+        tie_embeddings=hf_config.tie_word_embeddings,
+        layer_norm_eps=hf_config.layer_norm_epsilon,
+    )
+
+
+def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
+    """Keyword arguments for transformers' GPT2Config; its special tokens are the caller's to add."""
+    return {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_position_embeddings,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_embd": config.d_model,
+        "n_inner": config.d_ff,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "activation_function": ACTIVATION_TO_GPT2[config.activation],
+        "tie_word_embeddings": config.tie_embeddings,
+        "layer_norm_epsilon": config.layer_norm_eps,
+    }
+
+
+def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """GPTModel's weights from GPT2LMHeadModel's, or from GPT2Model's, as OpenAI's own weights are published."""
+    theirs = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
+    theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
+    if config.tie_embeddings and "wte.weight" in theirs:
+        theirs["lm_head.weight"] = theirs["wte.weight"]
+    names = _gpt2_names(config)
+    if missing := sorted(set(names.values()) - theirs.keys()):
+        raise ValueError(f"the GPT-2 weights lack {_some(missing)}; check that they belong to this configuration")
+    if unknown := sorted(theirs.keys() - set(names.values())):
+        raise ValueError(f"the GPT-2 weights hold {_some(unknown)}, which GPTModel lacks; import a plain GPT-2")
+    return {our_name: _from_gpt2(our_name, theirs[name], config) for our_name, name in names.items()}
+
+
+def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """GPT2LMHeadModel's weights from GPTModel's; biases that ours was built without become zeros, as GPT-2 has all."""
+    converted = {}
+    for our_name, name in _gpt2_names(config).items():
+        prefix = "" if name == "lm_head.weight" else "transformer."
+        if our_name in state_dict:
+            converted[prefix + name] = _to_gpt2(our_name, state_dict[our_name], config)
+        else:
+            assert our_name.endswith(".bias") and not config.bias, our_name
+            weight = state_dict[our_name.removesuffix("bias") + "weight"]
+            converted[prefix + name] = weight.new_zeros(weight.shape[0])
+    return converted
+
+
+def _gpt2_names(config: GPTConfig) -> dict[str, str]:
+    """GPTModel's parameter names -> GPT-2's, without its "transformer." before all but the head."""
+    layers = {"ln_f": "ln_f"}
+    for index in range(config.n_layers):
+        layers |= {f"blocks.{index}.{ours}": f"h.{index}.{theirs}" for ours, theirs in BLOCK_LAYERS.items()}
+    names = {
+        "token_embedding.weight": "wte.weight",
+        "position_embedding.weight": "wpe.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    for ours, theirs in layers.items():
+        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return names
+
+
+def _from_gpt2(our_name: str, weight: Tensor, config: GPTConfig) -> Tensor:
+    if our_name.endswith("_proj.weight"):
+        weight = weight.t()
+    if ".qkv_proj." in our_name:
+        by_head = weight.unflatten(0, (3, config.n_heads, config.head_dim)).transpose(0, 1)  # [H, 3, K, ...]
+        weight = by_head.flatten(0, 2)
+    return weight.contiguous()
+
+
+def _to_gpt2(our_name: str, weight: Tensor, config: GPTConfig) -> Tensor:
+    if ".qkv_proj." in our_name:
+        by_kind = weight.unflatten(0, (config.n_heads, 3, config.head_dim)).transpose(0, 1)  # [3, H, K, ...]
+        weight = by_kind.flatten(0, 2)
+    if our_name.endswith("_proj.weight"):
+        weight = weight.t()
+    return weight.contiguous()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,182 @@
+"""The whole network, top to bottom: GPT-2's architecture (Radford et al., 2019), exactly enough for its weights.
+
+Shapes: B batch, T time, D d_model, H heads, K head_dim, V vocabulary.
+Pre-layer-norm blocks, learned positions, fused attention, a head tied to the token table.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.linear_cross_entropy import linear_cross_entropy
+
+INIT_STD = 0.02
+
+
+class GPTOutput(NamedTuple):
+    """`logits` [B, T, V] without targets, `loss` (a scalar) with them; the other one is None."""
+
+    logits: Tensor | None
+    loss: Tensor | None
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention of each token to itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        # The rows lie head by head (q, k, v of head 0, then of head 1, ...): any contiguous cut is whole heads.
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, 3, self.head_dim)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
+        if kv_cache is not None:
+            k, v = kv_cache.write(layer, k, v)  # each [B, H, S, K]
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.out_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.mlp_width, bias=config.bias)
+        self.down_proj = nn.Linear(config.mlp_width, config.d_model, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, kv_cache, layer))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits, or straight to the loss, which never holds all logits at once."""
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), reduction)
+
+
+class GPTModel(nn.Module):
+    """Token ids in; logits, or the loss against targets, out."""
+
+    def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False)
+        self.apply(_init_weights)
+        for projection in self._residual_projections():
+            nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * config.n_layers))
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+
+    def _residual_projections(self) -> Iterator[nn.Linear]:
+        """The layers that write to the residual stream, two a block."""
+        for block in self.blocks:
+            yield block.attn.out_proj
+            yield block.mlp.down_proj
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        document_ids: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> GPTOutput:
+        """Logits without `targets`; with them the loss, over the targets [B, T] (already shifted) that are not -100.
+
+        Args:
+            reduction: "mean", or "sum" in float64, of the loss over the scored tokens.
+            document_ids: [B, T]; a token attends to its own document only, and positions restart with it.
+            kv_cache: Earlier tokens of each row; `input_ids` are the tokens that follow them.
+        """
+        hidden = self.hidden_states(input_ids, document_ids=document_ids, kv_cache=kv_cache)
+        if targets is None:
+            return GPTOutput(self.lm_head(hidden), None)
+        return GPTOutput(None, self.lm_head.loss(hidden, targets, reduction))
+
+    def hidden_states(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
+    ) -> Tensor:
+        """The residual stream after the last layer norm, [B, T, D]: what `lm_head` reads."""
+        T = input_ids.shape[1]
+        mask: Tensor | None = None
+        if kv_cache is not None:
+            positions = kv_cache.positions(T).to(input_ids.device)
+            mask = kv_cache.attention_mask(T)
+            mask = mask.to(input_ids.device) if mask is not None else None
+        elif document_ids is not None:
+            positions, mask = _document_positions(document_ids), _document_mask(document_ids)
+        else:
+            positions = torch.arange(T, device=input_ids.device)
+        x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, mask, kv_cache, layer, use_reentrant=False)
+            else:
+                x = block(x, mask, kv_cache, layer)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        return self.ln_f(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _document_mask(document_ids: Tensor) -> Tensor:
+    """Causal and within the own document, [B, 1, T, T]."""
+    T = document_ids.shape[1]
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same_document & torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril())[:, None]
+
+
+def _document_positions(document_ids: Tensor) -> Tensor:
+    """Positions [B, T] counted from the start of each run of equal document ids."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return index - torch.cummax(index * starts, dim=1).values

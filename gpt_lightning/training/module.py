@@ -1,0 +1,223 @@
+"""The LightningModule: what a step of training, validation and prediction does with a batch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from typing_extensions import override
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.datamodule import PromptBatch, TokenBatch
+from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.generation.engine import Completion, generate
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
+from gpt_lightning.model import GPTModel
+from gpt_lightning.training.metrics import TokenLoss
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+
+CONFIG_KEY = "gpt_config"
+
+
+class GPTLightningModule(LightningModule):
+    """Trains, validates and samples a GPTModel.
+
+    Args:
+        config: The architecture.
+        optimizer: AdamW's settings.
+        schedule: The learning rate over time.
+        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig = GPTConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        # `load_from_checkpoint` hands back the plain dictionaries that the checkpoint holds.
+        config = GPTConfig(**config) if isinstance(config, dict) else config
+        self.optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        self.schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
+        self.save_hyperparameters(
+            {
+                "config": asdict(config),
+                "optimizer": {**asdict(self.optimizer), "betas": list(self.optimizer.betas)},
+                "schedule": asdict(self.schedule),
+                "activation_checkpointing": activation_checkpointing,
+            }
+        )
+        self.model = GPTModel(config, activation_checkpointing)
+        self.generation = GenerationConfig()
+        self.held_out_loss = TokenLoss()
+        self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
+        self._step_tokens: Tensor | None = None
+        self._places = 0  # targets of one micro-batch, scored or not
+
+    # Training
+
+    @override
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        nll, tokens = self._nll(batch)
+        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+        self._step_tokens = tokens if self._step_tokens is None else self._step_tokens + tokens
+        # Divided by the places, a constant; `on_before_optimizer_step` turns that into the tokens scored.
+        self._places = batch.targets.numel()
+        return (nll / self._places).float()
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient that of the mean over all tokens scored in this step, and log at logging steps."""
+        assert self._step_nll is not None and self._step_tokens is not None
+        nll, tokens = self._step_nll, self._step_tokens
+        self._step_nll = self._step_tokens = None
+        if self._data_parallel_size > 1:
+            nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
+            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        self._rescale_gradients(tokens)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_step(nll / tokens, optimizer)
+
+    def _rescale_gradients(self, tokens: Tensor) -> None:
+        """From the mean over places (what the backward passes made) to the mean over scored tokens.
+
+        The two differ where micro-batches hold padding: the end of an epoch. Lightning's division by
+        accumulate_grad_batches is undone with it where an epoch ends inside an accumulation window.
+        """
+        factor = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches / tokens
+        # Reading the factor on an accelerator would make the host wait for it; multiplying by one is cheaper.
+        if factor.device.type == "cpu" and factor == 1:
+            return
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor.float())
+
+    def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/ppl", loss.exp())
+        self.log("train/grad_norm", get_total_norm(gradients))
+        self.log("lr-AdamW", optimizer.param_groups[0]["lr"])
+        self._log_position(self.trainer.global_step + 1)
+
+    def _log_position(self, step: int) -> None:
+        """Put the metrics of this moment at their optimizer step, and the epoch as a fraction of the corpus.
+
+        Lightning would put them one step early and log whole epochs under the same name.
+        """
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self.log("step", float(step))
+        self.log("epoch", self.trainer.current_epoch + done / self.trainer.num_training_batches)
+
+    @property
+    def _data_parallel_size(self) -> int:
+        return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+
+    def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Summed negative log-likelihood of the batch and the number of tokens it is summed over."""
+        loss = self.model(batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids).loss
+        return loss, (batch.targets != IGNORE_INDEX).sum()
+
+    # Validation and test
+
+    @override
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        self.held_out_loss.update(*self._nll(batch))
+
+    @override
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        self.held_out_loss.update(*self._nll(batch))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_held_out("val")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._log_position(self.trainer.global_step)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_held_out("test")
+
+    def _log_held_out(self, split: str) -> None:
+        loss = self.held_out_loss.compute()
+        self.held_out_loss.reset()
+        n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)  # type: ignore[attr-defined]
+        self.log(f"{split}/loss", loss, prog_bar=True)
+        self.log(f"{split}/ppl", loss.exp())
+        self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
+
+    # Prediction
+
+    @override
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dictionary a prompt: its number, the prompt, the completion, their token counts, why it ended."""
+        tokenizer = self.trainer.datamodule.text_tokenizer  # type: ignore[attr-defined]
+        completions = self.complete(tokenizer, batch.token_ids, prompt_numbers=batch.indices)
+        return [
+            {
+                "index": index,
+                "prompt": prompt,
+                "completion": _cut_at_stop(tokenizer.decode(completion.token_ids), self.generation.stop),
+                "prompt_tokens": len(token_ids),
+                "completion_tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+            for index, prompt, token_ids, completion in zip(batch.indices, batch.prompts, batch.token_ids, completions)
+        ]
+
+    def complete(
+        self, tokenizer: TextTokenizer, prompts: list[list[int]], prompt_numbers: list[int] | None = None
+    ) -> list[Completion]:
+        """Continue tokenized prompts by the `generation` settings."""
+        return generate(
+            self.model,
+            prompts,
+            self.generation,
+            eos_token_id=tokenizer.eos_token_id,
+            prompt_numbers=prompt_numbers,
+            batch_size=len(prompts),
+            should_stop=_stop_test(tokenizer, self.generation.stop),
+        )
+
+    # Optimizer and checkpoint
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        horizon = self.trainer.estimated_stepping_batches
+        if self.schedule.warmup_steps >= horizon:
+            rank_zero_warn(
+                f"model.schedule.warmup_steps={self.schedule.warmup_steps} is not below the {horizon} steps of this "
+                "run: the learning rate never reaches its peak"
+            )
+        # Fused AdamW unscales gradients inside its step, where Lightning can no longer clip them (fp16 only).
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, self.optimizer, fused=fused)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.schedule, horizon)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CONFIG_KEY] = asdict(self.model.config)
+
+
+def _stop_test(tokenizer: TextTokenizer, stop: list[str]) -> Callable[[list[int]], bool] | None:
+    """Whether the text so far holds a stop string; it may begin and end inside tokens."""
+    if not stop:
+        return None
+    # A token is at least one byte, so the last token can only complete a stop string within these many.
+    reach = max(len(text.encode()) for text in stop) + 8
+    return lambda token_ids: any(text in tokenizer.decode(token_ids[-reach:]) for text in stop)
+
+
+def _cut_at_stop(text: str, stop: list[str]) -> str:
+    return text[: min((text.find(end) for end in stop if end in text), default=len(text))]

@@ -1,0 +1,74 @@
+"""AdamW with weight decay on matrices only, and a learning rate that warms up and follows a cosine down."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, 2019).
+
+    Args:
+        learning_rate: The peak, reached at the end of the warm-up.
+        weight_decay: Decoupled decay of matrices (weights and embeddings); biases and layer norms have none.
+        betas: Decay rates of the running means of the gradient and of its square.
+    """
+
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"model.optimizer.learning_rate={self.learning_rate} is not above 0; choose e.g. 6e-4")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"model.optimizer.weight_decay={self.weight_decay} is below 0; choose e.g. 0.1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"model.optimizer.betas={list(self.betas)} are not in [0, 1); choose e.g. [0.9, 0.95]")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then half a cosine; the horizon is the Trainer's (max_steps or max_epochs).
+
+    Args:
+        warmup_steps: Optimizer steps from (nearly) zero to the peak.
+        min_lr_ratio: The learning rate at the horizon and after it, as a share of the peak.
+    """
+
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} is below 0; choose 0 for no warm-up")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"model.schedule.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]; choose e.g. 0.1")
+
+
+def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) -> float:
+    """Share of the peak learning rate that optimizer step `step` (from 0) uses."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if step >= horizon:
+        return schedule.min_lr_ratio
+    progress = (step - schedule.warmup_steps) / (horizon - schedule.warmup_steps)
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and the rest, which does not; a tied weight appears once."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
+    groups = parameter_groups(model, optimizer.weight_decay)
+    return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas, fused=fused)

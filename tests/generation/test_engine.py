@@ -1,0 +1,252 @@
+"""Generation equals what the model says: cached = uncached, batched = one by one, greedy = transformers."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.generation.engine import Completion, generate, visible_start
+from gpt_lightning.generation.sampling import GenerationConfig, next_token_probabilities, pick
+from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.model import GPTModel
+
+SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
+GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False)
+
+
+def make_model(max_position_embeddings: int = 64, seed: int = 0, dropout: float = 0.0) -> GPTModel:
+    """Odd sizes and weights large enough that every token, position and bias matters."""
+    config = GPTConfig(
+        vocab_size=101,
+        max_position_embeddings=max_position_embeddings,
+        n_layers=2,
+        n_heads=3,
+        d_model=36,
+        dropout=dropout,
+        tie_embeddings=False,  # a tied model of random weights repeats its last token
+    )
+    model = GPTModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def make_prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(101, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTModel:
+    return make_model()
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_cached_decoding_equals_uncached(model: GPTModel, settings: GenerationConfig) -> None:
+    prompts = make_prompts(1, 17, 5, 30)
+    cached = generate(model, prompts, settings, eos_token_id=None)
+    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+
+
+@pytest.mark.parametrize("context", [1, 2, 7, 12])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_cached_decoding_equals_uncached_past_the_context(context: int, settings: GenerationConfig) -> None:
+    """Short, just full and over-long prompts, all of them pushed past the context at least once."""
+    model = make_model(max_position_embeddings=context)
+    prompts = make_prompts(1, context, context + 1, 3 * context + 2)
+    settings = dataclasses.replace(settings, max_new_tokens=2 * context + 3)
+    cached = generate(model, prompts, settings, eos_token_id=None)
+    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+    assert [len(completion.token_ids) for completion in cached] == [settings.max_new_tokens] * 4
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_batched_prompts_equal_one_by_one(batch_size: int, settings: GenerationConfig) -> None:
+    """Mixed lengths, more prompts than places, rows that end at different times and slide past the context."""
+    model = make_model(max_position_embeddings=16)
+    prompts = make_prompts(3, 1, 20, 7, 16, 2, 11, 5, 9, 15, 4)
+    settings = dataclasses.replace(settings, max_new_tokens=20)
+
+    def stop(new_tokens: list[int]) -> bool:
+        return sum(new_tokens) % 11 == 4
+
+    def run(batch_size: int) -> list[Completion]:
+        return generate(model, prompts, settings, eos_token_id=7, should_stop=stop, batch_size=batch_size)
+
+    assert run(batch_size) == run(1)
+    assert len({len(completion.token_ids) for completion in run(1)}) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) -> None:
+    """A decoding loop written out with nothing but the model's logits gives the same tokens."""
+    model = make_model().to(dtype)
+    prompt = make_prompts(6)[0]
+    digest = hashlib.blake2b(f"{SAMPLED.seed} 5".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    tokens = list(prompt)
+    for uniform in torch.rand(SAMPLED.max_new_tokens, generator=generator):
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([tokens])).logits[:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, tokens] = True
+        tokens.append(int(pick(next_token_probabilities(logits, SAMPLED, seen), uniform[None])))
+    # In bfloat16 the cache may round differently than the loop above.
+    exact = dtype == torch.float32
+    completion = generate(model, [prompt], SAMPLED, eos_token_id=None, prompt_numbers=[5], use_cache=exact)[0]
+    assert completion.token_ids == tokens[6:]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_transformers_generate(model: GPTModel, penalty: float) -> None:
+    reference = GPT2LMHeadModel(GPT2Config(**config_to_gpt2(model.config), bos_token_id=None, eos_token_id=None)).eval()
+    reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
+    settings = dataclasses.replace(GREEDY, max_new_tokens=25, repetition_penalty=penalty)
+    prompts = make_prompts(1, 4, 13)
+    completions = generate(model, prompts, settings, eos_token_id=None)
+    for prompt, completion in zip(prompts, completions):
+        ids = torch.tensor([prompt])
+        expected = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=25,
+            do_sample=False,
+            repetition_penalty=penalty,
+            pad_token_id=0,
+        )
+        assert prompt + completion.token_ids == expected[0].tolist()
+
+
+def test_text_depends_on_the_seed_and_the_prompts_number_alone(model: GPTModel) -> None:
+    prompt = make_prompts(6)[0]
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=20)
+    together = generate(model, [prompt] * 4, settings, eos_token_id=None)
+    assert len({tuple(completion.token_ids) for completion in together}) == 4
+    alone = generate(model, [prompt], settings, eos_token_id=None, prompt_numbers=[2])
+    assert alone == together[2:3]
+    reordered = generate(model, [prompt] * 3, settings, eos_token_id=None, prompt_numbers=[3, 0, 2])
+    assert reordered == [together[3], together[0], together[2]]
+    other_seed = generate(model, [prompt] * 4, dataclasses.replace(settings, seed=43), eos_token_id=None)
+    # Seed and number are mixed, not added: (43, 0) is not (42, 1).
+    assert not {tuple(completion.token_ids) for completion in other_seed} & {
+        tuple(completion.token_ids) for completion in together
+    }
+
+
+def test_a_longer_completion_begins_with_the_shorter_one(model: GPTModel) -> None:
+    prompts = make_prompts(4, 2)
+    short = generate(model, prompts, SAMPLED, eos_token_id=None)
+    long = generate(model, prompts, dataclasses.replace(SAMPLED, max_new_tokens=30), eos_token_id=None)
+    assert [completion.token_ids[:9] for completion in long] == [completion.token_ids for completion in short]
+
+
+def test_greedy_text_continues_the_same_from_its_own_prefix() -> None:
+    """A prompt longer than the context is cut where the same tokens, generated, would have slid to."""
+    model = make_model(max_position_embeddings=7)
+    prompt = make_prompts(3)[0]
+    settings = dataclasses.replace(GREEDY, max_new_tokens=24)
+    whole = generate(model, [prompt], settings, eos_token_id=None)[0].token_ids
+    for n_given in range(1, 20):
+        rest = generate(model, [prompt + whole[:n_given]], settings, eos_token_id=None)[0].token_ids
+        assert rest[: 24 - n_given] == whole[n_given:]
+
+
+def test_context_slides_to_its_last_half_when_it_is_full() -> None:
+    visible = [n_tokens - visible_start(n_tokens, 8) for n_tokens in range(1, 20)]
+    assert visible == [1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]
+    assert [n_tokens - visible_start(n_tokens, 1) for n_tokens in range(1, 5)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_eos_ends_a_row_and_is_not_part_of_it(model: GPTModel, batch_size: int) -> None:
+    prompts = make_prompts(3, 8, 2)
+    free = [completion.token_ids for completion in generate(model, prompts, SAMPLED, eos_token_id=None)]
+    eos = free[1][4]
+    for tokens, completion in zip(free, generate(model, prompts, SAMPLED, eos_token_id=eos, batch_size=batch_size)):
+        ends = eos in tokens
+        assert completion.token_ids == (tokens[: tokens.index(eos)] if ends else tokens)
+        assert completion.finish_reason == ("eos" if ends else "length")
+
+
+def test_eos_as_the_first_token_leaves_an_empty_completion(model: GPTModel) -> None:
+    prompts = make_prompts(3)
+    first = generate(model, prompts, GREEDY, eos_token_id=None)[0].token_ids[0]
+    assert generate(model, prompts, GREEDY, eos_token_id=first) == [Completion([], "eos")]
+
+
+def test_should_stop_ends_a_row_with_the_token_that_completed_it(model: GPTModel) -> None:
+    prompts = make_prompts(3, 8)
+    free = [completion.token_ids for completion in generate(model, prompts, SAMPLED, eos_token_id=None)]
+    wanted = free[0][2:4]
+
+    def stop(new_tokens: list[int]) -> bool:
+        return new_tokens[-2:] == wanted
+
+    stopped, other = generate(model, prompts, SAMPLED, eos_token_id=None, should_stop=stop)
+    assert stopped == Completion(free[0][:4], "stop")
+    assert other == Completion(free[1], "length")
+
+
+def test_model_and_global_randomness_are_left_as_they_were() -> None:
+    model = make_model(dropout=0.5).train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    rng_state = torch.get_rng_state()
+    with_dropout = generate(model, make_prompts(4), SAMPLED, eos_token_id=None)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert with_dropout == generate(make_model(), make_prompts(4), SAMPLED, eos_token_id=None)
+    assert model(torch.tensor([[1, 2]])).logits.requires_grad
+
+
+def test_model_is_left_as_it_was_after_an_error() -> None:
+    model = make_model().train()
+
+    def fail(new_tokens: list[int]) -> bool:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        generate(model, make_prompts(4), GREEDY, eos_token_id=None, should_stop=fail)
+    assert model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_prompts_are_not_changed(model: GPTModel) -> None:
+    prompts = make_prompts(4, 2)
+    before = [list(prompt) for prompt in prompts]
+    generate(model, prompts, GREEDY, eos_token_id=None)
+    assert prompts == before
+
+
+def test_no_prompts_give_no_completions(model: GPTModel) -> None:
+    assert generate(model, [], GREEDY, eos_token_id=None) == []
+
+
+def test_diverged_weights_are_an_error() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.ln_f.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite.*; use an earlier checkpoint"):
+        generate(model, make_prompts(4), GREEDY, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: generate(m, [[1], []], GREEDY, eos_token_id=None), r"prompts\[1\] holds no token; "),
+        (lambda m: generate(m, [[1, 101]], GREEDY, eos_token_id=None), r"from 1 to 101, the model knows 0 to 100; "),
+        (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, batch_size=0), "batch_size=0 is below 1; "),
+        (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, prompt_numbers=[]), "0 prompt_numbers .* 1 prompts; "),
+    ],
+)
+def test_errors_name_value_rule_and_remedy(
+    model: GPTModel, call: Callable[[GPTModel], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(model)

@@ -1,0 +1,91 @@
+"""A module imports only what stands above it in this list, and the four islands do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gpt_lightning
+
+PACKAGE = Path(gpt_lightning.__file__).parent
+ORDER = [
+    "config",
+    "kv_cache",
+    "linear_cross_entropy",
+    "model",
+    "data.python_docs",
+    "data.documents",
+    "data.tokenizer",
+    "data.token_cache",
+    "data.windows",
+    "data.datamodule",
+    "generation.sampling",
+    "generation.engine",
+    "training.metrics",
+    "training.optim",
+    "training.module",
+    "checkpoint",
+    "huggingface",
+    "callbacks.run_checkpoint",
+    "callbacks.throughput",
+    "callbacks.text_samples",
+    "callbacks.prediction_writer",
+    "callbacks.progress",
+    "run_folder",
+    "cli_parser",
+    "cli",
+    "__main__",
+]
+MODEL = {"config", "kv_cache", "linear_cross_entropy", "model"}
+ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": set()}
+
+
+def modules() -> list[str]:
+    names = []
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            names.append(name)
+    return sorted(names)
+
+
+def imports_of(name: str) -> set[str]:
+    tree = ast.parse((PACKAGE / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    prefix = "gpt_lightning."
+    return {module.removeprefix(prefix) for module in found if module.startswith(prefix)}
+
+
+def test_every_module_has_its_place() -> None:
+    assert modules() == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_upwards(name: str) -> None:
+    above = set(ORDER[: ORDER.index(name)])
+    assert imports_of(name) <= above
+
+
+@pytest.mark.parametrize("island", ALLOWED_ACROSS)
+def test_islands_do_not_know_each_other(island: str) -> None:
+    for name in ORDER:
+        if name.startswith(island + "."):
+            across = {other for other in imports_of(name) if not other.startswith(island + ".")}
+            assert across <= ALLOWED_ACROSS[island]
+
+
+def test_subpackages_hold_a_docstring_only() -> None:
+    for path in PACKAGE.glob("*/__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr), path
+
+
+def test_no_public_name_is_missing() -> None:
+    for name in gpt_lightning.__all__:
+        assert getattr(gpt_lightning, name).__name__ == name

@@ -1,0 +1,141 @@
+"""The chunked loss against autograd through the whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gpt_lightning.linear_cross_entropy as module
+from gpt_lightning.linear_cross_entropy import linear_cross_entropy
+
+
+def make_inputs(n_tokens: int = 23, vocab_size: int = 101, d_model: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets, of which a third is not scored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_tokens, d_model, generator=generator).requires_grad_()
+    weight = torch.randn(vocab_size, d_model, generator=generator).requires_grad_()
+    targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
+    targets[::3] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunk_elements", [1, 101 * 5, 2**24])
+def test_loss_and_gradients_equal_autograd(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, chunk_elements: int
+) -> None:
+    """In chunks of one row, of five rows with a remainder, and in a single chunk."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, weight, targets = make_inputs()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction)
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction=reduction)
+    assert_close(loss, expected, check_dtype=False)
+    actual_grads = torch.autograd.grad(3 * loss, (hidden, weight))
+    for actual, wanted in zip(actual_grads, torch.autograd.grad(3 * expected, (hidden, weight))):
+        assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_flow_through_a_tied_weight() -> None:
+    _, weight, targets = make_inputs()
+    ids = torch.arange(23) * 4
+    loss = linear_cross_entropy(F.embedding(ids, weight).tanh(), weight, targets)
+    expected = F.cross_entropy(F.embedding(ids, weight).tanh() @ weight.t(), targets)
+    actual_grad, expected_grad = (torch.autograd.grad(value, weight)[0] for value in (loss, expected))
+    assert_close(actual_grad, expected_grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [0, 1], ids=["hidden", "weight"])
+def test_one_input_may_be_frozen(wanted: int) -> None:
+    inputs = make_inputs()
+    frozen = inputs[1 - wanted].requires_grad_(False)
+    linear_cross_entropy(*inputs).backward()
+    assert frozen.grad is None
+    expected = torch.autograd.grad(F.cross_entropy(inputs[0] @ inputs[1].t(), inputs[2]), inputs[wanted])[0]
+    assert_close(inputs[wanted].grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_graph_may_be_traversed_twice() -> None:
+    hidden, weight, targets = make_inputs()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_bfloat16_autocast_is_as_exact_as_autocast_itself(reduction: str) -> None:
+    """Errors of loss and gradients, against float32, are no larger than those of plain layers under autocast."""
+    hidden, weight, targets = make_inputs(n_tokens=200)
+    exact = F.cross_entropy(hidden @ weight.t(), targets, reduction=reduction)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, targets, reduction)
+        plain = F.cross_entropy(F.linear(hidden, weight), targets, reduction=reduction)
+    assert_close(ours, plain, atol=0.0, rtol=1e-5, check_dtype=False)
+    grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in (exact, plain, ours)]
+    for exact_grad, plain_grad, our_grad in zip(*grads):
+        assert our_grad.dtype == torch.float32
+        assert (our_grad - exact_grad).norm() < 1.1 * (plain_grad - exact_grad).norm()
+
+
+def test_bfloat16_weights_get_bfloat16_gradients() -> None:
+    hidden, weight, targets = make_inputs(n_tokens=200)
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    linear_cross_entropy(*low, targets).backward()
+    exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), (hidden, weight))
+    for tensor, exact_grad in zip(low, exact):
+        assert tensor.grad is not None and tensor.grad.dtype == torch.bfloat16
+        assert (tensor.grad - exact_grad).norm() < 0.02 * exact_grad.norm()
+
+
+def test_sum_over_no_scored_token_is_zero_with_zero_gradients() -> None:
+    hidden, weight, targets = make_inputs()
+    loss = linear_cross_entropy(hidden, weight, targets.fill_(-100), "sum")
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_sum_does_not_lose_digits() -> None:
+    """Float64 holds the sum of many chunks, so that adding up batches in any order gives the same perplexity."""
+    hidden, weight, targets = make_inputs(n_tokens=5000)
+    total = linear_cross_entropy(hidden, weight, targets, "sum")
+    assert total.dtype == torch.float64
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="sum")
+    assert_close(total, exact, atol=0.0, rtol=1e-7)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.n_elements = max([self.n_elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch, with_gradients: bool) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**16)
+    hidden, weight, targets = make_inputs(n_tokens=1000, vocab_size=1009)
+    with LargestTensor() as plain:
+        F.cross_entropy(hidden @ weight.t(), targets).backward()
+    assert plain.n_elements == 1000 * 1009
+    with LargestTensor() as chunked, torch.set_grad_enabled(with_gradients):
+        loss = linear_cross_entropy(hidden, weight, targets)
+        if with_gradients:
+            loss.backward()
+    assert chunked.n_elements <= 2**16
+
+
+def test_chunks_are_small_beside_a_training_batch() -> None:
+    """64 MiB of float32 at a time, where a batch of 8 x 1024 tokens of GPT-2 would need 1.6 GB."""
+    assert module.CHUNK_ELEMENTS * 4 <= 2**26

@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.model import GPTModel
+from gpt_lightning.training.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    learning_rate_factor,
+    parameter_groups,
+)
+
+
+def test_schedule_warms_up_and_follows_half_a_cosine() -> None:
+    schedule = ScheduleConfig(warmup_steps=4, min_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, schedule, horizon=12) for step in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.1 + 0.9 * 0.5)  # halfway between 4 and 12
+    assert factors[6] == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+def test_schedule_stays_at_the_minimum_after_the_horizon() -> None:
+    schedule = ScheduleConfig(warmup_steps=4, min_lr_ratio=0.1)
+    assert {learning_rate_factor(step, schedule, horizon=12) for step in (12, 13, 20, 1000)} == {0.1}
+
+
+def test_only_matrices_decay_and_every_parameter_is_in_one_group() -> None:
+    model = GPTModel(GPTConfig(vocab_size=11, max_position_embeddings=8, n_layers=2, n_heads=2, d_model=8))
+    decayed, plain = parameter_groups(model, weight_decay=0.1)
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("bias") or "ln_" in names[id(p)] for p in plain["params"])
+    assert sorted(map(id, decayed["params"] + plain["params"])) == sorted(map(id, model.parameters()))
+
+
+def test_a_step_equals_adamw_by_hand() -> None:
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone(), model.bias.detach().clone()
+    settings = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    optimizer = build_optimizer(model, settings, fused=True)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, -4.0]]), torch.tensor([2.0])
+    optimizer.step()
+    # At the first step the bias-corrected means make the update the gradient's sign.
+    torch.testing.assert_close(model.weight, before[0] * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]]))
+    torch.testing.assert_close(model.bias, before[1] - 0.1)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: OptimizerConfig(learning_rate=0.0), "model.optimizer.learning_rate=0.0"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "model.optimizer.weight_decay=-1.0"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), "model.optimizer.betas=[0.9, 1.0]"),
+        (lambda: ScheduleConfig(warmup_steps=-1), "model.schedule.warmup_steps=-1"),
+        (lambda: ScheduleConfig(min_lr_ratio=1.5), "model.schedule.min_lr_ratio=1.5"),
+    ],
+)
+def test_bad_settings_name_option_and_value(make: object, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make()  # type: ignore[operator]
+    assert message in str(error.value)
