@@ -66,9 +66,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another") from error
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another"
+        ) from error
     if not isinstance(checkpoint, Mapping) or CONFIG_KEY not in checkpoint:
-        raise ValueError(f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another")
+        raise ValueError(
+            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
+        )
     return dict(checkpoint)
 
 
@@ -83,7 +87,9 @@ def checkpoint_config(checkpoint: dict[str, Any]) -> GPTConfig:
 
 def checkpoint_tokenizer(checkpoint: dict[str, Any]) -> TextTokenizer:
     if DATA_KEY not in checkpoint:
-        raise ValueError("the checkpoint holds no tokenizer: it was saved by a Trainer without a TextDataModule")
+        raise ValueError(
+            "the checkpoint holds no tokenizer: it was saved by a Trainer without a TextDataModule"
+        )
     return TextTokenizer.from_dict(checkpoint[DATA_KEY]["tokenizer"])
 
 

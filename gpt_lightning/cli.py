@@ -1,4 +1,4 @@
-"""The program: LightningCLI with the four verbs, `prepare`, and what users of LightningCLI stumble over put right."""
+"""The program: LightningCLI with its four verbs and `prepare`, and its known stumbling blocks removed."""
 
 import logging
 import os
@@ -22,8 +22,15 @@ from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint import DurableCheckpointIO, checkpoint_config, checkpoint_tokenizer, read_checkpoint
+from gpt_lightning.checkpoint import (
+    DurableCheckpointIO,
+    checkpoint_config,
+    checkpoint_tokenizer,
+    read_checkpoint,
+)
 from gpt_lightning.cli_parser import Parser, shorten
+from gpt_lightning.cli_verbs import VERBS
+from gpt_lightning.cli_words import complete_words
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -31,7 +38,6 @@ from gpt_lightning.run_folder import CONFIG_NAME, checkpoints_folder, choose_run
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
-VERBS = ("fit", "validate", "test", "predict", "prepare")
 DEFAULT_MAX_STEPS = 2000
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
 NOISE = (
@@ -57,7 +63,9 @@ class RunConfigCallback(SaveConfigCallback):
     @override
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, self.folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(
+            self.config, self.folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=False
+        )
 
 
 class GPTLightningCLI(LightningCLI):
@@ -77,6 +85,10 @@ class GPTLightningCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
             parser_class=Parser,
+            parser_kwargs={
+                "prog": "gpt-lightning",
+                **{verb: {"description": text} for verb, text in VERBS.items()},
+            },
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
             load_from_checkpoint_support=False,
@@ -93,7 +105,10 @@ class GPTLightningCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--run_name", type=str | None, default=None, help="Folder under checkpoints/; by default the config's name."
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Folder under checkpoints/; by default the config's name.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TextSamples, "samples")
@@ -101,12 +116,17 @@ class GPTLightningCLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.config.vocab_size", apply_on="instantiate")
 
     @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_argument(
-                "--output", type=str | None, default=None, help="predictions.jsonl beside the checkpoint by default."
+                "--output",
+                type=str | None,
+                default=None,
+                help="predictions.jsonl beside the checkpoint by default.",
             )
         return parser
 
@@ -144,7 +164,9 @@ class GPTLightningCLI(LightningCLI):
             files = settings.config or []
             settings.run_name = Path(str(files[-1])).stem if files else "run"
         if Path(settings.run_name).name != settings.run_name:
-            raise ValueError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
+            raise ValueError(
+                f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes"
+            )
 
     def _resume_path(self, settings: Any, folder: Path) -> Path | None:
         if settings.ckpt_path is None:
@@ -163,8 +185,8 @@ class GPTLightningCLI(LightningCLI):
                 continue
             if given is not None and given != value:
                 raise ValueError(
-                    f"model.config.{name}={given} contradicts the checkpoint {self._checkpoint_path}, which has "
-                    f"{value}; leave the option out, or train anew"
+                    f"model.config.{name}={given} contradicts {self._checkpoint_path}, which has {value}; "
+                    f" leave the option out, or train anew"
                 )
             settings[f"model.config.{name}"] = value
 
@@ -183,7 +205,7 @@ class GPTLightningCLI(LightningCLI):
         self.parser.add_instantiator(self._build_data, TextDataModule)
 
     def _build_data(self, class_type: type[TextDataModule], **kwargs: Any) -> TextDataModule:
-        """The data with the checkpoint's own tokenizer, where there is a checkpoint: no other fits its weights."""
+        """The data, with the tokenizer of the checkpoint if there is one: no other fits its weights."""
         datamodule = class_type(**kwargs)
         if self._checkpoint is not None:
             datamodule.use_tokenizer(checkpoint_tokenizer(self._checkpoint))
@@ -225,7 +247,9 @@ class GPTLightningCLI(LightningCLI):
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
-            settings["logger"] = TensorBoardLogger(self._run_folder, name="logs", version="", default_hp_metric=False)
+            settings["logger"] = TensorBoardLogger(
+                self._run_folder, name="logs", version="", default_hp_metric=False
+            )
         RunConfigCallback.folder = self._run_folder
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
@@ -253,16 +277,21 @@ class GPTLightningCLI(LightningCLI):
         if loss is not None:
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.log_hyperparams(self.model.hparams, {"val/loss": float(loss)}, self.trainer.global_step)
+                    logger.log_hyperparams(
+                        self.model.hparams, {"val/loss": float(loss)}, self.trainer.global_step
+                    )
                     logger.save()
         for text in self._get(self.config_init, "samples").latest:
             print(f"\n{text}\n")
         say(f"watch:  tensorboard --logdir {self._run_folder.parent}")
-        say(f"next:   {_program()} predict --ckpt_path {self._run_folder / 'last.ckpt'} --data.prompts '[\"The \"]'")
+        say(
+            f"next:   {_program()} predict --ckpt_path {self._run_folder / 'last.ckpt'} "
+            "--data.prompts '[\"The \"]'"
+        )
 
 
 def _check_before_work(settings: Any, *, needs_data: bool) -> None:
-    """Whatever can be seen to be wrong in the options alone, before a tokenizer is trained or a file written."""
+    """What the options alone show to be wrong, before a tokenizer is trained or a file written."""
     config = GPTConfig(**{**settings.model.config.as_dict(), "vocab_size": 1})
     OptimizerConfig(**settings.model.optimizer.as_dict())
     ScheduleConfig(**settings.model.schedule.as_dict())
@@ -270,7 +299,8 @@ def _check_before_work(settings: Any, *, needs_data: bool) -> None:
     if needs_data and settings.data.seq_len > config.max_position_embeddings:
         raise ValueError(
             f"data.seq_len={settings.data.seq_len} is over "
-            f"model.config.max_position_embeddings={config.max_position_embeddings}; lower the one or raise the other"
+            f"model.config.max_position_embeddings={config.max_position_embeddings}; "
+            "lower the one or raise the other"
         )
 
 
@@ -289,48 +319,6 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-# The command line, before Lightning sees it
-
-
-def complete_words(words: list[str]) -> list[str]:
-    """The command line with the configuration file filled in that it leaves to us.
-
-    `fit` and `prepare` alone run the quickstart; a verb on a checkpoint runs with the configuration that was
-    saved beside it.
-    """
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
-        raise ValueError(f"{words[0]} stands before the verb; write e.g. gpt-lightning fit {' '.join(words[:2])}")
-    if not words or words[0] not in VERBS or _value(words, "--config", "-c") is not None:
-        return words
-    verb, rest = words[0], words[1:]
-    given = _value(words, "--ckpt_path")
-    if verb in ("fit", "prepare") and given in (None, "last"):
-        return [verb, "--config", str(_default_config()), *rest]
-    if verb == "predict" or "--help" in rest or "-h" in rest:
-        return words
-    path = find_checkpoint(given, checkpoints_folder(_value(words, "--trainer.default_root_dir")))
-    config = path.parent / CONFIG_NAME
-    if not config.is_file():
-        raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
-    return [verb, "--config", str(config), *rest]
-
-
-def _value(words: list[str], *names: str) -> str | None:
-    """The value of an option on the command line, as `--name value` or `--name=value`."""
-    for word, following in zip(words, [*words[1:], ""]):
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else following
-    return None
-
-
-def _default_config() -> Path:
-    """quickstart.yaml: inside the package where it is installed, beside it in a clone."""
-    package = Path(__file__).parent
-    candidates = (package / "configs" / "quickstart.yaml", package.parent / "configs" / "quickstart.yaml")
-    return next(path for path in candidates if path.is_file())
-
-
 def _quiet() -> None:
     """No adverts, and no warnings about what is meant to be so."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -342,15 +330,15 @@ def _quiet() -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised on purpose, by this package or as Lightning's complaint about the options."""
+    """Whether the error was raised on purpose: by this package, or by Lightning about the options."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, MisconfigurationException) or Path(frames[-1].filename).is_relative_to(
         Path(__file__).parent
     )
 
 
-def main(args: list[str] | None = None) -> None:
-    words = sys.argv[1:] if args is None else args
+def run(words: list[str]) -> None:
+    """Run one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
     Parser.show_all = "--help-all" in words
     words = ["--help" if word == "--help-all" else word for word in words]
     _quiet()

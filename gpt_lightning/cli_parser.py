@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,10 +14,12 @@ from typing_extensions import override
 COMMON_TRAINER_OPTIONS = {
     "trainer." + name
     for name in (
-        "accelerator strategy devices precision max_steps max_epochs max_time val_check_interval limit_val_batches "
-        "log_every_n_steps accumulate_grad_batches gradient_clip_val default_root_dir fast_dev_run"
+        "accelerator strategy devices precision max_steps max_epochs max_time val_check_interval "
+        "limit_val_batches log_every_n_steps accumulate_grad_batches gradient_clip_val "
+        "default_root_dir fast_dev_run"
     ).split()
 }
+HIDDEN = {"weights_only", "return_predictions"}
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
 
@@ -44,7 +47,9 @@ class Parser(LightningArgumentParser):
         known = [action.dest for parser in self._all_parsers() for action in parser._actions]
         for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or _same_last_name(name, known)
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or _same_last_name(
+                    name, known
+                )
                 if close:
                     return [f"did you mean {close[0]}?"]
         return []
@@ -58,27 +63,42 @@ class Parser(LightningArgumentParser):
         return parsers
 
     @override
-    def format_help(self) -> str:
-        hidden = [] if Parser.show_all else [action for action in self._actions if _is_rare(action.dest)]
-        helps = [action.help for action in hidden]
-        for action in hidden:
-            action.help = argparse.SUPPRESS
-        try:
-            text = super().format_help()
-        finally:
-            for action, original in zip(hidden, helps):
-                action.help = original
-        if hidden:
-            text += "\nMore of the Trainer's options: --help-all\n"
-        return text
-
-    @override
     def format_usage(self) -> str:
         return f"usage: {self.prog} [--config FILE] [--option value ...]\n"
 
+    @override
+    def format_help(self) -> str:
+        """One or two lines an option; Lightning's own page has several hundred."""
+        if Parser.show_all:
+            return super().format_help()
+        lines = [self.format_usage(), f"{self.description}\n"]
+        for group in self._action_groups:
+            lines.extend(_option_lines([action for action in group._group_actions if _is_shown(action)]))
+        lines.append("Every option, with its type: --help-all")
+        return "\n".join(lines) + "\n"
 
-def _is_rare(dest: str) -> bool:
-    return dest.startswith("trainer.") and dest not in COMMON_TRAINER_OPTIONS
+
+def _is_shown(action: argparse.Action) -> bool:
+    name, help = action.dest, str(action.help)
+    if name.startswith("trainer.") and name not in COMMON_TRAINER_OPTIONS:
+        return False
+    is_option = bool(action.option_strings) and action.option_strings[0].startswith("-")
+    return is_option and name not in HIDDEN and help != "Path to a configuration file."
+
+
+def _option_lines(actions: list[argparse.Action]) -> list[str]:
+    lines = []
+    for action in actions:
+        name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
+        default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
+        text = _first_sentence(str(action.help)) + default
+        lines.append(textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41))
+    return [*lines, ""] if lines else []
+
+
+def _first_sentence(help: str) -> str:
+    text = " ".join(help.replace("``", "").split())
+    return re.split(r"(?<=[a-z)])\. | Default: ", text)[0].rstrip(".").replace("%%", "%")
 
 
 def _same_last_name(name: str, known: list[str]) -> list[str]:

@@ -42,14 +42,14 @@ class GPTConfig:
                 raise ValueError(f"model.config.{name}={value} is below 1; choose a positive number")
         if self.d_model % self.n_heads:
             raise ValueError(
-                f"model.config.d_model={self.d_model} is not divisible by model.config.n_heads={self.n_heads}; "
-                f"choose d_model={self.d_model // self.n_heads * self.n_heads or self.n_heads} or other n_heads"
+                f"model.config.d_model={self.d_model} is not divisible by "
+                f"model.config.n_heads={self.n_heads}; choose a multiple of {self.n_heads} or other n_heads"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"model.config.activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}"
+                f"model.config.activation={self.activation!r} is unknown; choose {' or '.join(ACTIVATIONS)}"
             )
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise ValueError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")

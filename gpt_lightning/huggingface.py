@@ -1,8 +1,8 @@
-"""GPT-2's vocabulary and ours, translated both ways: configuration and weights of transformers' GPT2LMHeadModel.
+"""GPT-2's vocabulary and ours, both ways: configuration and weights of transformers' GPT2LMHeadModel.
 
 Three things differ beside the names: Hugging Face stores linear weights as [in, out] (its Conv1D), ours are
-[out, in]; its fused projection holds all of q, then k, then v, ours goes head by head; its attention modules of
-old carry constant mask buffers, which hold no weights.
+[out, in]; its fused projection holds all of q, then k, then v, ours goes head by head; its attention modules
+of old carry constant mask buffers, which hold no weights.
 Shapes: D d_model, H heads, K head_dim.
 """
 
@@ -35,18 +35,19 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
     """Our configuration of the same network; raises ValueError where ours cannot be the same."""
     if hf_config.activation_function not in ACTIVATION_FROM_GPT2:
         raise ValueError(
-            f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not one that "
-            f"GPTModel has; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
+            f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not known "
+            f"to GPTModel; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
         )
     for name, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if getattr(hf_config, name) is not needed:
             raise ValueError(
-                f"{name}={not needed} of the Hugging Face model changes its attention; import one with {needed}"
+                f"{name}={not needed} of the Hugging Face model changes its attention; "
+                f"import a model with {name}={needed}"
             )
     dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     if len(set(dropouts.values())) > 1:
         listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
-        warnings.warn(f"{listing} become one dropout={hf_config.resid_pdrop}; set model.config.dropout to choose")
+        warnings.warn(f"{listing} become one dropout={hf_config.resid_pdrop}; or set model.config.dropout")
     return GPTConfig(
         vocab_size=hf_config.vocab_size,
         max_position_embeddings=hf_config.n_positions,
@@ -81,21 +82,21 @@ def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """GPTModel's weights from GPT2LMHeadModel's, or from GPT2Model's, as OpenAI's own weights are published."""
+    """GPTModel's weights from GPT2LMHeadModel's, or from GPT2Model's, which OpenAI's are published as."""
     theirs = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
     if config.tie_embeddings and "wte.weight" in theirs:
         theirs["lm_head.weight"] = theirs["wte.weight"]
     names = _gpt2_names(config)
     if missing := sorted(set(names.values()) - theirs.keys()):
-        raise ValueError(f"the GPT-2 weights lack {_some(missing)}; check that they belong to this configuration")
+        raise ValueError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")
     if unknown := sorted(theirs.keys() - set(names.values())):
-        raise ValueError(f"the GPT-2 weights hold {_some(unknown)}, which GPTModel lacks; import a plain GPT-2")
+        raise ValueError(f"the GPT-2 weights hold {_some(unknown)}, unknown here; import a plain GPT-2")
     return {our_name: _from_gpt2(our_name, theirs[name], config) for our_name, name in names.items()}
 
 
 def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """GPT2LMHeadModel's weights from GPTModel's; biases that ours was built without become zeros, as GPT-2 has all."""
+    """GPT2LMHeadModel's weights from GPTModel's; GPT-2 has all biases, so missing ones become zeros."""
     converted = {}
     for our_name, name in _gpt2_names(config).items():
         prefix = "" if name == "lm_head.weight" else "transformer."

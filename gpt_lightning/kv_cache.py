@@ -16,7 +16,9 @@ class KVCache:
 
     def __init__(self, batch_size: int, max_length: int) -> None:
         self.max_length = max_length
-        self.lengths = torch.zeros(batch_size, dtype=torch.long)  # on the host: reading it costs no device sync
+        self.lengths = torch.zeros(
+            batch_size, dtype=torch.long
+        )  # on the host: reading it costs no device sync
         self._first_row = 0
         self._total_rows = batch_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -76,8 +78,8 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(n_tokens)
 
     def attention_mask(self, n_tokens: int) -> Tensor | None:
-        """Which cached tokens each new token sees, [B, 1, T, S]; None where it is all of them."""
-        if n_tokens == 1 and self.is_even:
+        """Which cached tokens each new token sees, [B, 1, T, S]; None where causal attention does."""
+        if not self.lengths.any() or (n_tokens == 1 and self.is_even):
             return None
         positions = self.positions(n_tokens)
         keys = torch.arange(int(positions.max()) + 1)

@@ -1,8 +1,8 @@
 """Cross entropy straight from hidden states, without ever holding the logits of a whole batch.
 
 Shapes: N tokens, D d_model, V vocabulary. The logits [N, V] of GPT-2's vocabulary are the largest tensor of a
-training step by far, several times over (logits, softmax, gradient). Here they exist for a few rows at a time:
-each chunk's gradient is made in the forward pass, where its softmax is at hand.
+training step by far, several times over (logits, softmax, gradient). Here they exist for a few rows at a
+time: each chunk's gradient is made in the forward pass, where its softmax is at hand.
 """
 
 from typing import Any
@@ -32,7 +32,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
@@ -60,7 +62,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = grad_outputs[0]
         # Scaled out of place: the graph may be traversed a second time (retain_graph).
-        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale.float()).to(ctx.weight_dtype), None, None
+        return (
+            hidden_grad * scale.to(hidden_grad.dtype),
+            (weight_grad * scale.float()).to(ctx.weight_dtype),
+            None,
+            None,
+        )
 
 
 def _logits_gradient_(logits: Tensor, targets: Tensor) -> Tensor:

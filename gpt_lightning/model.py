@@ -1,4 +1,4 @@
-"""The whole network, top to bottom: GPT-2's architecture (Radford et al., 2019), exactly enough for its weights.
+"""The whole network, top to bottom: GPT-2 (Radford et al., 2019), exactly enough to load its weights.
 
 Shapes: B batch, T time, D d_model, H heads, K head_dim, V vocabulary.
 Pre-layer-norm blocks, learned positions, fused attention, a head tied to the token table.
@@ -34,7 +34,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        # The rows lie head by head (q, k, v of head 0, then of head 1, ...): any contiguous cut is whole heads.
+        # The rows lie head by head (q, k, v of head 0, then of head 1, ...), so any cut gives whole heads.
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
@@ -124,7 +124,7 @@ class GPTModel(nn.Module):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> GPTOutput:
-        """Logits without `targets`; with them the loss, over the targets [B, T] (already shifted) that are not -100.
+        """Logits without `targets`; with them the loss over the targets [B, T], already shifted, save -100.
 
         Args:
             reduction: "mean", or "sum" in float64, of the loss over the scored tokens.

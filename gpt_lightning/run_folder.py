@@ -1,4 +1,4 @@
-"""Where a run lives: <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint a word means."""
+"""Where a run lives, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def find_checkpoint(given: str | None, folder: Path) -> Path:
     newest = newest_checkpoint(folder)
     if newest is None:
         raise ValueError(
-            f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; run `gpt-lightning fit` first, "
-            "or give --ckpt_path FILE"
+            f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; "
+            "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
     return newest

@@ -1,4 +1,4 @@
-"""A configuration that cannot work is refused on construction, with the option, its value, the rule and a remedy."""
+"""A configuration that cannot work is refused at once, with the option, its value, the rule and a remedy."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ from gpt_lightning.config import GPTConfig
         ({"n_heads": 0}, "model.config.n_heads=0 is below 1; "),
         ({"d_model": 0}, "model.config.d_model=0 is below 1; "),
         ({"d_ff": 0}, "model.config.d_ff=0 is below 1; "),
-        ({"d_model": 100}, "model.config.d_model=100 is not divisible by model.config.n_heads=12; choose d_model=96 "),
-        ({"d_model": 5}, "model.config.d_model=5 is not divisible by model.config.n_heads=12; choose d_model=12 "),
+        ({"d_model": 100}, "model.config.d_model=100 is not divisible by model.config.n_heads=12; choose "),
+        ({"n_heads": 40, "d_model": 36}, "model.config.d_model=36 is not divisible by model"),
         ({"dropout": 1.0}, "model.config.dropout=1.0 is not in [0, 1); "),
         ({"dropout": -0.1}, "model.config.dropout=-0.1 is not in [0, 1); "),
         ({"activation": "relu"}, "model.config.activation='relu' is unknown; choose one of gelu_tanh, gelu"),

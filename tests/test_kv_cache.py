@@ -107,7 +107,8 @@ def test_storage_is_allocated_once_with_the_dtype_of_the_model() -> None:
     with torch.no_grad():
         for _ in range(5):
             model.hidden_states(make_ids(2, 1), kv_cache=cache)
-            keys, values = cache.write(0, torch.ones(2, 3, 1, 12).bfloat16(), torch.ones(2, 3, 1, 12).bfloat16())
+            new = torch.ones(2, 3, 1, 12, dtype=torch.bfloat16)
+            keys, values = cache.write(0, new, new)
             pointers.add((keys.data_ptr(), values.data_ptr()))
             assert keys.dtype == torch.bfloat16
     assert len(pointers) == 1

@@ -32,7 +32,9 @@ ORDER = [
     "callbacks.prediction_writer",
     "callbacks.progress",
     "run_folder",
+    "cli_verbs",
     "cli_parser",
+    "cli_words",
     "cli",
     "__main__",
 ]

@@ -12,11 +12,11 @@ import gpt_lightning.linear_cross_entropy as module
 from gpt_lightning.linear_cross_entropy import linear_cross_entropy
 
 
-def make_inputs(n_tokens: int = 23, vocab_size: int = 101, d_model: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(n_tokens: int = 23, vocab_size: int = 101) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weight and targets, of which a third is not scored."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n_tokens, d_model, generator=generator).requires_grad_()
-    weight = torch.randn(vocab_size, d_model, generator=generator).requires_grad_()
+    hidden = torch.randn(n_tokens, 12, generator=generator).requires_grad_()
+    weight = torch.randn(vocab_size, 12, generator=generator).requires_grad_()
     targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
     targets[::3] = -100
     return hidden, weight, targets
@@ -67,7 +67,7 @@ def test_graph_may_be_traversed_twice() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_bfloat16_autocast_is_as_exact_as_autocast_itself(reduction: str) -> None:
-    """Errors of loss and gradients, against float32, are no larger than those of plain layers under autocast."""
+    """Against float32, the errors are no larger than those of plain layers under autocast."""
     hidden, weight, targets = make_inputs(n_tokens=200)
     exact = F.cross_entropy(hidden @ weight.t(), targets, reduction=reduction)
     with torch.autocast("cpu", torch.bfloat16):
@@ -82,10 +82,10 @@ def test_bfloat16_autocast_is_as_exact_as_autocast_itself(reduction: str) -> Non
 
 def test_bfloat16_weights_get_bfloat16_gradients() -> None:
     hidden, weight, targets = make_inputs(n_tokens=200)
-    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
-    linear_cross_entropy(*low, targets).backward()
+    low_hidden, low_weight = (tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight))
+    linear_cross_entropy(low_hidden, low_weight, targets).backward()
     exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), targets), (hidden, weight))
-    for tensor, exact_grad in zip(low, exact):
+    for tensor, exact_grad in zip((low_hidden, low_weight), exact):
         assert tensor.grad is not None and tensor.grad.dtype == torch.bfloat16
         assert (tensor.grad - exact_grad).norm() < 0.02 * exact_grad.norm()
 
@@ -100,7 +100,7 @@ def test_sum_over_no_scored_token_is_zero_with_zero_gradients() -> None:
 
 
 def test_sum_does_not_lose_digits() -> None:
-    """Float64 holds the sum of many chunks, so that adding up batches in any order gives the same perplexity."""
+    """The sum is held in float64, so that batches may be added up in any order."""
     hidden, weight, targets = make_inputs(n_tokens=5000)
     total = linear_cross_entropy(hidden, weight, targets, "sum")
     assert total.dtype == torch.float64

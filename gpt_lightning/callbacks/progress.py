@@ -6,12 +6,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from typing_extensions import override
 
 
 class StepProgressBar(ProgressBar):
-    """Lightning's bars count batches of an epoch; a GPT is trained by steps, over a few epochs or a part of one.
+    """Lightning's bars count batches of an epoch; a GPT is trained by steps, a few epochs or part of one.
 
     Everything goes to stderr. Where that is no terminal, only the lines after validations are written.
     """
@@ -45,7 +52,9 @@ class StepProgressBar(ProgressBar):
     ) -> None:
         # Metrics change at logging steps only; reading them between would make the host wait for the device.
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            self._advance(trainer.global_step, _describe(trainer, "train/loss", "throughput/tokens_per_second"))
+            self._advance(
+                trainer.global_step, _describe(trainer, "train/loss", "throughput/tokens_per_second")
+            )
         else:
             self._advance(trainer.global_step)
 

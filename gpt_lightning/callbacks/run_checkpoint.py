@@ -59,7 +59,9 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise ValueError(f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none")
+            raise ValueError(
+                f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
+            )
         self._last_every_n_steps = every_n_train_steps
         self._last_interval_seconds = train_time_interval.total_seconds() if train_time_interval else None
         self._saved_step = 0
@@ -100,7 +102,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._save(trainer, judge=self.monitor is None)
 
     def _save(self, trainer: Trainer, *, judge: bool) -> None:
-        """Write `last.ckpt`, and a best checkpoint where `judge` says that the metric is fresh; once a step."""
+        """Write `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
         if trainer.fast_dev_run or trainer.global_step == self._saved_step:
             return
         metrics = self._monitor_candidates(trainer)

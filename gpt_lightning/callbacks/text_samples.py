@@ -1,6 +1,6 @@
 """What the model writes by now: a sample after each validation, in TensorBoard's text tab."""
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -20,7 +20,8 @@ class TextSamples(Callback):
         self.latest: list[str] = []
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: GPTLightningModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
@@ -28,7 +29,8 @@ class TextSamples(Callback):
         token_ids = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in self.prompts]
         completions = pl_module.complete(tokenizer, token_ids)
         self.latest = [
-            prompt + tokenizer.decode(completion.token_ids) for prompt, completion in zip(self.prompts, completions)
+            prompt + tokenizer.decode(completion.token_ids)
+            for prompt, completion in zip(self.prompts, completions)
         ]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

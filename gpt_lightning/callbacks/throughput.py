@@ -15,9 +15,9 @@ from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 class Throughput(Callback):
     """Logs `throughput/tokens_per_second` at logging steps.
 
-    Counted are scored tokens of all data-parallel ranks (tensor-parallel peers see the same tokens, Lightning's
-    ThroughputMonitor counts them again), over the time of the steps and of waiting for data. Validation and
-    the writing of checkpoints are left out.
+    Counted are scored tokens of all data-parallel ranks (tensor-parallel peers see the same tokens, and
+    Lightning's ThroughputMonitor counts them again), over the time of the steps and of waiting for data.
+    Validation and the writing of checkpoints are left out.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,9 @@ class Throughput(Callback):
         self._logged_step = trainer.global_step
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._start = time.perf_counter() if self._last_end is None else self._last_end
 
     @override
@@ -69,5 +71,7 @@ class Throughput(Callback):
         self._last_end = None
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._last_end = None

@@ -1,7 +1,7 @@
 """Decoding many prompts together: token ids in, token ids out; it knows no tokenizer.
 
-Every row holds a sequence of its own. The cache holds a row's visible tokens but the last, which each step feeds
-to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1.
+Every row holds a sequence of its own. The cache holds a row's visible tokens but the last, which each step
+feeds to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1.
 Shapes: B rows in use, D d_model, V vocabulary.
 """
 
@@ -70,9 +70,9 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt; what is drawn for one depends on the seed and its number, not on the others.
 
-    `prompt_numbers` are the positions in the list unless given. `should_stop` sees a row's new tokens after each
-    of them and ends the row, with that token, by returning True. `batch_size` rows are decoded together: more are
-    faster and take more memory. A sequence that outgrows the context is seen from `visible_start` on.
+    `prompt_numbers` are the positions in the list unless given. `should_stop` sees a row's new tokens after
+    each of them and ends the row, with that token, by returning True. `batch_size` rows are decoded together:
+    more are faster and take more memory. A sequence that outgrows the context is read from `visible_start`.
     """
     numbers = list(range(len(prompts))) if prompt_numbers is None else prompt_numbers
     _check(prompts, numbers, batch_size, model.config.vocab_size)
@@ -100,9 +100,9 @@ def generate(
 def visible_start(n_tokens: int, context_length: int) -> int:
     """Where in a sequence of `n_tokens` the context begins that the next token is predicted from.
 
-    Up to `context_length` tokens it is all of them. A sequence that grows past that keeps its last half context,
-    encoded anew from position 0, and grows from there until the context is full again. The start follows from
-    the length alone, so a long prompt continues exactly as if its end had been generated.
+    Up to `context_length` tokens it is all of them. A sequence that grows past that keeps its last half
+    context, encoded anew from position 0, and grows from there until the context is full again. The start
+    follows from the length alone, so a long prompt continues exactly as if its end had been generated.
     """
     if n_tokens <= context_length:
         return 0
@@ -119,7 +119,7 @@ def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_
         raise ValueError(f"{len(numbers)} prompt_numbers stand for {len(prompts)} prompts; give one for each")
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompts[{index}] holds no token; start it with at least one, e.g. the eos token")
+            raise ValueError(f"prompts[{index}] holds no token; start it with one, e.g. the eos token")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
                 f"prompts[{index}] holds token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to "
@@ -128,7 +128,8 @@ def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_
 
 
 def _uniforms(settings: GenerationConfig, number: int) -> list[float]:
-    """The random numbers of one prompt, in [0, 1); hashed, so that neighbouring seeds and numbers are unrelated."""
+    """The random numbers of one prompt, in [0, 1)."""
+    # Hashed, so that neither neighbouring numbers nor neighbouring seeds share their text.
     digest = hashlib.blake2b(f"{settings.seed} {number}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(settings.max_new_tokens, generator=generator).tolist()

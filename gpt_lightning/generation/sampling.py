@@ -19,11 +19,11 @@ class GenerationConfig:
 
     Args:
         max_new_tokens: Longest completion, in tokens.
-        temperature: Divides the logits: below 1 safer, above 1 more varied; 0 always takes the likeliest token.
+        temperature: Divides the logits: below 1 safer, above 1 more varied; 0 takes the likeliest token.
         top_k: Sample from the k likeliest tokens only; null for all of them.
         top_p: Sample from the likeliest tokens that together hold this probability; 1 for all of them.
         min_p: Drop tokens less likely than this fraction of the likeliest one's probability; 0 drops none.
-        repetition_penalty: Above 1, tokens that the prompt or the completion already holds become less likely.
+        repetition_penalty: Above 1, tokens that prompt or completion already hold become less likely.
         do_sample: False always takes the likeliest token, whatever temperature, top_k, top_p and min_p say.
         seed: With a prompt's number, decides what is drawn for it; the same seed gives the same text.
         stop: Strings that end a completion where they appear; they are not part of it.
@@ -43,9 +43,9 @@ class GenerationConfig:
         if self.max_new_tokens < 1:
             raise _error("max_new_tokens", self.max_new_tokens, "is below 1; use e.g. 128")
         if not 0.0 <= self.temperature < math.inf:
-            raise _error("temperature", self.temperature, "is below 0 or not finite; use 0 for greedy or e.g. 0.7")
+            raise _error("temperature", self.temperature, "is below 0 or infinite; use 0 (greedy) or 0.7")
         if 0.0 < self.temperature < MIN_TEMPERATURE:
-            raise _error("temperature", self.temperature, f"is between 0 and {MIN_TEMPERATURE}; use 0 for greedy")
+            raise _error("temperature", self.temperature, f"is below {MIN_TEMPERATURE}; use 0 for greedy")
         if self.top_k is not None and self.top_k < 1:
             raise _error("top_k", self.top_k, "is below 1; use null for no limit or e.g. 50")
         if not 0.0 < self.top_p <= 1.0:
@@ -53,7 +53,7 @@ class GenerationConfig:
         if not 0.0 <= self.min_p <= 1.0:
             raise _error("min_p", self.min_p, "is not in [0, 1]; use 0 for no limit or e.g. 0.05")
         if not 0.0 < self.repetition_penalty < math.inf:
-            raise _error("repetition_penalty", self.repetition_penalty, "is not above 0; use 1 for none or e.g. 1.1")
+            raise _error("repetition_penalty", self.repetition_penalty, "is not above 0; use 1 for none")
         if "" in self.stop:
             raise _error("stop", self.stop, "holds an empty string, which would stop at once; remove it")
 
@@ -66,8 +66,10 @@ def _error(name: str, value: object, rule_and_remedy: str) -> ValueError:
     return ValueError(f"generation.{name}={value!r} {rule_and_remedy}")
 
 
-def next_token_probabilities(logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None) -> Tensor:
-    """The distribution [B, V], in float32, that the next token is drawn from; greedy puts all of it on one token.
+def next_token_probabilities(
+    logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None
+) -> Tensor:
+    """The distribution [B, V], in float32, that the next token is drawn from; greedy has one token only.
 
     `seen` [B, V] marks the tokens that each row holds already; only the repetition penalty reads it.
     """
@@ -119,10 +121,10 @@ def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
 def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """One token a row, [B], by inverting the cumulative distribution at `uniforms` [B], each in [0, 1)."""
     cumulative = probabilities.cumsum(dim=-1)
-    # Zero where a token has no probability: such a token is never above a threshold, however the sum was rounded.
+    # Zero where a token has no probability: a sum made in parallel may round up there, on some devices.
     cumulative = torch.where(probabilities > 0, cumulative, 0.0)
     total = cumulative.amax(dim=-1)
-    # The product may round up to the total itself, above which there is no token.
+    # A uniform that rounds to 1 would be the total itself, above which there is no token.
     below_total = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum(uniforms.to(total) * total, below_total)
     return (cumulative > threshold[:, None]).int().argmax(dim=-1)  # the first of equal maxima

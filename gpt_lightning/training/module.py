@@ -22,7 +22,12 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
 from gpt_lightning.training.metrics import TokenLoss
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from gpt_lightning.training.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    learning_rate_factor,
+)
 
 CONFIG_KEY = "gpt_config"
 
@@ -34,7 +39,7 @@ class GPTLightningModule(LightningModule):
         config: The architecture.
         optimizer: AdamW's settings.
         schedule: The learning rate over time.
-        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: Recompute each block in the backward pass, not keep its activations.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradient that of the mean over all tokens scored in this step, and log at logging steps."""
+        """Make the gradient that of the mean over all tokens scored in this step, and log."""
         assert self._step_nll is not None and self._step_tokens is not None
         nll, tokens = self._step_nll, self._step_tokens
         self._step_nll = self._step_tokens = None
@@ -123,7 +128,9 @@ class GPTLightningModule(LightningModule):
 
     def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed negative log-likelihood of the batch and the number of tokens it is summed over."""
-        loss = self.model(batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids).loss
+        loss = self.model(
+            batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids
+        ).loss
         return loss, (batch.targets != IGNORE_INDEX).sum()
 
     # Validation and test
@@ -158,7 +165,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One dictionary a prompt: its number, the prompt, the completion, their token counts, why it ended."""
+        """A dictionary each: number, prompt, completion, their token counts, why it ended."""
         tokenizer = self.trainer.datamodule.text_tokenizer  # type: ignore[attr-defined]
         completions = self.complete(tokenizer, batch.token_ids, prompt_numbers=batch.indices)
         return [
@@ -170,7 +177,9 @@ class GPTLightningModule(LightningModule):
                 "completion_tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
             }
-            for index, prompt, token_ids, completion in zip(batch.indices, batch.prompts, batch.token_ids, completions)
+            for index, prompt, token_ids, completion in zip(
+                batch.indices, batch.prompts, batch.token_ids, completions
+            )
         ]
 
     def complete(
@@ -194,8 +203,8 @@ class GPTLightningModule(LightningModule):
         horizon = self.trainer.estimated_stepping_batches
         if self.schedule.warmup_steps >= horizon:
             rank_zero_warn(
-                f"model.schedule.warmup_steps={self.schedule.warmup_steps} is not below the {horizon} steps of this "
-                "run: the learning rate never reaches its peak"
+                f"model.schedule.warmup_steps={self.schedule.warmup_steps} is not below the {horizon} steps "
+                "of this run: the learning rate never reaches its peak"
             )
         # Fused AdamW unscales gradients inside its step, where Lightning can no longer clip them (fp16 only).
         fused = self.trainer.precision != "16-mixed"

@@ -24,11 +24,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise ValueError(f"model.optimizer.learning_rate={self.learning_rate} is not above 0; choose e.g. 6e-4")
+            raise ValueError(
+                f"model.optimizer.learning_rate={self.learning_rate} is not above 0; choose e.g. 6e-4"
+            )
         if not self.weight_decay >= 0:
             raise ValueError(f"model.optimizer.weight_decay={self.weight_decay} is below 0; choose e.g. 0.1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"model.optimizer.betas={list(self.betas)} are not in [0, 1); choose e.g. [0.9, 0.95]")
+            raise ValueError(
+                f"model.optimizer.betas={list(self.betas)} are not in [0, 1); choose e.g. [0.9, 0.95]"
+            )
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,13 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ValueError(f"model.schedule.warmup_steps={self.warmup_steps} is below 0; choose 0 for no warm-up")
+            raise ValueError(
+                f"model.schedule.warmup_steps={self.warmup_steps} is below 0; choose 0 for no warm-up"
+            )
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"model.schedule.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]; choose e.g. 0.1")
+            raise ValueError(
+                f"model.schedule.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]; choose e.g. 0.1"
+            )
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) -> float:

@@ -69,7 +69,7 @@ def test_cached_decoding_equals_uncached_past_the_context(context: int, settings
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_batched_prompts_equal_one_by_one(batch_size: int, settings: GenerationConfig) -> None:
-    """Mixed lengths, more prompts than places, rows that end at different times and slide past the context."""
+    """Mixed lengths, more prompts than places, rows that end at different times and outgrow the context."""
     model = make_model(max_position_embeddings=16)
     prompts = make_prompts(3, 1, 20, 7, 16, 2, 11, 5, 9, 15, 4)
     settings = dataclasses.replace(settings, max_new_tokens=20)
@@ -106,7 +106,8 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_transformers_generate(model: GPTModel, penalty: float) -> None:
-    reference = GPT2LMHeadModel(GPT2Config(**config_to_gpt2(model.config), bos_token_id=None, eos_token_id=None)).eval()
+    hf_config = GPT2Config(**config_to_gpt2(model.config), bos_token_id=None, eos_token_id=None)
+    reference = GPT2LMHeadModel(hf_config).eval()
     reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
     settings = dataclasses.replace(GREEDY, max_new_tokens=25, repetition_penalty=penalty)
     prompts = make_prompts(1, 4, 13)
@@ -169,7 +170,8 @@ def test_eos_ends_a_row_and_is_not_part_of_it(model: GPTModel, batch_size: int) 
     prompts = make_prompts(3, 8, 2)
     free = [completion.token_ids for completion in generate(model, prompts, SAMPLED, eos_token_id=None)]
     eos = free[1][4]
-    for tokens, completion in zip(free, generate(model, prompts, SAMPLED, eos_token_id=eos, batch_size=batch_size)):
+    completions = generate(model, prompts, SAMPLED, eos_token_id=eos, batch_size=batch_size)
+    for tokens, completion in zip(free, completions):
         ends = eos in tokens
         assert completion.token_ids == (tokens[: tokens.index(eos)] if ends else tokens)
         assert completion.finish_reason == ("eos" if ends else "length")
@@ -240,9 +242,9 @@ def test_diverged_weights_are_an_error() -> None:
     ("call", "message"),
     [
         (lambda m: generate(m, [[1], []], GREEDY, eos_token_id=None), r"prompts\[1\] holds no token; "),
-        (lambda m: generate(m, [[1, 101]], GREEDY, eos_token_id=None), r"from 1 to 101, the model knows 0 to 100; "),
+        (lambda m: generate(m, [[1, 101]], GREEDY, eos_token_id=None), "from 1 to 101, .* 0 to 100; "),
         (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, batch_size=0), "batch_size=0 is below 1; "),
-        (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, prompt_numbers=[]), "0 prompt_numbers .* 1 prompts; "),
+        (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, prompt_numbers=[]), "0 .* 1 prompts; "),
     ],
 )
 def test_errors_name_value_rule_and_remedy(

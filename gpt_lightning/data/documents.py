@@ -1,0 +1,286 @@
+"""Text files to documents: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
+
+A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
+Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's.
+"""
+
+import codecs
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from glob import glob, has_magic
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
+
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
+
+_CHUNK_BYTES = 1 << 18
+_PIECE_CHARACTERS = 1 << 17
+_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
+
+
+class Piece(NamedTuple):
+    """Part of a document, the last part if `ends_document`."""
+
+    text: str
+    ends_document: bool
+
+
+def resolve_sources(patterns: list[str], option: str) -> list[str]:
+    """The files behind file names, globs and folders; `python:docs` stands for itself.
+
+    The order is that of the patterns, sorted within each, without repeats.
+    """
+    if not patterns:
+        raise ValueError(f"{option}=[] names no file; give a file, a folder, a glob or {SOURCE_NAME}")
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        found.update(dict.fromkeys(_resolve(pattern, option)))
+    return list(found)
+
+
+def _resolve(pattern: str, option: str) -> list[str]:
+    if pattern == SOURCE_NAME:
+        return [SOURCE_NAME]
+    path = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isfile(path):
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
+        return [path]
+    if not os.path.isdir(path) and not has_magic(path):
+        raise ValueError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
+    matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
+    files = sorted({file for match in matches for file in _files_under(Path(match))})
+    if not files:
+        raise ValueError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
+    return files
+
+
+def _files_under(path: Path) -> Iterator[str]:
+    if path.is_file() and path.name.endswith(SUFFIXES):
+        yield str(path)
+    elif path.is_dir():
+        for file in path.rglob("*"):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
+                yield str(file)
+
+
+def source_bytes(source: str) -> int:
+    """What the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
+    if source == SOURCE_NAME:
+        return sum(len(document) for document in python_documents())
+    return os.path.getsize(source)
+
+
+def read_pieces(
+    source: str, on_bytes: Callable[[int], None], *, text_key: str, document_separator: str | None
+) -> Iterator[Piece]:
+    """Stream the documents of one source; documents of nothing but whitespace are skipped.
+
+    `on_bytes` hears how many more bytes of the source were read.
+    """
+    if source == SOURCE_NAME:
+        for document in python_documents():
+            yield from _pieces([Piece(document, ends_document=True)])
+            on_bytes(len(document))
+    elif source.endswith(".parquet"):
+        yield from _pieces(_parquet_documents(source, text_key, on_bytes))
+    elif source.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        yield from _pieces(_jsonl_documents(source, text_key, on_bytes))
+    elif document_separator is None:
+        yield from _pieces(Piece(text, ends_document=False) for text in _decoded(source, on_bytes))
+    else:
+        yield from _pieces(_separated(_decoded(source, on_bytes), document_separator))
+
+
+def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
+    """Regroup parts into pieces of even size, cut where it is safe; drops empty documents."""
+    text, inside_document, searched = "", False, 0
+    for part in parts:
+        text += part.text
+        start = 0
+        while len(text) > (limit := max(start + _PIECE_CHARACTERS, searched)):
+            cut = _safe_cut(text, start, limit)
+            if cut is None:  # look again when more text is there, but only at what is new
+                searched = len(text)
+                break
+            yield Piece(text[start:cut], ends_document=False)
+            start, inside_document = cut, True
+        if start:
+            text, searched = text[start:], 0
+        if part.ends_document:
+            if inside_document or not _is_blank(text):
+                yield Piece(text, ends_document=True)
+            text, inside_document, searched = "", False, 0
+    if inside_document or not _is_blank(text):
+        yield Piece(text, ends_document=True)
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _safe_cut(text: str, start: int, limit: int) -> int | None:
+    """The last cut up to `limit`, else the first beyond it, that leaves the token ids of both sides alone.
+
+    Pre-tokenizers join whitespace with what follows it, or punctuation with the line break after it; none
+    looks back. So a cut is safe after a line break that stands alone between two other characters, and, where
+    a text has none (Windows line ends, one endless line), between a letter and whitespace.
+    """
+    cut = text.rfind("\n", start + 1, limit) + 1
+    while cut > 0:
+        if not text[cut - 2].isspace() and not text[cut].isspace():
+            return cut
+        cut = text.rfind("\n", start + 1, cut - 1) + 1
+    near = [match.end() for match in _LETTER_THEN_SPACE.finditer(text, max(start, limit - 10_000), limit)]
+    if near:
+        return near[-1]
+    beyond = _LETTER_THEN_SPACE.search(text, limit)
+    return beyond.end() if beyond else None
+
+
+def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
+    """Cut a stream of text at every separator, also at one that straddles two chunks."""
+    rest = ""
+    for text in texts:
+        *documents, rest = (rest + text).split(separator)
+        for document in documents:
+            yield Piece(document, ends_document=True)
+        # The end stays back, as it may be the beginning of a separator.
+        kept = len(separator) - 1
+        if len(rest) > kept:
+            yield Piece(rest[: len(rest) - kept], ends_document=False)
+            rest = rest[len(rest) - kept :]
+    yield Piece(rest, ends_document=True)
+
+
+def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    for chunk in _chunks(path, on_bytes):
+        held_back = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, position - held_back + error.start) from None
+        yield text.removeprefix("\ufeff") if position == 0 else text
+        position += len(chunk)
+    if unfinished := decoder.getstate()[0]:
+        raise _not_utf8(path, position - len(unfinished))
+
+
+def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+    position = 0
+    for number, line in enumerate(_lines(_chunks(path, on_bytes)), start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, position + error.start) from None
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        if not text.isspace():
+            yield Piece(_json_text(text, text_key, f"{path}, line {number}"), ends_document=True)
+        position += len(line)
+
+
+def _json_text(line: str, text_key: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    if not isinstance(row, dict) or text_key not in row:
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{place} has no key data.text_key={text_key}; it has: {keys}")
+    text = row[text_key]
+    if text is None:  # a row without text is an empty document
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: data.text_key={text_key} is not text but {type(text).__name__}; choose another")
+    try:
+        # Only an escape such as \ud800 can bring in half of a surrogate pair.
+        if "\\u" in line:
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it") from None
+    return text
+
+
+def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow; pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise _damaged(path, error) from None
+    with file:
+        names = file.schema_arrow.names
+        if text_key not in names:
+            raise ValueError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(names)}")
+        kind = file.schema_arrow.field(text_key).type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise ValueError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")
+        for batch in file.iter_batches(batch_size=64, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                yield Piece(text or "", ends_document=True)
+            on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines with their line breaks; parts of a long line wait in a list, as adding up would be quadratic."""
+    waiting: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        waiting.append(first)
+        for line in others:
+            yield b"".join(waiting) + b"\n"
+            waiting = [line]
+    if last := b"".join(waiting):
+        yield last
+
+
+def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """The unpacked bytes of a file, telling how far into the packed file each chunk reaches."""
+    told = 0
+    with open(path, "rb") as packed:
+        stream, damage = _unpacked(path, packed)
+        while True:
+            try:
+                chunk = stream.read(_CHUNK_BYTES)
+            except damage as error:
+                raise _damaged(path, error) from None
+            on_bytes(packed.tell() - told)
+            told = packed.tell()
+            if not chunk:
+                break
+            yield chunk
+
+
+def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
+    """A stream of the file's content, and the errors by which it tells damage."""
+    if path.endswith(".gz"):
+        return gzip.open(packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore[return-value]
+    if not path.endswith(".zst"):
+        return packed, ()
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path} needs the package zstandard; pip install zstandard") from None
+    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+    return reader, (zstandard.ZstdError,)  # type: ignore[return-value]
+
+
+def _damaged(path: str, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
+
+
+def _not_utf8(path: str, offset: int) -> ValueError:
+    return ValueError(f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8")

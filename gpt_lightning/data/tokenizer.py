@@ -1,0 +1,204 @@
+"""Text to token ids and back: load a tokenizer by name or folder, or train a byte-level BPE."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Endings of a document in the tokenizers of the world, for folders that do not name theirs.
+_USUAL_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+
+
+class TextTokenizer:
+    """Encodes text as plain text: a special token's name in a document is a few letters like any others.
+
+    So the end-of-document id occurs only where this project appends it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token: str) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token = eos_token
+        # A token that is not marked special would still be found inside text.
+        tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.eos_token_id: int = tokenizer.token_to_id(eos_token)
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Like `encode`, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        """Whole characters only: bytes that make none, as at a cut end, are left out, as special tokens are."""
+        if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            return self._tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+        text = b"".join(self._token_bytes.get(index, b"") for index in ids)
+        return text.decode("utf-8", errors="ignore")
+
+    @cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        """The bytes of each id; special tokens have none, other added tokens are written as they are."""
+        byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+        found = {
+            index: bytes(byte_of[character] for character in token)
+            for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items()
+            if byte_of.keys() >= set(token)
+        }
+        for index, added in self._tokenizer.get_added_tokens_decoder().items():
+            found[index] = b"" if added.special else added.content.encode()
+        return found
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain strings that a checkpoint can hold and `from_dict` reads."""
+        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, str]) -> "TextTokenizer":
+        return cls(Tokenizer.from_str(state["tokenizer_json"]), state["eos_token"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal tokenizers, also after a save and load."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self._eos_token,
+            "bos_token": self._eos_token,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer, END_OF_TEXT)
+
+
+def is_trained_here(spec: str) -> bool:
+    """Whether `data.tokenizer` asks for a BPE trained on the corpus: `bpe` or `bpe:8192`."""
+    return spec == "bpe" or spec.startswith("bpe:")
+
+
+def requested_vocab_size(spec: str) -> int | None:
+    """The size in `bpe:8192`; None for `bpe`, which leaves it to `default_vocab_size`."""
+    if spec == "bpe":
+        return None
+    size = spec.removeprefix("bpe:")
+    if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
+        raise ValueError(f"data.tokenizer={spec} asks for no size of at least 257 (bytes + eos); try bpe:8192")
+    return int(size)
+
+
+def default_vocab_size(n_bytes: int) -> int:
+    """About one token a kilobyte of text, as a power of two between 512 and 32768."""
+    return 2 ** min(15, max(9, round(math.log2(max(1, n_bytes) / 1000))))
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """`bytes`, a folder, or the name of a tokenizer on the Hugging Face hub; code in either never runs."""
+    if name == "bytes":
+        return _bytes_tokenizer()
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return _from_folder(Path(folder), f"data.tokenizer={name}")
+    # Only what cannot be a path goes to the network.
+    if os.path.exists(folder) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"data.tokenizer={name} is not a folder; give the folder that holds tokenizer.json")
+    return _from_transformers(name, f"data.tokenizer={name}", local_files_only=False)
+
+
+def _bytes_tokenizer() -> TextTokenizer:
+    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _from_folder(folder: Path, option: str) -> TextTokenizer:
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif vocabulary.is_file() and merges.is_file():
+            tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+        else:
+            tokenizer = None
+        named = _named_eos(folder)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ValueError(f"{option} cannot be read ({_first_line(error)}); save that tokenizer anew") from None
+    if tokenizer is None:
+        return _from_transformers(str(folder), option, local_files_only=True)
+    usual = [token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None]
+    if named is None and not usual:
+        raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+    return TextTokenizer(tokenizer, named or usual[0])
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _named_eos(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            if token is not None:
+                return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def _from_transformers(name: str, option: str, *, local_files_only: bool) -> TextTokenizer:
+    from transformers import AutoTokenizer  # seconds to import, and seldom needed
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=local_files_only, use_fast=True
+        )
+    except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
+        remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
+        raise ValueError(f"{option} cannot be loaded ({_first_line(error)}); {remedy}") from None
+    if not loaded.is_fast:
+        raise ValueError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
+    if loaded.eos_token is None:
+        raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+    return TextTokenizer(loaded.backend_tokenizer, loaded.eos_token)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

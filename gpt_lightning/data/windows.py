@@ -1,0 +1,131 @@
+"""The sample order: which tokens each batch holds, as a pure function of (seed, position).
+
+The training stream is circular: token t is predicted from the token before it, and token 0 from the last one,
+an eos. Epoch e cuts the circle into windows at its own offset, so every token is a target exactly once an
+epoch, and the windows are drawn without replacement by a keyed permutation that is computed, not stored.
+A sample's position is one global counter; the epoch is position // n_windows.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED_TARGET = -100
+
+_ROUNDS = 8
+
+Ints = NDArray[np.int64]
+
+
+def n_windows(n_tokens: int, seq_len: int) -> int:
+    """Windows an epoch, the last of which may be short."""
+    return -(-n_tokens // seq_len)
+
+
+def n_batches(windows: int, global_batch: int) -> int:
+    """Batches an epoch, the last of which may be short."""
+    return -(-windows // global_batch)
+
+
+def position_after(start: int, batches: int, *, windows: int, global_batch: int) -> int:
+    """Where the sample counter stands `batches` after `start`: a batch never crosses the end of an epoch."""
+    epoch, within = divmod(start, windows)
+    rest_of_epoch = n_batches(windows - within, global_batch)
+    if batches < rest_of_epoch:
+        return start + batches * global_batch
+    epochs, batch = divmod(batches - rest_of_epoch, n_batches(windows, global_batch))
+    return (epoch + 1 + epochs) * windows + batch * global_batch
+
+
+def rank_positions(start: int, *, windows: int, batch_size: int, rank: int, ranks: int) -> Ints:
+    """The positions that one data-parallel rank takes of the global batch at `start`; fewer at an epoch's end.
+
+    Ranks take turns, so the global batch is the same for any number of ranks.
+    """
+    end = min(start + batch_size * ranks, (start // windows + 1) * windows)
+    return np.arange(start + rank, end, ranks, dtype=np.int64)
+
+
+def training_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int) -> tuple[Ints, Ints]:
+    """First target and number of targets of the windows at these positions, all of one epoch."""
+    windows = n_windows(n_tokens, seq_len)
+    epoch = int(positions[0]) // windows if len(positions) else 0
+    index = permute(positions - epoch * windows, windows, key=_hash(seed, epoch, "order"))
+    starts, lengths = evaluation_windows(index, n_tokens=n_tokens, seq_len=seq_len)
+    return (starts + _hash(seed, epoch, "offset") % n_tokens) % n_tokens, lengths
+
+
+def evaluation_windows(positions: Ints, *, n_tokens: int, seq_len: int) -> tuple[Ints, Ints]:
+    """First target and number of targets of the windows in reading order."""
+    starts = positions * seq_len
+    return starts, np.minimum(n_tokens - starts, seq_len)
+
+
+def gather(
+    tokens: NDArray[np.integer], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
+) -> tuple[Ints, Ints]:
+    """Inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
+    inputs = np.zeros((rows, seq_len), dtype=np.int64)
+    targets = np.full((rows, seq_len), IGNORED_TARGET, dtype=np.int64)
+    steps = np.arange(-1, seq_len)
+    # [B, T + 1]; past a window's end it reads on around the circle, which the mask then hides.
+    window = np.asarray(tokens[(starts[:, None] + steps) % len(tokens)], dtype=np.int64)
+    filled = steps[1:] < lengths[:, None]  # [B, T]
+    inputs[: len(starts)] = np.where(filled, window[:, :-1], 0)
+    targets[: len(starts)] = np.where(filled, window[:, 1:], IGNORED_TARGET)
+    return inputs, targets
+
+
+def document_ids(
+    document_starts: NDArray[np.uint64], starts: Ints, lengths: Ints, *, n_tokens: int, rows: int, seq_len: int
+) -> Ints:
+    """Which document each input belongs to, counted from 0 within its window; padding has an id of its own.
+
+    An input belongs to the document of its target, so the eos before a document is that document's first input.
+    """
+    ids = np.zeros((rows, seq_len), dtype=np.int64)
+    steps = np.arange(seq_len)
+    targets = ((starts[:, None] + steps) % n_tokens).astype(np.uint64)  # [B, T]
+    # Of one dtype, else numpy would convert the whole memory map; side="right" finds the start at or before.
+    found = np.searchsorted(document_starts, targets, side="right") - 1
+    changes = document_starts[found] == targets
+    changes |= steps == lengths[:, None]
+    changes &= steps <= lengths[:, None]
+    changes[:, 0] = False
+    ids[: len(starts)] = np.cumsum(changes, axis=1)
+    return ids
+
+
+def permute(index: Ints, size: int, *, key: int) -> Ints:
+    """A keyed permutation of range(size) at `index`: constant memory, and any index as fast as the first.
+
+    A Feistel network permutes the next even power of two; what falls outside walks on until it is inside.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    permuted = _feistel(index.astype(np.uint64), half, key)
+    while (outside := permuted >= np.uint64(size)).any():
+        permuted[outside] = _feistel(permuted[outside], half, key)
+    return permuted.astype(np.int64)
+
+
+def _feistel(value: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint64]:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = value >> shift, value & mask
+    for round_number in range(_ROUNDS):
+        round_key = np.uint64(_hash(key, round_number, "round"))
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return left << shift | right
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: every input bit reaches every output bit."""
+    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return value ^ value >> np.uint64(31)
+
+
+def _hash(first: int, second: int, purpose: str) -> int:
+    """64 bits, the same in every process and on every machine."""
+    digest = hashlib.blake2b(f"{purpose} {first} {second}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,81 @@
+"""The best by the monitored metric, and `last.ckpt` whatever the metric says."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+
+pytestmark = pytest.mark.slow
+
+
+class Scripted(pl.LightningModule):
+    """Logs the given validation losses, one a validation."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.losses = iter(losses)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val/loss", next(self.losses))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, losses: list[float], max_steps: int = 8, **checkpoint: Any) -> RunCheckpoint:
+    callback = RunCheckpoint(dirpath=str(folder), **checkpoint)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[callback],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(Scripted(losses), DataLoader(torch.ones(100, 1)), DataLoader(torch.ones(1, 1)))
+    return callback
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_the_best_is_judged_by_its_own_validation(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0, 1.0, 2.0, 2.5])
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step000004.ckpt"]
+    assert step_of(tmp_path / "step000004.ckpt") == 4
+
+
+def test_last_is_the_newest_when_nothing_improves(tmp_path: Path) -> None:
+    fit(tmp_path, [1.0, 2.0, 3.0, float("nan")])
+    assert step_of(tmp_path / "last.ckpt") == 8
+    assert step_of(tmp_path / "step000002.ckpt") == 2
+
+
+def test_every_n_train_steps_does_not_judge_by_an_old_value(tmp_path: Path) -> None:
+    callback = fit(tmp_path, [3.0, 1.0, 2.0, 2.5], every_n_train_steps=1)
+    assert Path(callback.best_model_path).name == "step000004.ckpt"
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step000004.ckpt"]
+
+
+def test_the_end_of_training_is_saved(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0, 1.0, 2.0], max_steps=7)
+    assert step_of(tmp_path / "last.ckpt") == 7
+
+
+def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
+    fit(tmp_path, [1.0, 2.0, 3.0, 4.0], monitor=None, save_top_k=1, every_n_train_steps=3)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step000008.ckpt"]

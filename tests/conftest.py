@@ -1,0 +1,57 @@
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+WORDS = "the cat dog house garden sees likes finds a red small old new river and with under over".split()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty short documents of a made-up language."""
+    generator = random.Random(0)
+    path = tmp_path / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(40):
+            sentences = [" ".join(generator.choices(WORDS, k=8)).capitalize() + "." for _ in range(6)]
+            file.write(json.dumps({"text": "\n".join(sentences)}) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
+    """Writes tiny.yaml, a whole run of a few seconds; keyword arguments replace its sections."""
+
+    def write(**sections: object) -> Path:
+        settings: dict[str, object] = {
+            "data": {
+                "train_files": [str(corpus)],
+                "tokenizer": "bpe:300",
+                "seq_len": 16,
+                "batch_size": 4,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "model": {
+                "config": {"max_position_embeddings": 16, "n_layers": 2, "n_heads": 2, "d_model": 16},
+                "optimizer": {"learning_rate": 0.01},
+                "schedule": {"warmup_steps": 2},
+            },
+            "generation": {"max_new_tokens": 12},
+            "trainer": {
+                "max_steps": 6,
+                "val_check_interval": 3,
+                "log_every_n_steps": 1,
+                "default_root_dir": str(tmp_path),
+                "accelerator": "cpu",
+            },
+        }
+        for name, section in sections.items():
+            settings[name] = {**settings.get(name, {}), **section}  # type: ignore[dict-item]
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,267 @@
+"""The program end to end on a tiny corpus: what a user types, and what it leaves behind."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.checkpoint import load_model, read_checkpoint
+
+pytestmark = pytest.mark.slow
+Config = Callable[..., Path]
+
+
+@pytest.fixture
+def fitted(tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a finished run."""
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(tiny_config())])
+    return tmp_path / "checkpoints" / "tiny"
+
+
+def test_fit_leaves_a_run_folder(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {path.name for path in fitted.iterdir()}
+    assert {"last.ckpt", "config.yaml", "logs"} < names
+    assert not (fitted / "last.ckpt").is_symlink()
+    best = [name for name in names if name.startswith("step")]
+    assert best and set(best) < {"step000003.ckpt", "step000006.ckpt"}
+    checkpoint = read_checkpoint(fitted / "last.ckpt")
+    assert checkpoint["global_step"] == 6
+    captured = capsys.readouterr()
+    last_line = captured.err.strip().splitlines()[-1]
+    assert f"predict --ckpt_path {Path('checkpoints/tiny/last.ckpt')}" in last_line.replace(
+        str(fitted.parents[1]) + "/", ""
+    )
+    assert "Tip" not in captured.err and "💡" not in captured.err
+
+
+def test_tensorboard_shows_what_it_should(fitted: Path) -> None:
+    events = EventAccumulator(str(fitted / "logs"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    every_step = ("train/loss", "train/ppl", "train/grad_norm", "lr-AdamW", "throughput/tokens_per_second")
+    for name in every_step:
+        assert [event.step for event in scalars[name]] == [1, 2, 3, 4, 5, 6], name
+    for name in ("val/ppl", "val/bpb"):
+        assert [event.step for event in scalars[name]] == [3, 6], name
+    assert {event.step for event in scalars["val/loss"]} == {3, 6}
+    epochs = [event.value for event in scalars["epoch"]]
+    assert 0 < epochs[0] < 1 and epochs == sorted(epochs)
+    assert scalars["train/ppl"][0].value == pytest.approx(math.exp(scalars["train/loss"][0].value), rel=1e-4)
+    assert any(tag.startswith("samples/0") for tag in events.Tags()["tensors"])
+    assert "_hparams_/session_start_info" in str(events.summary_metadata) or "hparams" in str(events.Tags())
+    assert "hp_metric" not in scalars
+
+
+def test_predict_needs_only_a_checkpoint_and_prompts(
+    fitted: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus.unlink()
+    before = {path for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    main(["predict", "--data.prompts", '["The cat", "", "A dog"]'])
+    captured = capsys.readouterr()
+    written = {path for path in tmp_path.rglob("*")} - before
+    assert written == {fitted / "predictions.jsonl"}
+    rows = [
+        json.loads(line) for line in (fitted / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [row["prompt"] for row in rows] == ["The cat", "", "A dog"]
+    keys = ["prompt", "completion", "prompt_tokens", "completion_tokens", "finish_reason"]
+    assert all(list(row) == keys for row in rows)
+    assert captured.out == "\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n"
+    assert "last.ckpt" in captured.err
+
+
+def test_the_command_line_wins_over_the_checkpoint_in_sampling(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        [
+            "predict",
+            "--data.prompts",
+            "The cat",
+            "--generation.max_new_tokens",
+            "3",
+            "--output",
+            "out/p.jsonl",
+        ]
+    )
+    (row,) = [json.loads(line) for line in Path("out/p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row["completion_tokens"] <= 3 and row["finish_reason"] in ("length", "eos")
+
+
+def test_a_prompts_file_in_order_whatever_the_batch_size(fitted: Path, tmp_path: Path) -> None:
+    prompts = [f"The {word}" for word in "cat dog house garden river".split()]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    outputs = []
+    for batch_size in (1, 3):
+        words = ["predict", "--data.prompts_file", "prompts.txt", "--data.batch_size", str(batch_size)]
+        main([*words, "--output", f"{batch_size}.jsonl"])
+        outputs.append(Path(f"{batch_size}.jsonl").read_text())
+    assert outputs[0] == outputs[1]
+    assert [json.loads(line)["prompt"] for line in outputs[0].splitlines()] == prompts
+
+
+def test_an_architecture_flag_against_the_checkpoint_is_refused(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", "--model.config.n_layers", "3", "--data.prompts", "x"])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert "model.config.n_layers=3" in message and "2" in message
+
+
+def test_validate_and_test_repeat_the_last_validation(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = EventAccumulator(str(fitted / "logs"))
+    events.Reload()
+    expected = events.Scalars("val/loss")[-1].value
+    capsys.readouterr()
+    for verb, split in (("validate", "val"), ("test", "test")):
+        main([verb, "--ckpt_path", str(fitted / "last.ckpt")])
+        captured = capsys.readouterr().out
+        assert f"{split}/loss" in captured and f"{expected:.5f}" in captured, captured
+
+
+def test_a_second_fit_takes_a_folder_of_its_own(fitted: Path, tmp_path: Path) -> None:
+    before = (fitted / "last.ckpt").read_bytes()
+    main(["fit", "--config", str(tmp_path / "tiny.yaml")])
+    assert (fitted / "last.ckpt").read_bytes() == before
+    assert (fitted.with_name("tiny-2") / "last.ckpt").is_file()
+
+
+def test_a_resumed_fit_equals_the_uninterrupted_one(fitted: Path, tmp_path: Path) -> None:
+    config = str(tmp_path / "tiny.yaml")
+    main(["fit", "--config", config, "--run_name", "whole", "--trainer.max_steps", "12"])
+    # The same schedule, cut off after 5 steps.
+    main(
+        [
+            "fit",
+            "--config",
+            config,
+            "--run_name",
+            "parts",
+            "--trainer.max_steps",
+            "12",
+            "--trainer.limit_train_batches",
+            "5",
+        ]
+        + ["--trainer.max_epochs", "1"]
+    )
+    main(
+        ["fit", "--config", config, "--run_name", "parts", "--trainer.max_steps", "12", "--ckpt_path", "last"]
+    )
+    whole, parts = (
+        read_checkpoint(tmp_path / "checkpoints" / name / "last.ckpt") for name in ("whole", "parts")
+    )
+    assert whole["global_step"] == parts["global_step"] == 12
+    assert whole["TextDataModule"]["consumed_samples"] == parts["TextDataModule"]["consumed_samples"]
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], tensor)
+
+
+def test_print_config_gives_a_file_that_runs(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(tiny_config()), "--print_config"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["model"]["config"]["d_model"] == 16
+    (tmp_path / "printed.yaml").write_text(text, encoding="utf-8")
+    main(["fit", "--config", "printed.yaml"])
+    assert (tmp_path / "checkpoints" / "printed" / "last.ckpt").is_file()
+
+
+def test_the_checkpoint_alone_is_enough(fitted: Path) -> None:
+    model, tokenizer = load_model(fitted / "last.ckpt")
+    token_ids = tokenizer.encode("The cat sees")
+    assert model(torch.tensor([token_ids])).logits.shape == (1, len(token_ids), tokenizer.vocab_size)
+    assert tokenizer.decode(token_ids) == "The cat sees"
+
+
+def test_prepare_fills_the_cache_that_fit_uses(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = str(tiny_config())
+    main(["prepare", "--config", config])
+    assert not (tmp_path / "checkpoints").exists()
+    (tokens,) = (tmp_path / "cache").glob("tokens-*/train.tokens.bin")
+    changed = tokens.stat().st_mtime_ns
+    main(["fit", "--config", config])
+    assert tokens.stat().st_mtime_ns == changed
+
+
+def test_epochs_mean_passes_over_the_corpus(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = str(tiny_config(trainer={"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0}))
+    main(["fit", "--config", config])
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "tiny" / "last.ckpt")
+    (tokens,) = (tmp_path / "cache").glob("tokens-*/train.tokens.bin")
+    windows = math.ceil(tokens.stat().st_size / 2 / 16)
+    assert checkpoint["TextDataModule"]["consumed_samples"] == 2 * windows
+    assert checkpoint["global_step"] == 2 * math.ceil(windows / 4)
+
+
+def test_validation_interval_counts_optimizer_steps(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(tiny_config(trainer={"accumulate_grad_batches": 3}))])
+    events = EventAccumulator(str(tmp_path / "checkpoints" / "tiny" / "logs"))
+    events.Reload()
+    assert sorted({event.step for event in events.Scalars("val/loss")}) == [3, 6]
+
+
+def run_program(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpt_lightning", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def test_two_ddp_processes_give_the_numbers_of_one(tiny_config: Config, tmp_path: Path) -> None:
+    config = str(tiny_config(trainer={"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}))
+    one = run_program(tmp_path, "fit", "--config", config, "--run_name", "one", "--data.batch_size", "6")
+    assert one.returncode == 0, one.stderr
+    ddp: list[Any] = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "3"]
+    two = run_program(tmp_path, "fit", "--config", config, "--run_name", "two", *ddp)
+    assert two.returncode == 0, two.stderr
+    folder = tmp_path / "checkpoints"
+    for name, tolerance in (("train/loss", 2e-6), ("val/loss", 1e-6), ("train/grad_norm", 1e-5)):
+        assert losses(folder / "two", name) == pytest.approx(
+            losses(folder / "one", name), abs=tolerance
+        ), name
+    # Prompts are spread over the ranks and come back in one file, in order, each once.
+    prompts = json.dumps([f"The {word}" for word in "cat dog house garden river".split()])
+    ckpt = ["--ckpt_path", str(folder / "one" / "last.ckpt"), "--data.prompts", prompts]
+    single = run_program(tmp_path, "predict", *ckpt, "--output", "single.jsonl")
+    double = run_program(tmp_path, "predict", *ckpt, "--output", "double.jsonl", *ddp)
+    assert single.returncode == double.returncode == 0, double.stderr
+    assert (tmp_path / "single.jsonl").read_text() == (tmp_path / "double.jsonl").read_text()
+    assert single.stdout == double.stdout

@@ -1,0 +1,67 @@
+"""Every shipped configuration runs, shrunk; none contradicts itself."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.config import GPTConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SHRUNK = {
+    "data.tokenizer": "bytes",
+    "data.seq_len": "16",
+    "data.batch_size": "2",
+    "data.num_workers": "0",
+    "data.val_fraction": "0.2",
+    "model.config.max_position_embeddings": "16",
+    "model.config.n_layers": "2",
+    "model.config.n_heads": "2",
+    "model.config.d_model": "16",
+    "generation.max_new_tokens": "8",
+    "trainer.accelerator": "cpu",
+    "trainer.accumulate_grad_batches": "2",
+    "trainer.max_steps": "4",
+    "trainer.val_check_interval": "2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {**SHRUNK, "data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
+    main(
+        [
+            "fit",
+            "--config",
+            str(path),
+            *(word for key, value in options.items() for word in (f"--{key}", value)),
+        ]
+    )
+    assert (tmp_path / "checkpoints" / path.stem / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_is_consistent(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    trainer, schedule = settings["trainer"], settings["model"].get("schedule", {})
+    assert schedule.get("warmup_steps", 100) < trainer["max_steps"]
+    assert trainer["max_steps"] % trainer["val_check_interval"] == 0, "the run would end without a validation"
+    config = GPTConfig(**settings["model"]["config"])
+    assert settings["data"]["seq_len"] <= config.max_position_embeddings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_header_says_what_it_is_for(path: Path) -> None:
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert header[0].startswith("# Purpose: ")
+    assert any(line.startswith("# Command: python -m gpt_lightning fit") for line in header)
+    assert any(line.startswith("# Expect:  ") for line in header)
+
+
+def test_gpt2_small_is_the_known_recipe() -> None:
+    settings = yaml.safe_load((CONFIGS[0].parent / "gpt2_small.yaml").read_text(encoding="utf-8"))
+    data, trainer = settings["data"], settings["trainer"]
+    assert data["batch_size"] * data["seq_len"] * trainer["accumulate_grad_batches"] == 491_520

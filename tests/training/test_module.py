@@ -1,0 +1,175 @@
+"""A fit equals a plain loop written here: loss, gradients, accumulation, held-out perplexity."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.training.module import GPTLightningModule, _cut_at_stop
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
+
+pytestmark = pytest.mark.slow
+SEQ_LEN = 15
+
+
+class Recorder(pl.Callback):
+    """Targets of every micro-batch and what was logged at every optimizer step."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(batch)
+        if len(self.batches) % trainer.accumulate_grad_batches == 0:
+            metrics = trainer.callback_metrics
+            self.logged.append(
+                {name: float(metrics[name]) for name in ("train/loss", "train/grad_norm", "lr-AdamW")}
+            )
+
+
+def build(corpus: Path, cache: Path, **data: Any) -> tuple[GPTLightningModule, TextDataModule]:
+    settings = {"tokenizer": "bpe:300", "seq_len": SEQ_LEN, "batch_size": 4, "val_fraction": 0.2} | data
+    datamodule = TextDataModule(train_files=[str(corpus)], cache_dir=str(cache), **settings)
+    torch.manual_seed(1)
+    config = GPTConfig(datamodule.vocab_size, SEQ_LEN, n_layers=2, n_heads=3, d_model=18)
+    schedule = ScheduleConfig(warmup_steps=3, min_lr_ratio=0.1)
+    return GPTLightningModule(config, OptimizerConfig(learning_rate=0.01), schedule), datamodule
+
+
+def trainer(folder: Path, **settings: Any) -> pl.Trainer:
+    options = {
+        "max_steps": 8,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": 0.5,
+        "num_sanity_val_steps": 0,
+    } | settings
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("accumulate, document_mask", [(1, False), (3, False), (2, True)])
+def test_fit_equals_a_plain_loop(corpus: Path, tmp_path: Path, accumulate: int, document_mask: bool) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache", document_mask=document_mask)
+    start = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    recorder = Recorder()
+    max_steps = 3 * 2000 // datamodule.seq_len // 4 // accumulate // 4
+    fit = trainer(tmp_path, max_steps=max_steps, accumulate_grad_batches=accumulate, callbacks=[recorder])
+    fit.fit(module, datamodule)
+    # At least one epoch must have ended inside the run: its last windows are partly padding.
+    assert fit.current_epoch >= 1
+
+    model = build(corpus, tmp_path / "cache")[0].model
+    model.load_state_dict(start)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), foreach=False)
+    for step in range(max_steps):
+        batches = recorder.batches[step * accumulate : (step + 1) * accumulate]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * learning_rate_factor(step, ScheduleConfig(3, 0.1), max_steps)
+        logits = [model(b.input_ids, document_ids=b.document_ids).logits.flatten(0, 1) for b in batches]
+        targets = torch.cat([b.targets.flatten() for b in batches])
+        loss = F.cross_entropy(torch.cat(logits), targets)  # the mean over all tokens that are not -100
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        assert recorder.logged[step]["train/loss"] == pytest.approx(float(loss), abs=2e-5)
+        assert recorder.logged[step]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+        assert recorder.logged[step]["lr-AdamW"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    for name, tensor in module.model.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_perplexity_is_that_of_a_plain_loop_at_any_batch_size(
+    corpus: Path, tmp_path: Path, batch_size: int
+) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache", batch_size=batch_size)
+    metrics = trainer(tmp_path).validate(module, datamodule, verbose=False)[0]
+
+    tokens = torch.from_numpy(held_out_tokens(datamodule).astype("int64"))
+    inputs = torch.cat([tokens[-1:], tokens[:-1]])  # a document starts after an eos; the split ends with one
+    nll = 0.0
+    module.model.eval()
+    for start in range(0, len(tokens), SEQ_LEN):
+        logits = module.model(inputs[None, start : start + SEQ_LEN]).logits[0].double()
+        nll += float(F.cross_entropy(logits, tokens[start : start + SEQ_LEN], reduction="sum"))
+    assert metrics["val/loss"] == pytest.approx(nll / len(tokens), abs=1e-6)
+    assert metrics["val/ppl"] == pytest.approx(math.exp(nll / len(tokens)), rel=1e-6)
+    n_tokens, n_bytes = datamodule.split_counts("val")
+    assert n_tokens == len(tokens)
+    text = datamodule.text_tokenizer.decode(
+        [t for t in tokens.tolist() if t != datamodule.text_tokenizer.eos_token_id]
+    )
+    assert n_bytes == len(text.encode())
+    assert metrics["val/bpb"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)
+
+
+def held_out_tokens(datamodule: TextDataModule) -> Any:
+    """The held-out split as it lies in the cache file."""
+    import numpy as np
+
+    (path,) = Path(datamodule.cache_dir).glob("tokens-*/val.tokens.bin")
+    return np.fromfile(path, dtype=np.uint16)
+
+
+def test_a_fresh_model_is_as_good_as_a_guess(corpus: Path, tmp_path: Path) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache")
+    loss = trainer(tmp_path).validate(module, datamodule, verbose=False)[0]["val/loss"]
+    assert abs(loss - math.log(datamodule.vocab_size)) < 0.1
+
+
+def test_the_module_reloads_from_plain_scalars(corpus: Path, tmp_path: Path) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache")
+    fit = trainer(tmp_path, max_steps=2)
+    fit.fit(module, datamodule)
+    fit.save_checkpoint(tmp_path / "m.ckpt")
+    again = GPTLightningModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    assert again.model.config == module.model.config
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "text, stop, kept",
+    [
+        ("one. two. three", ["."], "one"),
+        ("one. two", ["!", "two"], "one. "),
+        ("one", ["x"], "one"),
+        ("a.b", [], "a.b"),
+    ],
+)
+def test_a_completion_ends_before_its_stop_string(text: str, stop: list[str], kept: str) -> None:
+    assert _cut_at_stop(text, stop) == kept
+
+
+def test_saved_settings_are_plain(corpus: Path, tmp_path: Path, tiny_config: Callable[..., Path]) -> None:
+    module, _ = build(corpus, tmp_path / "cache")
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and plain(item) for key, item in value.items())
+        if isinstance(value, list):
+            return all(plain(item) for item in value)
+        return value is None or type(value) in (bool, int, float, str)
+
+    assert plain(dict(module.hparams))
