@@ -64,7 +64,7 @@ class RunConfigCallback(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
-            self.config, self.folder / CONFIG_NAME, skip_none=False, overwrite=True, multifile=False
+            self.config, self.folder / CONFIG_NAME, skip_unset=False, overwrite=True, multifile=False
         )
 
 
@@ -113,7 +113,9 @@ class GPTLightningCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_class_arguments(GenerationConfig, "generation")
-        parser.link_arguments("data.vocab_size", "model.config.vocab_size", apply_on="instantiate")
+        parser.link_arguments(
+            "data", "model.config.vocab_size", compute_fn=self._choose_vocabulary, apply_on="instantiate"
+        )
 
     @override
     def _prepare_subcommand_parser(
@@ -202,14 +204,12 @@ class GPTLightningCLI(LightningCLI):
             if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-        self.parser.add_instantiator(self._build_data, TextDataModule)
 
-    def _build_data(self, class_type: type[TextDataModule], **kwargs: Any) -> TextDataModule:
-        """The data, with the tokenizer of the checkpoint if there is one: no other fits its weights."""
-        datamodule = class_type(**kwargs)
+    def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
+        """Of the checkpoint's own tokenizer if there is a checkpoint: no other fits its weights."""
         if self._checkpoint is not None:
             datamodule.use_tokenizer(checkpoint_tokenizer(self._checkpoint))
-        return datamodule
+        return datamodule.vocab_size
 
     @override
     def instantiate_classes(self) -> None:
@@ -265,9 +265,10 @@ class GPTLightningCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "prepare":
+        if subcommand != "predict":
+            # Before the Trainer starts: unusable text is to be found before a run folder is made.
             self.datamodule.prepare()
-        else:
+        if subcommand != "prepare":
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -329,12 +330,18 @@ def _quiet() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised on purpose: by this package, or by Lightning about the options."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, MisconfigurationException) or Path(frames[-1].filename).is_relative_to(
-        Path(__file__).parent
-    )
+def _complaint(error: BaseException | None) -> BaseException | None:
+    """The error in this chain that was raised on purpose: by this package, or by Lightning on the options.
+
+    None means that it is a fault of the program, whose traceback somebody will want to read.
+    """
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        if ours or isinstance(error, MisconfigurationException):
+            return error
+        error = error.__cause__
+    return None
 
 
 def run(words: list[str]) -> None:
@@ -345,7 +352,8 @@ def run(words: list[str]) -> None:
     try:
         GPTLightningCLI(complete_words(words))
     except (ValueError, MisconfigurationException) as error:
-        if not _is_ours(error):
+        complaint = _complaint(error)
+        if complaint is None:
             raise
-        print(f"error: {shorten(str(error))}", file=sys.stderr)
+        print(f"error: {shorten(str(complaint))}", file=sys.stderr)
         sys.exit(2)

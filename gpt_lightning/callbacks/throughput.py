@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.data.datamodule import TokenBatch
+from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 
 

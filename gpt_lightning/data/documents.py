@@ -138,10 +138,10 @@ def _safe_cut(text: str, start: int, limit: int) -> int | None:
         if not text[cut - 2].isspace() and not text[cut].isspace():
             return cut
         cut = text.rfind("\n", start + 1, cut - 1) + 1
-    near = [match.end() for match in _LETTER_THEN_SPACE.finditer(text, max(start, limit - 10_000), limit)]
+    near = [match.end() for match in _LETTER_THEN_SPACE.finditer(text, max(start, limit - 10_000), limit + 1)]
     if near:
         return near[-1]
-    beyond = _LETTER_THEN_SPACE.search(text, limit)
+    beyond = _LETTER_THEN_SPACE.search(text, limit - 1)
     return beyond.end() if beyond else None
 
 
@@ -201,7 +201,8 @@ def _json_text(line: str, text_key: str, place: str) -> str:
     if text is None:  # a row without text is an empty document
         return ""
     if not isinstance(text, str):
-        raise ValueError(f"{place}: data.text_key={text_key} is not text but {type(text).__name__}; choose another")
+        kind = type(text).__name__
+        raise ValueError(f"{place}: data.text_key={text_key} is not text but {kind}; choose another key")
     try:
         # Only an escape such as \ud800 can bring in half of a surrogate pair.
         if "\\u" in line:
@@ -267,7 +268,7 @@ def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
 def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
     """A stream of the file's content, and the errors by which it tells damage."""
     if path.endswith(".gz"):
-        return gzip.open(packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore
     if not path.endswith(".zst"):
         return packed, ()
     try:
@@ -275,7 +276,7 @@ def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Excep
     except ImportError:
         raise ValueError(f"{path} needs the package zstandard; pip install zstandard") from None
     reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return reader, (zstandard.ZstdError,)  # type: ignore[return-value]
+    return reader, (zstandard.ZstdError,)
 
 
 def _damaged(path: str, error: Exception) -> ValueError:

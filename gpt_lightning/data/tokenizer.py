@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +31,9 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.eos_token_id: int = tokenizer.token_to_id(eos_token)
-        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.eos_token_id: int = vocabulary[eos_token]
+        self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -43,7 +44,7 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
-        """Whole characters only: bytes that make none, as at a cut end, are left out, as special tokens are."""
+        """Whole characters only: bytes that make none, as at a cut end, are left out, special tokens too."""
         if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
             return self._tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
         text = b"".join(self._token_bytes.get(index, b"") for index in ids)
@@ -69,6 +70,10 @@ class TextTokenizer:
     @classmethod
     def from_dict(cls, state: dict[str, str]) -> "TextTokenizer":
         return cls(Tokenizer.from_str(state["tokenizer_json"]), state["eos_token"])
+
+    def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
+        # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
+        return self.from_dict, (self.to_dict(),)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,7 +118,7 @@ def requested_vocab_size(spec: str) -> int | None:
         return None
     size = spec.removeprefix("bpe:")
     if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
-        raise ValueError(f"data.tokenizer={spec} asks for no size of at least 257 (bytes + eos); try bpe:8192")
+        raise ValueError(f"data.tokenizer={spec} asks for no size above 256, the bytes alone; try bpe:8192")
     return int(size)
 
 
@@ -158,7 +163,7 @@ def _from_folder(folder: Path, option: str) -> TextTokenizer:
             tokenizer = None
         named = _named_eos(folder)
     except Exception as error:  # the Rust side raises bare Exception
-        raise ValueError(f"{option} cannot be read ({_first_line(error)}); save that tokenizer anew") from None
+        raise ValueError(f"{option} cannot be read ({_first_line(error)}); save it anew") from None
     if tokenizer is None:
         return _from_transformers(str(folder), option, local_files_only=True)
     usual = [token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None]

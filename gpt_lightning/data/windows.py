@@ -39,7 +39,7 @@ def position_after(start: int, batches: int, *, windows: int, global_batch: int)
 
 
 def rank_positions(start: int, *, windows: int, batch_size: int, rank: int, ranks: int) -> Ints:
-    """The positions that one data-parallel rank takes of the global batch at `start`; fewer at an epoch's end.
+    """What one data-parallel rank takes of the global batch at `start`; fewer at an epoch's end.
 
     Ranks take turns, so the global batch is the same for any number of ranks.
     """
@@ -47,19 +47,19 @@ def rank_positions(start: int, *, windows: int, batch_size: int, rank: int, rank
     return np.arange(start + rank, end, ranks, dtype=np.int64)
 
 
-def training_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int) -> tuple[Ints, Ints]:
-    """First target and number of targets of the windows at these positions, all of one epoch."""
+def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
+    """First target and number of targets of the windows at these positions, all of one epoch.
+
+    Without a seed the windows come in reading order, as evaluation wants them.
+    """
     windows = n_windows(n_tokens, seq_len)
     epoch = int(positions[0]) // windows if len(positions) else 0
-    index = permute(positions - epoch * windows, windows, key=_hash(seed, epoch, "order"))
-    starts, lengths = evaluation_windows(index, n_tokens=n_tokens, seq_len=seq_len)
-    return (starts + _hash(seed, epoch, "offset") % n_tokens) % n_tokens, lengths
-
-
-def evaluation_windows(positions: Ints, *, n_tokens: int, seq_len: int) -> tuple[Ints, Ints]:
-    """First target and number of targets of the windows in reading order."""
-    starts = positions * seq_len
-    return starts, np.minimum(n_tokens - starts, seq_len)
+    index, offset = positions - epoch * windows, 0
+    if seed is not None:
+        index = permute(index, windows, key=_hash(seed, epoch, "order"))
+        offset = _hash(seed, epoch, "offset") % n_tokens
+    starts = index * seq_len
+    return (starts + offset) % n_tokens, np.minimum(n_tokens - starts, seq_len)
 
 
 def gather(
@@ -78,11 +78,17 @@ def gather(
 
 
 def document_ids(
-    document_starts: NDArray[np.uint64], starts: Ints, lengths: Ints, *, n_tokens: int, rows: int, seq_len: int
+    document_starts: NDArray[np.uint64],
+    starts: Ints,
+    lengths: Ints,
+    *,
+    n_tokens: int,
+    rows: int,
+    seq_len: int,
 ) -> Ints:
-    """Which document each input belongs to, counted from 0 within its window; padding has an id of its own.
+    """Which document each input is in, counted from 0 within its window; padding has an id of its own.
 
-    An input belongs to the document of its target, so the eos before a document is that document's first input.
+    An input is in the document of its target, so the eos before a document is that document's first input.
     """
     ids = np.zeros((rows, seq_len), dtype=np.int64)
     steps = np.arange(seq_len)

@@ -15,7 +15,8 @@ from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.data.datamodule import PromptBatch, TokenBatch
+from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Completion, generate
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -206,9 +207,7 @@ class GPTLightningModule(LightningModule):
                 f"model.schedule.warmup_steps={self.schedule.warmup_steps} is not below the {horizon} steps "
                 "of this run: the learning rate never reaches its peak"
             )
-        # Fused AdamW unscales gradients inside its step, where Lightning can no longer clip them (fp16 only).
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self.model, self.optimizer, fused=fused)
+        optimizer = build_optimizer(self.model, self.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.schedule, horizon)
         )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from gpt_lightning.callbacks import throughput
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.data.datamodule import TokenBatch
+from gpt_lightning.data.batches import TokenBatch
 
 pytestmark = pytest.mark.slow
 

@@ -42,7 +42,7 @@ def test_a_step_equals_adamw_by_hand() -> None:
     model = torch.nn.Linear(2, 1)
     before = model.weight.detach().clone(), model.bias.detach().clone()
     settings = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.95))
-    optimizer = build_optimizer(model, settings, fused=True)
+    optimizer = build_optimizer(model, settings)
     model.weight.grad, model.bias.grad = torch.tensor([[3.0, -4.0]]), torch.tensor([2.0])
     optimizer.step()
     # At the first step the bias-corrected means make the update the gradient's sign.

@@ -1,0 +1,129 @@
+"""Batches of windows as tensors, and the loader that asks for them by number."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from gpt_lightning.data import windows
+from gpt_lightning.data.token_cache import TokenSplit
+
+
+class TokenBatch(NamedTuple):
+    """Windows of text; rows that an epoch's last batch does not fill have no targets."""
+
+    input_ids: Tensor  # [B, T]
+    targets: Tensor  # [B, T], -100 where nothing is scored
+    document_ids: Tensor | None  # [B, T]
+
+
+class WindowBatches(Dataset[TokenBatch]):
+    """One rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
+
+    A batch is gathered in one go, and its number is all that a worker is told: what it holds cannot depend on
+    how many workers there are. Numbers count from the sample at `start`, over epoch ends.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rank: int,
+        ranks: int,
+        document_mask: bool,
+        seed: int | None,
+        start: int,
+    ) -> None:
+        self.split = split
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.rank, self.ranks = rank, ranks
+        self.document_mask = document_mask
+        self.seed = seed
+        self.start = start
+        self.windows = windows.n_windows(split.n_tokens, seq_len)
+
+    def __len__(self) -> int:
+        return windows.n_batches(self.windows, self.batch_size * self.ranks)
+
+    def __getitem__(self, batch: int) -> TokenBatch:
+        sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
+        n_tokens = self.split.n_tokens
+        global_batch = self.batch_size * self.ranks
+        start = windows.position_after(self.start, batch, windows=self.windows, global_batch=global_batch)
+        positions = windows.rank_positions(
+            start, windows=self.windows, batch_size=self.batch_size, rank=self.rank, ranks=self.ranks
+        )
+        starts, lengths = windows.cut_windows(
+            positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
+        )
+        inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
+        document_ids = None
+        if self.document_mask:
+            document_starts = self.split.document_starts
+            document_ids = torch.from_numpy(
+                windows.document_ids(document_starts, starts, lengths, n_tokens=n_tokens, **sizes)
+            )
+        return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), document_ids)
+
+
+class BatchNumbers(NamedTuple):
+    """The batches still to come in an epoch, and how many the whole epoch has."""
+
+    remaining: range
+    epoch_length: int
+
+
+class BatchNumberSampler(DistributedSampler[int]):
+    """Asks for whole batches by number.
+
+    A DistributedSampler by name only: Lightning replaces any other kind by one of its own, which would
+    shuffle and deal out again what is already this rank's.
+    """
+
+    def __init__(self, dataset: Sequence[Any] | Dataset[Any], numbers: Callable[[], BatchNumbers]) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        # Lightning counts an epoch's batches from its beginning, also those that were done before a resume.
+        return self._numbers().epoch_length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers().remaining)
+
+
+class BatchLoader(DataLoader[Any]):
+    """Says that it can be resumed, without which Lightning warns; the position is the datamodule's to keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert not state_dict
+
+
+def batch_loader(
+    dataset: Sequence[Any] | Dataset[Any],
+    numbers: Callable[[], BatchNumbers],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """A loader whose items are whole batches already."""
+    return BatchLoader(
+        dataset,  # type: ignore[arg-type]
+        sampler=BatchNumberSampler(dataset, numbers),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

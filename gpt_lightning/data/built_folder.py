@@ -1,0 +1,121 @@
+"""A folder computed from source files: built by one process, renamed when whole, trusted while fresh."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from gpt_lightning.data.python_docs import SOURCE_NAME, python_docs_fingerprint
+
+_FORMAT = 1
+_META = "meta.json"
+
+_log = logging.getLogger("gpt_lightning")
+
+
+@contextlib.contextmanager
+def built_folder(
+    cache_dir: str,
+    kind: str,
+    settings: dict[str, Any],
+    sources: Sequence[str],
+    build: Callable[[Path], dict[str, Any]],
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder for these settings, and what `build` returned for it; others wait while it is being built.
+
+    `build(folder)` fills an empty folder and returns what to remember of it, as JSON. Nobody replaces the
+    folder inside the `with`.
+    """
+    key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir).absolute() / f"{kind}-{key}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+        raise ValueError(f"data.cache_dir={cache_dir} {problem}; choose a writable folder") from None
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if (reason := _stale_reason(folder, sources)) is not None:
+            _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
+            _build(folder, sources, build)
+        yield folder, _read_meta(folder)["built"]
+
+
+def _build(folder: Path, sources: Sequence[str], build: Callable[[Path], dict[str, Any]]) -> None:
+    # Beside the target: the rename stays on one disk, and what a killed build leaves, the next one sweeps.
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        # Described before they are read: a source that changes meanwhile is found stale the next time.
+        described = [_describe(source) for source in sources]
+        built = build(unfinished)
+        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+        _write_meta(unfinished, {"sources": described, "files": files, "built": built})
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
+    """Why the folder must be built; None if it is fresh."""
+    if not folder.exists():
+        return "not built yet"
+    try:
+        meta = _read_meta(folder)
+        for name, size in meta["files"].items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} is damaged"
+        recorded = meta["sources"]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return "it is damaged"
+    touched = False
+    for source, before in zip(sources, recorded, strict=True):
+        if _stat(source) != before["stat"]:
+            if _content_hash(source) != before["hash"]:
+                return f"{os.path.relpath(source) if source != SOURCE_NAME else source} changed"
+            touched = True
+    if touched:
+        _write_meta(folder, {**meta, "sources": [_describe(source) for source in sources]})
+    return None
+
+
+def _describe(source: str) -> dict[str, Any]:
+    return {"source": source, "stat": _stat(source), "hash": _content_hash(source)}
+
+
+def _stat(source: str) -> list[int] | str:
+    if source == SOURCE_NAME:
+        return python_docs_fingerprint()
+    status = os.stat(source)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _content_hash(source: str) -> str:
+    if source == SOURCE_NAME:
+        return python_docs_fingerprint()
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _META).read_text(encoding="utf-8"))
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Replaced as a whole: a reader sees the old one or the new one."""
+    temporary = folder / f"{_META}.new"
+    temporary.write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    temporary.replace(folder / _META)

@@ -1,0 +1,267 @@
+"""TextDataModule: from text files and prompts to the batches that Lightning asks for."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from gpt_lightning.data import windows
+from gpt_lightning.data.batches import BatchNumbers, TokenBatch, WindowBatches, batch_loader
+from gpt_lightning.data.documents import resolve_sources
+from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
+from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.training_order import TrainingOrder
+from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+
+
+class TextDataModule(LightningDataModule):
+    """Text files to training and evaluation batches, and prompts to generate from.
+
+    Args:
+        train_files: Files, folders or globs of .txt, .jsonl or .parquet text (.gz and .zst too), or
+            `python:docs`, the documentation that every Python carries.
+        val_files: Text to validate on; without it `val_fraction` of the training text is held out.
+        test_files: Text to test on; without it the validation text is.
+        val_fraction: Share of the training text to hold out, by whole documents where there are enough.
+        tokenizer: `bpe` (trained on the training text), `bpe:8192` (of that size), `bytes`, a folder, or a
+            name on the Hugging Face hub.
+        seq_len: Tokens in a training window, at most the model's max_position_embeddings.
+        batch_size: Windows per data-parallel rank and step.
+        num_workers: Processes that load batches; they change the speed and never the order.
+        cache_dir: Where tokenized text is kept for the next run.
+        document_mask: Keep attention within a document and count positions from its start.
+        text_key: Key of the text in .jsonl rows, column of it in .parquet files.
+        document_separator: Text that separates the documents within a .txt file; without it a file is one.
+        seed: Decides what is held out and the order of samples.
+        prompts: Text or texts to continue with `predict`.
+        prompts_file: More of them: a .txt file of one a line, or a .jsonl file with the key `prompt`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        val_fraction: float = 0.1,
+        tokenizer: str = "bpe",
+        seq_len: int = 1024,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        cache_dir: str = ".cache/gpt_lightning",
+        document_mask: bool = False,
+        text_key: str = "text",
+        document_separator: str | None = None,
+        seed: int = 42,
+        prompts: list[str] | str | None = None,
+        prompts_file: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
+        self.val_fraction = val_fraction
+        self.tokenizer = tokenizer
+        self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
+        self.cache_dir = cache_dir
+        self.document_mask = document_mask
+        self.text_key, self.document_separator = text_key, document_separator
+        self.seed = seed
+        self.prompts, self.prompts_file = prompts, prompts_file
+        self._check_options()
+        self._text_tokenizer: TextTokenizer | None = None
+        self._splits: dict[str, TokenSplit] | None = None
+        self._order = TrainingOrder(self)
+
+    def _check_options(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} is not in [0, 1); choose a fraction such as 0.1"
+            )
+        for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
+        if self.document_separator == "":
+            raise ValueError("data.document_separator='' separates nothing; leave it out or give some text")
+        if is_trained_here(self.tokenizer):
+            requested_vocab_size(self.tokenizer)
+
+    # ---- tokenizer and corpus
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """Loaded, or trained on the training text, at first use."""
+        if self._text_tokenizer is None:
+            if is_trained_here(self.tokenizer):
+                corpus = self._corpus()
+                if not corpus.train_files:
+                    raise self._no_train_files()
+                size = requested_vocab_size(self.tokenizer)
+                self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
+            else:
+                self._text_tokenizer = load_tokenizer(self.tokenizer)
+        return self._text_tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer can give, for the model's config."""
+        return self.text_tokenizer.vocab_size
+
+    def use_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Encode with this tokenizer, such as a checkpoint's, whatever `data.tokenizer` says."""
+        self._text_tokenizer = tokenizer
+        self._splits = None
+
+    def prepare(self) -> dict[str, TokenSplit]:
+        """Open the token cache, building what is missing or stale; the splits that have tokens, by name.
+
+        Every process may call it: one builds, the others wait.
+        """
+        if self._splits is None:
+            corpus = self._corpus()
+            if not corpus.train_files and not corpus.val_files and not corpus.test_files:
+                raise self._no_train_files()
+            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir)
+            if corpus.train_files:
+                n_tokens = splits["train"].n_tokens if "train" in splits else 0
+                if n_tokens == 0:
+                    raise ValueError(f"data.train_files={self.train_files} is empty; give files with text")
+                if n_tokens < self.seq_len + 1:
+                    raise ValueError(
+                        f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there are "
+                        f"{n_tokens}; lower data.seq_len or add text to data.train_files"
+                    )
+            self._splits = splits
+        return self._splits
+
+    def split_counts(self, name: str) -> tuple[int, int]:
+        """Tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
+        split = self._split(name)
+        return (split.n_tokens, split.n_bytes) if split else (0, 0)
+
+    def _split(self, name: str) -> TokenSplit | None:
+        """Without test files the validation text is the test text."""
+        splits = self.prepare()
+        return splits.get(name, splits.get("val") if name == "test" else None)
+
+    def _corpus(self) -> Corpus:
+        files = {}
+        for option in ("train_files", "val_files", "test_files"):
+            patterns = getattr(self, option)
+            patterns = [patterns] if isinstance(patterns, str) else patterns
+            files[option] = () if patterns is None else tuple(resolve_sources(patterns, f"data.{option}"))
+        for option in ("val_files", "test_files"):
+            for file in files[option]:
+                if file in files["train_files"]:
+                    raise ValueError(f"data.{option}={file} is also in data.train_files; remove it from one")
+        return Corpus(
+            **files,
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            text_key=self.text_key,
+            document_separator=self.document_separator,
+        )
+
+    def _no_train_files(self) -> ValueError:
+        return ValueError("data.train_files=null names no text; give a file, folder or glob, or python:docs")
+
+    # ---- loaders
+
+    @override
+    def setup(self, stage: str) -> None:
+        # Not in prepare_data, which is not told the stage: predict needs a tokenizer and no corpus.
+        if stage == "predict":
+            return
+        self.prepare()
+        if stage == "fit":
+            if self.train_files is None:
+                raise self._no_train_files()
+            self._order.start()
+        elif self._split({"validate": "val"}.get(stage, stage)) is None:
+            option = f"data.val_fraction={self.val_fraction}"
+            raise ValueError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
+
+    @override
+    def train_dataloader(self) -> DataLoader[TokenBatch]:
+        split = self._split("train")
+        if split is None:
+            raise self._no_train_files()
+        shape = self._epoch_shape()
+        self._order.keep_epoch_length_true(**shape)
+        dataset = self._window_batches(split, seed=self.seed, start=self._order.first_sample)
+        return self._loader(dataset, lambda: self._order.batch_numbers(**shape))
+
+    @override
+    def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
+        return self._evaluation_loader("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
+        return self._evaluation_loader("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        rank, ranks = self._rank_and_ranks()
+        prompts = read_prompts(self.prompts, self.prompts_file)
+        batches = prompt_batches(
+            prompts, self.text_tokenizer, batch_size=self.batch_size, rank=rank, ranks=ranks
+        )
+        return batch_loader(batches, lambda: BatchNumbers(range(len(batches)), len(batches)))
+
+    def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
+        split = self._split(name)
+        if split is None:
+            return []
+        dataset = self._window_batches(split, seed=None, start=0)
+        return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
+
+    def _window_batches(self, split: TokenSplit, *, seed: int | None, start: int) -> WindowBatches:
+        rank, ranks = self._rank_and_ranks()
+        return WindowBatches(
+            split,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            rank=rank,
+            ranks=ranks,
+            document_mask=self.document_mask,
+            seed=seed,
+            start=start,
+        )
+
+    def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return batch_loader(dataset, numbers, num_workers=self.num_workers, pin_memory=on_gpu)
+
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        """Data-parallel, as the strategy tells it: tensor-parallel peers read the same samples."""
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])
+
+    # ---- the position in the training order
+
+    @property
+    def consumed_samples(self) -> int:
+        """Windows trained on so far, over all ranks and epochs: the position in the training order."""
+        return self._order.consumed_samples(**self._epoch_shape())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        order = self._order.state_dict(**self._epoch_shape())
+        return {**order, "tokenizer": self.text_tokenizer.to_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        tokenizer = TextTokenizer.from_dict(state_dict["tokenizer"])
+        if self._text_tokenizer is None:
+            self.use_tokenizer(tokenizer)
+        elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer, whose ids "
+                "the model knows; train anew, or leave data.tokenizer and the text as they were"
+            )
+        self._order.load_state_dict(state_dict)
+
+    def _epoch_shape(self) -> dict[str, int]:
+        split = self.prepare()["train"]
+        n_windows = windows.n_windows(split.n_tokens, self.seq_len)
+        return {"windows": n_windows, "global_batch": self.batch_size * self._rank_and_ranks()[1]}

@@ -1,0 +1,65 @@
+"""Prompts from options and files, in the batches that `predict` generates from."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt_lightning.data.tokenizer import TextTokenizer
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to continue; `indices` are their places in the order the user gave."""
+
+    indices: list[int]
+    prompts: list[str]
+    token_ids: list[list[int]]
+
+
+def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
+    """The given prompts, then those of the file; without any, one empty prompt: the start of a document."""
+    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    if prompts_file is not None:
+        given += _read_file(Path(prompts_file).expanduser())
+    return given or [""]
+
+
+def prompt_batches(
+    prompts: list[str], tokenizer: TextTokenizer, *, batch_size: int, rank: int, ranks: int
+) -> list[PromptBatch]:
+    """One data-parallel rank's share. An empty prompt becomes the eos that stands before every document."""
+    mine = list(range(rank, len(prompts), ranks))
+    batches = []
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        texts = [prompts[index] for index in indices]
+        token_ids = [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(texts)]
+        batches.append(PromptBatch(indices, texts, token_ids))
+    return batches
+
+
+def _read_file(path: Path) -> list[str]:
+    option = f"data.prompts_file={path}"
+    if not path.is_file():
+        raise ValueError(f"{option} does not exist; check the path")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{option} has no known suffix; use .txt (one prompt a line) or .jsonl (key prompt)")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    # Not splitlines(): it also splits at characters that a prompt may hold, such as a form feed.
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if path.suffix == ".txt":
+        return [line for _, line in lines]
+    return [_json_prompt(line, f"{option}, line {number},") for number, line in lines]
+
+
+def _json_prompt(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
+    return row["prompt"]

@@ -1,0 +1,230 @@
+"""The corpus as memory-mapped token ids, built once and trusted only while it matches its sources.
+
+A cache folder holds, for each split of `train`, `val` and `test` that has text, `<split>.tokens.bin` (uint16,
+or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where each document starts, and the
+end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
+"""
+
+import os
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt_lightning.data.built_folder import built_folder
+from gpt_lightning.data.documents import Piece, read_pieces, source_bytes
+from gpt_lightning.data.split import plan_split, split_pieces
+from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
+
+_BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Resolved sources of each split, and all else that decides which text is trained on and held out."""
+
+    train_files: tuple[str, ...]
+    val_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    val_fraction: float
+    seed: int
+    text_key: str
+    document_separator: str | None
+
+    def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+        for file in files:
+            yield from read_pieces(
+                file, on_bytes, text_key=self.text_key, document_separator=self.document_separator
+            )
+
+    def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+        """The training files, with what they hold out marked `val`; reads them twice if they hold out any."""
+        if self.val_files or not self.val_fraction:
+            return (("train", piece) for piece in self.read(self.train_files, on_bytes))
+        plan = plan_split(self._document_sizes(), self.val_fraction, self.seed)
+        return split_pieces(self.read(self.train_files, on_bytes), plan)
+
+    def _document_sizes(self) -> NDArray[np.uint64]:
+        sizes, size = array("Q"), 0
+        for piece in self.read(self.train_files, lambda n_bytes: None):
+            size += len(piece.text.encode("utf-8"))
+            if piece.ends_document:
+                sizes.append(size)
+                size = 0
+        return np.asarray(sizes, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split of a cache: its counts, and its arrays, mapped at first use."""
+
+    folder: Path
+    name: str
+    dtype: str
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
+    @cached_property
+    def tokens(self) -> NDArray[np.integer]:
+        return np.memmap(self.folder / f"{self.name}.tokens.bin", dtype=self.dtype, mode="r")
+
+    @cached_property
+    def document_starts(self) -> NDArray[np.uint64]:
+        return np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker maps the files itself; a pickled map would be a copy of the corpus.
+        maps = ("tokens", "document_starts")
+        return {name: value for name, value in self.__dict__.items() if name not in maps}
+
+
+def prepare_tokens(corpus: Corpus, tokenizer: TextTokenizer, cache_dir: str) -> dict[str, TokenSplit]:
+    """The splits that have tokens, from the cache if it is fresh, else built now; safe in every process."""
+    settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
+    sources = corpus.train_files + corpus.val_files + corpus.test_files
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _write_tokens(folder, corpus, tokenizer)
+
+    with built_folder(cache_dir, "tokens", settings, sources, build) as (folder, built):
+        splits = {name: TokenSplit(folder, name, **counts) for name, counts in built.items()}
+        # Mapped before another process may replace the folder: from here on these maps never change.
+        for split in splits.values():
+            split.tokens, split.document_starts
+    return splits
+
+
+def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
+    """A BPE trained on the training split alone; its size follows from that split's if it is None."""
+    settings = {**asdict(corpus), "test_files": (), "vocab_size": vocab_size}
+    # Whatever stands in the validation files, it decides only that nothing else is held out.
+    settings["val_files"] = bool(corpus.val_files)
+
+    def build(folder: Path) -> dict[str, Any]:
+        size = vocab_size or default_vocab_size(_train_bytes(corpus))
+        with _Progress("Training the tokenizer", corpus.train_files) as progress:
+            texts = (piece.text for name, piece in corpus.read_train(progress.advance) if name == "train")
+            train_bpe(texts, size).save(folder)
+        return {}
+
+    with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
+        return load_tokenizer(str(folder))
+
+
+def _train_bytes(corpus: Corpus) -> int:
+    marked = corpus.read_train(lambda n_bytes: None)
+    return sum(len(piece.text.encode("utf-8")) for name, piece in marked if name == "train")
+
+
+def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
+    sources = corpus.train_files + corpus.val_files + corpus.test_files
+    writers: dict[str, _SplitWriter] = {}
+    with _Progress("Tokenizing", sources) as progress:
+        for batch in _batches(_marked_pieces(corpus, progress.advance)):
+            encoded = tokenizer.encode_batch([piece.text for _, piece in batch])
+            for (name, piece), ids in zip(batch, encoded, strict=True):
+                if name not in writers:
+                    writers[name] = _SplitWriter(folder, name, tokenizer)
+                writers[name].add(piece, ids)
+    return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+    yield from corpus.read_train(on_bytes)
+    for name, files in (("val", corpus.val_files), ("test", corpus.test_files)):
+        for piece in corpus.read(files, on_bytes):
+            yield name, piece
+
+
+def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+    """Enough text at a time to keep all cores of the tokenizer busy, few enough to keep memory flat."""
+    batch: list[tuple[str, Piece]] = []
+    characters = 0
+    for name, piece in marked:
+        batch.append((name, piece))
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Appends documents to the files of one split."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: TextTokenizer) -> None:
+        self._tokens_file = open(folder / f"{name}.tokens.bin", "wb")
+        self._documents_file = open(folder / f"{name}.documents.bin", "wb")
+        self._eos_token_id = tokenizer.eos_token_id
+        self._typecode = "H" if tokenizer.vocab_size <= 65536 else "I"
+        self._n_tokens = self._n_bytes = self._n_documents = 0
+        array("Q", [0]).tofile(self._documents_file)
+
+    def add(self, piece: Piece, ids: list[int]) -> None:
+        if piece.ends_document:
+            ids = [*ids, self._eos_token_id]
+        array(self._typecode, ids).tofile(self._tokens_file)
+        self._n_tokens += len(ids)
+        self._n_bytes += len(piece.text.encode("utf-8"))
+        if piece.ends_document:
+            self._n_documents += 1
+            array("Q", [self._n_tokens]).tofile(self._documents_file)
+
+    def finish(self) -> dict[str, Any]:
+        """The counts of the split, once its files are on disk."""
+        for file in (self._tokens_file, self._documents_file):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return {
+            "dtype": "uint16" if self._typecode == "H" else "uint32",
+            "n_tokens": self._n_tokens,
+            "n_bytes": self._n_bytes,
+            "n_documents": self._n_documents,
+        }
+
+
+class _Progress:
+    """A progress bar on a terminal's stderr, for reads that take longer than a second."""
+
+    def __init__(self, title: str, sources: tuple[str, ...]) -> None:
+        self._title = title
+        self._total = sum(source_bytes(source) for source in sources)
+        self._done = 0
+        self._started = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        if self._bar is None and sys.stderr.isatty() and time.monotonic() - self._started > 1:
+            self._start()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(self._title, total=self._total)
+        self._bar.start()

@@ -1,0 +1,97 @@
+"""Where training stands in the sample order, from Lightning's own count of batches.
+
+Lightning restores its loop counters by itself, so this keeps no second count that could disagree: it
+remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
+"""
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+from gpt_lightning.data.batches import BatchNumbers
+from gpt_lightning.data.windows import n_batches, position_after
+
+
+class TrainingOrder:
+    """The position of one datamodule's training, and the batches left in its epoch.
+
+    Methods take the epoch's number of windows and the global batch; both may differ from those of the run
+    that wrote the checkpoint.
+    """
+
+    def __init__(self, datamodule: LightningDataModule) -> None:
+        self._datamodule = datamodule
+        self._usual_reload: int | None = None
+        self.first_sample = 0
+        self._first_batch = 0
+        self._first_epoch_batches = 0
+
+    def start(self) -> None:
+        """Begin anew with a trainer that has not seen what an earlier one restored."""
+        if self._batches_trained() < self._first_batch:
+            self.first_sample = self._first_batch = self._first_epoch_batches = 0
+
+    def consumed_samples(self, windows: int, global_batch: int) -> int:
+        return position_after(
+            self.first_sample, self._batches_since_restored(), windows=windows, global_batch=global_batch
+        )
+
+    def state_dict(self, windows: int, global_batch: int) -> dict[str, int]:
+        return {
+            "consumed_samples": self.consumed_samples(windows, global_batch),
+            "batches": max(self._batches_trained(), self._first_batch),
+            "epoch_batches": self._batches_of_epoch(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first_sample = state_dict["consumed_samples"]
+        self._first_batch = state_dict["batches"]
+        self._first_epoch_batches = state_dict["epoch_batches"]
+
+    def batch_numbers(self, windows: int, global_batch: int) -> BatchNumbers:
+        """The rest of the epoch, numbered from the restored position."""
+        first = self._batches_since_restored()
+        usual = n_batches(windows, global_batch)
+        within = self.consumed_samples(windows, global_batch) % windows
+        if within == 0 or self._epochs_are_limited(usual):
+            return BatchNumbers(range(first, first + usual), usual)
+        left = n_batches(windows - within, global_batch)
+        return BatchNumbers(range(first, first + left), self._batches_of_epoch() + left)
+
+    def keep_epoch_length_true(self, windows: int, global_batch: int) -> None:
+        """Have Lightning ask for the length again after an epoch resumed with another global batch."""
+        trainer = self._trainer()
+        if trainer is None:
+            return
+        if self.batch_numbers(windows, global_batch).epoch_length != n_batches(windows, global_batch):
+            self._usual_reload = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        elif self._usual_reload is not None:
+            trainer.reload_dataloaders_every_n_epochs = self._usual_reload  # type: ignore[attr-defined]
+            self._usual_reload = None
+
+    def _trainer(self) -> Trainer | None:
+        return self._datamodule.trainer
+
+    def _batches_trained(self) -> int:
+        """Over all epochs; `processed` is right in every hook in which a checkpoint is saved."""
+        trainer = self._trainer()
+        if trainer is None:
+            return 0
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+    def _batches_since_restored(self) -> int:
+        # Lightning restores its counters after this state; until then it has trained on fewer.
+        return max(0, self._batches_trained() - self._first_batch)
+
+    def _batches_of_epoch(self) -> int:
+        trainer = self._trainer()
+        if trainer is None or self._batches_since_restored() == 0:
+            return self._first_epoch_batches
+        return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+
+    def _epochs_are_limited(self, usual: int) -> bool:
+        """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""
+        trainer = self._trainer()
+        limit = 1.0 if trainer is None else trainer.limit_train_batches
+        return limit < (usual if isinstance(limit, int) else 1)

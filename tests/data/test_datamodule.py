@@ -1,0 +1,194 @@
+"""TextDataModule: options, loaders and prompts, without training."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+
+
+class RankOf:
+    """What the datamodule asks of a trainer on one of several data-parallel ranks."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        self.strategy, self.fit_loop = trainer.strategy, trainer.fit_loop
+        self.limit_train_batches, self.reload_dataloaders_every_n_epochs = 1.0, 0
+        self.distributed_sampler_kwargs = {"num_replicas": ranks, "rank": rank}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """40 documents, each of a letter of its own."""
+    rows = [{"text": chr(0x41 + index) * (9 + index % 7)} for index in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return tmp_path / "a.jsonl"
+
+
+def datamodule(source: Path, rank: int = 0, ranks: int = 1, **options: Any) -> TextDataModule:
+    options = {"seq_len": 7, "batch_size": 4, "tokenizer": "bytes", "val_fraction": 0.2, **options}
+    made = TextDataModule(train_files=str(source), cache_dir=str(source.parent / "cache"), **options)
+    made.trainer = RankOf(rank, ranks) if ranks > 1 else None  # type: ignore[assignment]
+    return made
+
+
+def scored(batches: list[TokenBatch]) -> Counter[int]:
+    return Counter(int(target) for batch in batches for target in batch.targets.flatten() if target != -100)
+
+
+def test_an_epoch_trains_on_every_training_token_once_and_on_no_other(source: Path) -> None:
+    data = datamodule(source)
+    splits = data.prepare()
+    held_out = set(splits["val"].tokens.tolist()) - {256}
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) > 5
+    assert scored(batches) == Counter(splits["train"].tokens.tolist())
+    assert held_out and not held_out & set(scored(batches))
+    assert not held_out & {int(index) for batch in batches for index in batch.input_ids.flatten()}
+    assert all(batch.input_ids.shape == batch.targets.shape == (4, 7) for batch in batches)
+    assert all(batch.input_ids.dtype == torch.int64 and batch.document_ids is None for batch in batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_global_batches_do_not_depend_on_ranks_or_workers(source: Path, ranks: int, num_workers: int) -> None:
+    expected = [
+        sorted(row.tolist() for row in batch.targets if (row != -100).any())
+        for batch in datamodule(source, batch_size=8).train_dataloader()
+    ]
+    loaders = [
+        datamodule(source, rank, ranks, batch_size=8 // ranks, num_workers=num_workers).train_dataloader()
+        for rank in range(ranks)
+    ]
+    if num_workers and ranks == 4:
+        loaders = loaders[:1]
+    assert len({len(loader) for loader in loaders}) == 1
+    for shares, whole in zip(zip(*loaders, strict=True), expected, strict=True):
+        rows = sorted(row.tolist() for share in shares for row in share.targets if (row != -100).any())
+        assert rows == whole if len(loaders) == ranks else all(row in whole for row in rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_scores_every_held_out_token_once(source: Path, batch_size: int, ranks: int) -> None:
+    loaders = [datamodule(source, rank, ranks, batch_size=batch_size).val_dataloader() for rank in range(ranks)]
+    shares = [list(loader) for loader in loaders]
+    data = datamodule(source)
+    assert len({len(share) for share in shares}) == 1
+    assert scored(sum(shares, [])) == Counter(data.prepare()["val"].tokens.tolist())
+    assert data.split_counts("val")[0] == sum(scored(sum(shares, [])).values())
+
+
+def test_document_mask_separates_documents(source: Path) -> None:
+    for batch in datamodule(source, document_mask=True).train_dataloader():
+        assert batch.document_ids is not None
+        for targets, ids in zip(batch.targets.tolist(), batch.document_ids.tolist(), strict=True):
+            letters: dict[int, set[int]] = {}
+            for target, index in zip(targets, ids, strict=True):
+                letters.setdefault(index, set()).add(target)
+            # Every document is one letter and its eos.
+            assert all(len(letter - {256}) <= 1 for letter in letters.values())
+
+
+def test_bits_per_byte_counts(source: Path) -> None:
+    data = datamodule(source)
+    n_tokens, n_bytes = data.split_counts("train")
+    split = data.prepare()["train"]
+    assert n_bytes == n_tokens - split.n_documents  # a byte a token, and an eos a document
+    assert data.split_counts("test") == data.split_counts("val")
+    assert datamodule(source, val_fraction=0.0).split_counts("val") == (0, 0)
+
+
+def test_absent_splits_have_no_loader(source: Path) -> None:
+    data = datamodule(source, val_fraction=0.0)
+    assert data.val_dataloader() == [] and data.test_dataloader() == []
+    data.setup("fit")
+    for stage in ("validate", "test"):
+        with pytest.raises(ValueError, match=f"data.val_fraction=0.0 leaves no text to {stage} on; raise"):
+            data.setup(stage)
+    test = datamodule(source, val_fraction=0.0, test_files=str(write(source.parent / "t.txt", "xyz")))
+    assert scored(list(test.test_dataloader())) == Counter([*b"xyz", 256])
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_validation_needs_no_training_text(source: Path) -> None:
+    data = TextDataModule(
+        val_files=str(source), tokenizer="bytes", seq_len=5, cache_dir=str(source.parent / "cache")
+    )
+    data.setup("validate")
+    assert sum(scored(list(data.val_dataloader())).values()) == data.split_counts("val")[0] > 0
+    with pytest.raises(ValueError, match="data.train_files=null names no text; give"):
+        data.setup("fit")
+
+
+def test_options_are_checked_at_once() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"val_fraction": 1.5}, r"data.val_fraction=1.5 is not in \[0, 1\); choose a fraction such as 0.1"),
+        ({"val_fraction": -0.1}, r"data.val_fraction=-0.1 is not in"),
+        ({"seq_len": 0}, "data.seq_len=0 is below 1; "),
+        ({"batch_size": 0}, "data.batch_size=0 is below 1; "),
+        ({"num_workers": -1}, "data.num_workers=-1 is below 0; "),
+        ({"document_separator": ""}, "data.document_separator='' separates nothing; "),
+        ({"tokenizer": "bpe:1"}, "data.tokenizer=bpe:1 asks for "),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            TextDataModule(**options)
+
+
+def test_corpus_errors_name_the_option(source: Path) -> None:
+    with pytest.raises(ValueError, match="data.train_files=null names no text; give"):
+        TextDataModule().prepare()
+    with pytest.raises(ValueError, match="data.train_files=null names no text; give"):
+        TextDataModule().vocab_size
+    with pytest.raises(ValueError, match=r"data.val_files=.*a.jsonl is also in data.train_files; remove"):
+        datamodule(source, val_files=[str(source)]).prepare()
+    n_tokens = datamodule(source).split_counts("train")[0]
+    datamodule(source, seq_len=n_tokens - 1).prepare()
+    with pytest.raises(ValueError, match=f"seq_len={n_tokens} needs {n_tokens + 1} .* there are {n_tokens}; lower"):
+        datamodule(source, seq_len=n_tokens).prepare()
+
+
+def test_vocabulary_follows_the_tokenizer_in_use(source: Path) -> None:
+    data = datamodule(source, tokenizer="bpe:270")
+    assert data.vocab_size == data.text_tokenizer.vocab_size <= 270
+    data.use_tokenizer(load_tokenizer("bytes"))
+    assert data.vocab_size == 257 and data.prepare()["train"].tokens.max() == 256
+
+
+def test_prediction_touches_no_corpus() -> None:
+    data = TextDataModule(train_files="/none.txt", prompts=["ab", "", "c"], batch_size=2)
+    data.use_tokenizer(load_tokenizer("bytes"))
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert [batch.indices for batch in batches] == [[0, 1], [2]]
+    assert [batch.token_ids for batch in batches] == [[[97, 98], [256]], [[99]]]
+    assert [batch.prompts for batch in batches] == [["ab", ""], ["c"]]
+
+
+def test_state_carries_position_and_tokenizer(source: Path) -> None:
+    data = datamodule(source)
+    state = data.state_dict()
+    assert state["consumed_samples"] == 0
+    assert TextTokenizer.from_dict(state["tokenizer"]).fingerprint == data.text_tokenizer.fingerprint
+    whole = [batch.targets.tolist() for batch in data.train_dataloader()]
+    later = datamodule(source)
+    later.load_state_dict({**state, "consumed_samples": 12, "batches": 3, "epoch_batches": 3})
+    assert later.consumed_samples == 12
+    assert [batch.targets.tolist() for batch in later.train_dataloader()] == whole[3:]
+    assert len(later.train_dataloader()) == len(whole)
+    other = datamodule(source, tokenizer="bpe:260")
+    assert other.vocab_size > 0
+    with pytest.raises(ValueError, match="data.tokenizer=bpe:260 on this text is not the checkpoint's"):
+        other.load_state_dict(state)

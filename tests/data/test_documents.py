@@ -1,0 +1,171 @@
+"""Readers: every suffix, every error, and pieces that a tokenizer cannot tell from whole documents."""
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from gpt_lightning.data import documents
+from gpt_lightning.data.documents import read_pieces, resolve_sources, source_bytes
+from gpt_lightning.data.tokenizer import train_bpe
+
+
+def read(path: Path | str, text_key: str = "text", separator: str | None = None) -> list[str]:
+    """Whole documents, joined from their pieces."""
+    found, text = [], ""
+    for piece in read_pieces(str(path), lambda n: None, text_key=text_key, document_separator=separator):
+        text += piece.text
+        if piece.ends_document:
+            found.append(text)
+            text = ""
+    assert text == "", "the last piece must end its document"
+    return found
+
+
+def pack(path: Path, content: bytes) -> Path:
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = zstandard.compress(content)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_and_json_lines_packed_or_not(tmp_path: Path, suffix: str) -> None:
+    text = "\ufeffFirst line\r\nsecond é 鲁迅 🙂\n"
+    assert read(pack(tmp_path / f"a.txt{suffix}", text.encode())) == [text[1:]]
+    rows = ["one", "", "two\nlines", "  \n"]
+    lines = "\n".join(json.dumps({"text": row, "n": 1}) for row in rows) + "\n\n"
+    assert read(pack(tmp_path / f"a.jsonl{suffix}", lines.encode())) == ["one", "two\nlines"]
+
+
+def test_parquet_column(tmp_path: Path) -> None:
+    rows = [f"row {index}" for index in range(200)] + ["", None]
+    parquet.write_table(pyarrow.table({"body": rows, "n": list(range(202))}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_key="body") == rows[:200]
+
+
+def test_separator_also_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one", "two\n", "three " * 5, "4"]
+    path = pack(tmp_path / "a.txt", "<SEP>".join([texts[0], "", *texts[1:]]).encode())
+    for chunk in (1, 2, 3, 7, 1000):
+        monkeypatch.setattr(documents, "_CHUNK_BYTES", chunk)
+        assert read(path, separator="<SEP>") == texts
+
+
+def test_progress_adds_up_to_the_size(tmp_path: Path) -> None:
+    rows = [f"row {index}" * 50 for index in range(300)]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    lines = "\n".join(json.dumps({"text": row}) for row in rows).encode()
+    for path in (pack(tmp_path / "a.jsonl.gz", lines), pack(tmp_path / "a.txt", lines), tmp_path / "a.parquet"):
+        told: list[int] = []
+        list(read_pieces(str(path), told.append, text_key="text", document_separator=None))
+        assert sum(told) == pytest.approx(source_bytes(str(path)), abs=20)
+
+
+def mixed_text(line_end: str) -> str:
+    """Prose, code and CJK with every kind of gap a pre-tokenizer treats specially."""
+    draw = random.Random(5)
+    words = ["don't", "we'll", "x=1", "...", "鲁迅", "。", "42", "naïve", "🙂", "\"quoted\"", "a-b"]
+    gaps = [" ", " ", " ", "  ", line_end, line_end * 2, line_end + "    ", "\t", " " + line_end]
+    return "".join(draw.choice(words) + draw.choice(gaps) for _ in range(6000))
+
+
+@pytest.mark.parametrize("text", [mixed_text("\n"), mixed_text("\r\n"), mixed_text(" "), mixed_text("\r\n") * 2])
+def test_ids_of_pieces_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    tokenizer = train_bpe([text], 700)
+    path = pack(tmp_path / "a.txt", text.encode())
+    monkeypatch.setattr(documents, "_CHUNK_BYTES", 501)
+    monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 300)
+    pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
+    assert len(pieces) > 50 and "".join(piece.text for piece in pieces) == text
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    joined = [index for ids in tokenizer.encode_batch([piece.text for piece in pieces]) for index in ids]
+    assert joined == tokenizer.encode(text)
+
+
+def test_long_documents_come_in_bounded_pieces(tmp_path: Path) -> None:
+    book = "The quick brown fox jumps.\nOver the lazy dog, it said.\n" * 20_000
+    path = pack(tmp_path / "a.jsonl", (json.dumps({"text": book}) + "\n" + json.dumps({"text": "b"})).encode())
+    pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
+    assert max(len(piece.text) for piece in pieces) <= 1 << 17
+    assert read(path) == [book, "b"]
+
+
+def test_text_without_any_safe_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(documents, "_CHUNK_BYTES", 16)
+    endless = "A1" * 500
+    assert read(pack(tmp_path / "a.txt", endless.encode())) == [endless]
+    pieces = read_pieces(
+        str(pack(tmp_path / "b.txt", (endless + "x yz." * 30).encode())),
+        lambda n: None,
+        text_key="text",
+        document_separator=None,
+    )
+    assert [len(piece.text) for piece in pieces][:2] == [1001, 10]
+
+
+def test_sources_expand_in_order_without_repeats(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.jsonl.gz", "sub/d.md", ".hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    a, b, c = (str(tmp_path / name) for name in ("a.txt", "b.txt", "sub/c.jsonl.gz"))
+    assert resolve_sources([str(tmp_path)], "data.train_files") == [a, b, c]
+    assert resolve_sources([b, str(tmp_path / "*.txt")], "data.train_files") == [b, a]
+    assert resolve_sources([str(tmp_path / "**" / "*.gz"), "python:docs"], "x") == [c, "python:docs"]
+
+
+def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        r"data.train_files=\[] names no file; give": [],
+        r"data.val_files=.*/none.txt does not exist; check": [str(tmp_path / "none.txt")],
+        r"data.val_files=.*/a.pdf has no known suffix; use one of .txt": [str(tmp_path / "a.pdf")],
+        r"data.val_files=.*/empty matches no file that ends in": [str(tmp_path / "empty")],
+        r"data.val_files=.*\*.txt matches no file that ends in": [str(tmp_path / "*.txt")],
+    }
+    for message, patterns in cases.items():
+        with pytest.raises(ValueError, match=message):
+            resolve_sources(patterns, message.partition("=")[0])
+
+
+def bad_files() -> Iterator[tuple[str, bytes, str]]:
+    yield "a.txt", "ab é".encode()[:-1], "a.txt is not UTF-8 at byte 3; convert"
+    yield "b.txt", b"x" * 300_000 + b"\xff" + b"y", "b.txt is not UTF-8 at byte 300000; convert"
+    yield "c.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "c.jsonl is not UTF-8 at byte 25; convert"
+    yield "d.jsonl", b'{"text": "ok"}\n\n{"text": \n', "d.jsonl, line 3 is not JSON .*; each line must be"
+    yield "e.jsonl", b'{"body": "ok", "n": 1}\n', "e.jsonl, line 1 has no key data.text_key=text; it has: body, n"
+    yield "f.jsonl", b"[1]", "f.jsonl, line 1 has no key data.text_key=text; it has: list"
+    yield "g.jsonl", b'{"text": 3}', "g.jsonl, line 1: data.text_key=text is not text but int; choose"
+    yield "h.jsonl", b'{"text": "a\\ud800"}', "h.jsonl, line 1 holds half of a surrogate pair .*; mend"
+    yield "i.txt.gz", gzip.compress(b"x" * 1000)[:-9], "i.txt.gz is damaged .*; copy"
+    yield "j.txt.gz", b"no gzip", "j.txt.gz is damaged .*; copy"
+    yield "k.txt.zst", b"no zstd here", "k.txt.zst is damaged .*; copy"
+    yield "l.parquet", b"no parquet", "l.parquet is damaged .*; copy"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), list(bad_files()), ids=lambda value: str(value)[:9])
+def test_bad_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_parquet_errors_name_the_column(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"n": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no column data.text_key=text; it has: n, body"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="data.text_key=n is int64, not text; choose"):
+        read(tmp_path / "a.parquet", text_key="n")

@@ -1,0 +1,52 @@
+"""Prompts: options first, then the file, each rank its share."""
+
+from pathlib import Path
+
+import pytest
+
+from gpt_lightning.data.prompts import prompt_batches, read_prompts
+from gpt_lightning.data.tokenizer import load_tokenizer
+
+
+def test_prompts_come_from_both_places_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone \r\n\n  \ntwo\x0c2\n".encode())
+    (tmp_path / "b.jsonl").write_text('{"prompt": "line\\nbreak"}\n\n{"prompt": "", "id": 3}\n')
+    assert read_prompts("x", str(tmp_path / "a.txt")) == ["x", "one ", "two\x0c2"]
+    assert read_prompts(["x", ""], str(tmp_path / "b.jsonl")) == ["x", "", "line\nbreak", ""]
+    assert read_prompts(None, None) == [""] and read_prompts([], None) == [""]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_prompt_is_in_one_batch_of_one_rank(ranks: int) -> None:
+    tokenizer = load_tokenizer("bytes")
+    prompts = [f"p{index}" * (index > 0) for index in range(11)]
+    batches = [
+        batch
+        for rank in range(ranks)
+        for batch in prompt_batches(prompts, tokenizer, batch_size=2, rank=rank, ranks=ranks)
+    ]
+    assert all(1 <= len(batch.prompts) <= 2 for batch in batches)
+    seen = {
+        index: (prompt, ids)
+        for batch in batches
+        for index, prompt, ids in zip(batch.indices, batch.prompts, batch.token_ids, strict=True)
+    }
+    expected = {index: (prompt, list(prompt.encode()) or [256]) for index, prompt in enumerate(prompts)}
+    assert seen == expected and sum(len(batch.indices) for batch in batches) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "none.txt does not exist; check"),
+        ("a.csv", b"x", "a.csv has no known suffix; use .txt"),
+        ("a.txt", b"ok\n\xff", "a.txt is not UTF-8 at byte 3; convert"),
+        ("a.jsonl", b'{"prompt": "a"}\n{', "a.jsonl, line 2, is not JSON .*; each line"),
+        ("b.jsonl", b'\n{"text": "a"}', "b.jsonl, line 2, has no text under the key prompt; write"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"data.prompts_file=.*{message}"):
+        read_prompts(None, str(tmp_path / name))

@@ -1,0 +1,172 @@
+"""Killed and resumed, Lightning sees the samples that it would have seen: run with real trainers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.datamodule import TextDataModule
+
+pytestmark = pytest.mark.slow
+
+SEQ_LEN, BATCH_SIZE = 8, 2
+N_WINDOWS = 13  # 7 batches of 2 an epoch, the last of one
+
+
+class Recorder(LightningModule):
+    """Learns nothing, and remembers the targets of each batch."""
+
+    def __init__(self, ask_for_steps: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[list[int]]] = []
+        self.ask_for_steps = ask_for_steps
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch.targets.tolist())
+        return self.weight * 1.0
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.ask_for_steps:  # sets up the training data before the counters are restored
+            assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveEverywhere(Callback):
+    """A checkpoint in each hook in which one may be saved, with the position it stands for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: dict[str, tuple[int, int]] = {}
+
+    def save(self, trainer: Trainer, hook: str) -> None:
+        name = f"{hook}-{trainer.global_step}"
+        trainer.save_checkpoint(self.folder / name)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.saved[name] = (trainer.global_step, data.consumed_samples)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.save(trainer, "batch_end")
+
+    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.save(trainer, "validation_end")
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.save(trainer, "epoch_end")
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.save(trainer, "epoch_start")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    # Characters that occur once, so that a window's targets tell its place; 3 bytes each, and an eos.
+    path.write_text("".join(chr(0x4E00 + 37 * index) for index in range(33)))
+    return path
+
+
+def data_of(source: Path, batch_size: int = BATCH_SIZE, num_workers: int = 0) -> TextDataModule:
+    return TextDataModule(
+        train_files=str(source),
+        val_files=str(source.with_name("val.txt")),
+        tokenizer="bytes",
+        seq_len=SEQ_LEN,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        cache_dir=str(source.parent / "cache"),
+    )
+
+
+def fit(data: TextDataModule, ckpt_path: Path | None = None, ask: bool = False, **options: Any) -> Recorder:
+    data.val_files and Path(str(data.val_files)).write_text("held out text")
+    module = Recorder(ask)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    options = {"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **options}
+    Trainer(**options).fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
+    return module
+
+
+def rows_of(seen: list[list[list[int]]]) -> list[list[int]]:
+    return [row for batch in seen for row in batch if any(target != -100 for target in row)]
+
+
+def same_order(resumed: list[Any], expected: list[Any], name: str) -> bool:
+    # Lightning counts an epoch as done that a checkpoint of on_train_epoch_start only began, and so ends an
+    # epoch early; it saves none there itself. The order goes on all the same.
+    return resumed == (expected[: len(resumed)] if name.startswith("epoch_start") and resumed else expected)
+
+
+def expected_position(step: int) -> int:
+    return step // 7 * N_WINDOWS + step % 7 * BATCH_SIZE
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 17}, {"max_epochs": 3}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_from_any_checkpoint_of_any_hook_the_samples_are_the_same(
+    source: Path, tmp_path: Path, limits: dict[str, int], num_workers: int
+) -> None:
+    whole = fit(data_of(source), **limits, val_check_interval=3).seen
+    assert len(whole) == limits.get("max_steps", 21)
+    epoch = rows_of(whole[:7])
+    assert len(epoch) == N_WINDOWS and len({tuple(row) for row in epoch}) == N_WINDOWS
+    saver = SaveEverywhere(tmp_path)
+    fit(data_of(source), **limits, val_check_interval=3, callbacks=[saver])
+    assert len(saver.saved) > 25
+    for name, (step, position) in saver.saved.items():
+        assert position == expected_position(step), name
+        if num_workers and step not in (3, 7, 8, 14):
+            continue
+        for ask in (False, True):
+            data = data_of(source, num_workers=num_workers)
+            resumed = fit(data, tmp_path / name, ask, **limits, val_check_interval=3).seen
+            assert same_order(resumed, whole[step:], name), f"{name}, asked for steps: {ask}"
+
+
+@pytest.mark.parametrize(("step", "batch_size"), [(3, 1), (3, 4), (5, 3), (7, 4)])
+def test_another_batch_size_continues_the_order_and_ends_the_epoch_on_time(
+    source: Path, tmp_path: Path, step: int, batch_size: int
+) -> None:
+    whole = rows_of(fit(data_of(source), max_epochs=4).seen)
+    assert len(whole) == 4 * N_WINDOWS
+    saver = SaveEverywhere(tmp_path)
+    fit(data_of(source), max_steps=step, callbacks=[saver])
+    resumed = fit(data_of(source, batch_size), tmp_path / f"batch_end-{step}", max_epochs=4)
+    assert rows_of(resumed.seen) == whole[expected_position(step) :]
+
+
+def test_limited_epochs_go_on_in_the_order(source: Path, tmp_path: Path) -> None:
+    whole = rows_of(fit(data_of(source), max_epochs=2).seen)
+    saver = SaveEverywhere(tmp_path)
+    limits = {"limit_train_batches": 4, "max_epochs": 3}
+    assert rows_of(fit(data_of(source), callbacks=[saver], **limits).seen) == whole[: expected_position(12)]
+    for name, (step, _) in saver.saved.items():
+        resumed = rows_of(fit(data_of(source), tmp_path / name, **limits).seen)
+        assert same_order(resumed, whole[expected_position(step) : expected_position(12)], name), name
+
+
+def test_a_new_trainer_with_the_same_datamodule_begins_anew(source: Path, tmp_path: Path) -> None:
+    data = data_of(source)
+    saver = SaveEverywhere(tmp_path)
+    first = fit(data, max_steps=9, callbacks=[saver]).seen
+    assert fit(data, tmp_path / "batch_end-9", max_steps=11).seen != first[:2]
+    assert fit(data, max_steps=9).seen == first
+
+
+def test_a_resume_in_mid_epoch_gives_no_warning(source: Path, tmp_path: Path, recwarn: Any) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fit(data_of(source), max_steps=3, callbacks=[saver])
+    fit(data_of(source), tmp_path / "batch_end-3", max_steps=5)
+    assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
+
+
+def test_some_batches_can_be_overfitted(source: Path) -> None:
+    seen = fit(data_of(source), overfit_batches=2, max_steps=6).seen
+    assert seen[0] != seen[1] and seen[:2] * 3 == seen

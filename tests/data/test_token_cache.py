@@ -1,0 +1,240 @@
+"""The cache: holds exactly the text, is reused while that is true, and is rebuilt when it is not."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_lightning.data import token_cache
+from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+
+
+def write_documents(path: Path, n_documents: int = 40) -> Path:
+    """Each document is made of a character of its own."""
+    rows = [{"text": chr(0x4E00 + index) * (5 + index % 7)} for index in range(n_documents)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def corpus(*train: Path, val: tuple[Path, ...] = (), test: tuple[Path, ...] = (), val_fraction: float = 0.2) -> Corpus:
+    return Corpus(
+        *(tuple(map(str, files)) for files in (train, val, test)),
+        val_fraction=val_fraction,
+        seed=0,
+        text_key="text",
+        document_separator=None,
+    )
+
+
+def documents_of(split: TokenSplit) -> list[str]:
+    starts = split.document_starts.tolist()
+    assert starts[0] == 0 and starts[-1] == len(split.tokens) == split.n_tokens
+    found = []
+    for start, end in zip(starts, starts[1:], strict=False):
+        *ids, eos = split.tokens[start:end].tolist()
+        assert eos == 256 and 256 not in ids
+        found.append(bytes(ids).decode())
+    assert len(found) == split.n_documents
+    assert sum(len(text.encode()) for text in found) == split.n_bytes
+    return found
+
+
+def building_reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+    reasons = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
+    caplog.clear()
+    return reasons
+
+
+@pytest.fixture(autouse=True)
+def hear_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gpt_lightning")
+
+
+def test_splits_hold_every_document_once(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "a.jsonl")
+    splits = prepare_tokens(corpus(source), BYTES, str(tmp_path / "cache"))
+    train, val = documents_of(splits["train"]), documents_of(splits["val"])
+    expected = [json.loads(line)["text"] for line in source.read_text().splitlines()]
+    assert sorted(train + val) == sorted(expected) and train and val
+    assert not set("".join(train)) & set("".join(val))
+    again = prepare_tokens(corpus(source), BYTES, str(tmp_path / "other"))
+    assert documents_of(again["val"]) == val and documents_of(again["train"]) == train
+
+
+def test_given_files_are_the_splits(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for file in files:
+        file.write_text(file.name * 9)
+    a, b, c = files
+    splits = prepare_tokens(corpus(a, val=(b,), test=(c,)), BYTES, str(tmp_path / "cache"))
+    assert {name: documents_of(split) for name, split in splits.items()} == {
+        "train": ["a.txt" * 9],
+        "val": ["b.txt" * 9],
+        "test": ["c.txt" * 9],
+    }
+    assert list(prepare_tokens(corpus(a, val_fraction=0.0), BYTES, str(tmp_path / "cache"))) == ["train"]
+
+
+def test_large_vocabularies_get_wider_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_documents(tmp_path / "a.jsonl")
+    narrow = prepare_tokens(corpus(source), BYTES, str(tmp_path / "narrow"))["train"]
+    tokenizer = load_tokenizer("bytes")
+    monkeypatch.setattr(tokenizer, "vocab_size", 65537)
+    wide = prepare_tokens(corpus(source), tokenizer, str(tmp_path / "wide"))["train"]
+    assert (narrow.tokens.dtype, wide.tokens.dtype) == (np.uint16, np.uint32)
+    assert narrow.tokens.tolist() == wide.tokens.tolist()
+
+
+def test_small_batches_write_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_documents(tmp_path / "a.jsonl")
+    whole = prepare_tokens(corpus(source), BYTES, str(tmp_path / "one"))
+    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 17)
+    parts = prepare_tokens(corpus(source), BYTES, str(tmp_path / "two"))
+    assert {name: documents_of(split) for name, split in parts.items()} == {
+        name: documents_of(split) for name, split in whole.items()
+    }
+
+
+def test_fresh_cache_is_reused_also_after_a_touch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
+    folder = prepare_tokens(corpus(source), BYTES, cache)["train"].folder
+    inode = (folder / "train.tokens.bin").stat().st_ino
+    assert building_reasons(caplog) == ["not built yet"]
+    for _ in range(2):
+        os.utime(source, (1, 1))
+        prepare_tokens(corpus(source), BYTES, cache)
+    assert building_reasons(caplog) == []
+    assert (folder / "train.tokens.bin").stat().st_ino == inode
+    recorded = json.loads((folder / "meta.json").read_text())["sources"][0]["stat"]
+    assert recorded[1] == 1_000_000_000
+
+
+def test_content_change_of_the_same_size_and_time_is_seen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = tmp_path / "a.txt", str(tmp_path / "cache")
+    source.write_text("abcdefghij" * 9)
+    os.utime(source, (1, 1))
+    before = prepare_tokens(corpus(source), BYTES, cache)["train"]
+    held = documents_of(before)
+    source.write_text("abcdefghiJ" * 9)
+    os.utime(source, (1, 1))
+    after = prepare_tokens(corpus(source), BYTES, cache)["train"]
+    assert "J" in documents_of(after)[0] and after.folder == before.folder
+    assert documents_of(before) == held, "maps that are open must not change under a running training"
+    reasons = building_reasons(caplog)
+    assert len(reasons) == 2 and reasons[1].endswith("a.txt changed")
+
+
+def test_other_settings_build_another_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
+    trained = prepare_tokenizer(corpus(source), 300, cache)
+    folders = {
+        prepare_tokens(settings, tokenizer, cache)["train"].folder
+        for settings in (corpus(source), corpus(source, val_fraction=0.3))
+        for tokenizer in (BYTES, trained)
+    }
+    assert len(folders) == 4
+    building_reasons(caplog)
+    prepare_tokens(corpus(source), trained, cache)
+    assert building_reasons(caplog) == []
+
+
+def test_damage_is_found_and_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
+    split = prepare_tokens(corpus(source), BYTES, cache)["train"]
+    expected = documents_of(split)
+    for name, reason in (("train.tokens.bin", "train.tokens.bin is damaged"), ("meta.json", "it is damaged")):
+        content = (split.folder / name).read_bytes()
+        (split.folder / name).write_bytes(content[: len(content) // 2])
+        caplog.clear()
+        assert documents_of(prepare_tokens(corpus(source), BYTES, cache)["train"]) == expected
+        assert building_reasons(caplog) == [reason]
+
+
+def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
+    source, cache = write_documents(tmp_path / "a.jsonl"), tmp_path / "cache"
+    good = source.read_text()
+    source.write_text(good + '\n{"text": 1}')
+    with pytest.raises(ValueError, match="line 41"):
+        prepare_tokens(corpus(source), BYTES, str(cache))
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+
+    source.write_text(good)
+    killed = multiprocessing.get_context("fork").Process(target=_die_while_building, args=(source, str(cache)))
+    killed.start()
+    killed.join()
+    left = [path.name for path in cache.iterdir() if path.is_dir()]
+    assert killed.exitcode == 9 and len(left) == 1 and left[0].endswith(".unfinished")
+    assert len(documents_of(prepare_tokens(corpus(source), BYTES, str(cache))["train"])) > 20
+    assert not any(path.name.endswith(".unfinished") for path in cache.iterdir())
+
+
+def _die_while_building(source: Path, cache: str) -> None:
+    token_cache._SplitWriter.finish = lambda self: os._exit(9)  # type: ignore[method-assign,assignment,return-value]
+    prepare_tokens(corpus(source), BYTES, cache)
+
+
+def _build_and_count(source: Path, cache: str, log: Path) -> None:
+    original = token_cache._write_tokens
+
+    def counted(*args: object) -> object:
+        with open(log, "a") as file:
+            file.write("built\n")
+        return original(*args)  # type: ignore[arg-type]
+
+    token_cache._write_tokens = counted  # type: ignore[assignment]
+    split = prepare_tokens(corpus(source), BYTES, cache)["train"]
+    with open(log, "a") as file:
+        file.write(f"{split.n_tokens} {int(split.tokens.sum())}\n")
+
+
+def test_of_two_processes_one_builds(tmp_path: Path) -> None:
+    source, log = write_documents(tmp_path / "a.jsonl", 3000), tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    arguments = (source, str(tmp_path / "cache"), log)
+    processes = [context.Process(target=_build_and_count, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    lines = log.read_text().splitlines()
+    assert lines.count("built") == 1 and len(lines) == 4 and len(set(lines)) == 2
+
+
+def test_pickled_split_maps_the_file_again(tmp_path: Path) -> None:
+    split = prepare_tokens(corpus(write_documents(tmp_path / "a.jsonl", 2000)), BYTES, str(tmp_path / "c"))["train"]
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 1000 < split.n_tokens
+    assert pickle.loads(pickled).tokens.tolist() == split.tokens.tolist()
+
+
+def test_tokenizer_never_sees_held_out_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [f"common words {chr(0x4E00 + index)} " * 30 for index in range(30)]
+    source, cache = tmp_path / "a.jsonl", str(tmp_path / "cache")
+    source.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    tokenizer = prepare_tokenizer(corpus(source), 2000, cache)
+    splits = prepare_tokens(corpus(source), BYTES, cache)
+    marks = {name: {text[13] for text in documents_of(split)} for name, split in splits.items()}
+    assert marks["train"] and marks["val"]
+    assert all(len(tokenizer.encode(f" {mark}")) == 1 for mark in marks["train"])
+    assert all(len(tokenizer.encode(f" {mark}")) > 1 for mark in marks["val"])
+    building_reasons(caplog)
+    assert prepare_tokenizer(corpus(source), 2000, cache).fingerprint == tokenizer.fingerprint
+    assert building_reasons(caplog) == []
+    assert prepare_tokenizer(corpus(source), None, cache).vocab_size <= 512
+
+
+def test_cache_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = write_documents(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"data.cache_dir=.*file/x cannot be made \(.*\); choose"):
+        prepare_tokens(corpus(source), BYTES, str(tmp_path / "file" / "x"))

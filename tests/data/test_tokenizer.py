@@ -1,0 +1,168 @@
+"""Tokenizers: any string round-trips, special tokens in text are text, and files open elsewhere."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gpt_lightning.data.tokenizer import (
+    TextTokenizer,
+    default_vocab_size,
+    is_trained_here,
+    load_tokenizer,
+    requested_vocab_size,
+    train_bpe,
+)
+
+TEXT = "The cat doesn't sit on 42 mats.\nIt naps; 鲁迅写了《呐喊》。 <|endoftext|> is text.\n"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> TextTokenizer:
+    return train_bpe([TEXT] * 5, 300)
+
+
+def random_strings() -> list[str]:
+    draw = random.Random(0)
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (9, 14)]
+    return [
+        "".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(draw.randrange(60))) for _ in range(300)
+    ]
+
+
+@pytest.mark.parametrize("name", ["bpe", "bytes"])
+def test_any_string_round_trips(bpe: TextTokenizer, name: str) -> None:
+    tokenizer = bpe if name == "bpe" else load_tokenizer("bytes")
+    strings = [*random_strings(), "👩‍👩‍👧‍👦\u200d\ufffd\ufeff", "\x00\x1c\x85\r\n\t", " lead", "trail ", "", TEXT]
+    for string, ids in zip(strings, tokenizer.encode_batch(strings), strict=True):
+        assert tokenizer.decode(ids) == string
+        assert ids == tokenizer.encode(string)
+        assert tokenizer.eos_token_id not in ids
+        assert all(0 <= index < tokenizer.vocab_size for index in ids)
+
+
+def test_bytes_are_their_own_ids() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode(TEXT) == list(TEXT.encode())
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (257, 256)
+
+
+def test_trained_bpe_has_the_size_asked_for_and_shortens_text(bpe: TextTokenizer) -> None:
+    assert bpe.vocab_size == 300
+    assert len(bpe.encode(TEXT)) < 0.8 * len(TEXT.encode())
+    assert train_bpe([TEXT] * 5, 300).fingerprint == bpe.fingerprint
+    assert train_bpe([TEXT] * 5, 301).fingerprint != bpe.fingerprint
+
+
+def test_decoding_drops_bytes_that_make_no_character(bpe: TextTokenizer) -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode("a🙂b")
+    assert tokenizer.decode(ids[:3]) == "a"
+    assert tokenizer.decode(ids[2:]) == "b"
+    assert tokenizer.decode([*ids, 256, *ids]) == "a🙂ba🙂b"
+    assert bpe.decode([bpe.eos_token_id]) == ""
+
+
+def test_special_tokens_in_text_are_plain_text_after_every_reload(bpe: TextTokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    copies = [
+        bpe,
+        TextTokenizer.from_dict(bpe.to_dict()),
+        pickle.loads(pickle.dumps(bpe)),
+        load_tokenizer(str(tmp_path)),
+    ]
+    for copy in copies:
+        ids = copy.encode("a<|endoftext|>b")
+        assert copy.eos_token_id not in ids and copy.decode(ids) == "a<|endoftext|>b"
+        assert copy.fingerprint == bpe.fingerprint
+    assert all(isinstance(value, str) for value in bpe.to_dict().values())
+
+
+def test_saved_folder_opens_in_transformers(bpe: TextTokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    bpe.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    plain = "The cat's 42 mats — 鲁迅\n\n  naps"
+    assert theirs(plain, add_special_tokens=False)["input_ids"] == bpe.encode(plain)
+    assert theirs.decode(bpe.encode(plain)) == plain
+    assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", bpe.eos_token_id)
+
+
+def test_vocabulary_and_merges_files_give_the_same_ids(bpe: TextTokenizer, tmp_path: Path) -> None:
+    model = json.loads(bpe.to_dict()["tokenizer_json"])["model"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.encode(TEXT) == bpe.encode(TEXT)
+    assert loaded.eos_token_id == bpe.eos_token_id
+
+
+def test_truncation_padding_and_code_in_a_folder_are_ignored(bpe: TextTokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=50)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert load_tokenizer(str(tmp_path)).encode(TEXT) == bpe.encode(TEXT)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sizes_follow_from_the_text() -> None:
+    sizes = {10: 512, 600_000: 512, 1_100_000: 1024, 2_000_000: 2048, 9_000_000: 8192, 10**12: 32768}
+    assert {n_bytes: default_vocab_size(n_bytes) for n_bytes in sizes} == sizes
+
+
+def test_specifications() -> None:
+    assert [is_trained_here(spec) for spec in ("bpe", "bpe:300", "bytes", "bperfect")] == [1, 1, 0, 0]
+    assert requested_vocab_size("bpe") is None and requested_vocab_size("bpe:257") == 257
+    for spec in ("bpe:", "bpe:256", "bpe:-1", "bpe:1e4", "bpe:many"):
+        with pytest.raises(ValueError, match=f"data.tokenizer={spec} asks for .*; try bpe:8192"):
+            requested_vocab_size(spec)
+
+
+def test_what_looks_like_a_path_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", refuse)
+    (tmp_path / "file.json").write_text("{}")
+    for name in ("./none", "~/none", "/none", "a/b/c", "../x", ".hidden", str(tmp_path / "file.json"), "a b", ""):
+        with pytest.raises(ValueError, match="data.tokenizer=.* is not a folder; give"):
+            load_tokenizer(name)
+    for name in ("gpt2", "org/name.v1-x"):
+        with pytest.raises(AssertionError, match="asked the hub"):
+            load_tokenizer(name)
+
+
+def test_folders_without_a_usable_tokenizer_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("broken", "{", r"data.tokenizer=.*broken cannot be read \(.*\); save"),
+        ("empty", None, r"data.tokenizer=.*empty cannot be loaded \(.*\); check"),
+    ):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=message) as raised:
+            load_tokenizer(str(tmp_path / name))
+        assert "\n" not in str(raised.value)
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="names no end-of-text token; add eos_token"):
+        load_tokenizer(str(tmp_path / "words"))
+
+
+def test_other_kinds_of_tokenizers_decode_too(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 7}, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.vocab_size, loaded.eos_token_id) == (8, 7)
+    assert loaded.decode(loaded.encode("b a")) == "b a"

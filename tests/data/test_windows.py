@@ -1,0 +1,163 @@
+"""The sample order, counted by brute force."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gpt_lightning.data import windows
+from gpt_lightning.data.windows import Ints
+
+
+def epoch_targets(n_tokens: int, seq_len: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+    """(input, target) of every scored place of an epoch, in order, with token ids that are their positions."""
+    tokens = np.arange(n_tokens)
+    count = windows.n_windows(n_tokens, seq_len)
+    positions = np.arange(epoch * count, (epoch + 1) * count)
+    starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=seed)
+    inputs, targets = windows.gather(tokens, starts, lengths, rows=count, seq_len=seq_len)
+    scored = targets != windows.IGNORED_TARGET
+    return list(zip(inputs[scored].tolist(), targets[scored].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("n_tokens", "seq_len"), [(1, 1), (7, 3), (9, 3), (101, 8), (64, 64), (65, 64), (5, 9)])
+def test_every_epoch_scores_every_token_once_from_its_predecessor(n_tokens: int, seq_len: int) -> None:
+    for epoch in (0, 1, 2, 10**6):
+        pairs = epoch_targets(n_tokens, seq_len, seed=3, epoch=epoch)
+        assert sorted(target for _, target in pairs) == list(range(n_tokens))
+        assert all(before == (target - 1) % n_tokens for before, target in pairs)
+
+
+def test_epochs_and_seeds_differ_and_windows_are_cut_at_other_places() -> None:
+    epochs = [epoch_targets(1000, 10, seed=0, epoch=epoch) for epoch in range(20)]
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    assert epochs[0] != epoch_targets(1000, 10, seed=1, epoch=0)
+    assert epochs[5] == epoch_targets(1000, 10, seed=0, epoch=5)
+    offsets = {min(target for _, target in epoch[::10]) % 10 for epoch in epochs}
+    assert len(offsets) > 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 64, 65, 1000, 4097])
+def test_permutation_is_a_bijection(size: int) -> None:
+    permuted = windows.permute(np.arange(size), size, key=9)
+    assert sorted(permuted.tolist()) == list(range(size))
+    assert permuted[::7].tolist() == [int(windows.permute(np.array([i]), size, key=9)[0]) for i in range(0, size, 7)]
+
+
+def test_permutation_looks_shuffled() -> None:
+    size, trials = 5000, 40
+    lifts = []
+    for key in range(trials):
+        permuted = windows.permute(np.arange(size), size, key=key).astype(float)
+        lifts.append(abs(np.corrcoef(np.arange(size), permuted)[0, 1]))
+        # Neighbours stay neighbours with probability 2 / size.
+        assert (abs(np.diff(permuted)) == 1).sum() < 12
+    assert np.mean(lifts) < 2 / np.sqrt(size)
+
+
+def test_permutations_of_few_items_are_uniform() -> None:
+    counts = Counter(tuple(windows.permute(np.arange(4), 4, key=key).tolist()) for key in range(2400))
+    assert len(counts) == 24
+    assert 60 < min(counts.values()) and max(counts.values()) < 145  # 100 expected, standard deviation 10
+
+
+def test_seeking_is_instant_anywhere() -> None:
+    n_tokens, began = 10**16, time.perf_counter()
+    count = windows.n_windows(n_tokens, 1024)
+    start = windows.position_after(10**15, 10**9, windows=count, global_batch=512)
+    positions = windows.rank_positions(start, windows=count, batch_size=8, rank=1, ranks=64)
+    starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
+    assert time.perf_counter() - began < 0.1
+    assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
+    assert lengths.tolist() == [1024] * 8
+
+
+def walk(start: int, batches: int, count: int, global_batch: int) -> int:
+    for _ in range(batches):
+        start = min(start + global_batch, (start // count + 1) * count)
+    return start
+
+
+def test_position_after_equals_walking_there() -> None:
+    for count, global_batch in ((10, 4), (10, 5), (3, 7), (1, 1), (12, 1)):
+        for start in range(2 * count + 1):
+            for batches in range(9):
+                jumped = windows.position_after(start, batches, windows=count, global_batch=global_batch)
+                assert jumped == walk(start, batches, count, global_batch)
+
+
+@pytest.mark.parametrize("global_batch", [4, 8])
+def test_global_batch_is_the_same_on_any_number_of_ranks(global_batch: int) -> None:
+    count = 21
+
+    def global_batches(ranks: int) -> list[list[int]]:
+        found, start = [], 0
+        while start < 2 * count:
+            shares = [
+                windows.rank_positions(
+                    start, windows=count, batch_size=global_batch // ranks, rank=rank, ranks=ranks
+                ).tolist()
+                for rank in range(ranks)
+            ]
+            assert all(len(share) <= global_batch // ranks for share in shares)
+            found.append(sorted(sum(shares, [])))
+            start = windows.position_after(start, 1, windows=count, global_batch=global_batch)
+        return found
+
+    one = global_batches(1)
+    assert sum(one, []) == list(range(2 * count))
+    assert global_batches(2) == one and global_batches(4) == one
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: int, ranks: int) -> None:
+    n_tokens, seq_len = 103, 5
+    tokens, count = np.arange(n_tokens), windows.n_windows(103, 5)
+    seen: list[int] = []
+    for rank in range(ranks):
+        for batch in range(windows.n_batches(count, batch_size * ranks)):
+            positions = windows.rank_positions(
+                batch * batch_size * ranks, windows=count, batch_size=batch_size, rank=rank, ranks=ranks
+            )
+            cut = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=None)
+            inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
+            assert inputs.shape == targets.shape == (batch_size, seq_len)
+            scored = targets != windows.IGNORED_TARGET
+            assert (inputs[scored] == (targets[scored] - 1) % n_tokens).all()
+            assert (inputs[~scored] == 0).all()
+            seen += targets[scored].tolist()
+    assert sorted(seen) == list(range(n_tokens))
+
+
+def ids_of(start: int, length: int, rows: int = 1) -> Ints:
+    # Documents "aaE" "bE" "cccE": starts 0, 3, 5, end 9.
+    return windows.document_ids(
+        np.array([0, 3, 5, 9], dtype=np.uint64),
+        np.array([start]),
+        np.array([length]),
+        n_tokens=9,
+        rows=rows,
+        seq_len=6,
+    )
+
+
+def test_document_ids_of_hand_made_windows() -> None:
+    # Targets a a E b E c: the eos before `b` is the first input of b's document.
+    assert ids_of(0, 6).tolist() == [[0, 0, 0, 1, 1, 2]]
+    # Targets E b E c c c.
+    assert ids_of(2, 6).tolist() == [[0, 1, 1, 2, 2, 2]]
+    # Around the circle: c E a a E b.
+    assert ids_of(7, 6).tolist() == [[0, 0, 1, 1, 1, 2]]
+    # Three targets a E b, then padding.
+    assert ids_of(1, 3).tolist() == [[0, 0, 1, 2, 2, 2]]
+    assert ids_of(1, 3, rows=2).tolist() == [[0, 0, 1, 2, 2, 2], [0] * 6]
+
+
+def test_a_lone_document_that_meets_itself_is_two_documents() -> None:
+    starts = np.array([0, 4], dtype=np.uint64)
+    ids = windows.document_ids(
+        starts, np.array([2]), np.array([4]), n_tokens=4, rows=1, seq_len=4
+    )
+    assert ids.tolist() == [[0, 0, 1, 1]]
