@@ -134,7 +134,7 @@ class GPTLightningCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(self._words)  # without the parent's warning about passing `args`
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -204,6 +204,7 @@ class GPTLightningCLI(LightningCLI):
             if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
+            _warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
         """Of the checkpoint's own tokenizer if there is a checkpoint: no other fits its weights."""
@@ -274,21 +275,23 @@ class GPTLightningCLI(LightningCLI):
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
             return
-        loss = self.trainer.callback_metrics.get("val/loss")
-        if loss is not None:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.log_hyperparams(
-                        self.model.hparams, {"val/loss": float(loss)}, self.trainer.global_step
-                    )
-                    logger.save()
+        self._log_hyperparameters()
         for text in self._get(self.config_init, "samples").latest:
             print(f"\n{text}\n")
+        last = self._run_folder / "last.ckpt"
         say(f"watch:  tensorboard --logdir {self._run_folder.parent}")
-        say(
-            f"next:   {_program()} predict --ckpt_path {self._run_folder / 'last.ckpt'} "
-            "--data.prompts '[\"The \"]'"
-        )
+        say(f"next:   {_program()} predict --ckpt_path {last} --data.prompts '[\"The \"]'")
+
+    def _log_hyperparameters(self) -> None:
+        """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
+        loss = self.trainer.callback_metrics.get("val/loss")
+        data = self._get(self.config, "data").as_dict()
+        chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and loss is not None:
+                settings = {**self.model.hparams, "data": chosen}
+                logger.log_hyperparams(settings, {"val/loss": float(loss)}, self.trainer.global_step)
+                logger.save()
 
 
 def _check_before_work(settings: Any, *, needs_data: bool) -> None:
@@ -302,6 +305,16 @@ def _check_before_work(settings: Any, *, needs_data: bool) -> None:
             f"data.seq_len={settings.data.seq_len} is over "
             f"model.config.max_position_embeddings={config.max_position_embeddings}; "
             "lower the one or raise the other"
+        )
+
+
+def _warn_of_untrained_positions(seq_len: int, positions: int) -> None:
+    """Text longer than the training windows would be generated from positions that were never trained."""
+    if seq_len < positions:
+        say(
+            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
+            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
+            "comes trained from a checkpoint"
         )
 
 

@@ -67,10 +67,10 @@ class Parser(LightningArgumentParser):
         return f"usage: {self.prog} [--config FILE] [--option value ...]\n"
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """One or two lines an option; Lightning's own page has several hundred."""
         if Parser.show_all:
-            return super().format_help()
+            return super().format_help(formatter)
         lines = [self.format_usage(), f"{self.description}\n"]
         for group in self._action_groups:
             lines.extend(_option_lines([action for action in group._group_actions if _is_shown(action)]))

@@ -111,9 +111,11 @@ class GPTModel(nn.Module):
 
     def _residual_projections(self) -> Iterator[nn.Linear]:
         """The layers that write to the residual stream, two a block."""
-        for block in self.blocks:
-            yield block.attn.out_proj
-            yield block.mlp.down_proj
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                yield module.out_proj
+            elif isinstance(module, MLP):
+                yield module.down_proj
 
     def forward(
         self,

@@ -150,7 +150,8 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(tiny_config: Config, tmp_pat
     main(["fit", "--config", config, "--run_name", "whole"])
     middle = tmp_path / "checkpoints" / "whole" / "step000006.ckpt"
     main(["fit", "--config", config, "--run_name", "resumed", "--ckpt_path", str(middle)])
-    whole, resumed = (read_checkpoint(tmp_path / "checkpoints" / name / "last.ckpt") for name in ("whole", "resumed"))
+    folders = [tmp_path / "checkpoints" / name for name in ("whole", "resumed")]
+    whole, resumed = (read_checkpoint(folder / "last.ckpt") for folder in folders)
     assert whole["global_step"] == resumed["global_step"] == 12
     assert whole["TextDataModule"]["consumed_samples"] == resumed["TextDataModule"]["consumed_samples"] == 48
     for name, tensor in whole["state_dict"].items():

@@ -135,8 +135,9 @@ class StepProgressBar(ProgressBar):
 
     def _advance(self, completed: int, metrics: str | None = None) -> None:
         if self._progress is not None:
-            fields = {} if metrics is None else {"metrics": metrics}
-            self._progress.update(self._progress.task_ids[0], completed=completed, **fields)
+            self._progress.update(self._progress.task_ids[0], completed=completed)
+            if metrics is not None:
+                self._progress.update(self._progress.task_ids[0], metrics=metrics)
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -25,7 +25,7 @@ class TextSamples(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
-        tokenizer = trainer.datamodule.text_tokenizer  # type: ignore[attr-defined]
+        tokenizer = trainer.datamodule.text_tokenizer
         token_ids = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in self.prompts]
         completions = pl_module.complete(tokenizer, token_ids)
         self.latest = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from gpt_lightning.data import windows
+import gpt_lightning.data.windows as windows
 from gpt_lightning.data.token_cache import TokenSplit
 
 
@@ -97,7 +97,7 @@ class BatchNumberSampler(DistributedSampler[int]):
 
 
 class BatchLoader(DataLoader[Any]):
-    """Says that it can be resumed, without which Lightning warns; the position is the datamodule's to keep."""
+    """Tells Lightning, which would warn, that it can be resumed; the datamodule keeps the position."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -7,13 +7,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from gpt_lightning.data import windows
+import gpt_lightning.data.windows as windows
 from gpt_lightning.data.batches import BatchNumbers, TokenBatch, WindowBatches, batch_loader
 from gpt_lightning.data.documents import resolve_sources
 from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
-from gpt_lightning.data.training_order import TrainingOrder
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.training_order import TrainingOrder
 
 
 class TextDataModule(LightningDataModule):
@@ -128,8 +128,8 @@ class TextDataModule(LightningDataModule):
                     raise ValueError(f"data.train_files={self.train_files} is empty; give files with text")
                 if n_tokens < self.seq_len + 1:
                     raise ValueError(
-                        f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there are "
-                        f"{n_tokens}; lower data.seq_len or add text to data.train_files"
+                        f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there "
+                        f"are {n_tokens}; lower data.seq_len or add text to data.train_files"
                     )
             self._splits = splits
         return self._splits

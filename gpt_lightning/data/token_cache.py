@@ -24,7 +24,7 @@ from gpt_lightning.data.documents import Piece, read_pieces, source_bytes
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[
 def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
     """Enough text at a time to keep all cores of the tokenizer busy, few enough to keep memory flat."""
     batch: list[tuple[str, Piece]] = []
-    characters = 0
+    n_bytes = 0
     for name, piece in marked:
         batch.append((name, piece))
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
+        n_bytes += len(piece.text.encode("utf-8"))
+        if n_bytes >= _BATCH_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, n_bytes = [], 0
     if batch:
         yield batch
 

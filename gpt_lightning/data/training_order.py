@@ -64,10 +64,10 @@ class TrainingOrder:
         if trainer is None:
             return
         if self.batch_numbers(windows, global_batch).epoch_length != n_batches(windows, global_batch):
-            self._usual_reload = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._usual_reload = trainer.reload_dataloaders_every_n_epochs
+            trainer.reload_dataloaders_every_n_epochs = 1
         elif self._usual_reload is not None:
-            trainer.reload_dataloaders_every_n_epochs = self._usual_reload  # type: ignore[attr-defined]
+            trainer.reload_dataloaders_every_n_epochs = self._usual_reload
             self._usual_reload = None
 
     def _trainer(self) -> Trainer | None:
@@ -78,7 +78,7 @@ class TrainingOrder:
         trainer = self._trainer()
         if trainer is None:
             return 0
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def _batches_since_restored(self) -> int:
         # Lightning restores its counters after this state; until then it has trained on fewer.
@@ -88,7 +88,7 @@ class TrainingOrder:
         trainer = self._trainer()
         if trainer is None or self._batches_since_restored() == 0:
             return self._first_epoch_batches
-        return trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return trainer.fit_loop.epoch_loop.batch_progress.current.processed
 
     def _epochs_are_limited(self, usual: int) -> bool:
         """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""

@@ -157,7 +157,7 @@ class GPTLightningModule(LightningModule):
     def _log_held_out(self, split: str) -> None:
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
-        n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)  # type: ignore[attr-defined]
+        n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/ppl", loss.exp())
         self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
@@ -167,7 +167,7 @@ class GPTLightningModule(LightningModule):
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A dictionary each: number, prompt, completion, their token counts, why it ended."""
-        tokenizer = self.trainer.datamodule.text_tokenizer  # type: ignore[attr-defined]
+        tokenizer = self.trainer.datamodule.text_tokenizer
         completions = self.complete(tokenizer, batch.token_ids, prompt_numbers=batch.indices)
         return [
             {

@@ -80,7 +80,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
-    # Left to itself a fused step takes over fp16's unscaling, and Lightning then refuses to clip gradients, with
-    # bf16 too. So the scaler unscales before the step, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    # Left to itself a fused step takes over fp16's unscaling, and Lightning then refuses to clip gradients,
+    # with bf16 too. So the scaler unscales before the step, as for any other optimizer.
+    optimizer._step_supports_amp_scaling = False
     return optimizer

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/loss_memory.py
 
-Each variant runs in a process of its own, since the peak is the operating system's (ru_maxrss). The last line is
-JSON: case -> {"peak_mib": ..., "import_mib": ...} and the ratio of what the step itself took.
+Each variant runs in a process of its own, since the peak is the operating system's (ru_maxrss). The last line
+is JSON: case -> {"before_mib": ..., "peak_mib": ...} and the ratio of what the step itself took.
 """
 
 import json
@@ -28,7 +28,8 @@ def step(case: str) -> dict[str, float]:
     """Forward and backward of a small model with GPT-2's vocabulary, 8 windows of 512 tokens."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    model = GPTModel(GPTConfig(vocab_size=50257, max_position_embeddings=512, n_layers=2, n_heads=4, d_model=256))
+    config = GPTConfig(vocab_size=50257, max_position_embeddings=512, n_layers=2, n_heads=4, d_model=256)
+    model = GPTModel(config)
     input_ids = torch.randint(50257, (8, 512))
     targets = torch.randint(50257, (8, 512))
     before = peak_mib()
@@ -43,8 +44,8 @@ def step(case: str) -> dict[str, float]:
 def main() -> None:
     results = {}
     for case in CASES:
-        output = subprocess.run([sys.executable, __file__, case], check=True, capture_output=True, text=True).stdout
-        results[case] = json.loads(output)
+        command = [sys.executable, __file__, case]
+        results[case] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         print(f"{case:8} {results[case]}", file=sys.stderr)
     taken = [results[case]["peak_mib"] - results[case]["before_mib"] for case in CASES]
     print(json.dumps({**results, "step_memory_ratio": round(taken[0] / taken[1], 2)}))

@@ -78,8 +78,8 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(source: Path, ranks: i
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_scores_every_held_out_token_once(source: Path, batch_size: int, ranks: int) -> None:
-    loaders = [datamodule(source, rank, ranks, batch_size=batch_size).val_dataloader() for rank in range(ranks)]
-    shares = [list(loader) for loader in loaders]
+    modules = [datamodule(source, rank, ranks, batch_size=batch_size) for rank in range(ranks)]
+    shares = [list(module.val_dataloader()) for module in modules]
     data = datamodule(source)
     assert len({len(share) for share in shares}) == 1
     assert scored(sum(shares, [])) == Counter(data.prepare()["val"].tokens.tolist())
@@ -156,7 +156,8 @@ def test_corpus_errors_name_the_option(source: Path) -> None:
         datamodule(source, val_files=[str(source)]).prepare()
     n_tokens = datamodule(source).split_counts("train")[0]
     datamodule(source, seq_len=n_tokens - 1).prepare()
-    with pytest.raises(ValueError, match=f"seq_len={n_tokens} needs {n_tokens + 1} .* there are {n_tokens}; lower"):
+    message = f"data.seq_len={n_tokens} needs {n_tokens + 1} training tokens, .* {n_tokens}; lower"
+    with pytest.raises(ValueError, match=message):
         datamodule(source, seq_len=n_tokens).prepare()
 
 

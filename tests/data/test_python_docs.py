@@ -22,7 +22,8 @@ def test_it_is_a_corpus_without_repeats_or_imports() -> None:
 
 def test_a_module_is_read_without_running_it(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    code = f'"""Top."""\nopen({str(ran)!r}, "w")\nclass A:\n    """In A."""\ndef f():\n    """In f.\n\n    Top."""\n'
+    classes = 'class A:\n    """In A."""\ndef f():\n    """In f.\n\n    Top."""\n'
+    code = f'"""Top."""\nopen({str(ran)!r}, "w")\n{classes}'
     (tmp_path / "module.py").write_text(code)
     assert python_docs._docstrings(tmp_path / "module.py") == "Top.\n\nIn A.\n\nIn f.\n\nTop."
     assert not ran.exists()

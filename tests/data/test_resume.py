@@ -88,8 +88,9 @@ def data_of(source: Path, batch_size: int = BATCH_SIZE, num_workers: int = 0) ->
 def fit(data: TextDataModule, ckpt_path: Path | None = None, ask: bool = False, **options: Any) -> Recorder:
     data.val_files and Path(str(data.val_files)).write_text("held out text")
     module = Recorder(ask)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    options = {"enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **options}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "num_sanity_val_steps": 0}
+    options = {"accelerator": "cpu", **quiet, **options}
     Trainer(**options).fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
     return module
 
@@ -101,7 +102,7 @@ def rows_of(seen: list[list[list[int]]]) -> list[list[int]]:
 def same_order(resumed: list[Any], expected: list[Any], name: str) -> bool:
     # Lightning counts an epoch as done that a checkpoint of on_train_epoch_start only began, and so ends an
     # epoch early; it saves none there itself. The order goes on all the same.
-    return resumed == (expected[: len(resumed)] if name.startswith("epoch_start") and resumed else expected)
+    return resumed == (expected[: len(resumed)] if name.startswith("epoch_start") else expected)
 
 
 def expected_position(step: int) -> int:
@@ -165,6 +166,43 @@ def test_a_resume_in_mid_epoch_gives_no_warning(source: Path, tmp_path: Path, re
     fit(data_of(source), max_steps=3, callbacks=[saver])
     fit(data_of(source), tmp_path / "batch_end-3", max_steps=5)
     assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
+
+
+class WriteDown(Callback):
+    """Two processes tell what they saw by files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        torch.save(module.seen, self.folder / f"rank{trainer.global_rank}")
+
+
+def test_two_real_ranks_share_the_batches_of_one(source: Path, tmp_path: Path) -> None:
+    whole = fit(data_of(source, batch_size=4), max_epochs=2).seen
+    fit(
+        data_of(source, batch_size=2, num_workers=1),
+        max_epochs=2,
+        callbacks=[WriteDown(tmp_path)],
+        strategy="ddp_fork",
+        devices=2,
+    )
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    assert len(whole) == len(ranks[0]) == len(ranks[1]) == 8
+    for first, second, together in zip(*ranks, whole, strict=True):
+        assert sorted(rows_of([first, second])) == sorted(rows_of([together]))
+
+
+def test_predictions_of_a_trainer_are_in_prompt_order(source: Path) -> None:
+    class Echo(Recorder):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
+
+    data = TextDataModule(train_files="/none.txt", tokenizer="bytes", prompts=["a", "b", "c"], batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    batches: Any = trainer.predict(Echo(), datamodule=data)
+    assert [batch.prompts for batch in batches] == [["a", "b"], ["c"]]
+    assert [batch.token_ids for batch in batches] == [[[97], [98]], [[99]]]
 
 
 def test_some_batches_can_be_overfitted(source: Path) -> None:

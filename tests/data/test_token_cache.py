@@ -24,9 +24,13 @@ def write_documents(path: Path, n_documents: int = 40) -> Path:
     return path
 
 
-def corpus(*train: Path, val: tuple[Path, ...] = (), test: tuple[Path, ...] = (), val_fraction: float = 0.2) -> Corpus:
+def corpus(
+    train: Path, val: tuple[Path, ...] = (), test: tuple[Path, ...] = (), val_fraction: float = 0.2
+) -> Corpus:
     return Corpus(
-        *(tuple(map(str, files)) for files in (train, val, test)),
+        train_files=(str(train),),
+        val_files=tuple(map(str, val)),
+        test_files=tuple(map(str, test)),
         val_fraction=val_fraction,
         seed=0,
         text_key="text",
@@ -96,7 +100,7 @@ def test_large_vocabularies_get_wider_ids(tmp_path: Path, monkeypatch: pytest.Mo
 def test_small_batches_write_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_documents(tmp_path / "a.jsonl")
     whole = prepare_tokens(corpus(source), BYTES, str(tmp_path / "one"))
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 17)
+    monkeypatch.setattr(token_cache, "_BATCH_BYTES", 17)
     parts = prepare_tokens(corpus(source), BYTES, str(tmp_path / "two"))
     assert {name: documents_of(split) for name, split in parts.items()} == {
         name: documents_of(split) for name, split in whole.items()
@@ -152,7 +156,8 @@ def test_damage_is_found_and_repaired(tmp_path: Path, caplog: pytest.LogCaptureF
     source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
     split = prepare_tokens(corpus(source), BYTES, cache)["train"]
     expected = documents_of(split)
-    for name, reason in (("train.tokens.bin", "train.tokens.bin is damaged"), ("meta.json", "it is damaged")):
+    damages = {"train.tokens.bin": "train.tokens.bin is damaged", "meta.json": "it is damaged"}
+    for name, reason in damages.items():
         content = (split.folder / name).read_bytes()
         (split.folder / name).write_bytes(content[: len(content) // 2])
         caplog.clear()
@@ -169,7 +174,8 @@ def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
     source.write_text(good)
-    killed = multiprocessing.get_context("fork").Process(target=_die_while_building, args=(source, str(cache)))
+    arguments = (source, str(cache))
+    killed = multiprocessing.get_context("fork").Process(target=_die_while_building, args=arguments)
     killed.start()
     killed.join()
     left = [path.name for path in cache.iterdir() if path.is_dir()]
@@ -179,7 +185,7 @@ def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
 
 
 def _die_while_building(source: Path, cache: str) -> None:
-    token_cache._SplitWriter.finish = lambda self: os._exit(9)  # type: ignore[method-assign,assignment,return-value]
+    token_cache._SplitWriter.finish = lambda self: os._exit(9)  # type: ignore[method-assign]
     prepare_tokens(corpus(source), BYTES, cache)
 
 
@@ -211,7 +217,8 @@ def test_of_two_processes_one_builds(tmp_path: Path) -> None:
 
 
 def test_pickled_split_maps_the_file_again(tmp_path: Path) -> None:
-    split = prepare_tokens(corpus(write_documents(tmp_path / "a.jsonl", 2000)), BYTES, str(tmp_path / "c"))["train"]
+    source = write_documents(tmp_path / "a.jsonl", 2000)
+    split = prepare_tokens(corpus(source), BYTES, str(tmp_path / "cache"))["train"]
     pickled = pickle.dumps(split)
     assert len(pickled) < 1000 < split.n_tokens
     assert pickle.loads(pickled).tokens.tolist() == split.tokens.tolist()
