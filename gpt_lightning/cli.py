@@ -44,7 +44,7 @@ NOISE = (
     r".*does not have many workers.*",
     r".*exists and is not empty.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*is configured to be logged but.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",
 )
 
 
@@ -240,7 +240,10 @@ class GPTLightningCLI(LightningCLI):
         by_steps = type(settings["val_check_interval"]) is int
         if by_steps:
             settings["check_val_every_n_epoch"] = None
-        trainer = self._instantiate_trainer(settings, callbacks)
+        try:
+            trainer = self._instantiate_trainer(settings, callbacks)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: {shorten(str(error))}") from error
         if by_steps:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
@@ -334,7 +337,9 @@ def say(line: str) -> None:
 
 
 def _quiet() -> None:
-    """No adverts, and no warnings about what is meant to be so."""
+    """No adverts, no warnings about what is meant to be so; what the package reports goes to stderr."""
+    logging.getLogger("gpt_lightning").setLevel(logging.INFO)
+    logging.getLogger("gpt_lightning").handlers = [logging.StreamHandler()]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)

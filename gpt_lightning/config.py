@@ -49,7 +49,8 @@ class GPTConfig:
             raise ValueError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"model.config.activation={self.activation!r} is unknown; choose {' or '.join(ACTIVATIONS)}"
+                f"model.config.activation={self.activation!r} is unknown; "
+                f"choose one of {', '.join(ACTIVATIONS)}"
             )
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise ValueError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")

@@ -37,26 +37,30 @@ class WindowBatches(Dataset[TokenBatch]):
         document_mask: bool,
         seed: int | None,
         start: int,
+        accumulate: int,
     ) -> None:
         self.split = split
         self.seq_len, self.batch_size = seq_len, batch_size
         self.rank, self.ranks = rank, ranks
         self.document_mask = document_mask
         self.seed = seed
-        self.start = start
+        self.start, self.accumulate = start, accumulate
         self.windows = windows.n_windows(split.n_tokens, seq_len)
 
     def __len__(self) -> int:
-        return windows.n_batches(self.windows, self.batch_size * self.ranks)
+        return windows.n_batches(self.windows, self.batch_size * self.ranks, self.accumulate)
 
     def __getitem__(self, batch: int) -> TokenBatch:
         sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
         n_tokens = self.split.n_tokens
-        global_batch = self.batch_size * self.ranks
-        start = windows.position_after(self.start, batch, windows=self.windows, global_batch=global_batch)
-        positions = windows.rank_positions(
-            start, windows=self.windows, batch_size=self.batch_size, rank=self.rank, ranks=self.ranks
+        span = windows.batch_span(
+            self.start,
+            batch,
+            windows=self.windows,
+            global_batch=self.batch_size * self.ranks,
+            accumulate=self.accumulate,
         )
+        positions = windows.rank_positions(span, rank=self.rank, ranks=self.ranks)
         starts, lengths = windows.cut_windows(
             positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
         )

@@ -13,7 +13,7 @@ from gpt_lightning.data.documents import resolve_sources
 from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
-from gpt_lightning.data.training_order import TrainingOrder
+from gpt_lightning.data.training_order import EpochShape, TrainingOrder
 
 
 class TextDataModule(LightningDataModule):
@@ -187,9 +187,11 @@ class TextDataModule(LightningDataModule):
         if split is None:
             raise self._no_train_files()
         shape = self._epoch_shape()
-        self._order.keep_epoch_length_true(**shape)
-        dataset = self._window_batches(split, seed=self.seed, start=self._order.first_sample)
-        return self._loader(dataset, lambda: self._order.batch_numbers(**shape))
+        self._order.keep_epoch_length_true(shape)
+        dataset = self._window_batches(
+            split, seed=self.seed, start=self._order.first_sample, accumulate=shape.accumulate
+        )
+        return self._loader(dataset, lambda: self._order.batch_numbers(shape))
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -212,10 +214,12 @@ class TextDataModule(LightningDataModule):
         split = self._split(name)
         if split is None:
             return []
-        dataset = self._window_batches(split, seed=None, start=0)
+        dataset = self._window_batches(split, seed=None, start=0, accumulate=1)
         return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
 
-    def _window_batches(self, split: TokenSplit, *, seed: int | None, start: int) -> WindowBatches:
+    def _window_batches(
+        self, split: TokenSplit, *, seed: int | None, start: int, accumulate: int
+    ) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
         return WindowBatches(
             split,
@@ -226,6 +230,7 @@ class TextDataModule(LightningDataModule):
             document_mask=self.document_mask,
             seed=seed,
             start=start,
+            accumulate=accumulate,
         )
 
     def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
@@ -242,11 +247,11 @@ class TextDataModule(LightningDataModule):
     @property
     def consumed_samples(self) -> int:
         """Windows trained on so far, over all ranks and epochs: the position in the training order."""
-        return self._order.consumed_samples(**self._epoch_shape())
+        return self._order.consumed_samples(self._epoch_shape())
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        order = self._order.state_dict(**self._epoch_shape())
+        order = self._order.state_dict(self._epoch_shape())
         return {**order, "tokenizer": self.text_tokenizer.to_dict()}
 
     @override
@@ -261,7 +266,10 @@ class TextDataModule(LightningDataModule):
             )
         self._order.load_state_dict(state_dict)
 
-    def _epoch_shape(self) -> dict[str, int]:
-        split = self.prepare()["train"]
-        n_windows = windows.n_windows(split.n_tokens, self.seq_len)
-        return {"windows": n_windows, "global_batch": self.batch_size * self._rank_and_ranks()[1]}
+    def _epoch_shape(self) -> EpochShape:
+        n_tokens = self.prepare()["train"].n_tokens
+        return EpochShape(
+            windows=windows.n_windows(n_tokens, self.seq_len),
+            global_batch=self.batch_size * self._rank_and_ranks()[1],
+            accumulate=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+        )

@@ -5,9 +5,12 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -193,7 +196,10 @@ def _from_transformers(name: str, option: str, *, local_files_only: bool) -> Tex
 
     try:
         loaded = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=local_files_only, use_fast=True
+            name,
+            trust_remote_code=False,
+            local_files_only=local_files_only or not _hub_is_reachable(),
+            use_fast=True,
         )
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
@@ -203,6 +209,20 @@ def _from_transformers(name: str, option: str, *, local_files_only: bool) -> Tex
     if loaded.eos_token is None:
         raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
     return TextTokenizer(loaded.backend_tokenizer, loaded.eos_token)
+
+
+def _hub_is_reachable() -> bool:
+    """Whether a connection can be had at all; the hub's own client tries for minutes before it gives up."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

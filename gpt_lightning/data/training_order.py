@@ -4,20 +4,34 @@ Lightning restores its loop counters by itself, so this keeps no second count th
 remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
 from gpt_lightning.data.batches import BatchNumbers
-from gpt_lightning.data.windows import n_batches, position_after
+from gpt_lightning.data.windows import batch_span, n_batches
+
+
+@dataclass(frozen=True)
+class EpochShape:
+    """An epoch's windows, and how batches and optimizer steps take them; a resumed run may have another."""
+
+    windows: int
+    global_batch: int
+    accumulate: int
+
+    def batches(self, windows: int) -> int:
+        return n_batches(windows, self.global_batch, self.accumulate)
+
+    def position(self, start: int, batches: int) -> int:
+        """Where the sample counter stands that many batches after `start`."""
+        sizes = {"windows": self.windows, "global_batch": self.global_batch, "accumulate": self.accumulate}
+        return batch_span(start, batches, **sizes)[0]
 
 
 class TrainingOrder:
-    """The position of one datamodule's training, and the batches left in its epoch.
-
-    Methods take the epoch's number of windows and the global batch; both may differ from those of the run
-    that wrote the checkpoint.
-    """
+    """The position of one datamodule's training, and the batches left in its epoch."""
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
@@ -31,14 +45,12 @@ class TrainingOrder:
         if self._batches_trained() < self._first_batch:
             self.first_sample = self._first_batch = self._first_epoch_batches = 0
 
-    def consumed_samples(self, windows: int, global_batch: int) -> int:
-        return position_after(
-            self.first_sample, self._batches_since_restored(), windows=windows, global_batch=global_batch
-        )
+    def consumed_samples(self, shape: EpochShape) -> int:
+        return shape.position(self.first_sample, self._batches_since_restored())
 
-    def state_dict(self, windows: int, global_batch: int) -> dict[str, int]:
+    def state_dict(self, shape: EpochShape) -> dict[str, int]:
         return {
-            "consumed_samples": self.consumed_samples(windows, global_batch),
+            "consumed_samples": self.consumed_samples(shape),
             "batches": max(self._batches_trained(), self._first_batch),
             "epoch_batches": self._batches_of_epoch(),
         }
@@ -48,22 +60,22 @@ class TrainingOrder:
         self._first_batch = state_dict["batches"]
         self._first_epoch_batches = state_dict["epoch_batches"]
 
-    def batch_numbers(self, windows: int, global_batch: int) -> BatchNumbers:
+    def batch_numbers(self, shape: EpochShape) -> BatchNumbers:
         """The rest of the epoch, numbered from the restored position."""
         first = self._batches_since_restored()
-        usual = n_batches(windows, global_batch)
-        within = self.consumed_samples(windows, global_batch) % windows
+        usual = shape.batches(shape.windows)
+        within = self.consumed_samples(shape) % shape.windows
         if within == 0 or self._epochs_are_limited(usual):
             return BatchNumbers(range(first, first + usual), usual)
-        left = n_batches(windows - within, global_batch)
+        left = shape.batches(shape.windows - within)
         return BatchNumbers(range(first, first + left), self._batches_of_epoch() + left)
 
-    def keep_epoch_length_true(self, windows: int, global_batch: int) -> None:
+    def keep_epoch_length_true(self, shape: EpochShape) -> None:
         """Have Lightning ask for the length again after an epoch resumed with another global batch."""
         trainer = self._trainer()
         if trainer is None:
             return
-        if self.batch_numbers(windows, global_batch).epoch_length != n_batches(windows, global_batch):
+        if self.batch_numbers(shape).epoch_length != shape.batches(shape.windows):
             self._usual_reload = trainer.reload_dataloaders_every_n_epochs
             trainer.reload_dataloaders_every_n_epochs = 1
         elif self._usual_reload is not None:

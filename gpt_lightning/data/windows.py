@@ -23,28 +23,36 @@ def n_windows(n_tokens: int, seq_len: int) -> int:
     return -(-n_tokens // seq_len)
 
 
-def n_batches(windows: int, global_batch: int) -> int:
-    """Batches an epoch, the last of which may be short."""
-    return -(-windows // global_batch)
+def n_batches(windows: int, global_batch: int, accumulate: int = 1) -> int:
+    """Batches an epoch: as many as its optimizer steps need, which take `accumulate` batches each.
+
+    The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
+    """
+    return -(-windows // (global_batch * accumulate)) * accumulate
 
 
-def position_after(start: int, batches: int, *, windows: int, global_batch: int) -> int:
-    """Where the sample counter stands `batches` after `start`: a batch never crosses the end of an epoch."""
+def batch_span(
+    start: int, batch: int, *, windows: int, global_batch: int, accumulate: int = 1
+) -> tuple[int, int]:
+    """First position, and the one after the last, of batch number `batch` counted from position `start`.
+
+    A batch never crosses the end of an epoch.
+    """
     epoch, within = divmod(start, windows)
-    rest_of_epoch = n_batches(windows - within, global_batch)
-    if batches < rest_of_epoch:
-        return start + batches * global_batch
-    epochs, batch = divmod(batches - rest_of_epoch, n_batches(windows, global_batch))
-    return (epoch + 1 + epochs) * windows + batch * global_batch
+    rest_of_epoch = n_batches(windows - within, global_batch, accumulate)
+    if batch >= rest_of_epoch:
+        epochs, batch = divmod(batch - rest_of_epoch, n_batches(windows, global_batch, accumulate))
+        epoch, within = epoch + 1 + epochs, 0
+    first = within + batch * global_batch
+    return epoch * windows + min(windows, first), epoch * windows + min(windows, first + global_batch)
 
 
-def rank_positions(start: int, *, windows: int, batch_size: int, rank: int, ranks: int) -> Ints:
-    """What one data-parallel rank takes of the global batch at `start`; fewer at an epoch's end.
+def rank_positions(span: tuple[int, int], *, rank: int, ranks: int) -> Ints:
+    """What one data-parallel rank takes of a global batch.
 
     Ranks take turns, so the global batch is the same for any number of ranks.
     """
-    end = min(start + batch_size * ranks, (start // windows + 1) * windows)
-    return np.arange(start + rank, end, ranks, dtype=np.int64)
+    return np.arange(span[0] + rank, span[1], ranks, dtype=np.int64)
 
 
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:

@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -68,26 +70,37 @@ def test_permutations_of_few_items_are_uniform() -> None:
 def test_seeking_is_instant_anywhere() -> None:
     n_tokens, began = 10**16, time.perf_counter()
     count = windows.n_windows(n_tokens, 1024)
-    start = windows.position_after(10**15, 10**9, windows=count, global_batch=512)
-    positions = windows.rank_positions(start, windows=count, batch_size=8, rank=1, ranks=64)
+    span = windows.batch_span(10**15, 10**9, windows=count, global_batch=512)
+    positions = windows.rank_positions(span, rank=1, ranks=64)
     starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
     assert time.perf_counter() - began < 0.1
     assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
     assert lengths.tolist() == [1024] * 8
 
 
-def walk(start: int, batches: int, count: int, global_batch: int) -> int:
-    for _ in range(batches):
-        start = min(start + global_batch, (start // count + 1) * count)
-    return start
+def walk(start: int, count: int, global_batch: int, accumulate: int) -> Iterator[tuple[int, int]]:
+    """Batch after batch; an epoch goes on with empty ones until its last optimizer step is whole."""
+    while True:
+        epoch_end, done = (start // count + 1) * count, 0
+        while start < epoch_end or done % accumulate:
+            after = min(start + global_batch, epoch_end)
+            yield start, after
+            start, done = after, done + 1
 
 
-def test_position_after_equals_walking_there() -> None:
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_batch_span_equals_walking_there(accumulate: int) -> None:
     for count, global_batch in ((10, 4), (10, 5), (3, 7), (1, 1), (12, 1)):
+        sizes = {"windows": count, "global_batch": global_batch, "accumulate": accumulate}
         for start in range(2 * count + 1):
-            for batches in range(9):
-                jumped = windows.position_after(start, batches, windows=count, global_batch=global_batch)
-                assert jumped == walk(start, batches, count, global_batch)
+            for batch, span in enumerate(islice(walk(start, count, global_batch, accumulate), 12)):
+                assert windows.batch_span(start, batch, **sizes) == span
+
+
+def test_every_optimizer_step_of_an_epoch_is_whole() -> None:
+    assert windows.n_batches(21, 4) == 6
+    assert windows.n_batches(21, 4, accumulate=4) == 8
+    assert windows.n_batches(16, 4, accumulate=4) == 4
 
 
 @pytest.mark.parametrize("global_batch", [4, 8])
@@ -97,15 +110,13 @@ def test_global_batch_is_the_same_on_any_number_of_ranks(global_batch: int) -> N
     def global_batches(ranks: int) -> list[list[int]]:
         found, start = [], 0
         while start < 2 * count:
+            span = windows.batch_span(start, 0, windows=count, global_batch=global_batch)
             shares = [
-                windows.rank_positions(
-                    start, windows=count, batch_size=global_batch // ranks, rank=rank, ranks=ranks
-                ).tolist()
-                for rank in range(ranks)
+                windows.rank_positions(span, rank=rank, ranks=ranks).tolist() for rank in range(ranks)
             ]
             assert all(len(share) <= global_batch // ranks for share in shares)
             found.append(sorted(sum(shares, [])))
-            start = windows.position_after(start, 1, windows=count, global_batch=global_batch)
+            start = span[1]
         return found
 
     one = global_batches(1)
@@ -121,9 +132,8 @@ def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: 
     seen: list[int] = []
     for rank in range(ranks):
         for batch in range(windows.n_batches(count, batch_size * ranks)):
-            positions = windows.rank_positions(
-                batch * batch_size * ranks, windows=count, batch_size=batch_size, rank=rank, ranks=ranks
-            )
+            span = windows.batch_span(0, batch, windows=count, global_batch=batch_size * ranks)
+            positions = windows.rank_positions(span, rank=rank, ranks=ranks)
             cut = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=None)
             inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
             assert inputs.shape == targets.shape == (batch_size, seq_len)
