@@ -109,7 +109,20 @@ def _same_last_name(name: str, known: list[str]) -> list[str]:
 
 
 def shorten(message: str) -> str:
-    """A parser's message without its nested lists of types tried: the first lines say what is wrong."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    text = " ".join(lines[:3])
+    """A parser's message in one line: option, value and what would do, without the nested types tried."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Given value: (.*)|Got value: (.*)", message)
+    expected = re.findall(
+        r"Expected an? (<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
+    )
+    if key and given and expected:
+        kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
+        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
+    text = " ".join(message.split())
     return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _plain_type(kind: str) -> str:
+    """`int` for <class 'int'>, `null` for NoneType, the words themselves for a Literal."""
+    text = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
+    return text.replace("NoneType", "null").replace("'", "").replace("dot import path string", "a class path")

@@ -1,6 +1,9 @@
 """The command line before Lightning sees it: which configuration file a verb runs with."""
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from gpt_lightning.run_folder import CONFIG_NAME, checkpoints_folder, find_checkpoint
 
@@ -11,15 +14,18 @@ def complete_words(words: list[str]) -> list[str]:
     `fit` and `prepare` alone run the quickstart; a verb on a checkpoint runs with the configuration that was
     saved beside it.
     """
-    if _value(words, "--config", "-c") is not None:
+    files = _values(words, "--config", "-c")
+    for file in files:
+        check_config_file(Path(file))
+    if files:
         return words
     verb, rest = words[0], words[1:]
-    given = _value(words, "--ckpt_path")
+    given = _last(_values(words, "--ckpt_path"))
     if verb in ("fit", "prepare") and given in (None, "last"):
         return [verb, "--config", str(_default_config()), *rest]
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
-    path = find_checkpoint(given, checkpoints_folder(_value(words, "--trainer.default_root_dir")))
+    path = find_checkpoint(given, checkpoints_folder(_last(_values(words, "--trainer.default_root_dir"))))
     if not path.is_file():
         return words
     config = path.parent / CONFIG_NAME
@@ -28,13 +34,44 @@ def complete_words(words: list[str]) -> list[str]:
     return [verb, "--config", str(config), *rest]
 
 
-def _value(words: list[str], *names: str) -> str | None:
-    """The value of an option on the command line, as `--name value` or `--name=value`."""
+def check_config_file(path: Path) -> None:
+    """Refuse what YAML readers let pass or report without the file's name."""
+    if not path.is_file():
+        raise ValueError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
+    try:
+        yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"--config {path}{line}: {error.problem}; mend the file") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may stand once; the usual reader lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _values(words: list[str], *names: str) -> list[str]:
+    """The values of an option on the command line, as `--name value` or `--name=value`."""
+    values = []
     for word, following in zip(words, [*words[1:], ""]):
         name, equals, value = word.partition("=")
         if name in names:
-            return value if equals else following
-    return None
+            values.append(value if equals else following)
+    return values
+
+
+def _last(values: list[str]) -> str | None:
+    return values[-1] if values else None
 
 
 def _default_config() -> Path:

@@ -30,7 +30,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--model.config.n_layer", "3"], ["model.config.n_layer", "did you mean model.config.n_layers?"]),
         (["--model.n_layers", "3"], ["model.n_layers", "did you mean model.config.n_layers?"]),
         (["--trainer.max_step", "3"], ["trainer.max_step", "did you mean trainer.max_steps?"]),
-        (["--model.config.n_layers", "three"], ["model.config.n_layers", "three"]),
+        (["--model.config.n_layers", "three"], ["model.config.n_layers=three", "int"]),
         (["--model.config.d_model", "30", "--model.config.n_heads", "4"], ["d_model=30", "n_heads=4"]),
         (["--data.seq_len", "64"], ["data.seq_len=64", "max_position_embeddings=16"]),
         (["--data.train_files", '["nowhere.txt"]'], ["data.train_files", "nowhere.txt"]),
@@ -42,6 +42,8 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--model.optimizer.learning_rate", "-3"], ["model.optimizer.learning_rate=-3.0"]),
         (["--ckpt_path", "no/such.ckpt"], ["no/such.ckpt"]),
         (["--run_name", "a/b"], ["run_name='a/b'"]),
+        (["--trainer.precision", "bf16-mix"], ["trainer.precision=bf16-mix", "bf16-mixed"]),
+        (["--trainer.callbacks", "ModelCheckpont"], ["trainer.callbacks=ModelCheckpont", "class path"]),
     ],
 )
 def test_bad_options_of_fit(
@@ -105,6 +107,22 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "notes.ckpt"
     path.write_text("not a checkpoint")
     assert "notes.ckpt" in fails(["predict", "--ckpt_path", str(path)], capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("data:\n  seq_len: 12\n  seq_len: 13\n", ["line 3", "seq_len stands twice"]),
+        ("data:\n  seq_len: 12\n   bad: 1\n", ["line 3", "mapping values"]),
+        ("model: {config: {n_layers: [\n", ["line 2"]),
+    ],
+)
+def test_broken_config_files(
+    text: str, parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    message = fails(["fit", "--config", str(tmp_path / "broken.yaml")], capsys, tmp_path)
+    assert all(part in message for part in ["broken.yaml", *parts]), message
 
 
 def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
