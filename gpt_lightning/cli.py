@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -20,6 +20,7 @@ from typing_extensions import override
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import (
@@ -34,7 +35,7 @@ from gpt_lightning.cli_words import complete_words
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.run_folder import CONFIG_NAME, checkpoints_folder, choose_run_folder, find_checkpoint
+from gpt_lightning.run_folder import checkpoints_folder, choose_run_folder, find_checkpoint
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
@@ -55,19 +56,6 @@ class PreparingTrainer(Trainer):
         """Tokenize the texts into the cache, without training."""
 
 
-class RunConfigCallback(SaveConfigCallback):
-    """Saves the configuration beside the checkpoints instead of in the logger's folder."""
-
-    folder: Path
-
-    @override
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, self.folder / CONFIG_NAME, skip_unset=False, overwrite=True, multifile=False
-        )
-
-
 class GPTLightningCLI(LightningCLI):
     """`args` are the words of the command line, the verb first."""
 
@@ -79,8 +67,7 @@ class GPTLightningCLI(LightningCLI):
         super().__init__(
             GPTLightningModule,
             TextDataModule,
-            save_config_callback=RunConfigCallback,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_callback=RunConfig,
             trainer_class=PreparingTrainer,
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
@@ -188,7 +175,7 @@ class GPTLightningCLI(LightningCLI):
             if given is not None and given != value:
                 raise ValueError(
                     f"model.config.{name}={given} contradicts {self._checkpoint_path}, which has {value}; "
-                    f" leave the option out, or train anew"
+                    "leave the option out, or train anew"
                 )
             settings[f"model.config.{name}"] = value
 
@@ -236,6 +223,7 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = settings["logger"] or False
             settings["enable_checkpointing"] = False
             if self.subcommand == "predict":
+                settings["logger"] = False
                 callbacks.append(PredictionWriter(self._output_path(), sys.stdout))
         by_steps = type(settings["val_check_interval"]) is int
         if by_steps:
@@ -254,7 +242,7 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False
             )
-        RunConfigCallback.folder = self._run_folder
+        self.save_config_kwargs = {"folder": self._run_folder}
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
         callbacks = [Throughput(), self._get(self.config_init, "samples")]
@@ -271,7 +259,8 @@ class GPTLightningCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "predict":
             # Before the Trainer starts: unusable text is to be found before a run folder is made.
-            self.datamodule.prepare()
+            for name, split in self.datamodule.prepare().items():
+                say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents")
         if subcommand != "prepare":
             super()._run_subcommand(subcommand)
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from gpt_lightning.run_folder import CONFIG_NAME, checkpoints_folder, find_checkpoint
+from gpt_lightning.callbacks.run_config import CONFIG_NAME
+from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 
 
 def complete_words(words: list[str]) -> list[str]:

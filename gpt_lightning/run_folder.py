@@ -5,7 +5,6 @@ from pathlib import Path
 from gpt_lightning.checkpoint import newest_checkpoint
 
 CHECKPOINTS = "checkpoints"
-CONFIG_NAME = "config.yaml"
 
 
 def checkpoints_folder(default_root_dir: str | None) -> Path:

@@ -172,6 +172,12 @@ def test_print_config_gives_a_file_that_runs(
     assert (tmp_path / "checkpoints" / "printed" / "last.ckpt").is_file()
 
 
+def test_the_saved_configuration_names_no_checkpoint(fitted: Path, tmp_path: Path) -> None:
+    main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9"])
+    assert read_checkpoint(fitted / "last.ckpt")["global_step"] == 9
+    assert yaml.safe_load((fitted / "config.yaml").read_text(encoding="utf-8"))["ckpt_path"] is None
+
+
 def test_the_checkpoint_alone_is_enough(fitted: Path) -> None:
     model, tokenizer = load_model(fitted / "last.ckpt")
     token_ids = tokenizer.encode("The cat sees")

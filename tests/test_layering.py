@@ -32,6 +32,7 @@ ORDER = [
     "checkpoint",
     "huggingface",
     "callbacks.run_checkpoint",
+    "callbacks.run_config",
     "callbacks.throughput",
     "callbacks.text_samples",
     "callbacks.prediction_writer",
