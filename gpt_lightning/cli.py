@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
@@ -29,6 +27,7 @@ from gpt_lightning.checkpoint import (
     checkpoint_tokenizer,
     read_checkpoint,
 )
+from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_of_untrained_positions
 from gpt_lightning.cli_parser import Parser, shorten
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
@@ -37,7 +36,6 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.run_folder import checkpoints_folder, choose_run_folder, find_checkpoint
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 DEFAULT_MAX_STEPS = 2000
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
@@ -185,13 +183,13 @@ class GPTLightningCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         settings = self.config[self.subcommand]
-        _check_before_work(settings, needs_data=self.subcommand != "predict")
+        check_before_work(settings, needs_data=self.subcommand != "predict")
         if self.subcommand == "fit":
             trainer = settings.trainer
             if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-            _warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
+            warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
         """Of the checkpoint's own tokenizer if there is a checkpoint: no other fits its weights."""
@@ -286,30 +284,6 @@ class GPTLightningCLI(LightningCLI):
                 logger.save()
 
 
-def _check_before_work(settings: Any, *, needs_data: bool) -> None:
-    """What the options alone show to be wrong, before a tokenizer is trained or a file written."""
-    config = GPTConfig(**{**settings.model.config.as_dict(), "vocab_size": 1})
-    OptimizerConfig(**settings.model.optimizer.as_dict())
-    ScheduleConfig(**settings.model.schedule.as_dict())
-    GenerationConfig(**settings.generation.as_dict())
-    if needs_data and settings.data.seq_len > config.max_position_embeddings:
-        raise ValueError(
-            f"data.seq_len={settings.data.seq_len} is over "
-            f"model.config.max_position_embeddings={config.max_position_embeddings}; "
-            "lower the one or raise the other"
-        )
-
-
-def _warn_of_untrained_positions(seq_len: int, positions: int) -> None:
-    """Text longer than the training windows would be generated from positions that were never trained."""
-    if seq_len < positions:
-        say(
-            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
-            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
-            "comes trained from a checkpoint"
-        )
-
-
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -318,11 +292,6 @@ def _as_list(value: Any) -> list[Any]:
 
 def _program() -> str:
     return "gpt-lightning" if Path(sys.argv[0]).name == "gpt-lightning" else "python -m gpt_lightning"
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _quiet() -> None:
@@ -337,20 +306,6 @@ def _quiet() -> None:
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
 
 
-def _complaint(error: BaseException | None) -> BaseException | None:
-    """The error in this chain that was raised on purpose: by this package, or by Lightning on the options.
-
-    None means that it is a fault of the program, whose traceback somebody will want to read.
-    """
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-        if ours or isinstance(error, MisconfigurationException):
-            return error
-        error = error.__cause__
-    return None
-
-
 def run(words: list[str]) -> None:
     """Run one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
     Parser.show_all = "--help-all" in words
@@ -359,7 +314,7 @@ def run(words: list[str]) -> None:
     try:
         GPTLightningCLI(complete_words(words))
     except (ValueError, MisconfigurationException) as error:
-        complaint = _complaint(error)
+        complaint = complaint_in(error)
         if complaint is None:
             raise
         print(f"error: {shorten(str(complaint))}", file=sys.stderr)

@@ -39,6 +39,7 @@ ORDER = [
     "callbacks.progress",
     "run_folder",
     "cli_verbs",
+    "cli_checks",
     "cli_parser",
     "cli_words",
     "cli",
