@@ -248,8 +248,10 @@ class GPTLightningCLI(LightningCLI):
 
     def _output_path(self) -> Path:
         assert self._checkpoint_path is not None
-        output = self._get(self.config, "output")
-        return Path(output) if output else self._checkpoint_path.parent / "predictions.jsonl"
+        given = self._get(self.config, "output")
+        output = Path(given) if given else self._checkpoint_path.parent / "predictions.jsonl"
+        output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
+        return output
 
     # Verbs
 
@@ -318,4 +320,9 @@ def run(words: list[str]) -> None:
         if complaint is None:
             raise
         print(f"error: {shorten(str(complaint))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name a place that can be written", file=sys.stderr)
         sys.exit(2)

@@ -257,3 +257,21 @@ def test_two_ddp_processes_give_the_numbers_of_one(tiny_config: Config, tmp_path
     assert single.returncode == double.returncode == 0, double.stderr
     assert (tmp_path / "single.jsonl").read_text() == (tmp_path / "double.jsonl").read_text()
     assert single.stdout == double.stdout
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    commands = (
+        ["fit", "--config", "tiny.yaml", "--trainer.default_root_dir", "file/runs"],
+        ["fit", "--config", "tiny.yaml", "--data.cache_dir", "file/cache"],
+        ["predict", "--output", "file/out/predictions.jsonl"],
+    )
+    for command in commands:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        captured = capsys.readouterr()
+        assert exit.value.code == 2 and captured.out == ""
+        assert "file/" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
