@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import asdict
@@ -271,8 +272,8 @@ class GPTLightningCLI(LightningCLI):
         for text in self._get(self.config_init, "samples").latest:
             print(f"\n{text}\n")
         last = self._run_folder / "last.ckpt"
-        say(f"watch:  tensorboard --logdir {self._run_folder.parent}")
-        say(f"next:   {_program()} predict --ckpt_path {last} --data.prompts '[\"The \"]'")
+        say(f"to watch the curves, and to write more:\ntensorboard --logdir {self._run_folder.parent}")
+        say(f"{_program()} predict --ckpt_path {shlex.quote(str(last))} --data.prompts '[\"The \"]'")
 
     def _log_hyperparameters(self) -> None:
         """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
