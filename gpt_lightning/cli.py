@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import (
+    DATA_KEY,
     DurableCheckpointIO,
     checkpoint_config,
     checkpoint_tokenizer,
@@ -32,10 +34,9 @@ from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_
 from gpt_lightning.cli_parser import Parser, shorten
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.run_folder import checkpoints_folder, choose_run_folder, find_checkpoint
+from gpt_lightning.run_folder import checkpoints_folder, choose_run_folder, find_checkpoint, newest_of_run
 from gpt_lightning.training.module import GPTLightningModule
 
 DEFAULT_MAX_STEPS = 2000
@@ -140,7 +141,7 @@ class GPTLightningCLI(LightningCLI):
             self._checkpoint_path, self._checkpoint = path, read_checkpoint(path)
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
-            self._take_architecture(settings, checkpoint_config(self._checkpoint))
+            self._take_settings(settings, self._checkpoint)
         if verb != "prepare":
             settings.weights_only = True
         if verb == "fit":
@@ -151,7 +152,7 @@ class GPTLightningCLI(LightningCLI):
         if settings.run_name is None:
             files = settings.config or []
             settings.run_name = Path(str(files[-1])).stem if files else "run"
-        if Path(settings.run_name).name != settings.run_name:
+        if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
             raise ValueError(
                 f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes"
             )
@@ -159,24 +160,35 @@ class GPTLightningCLI(LightningCLI):
     def _resume_path(self, settings: Any, folder: Path) -> Path | None:
         if settings.ckpt_path is None:
             return None
-        if settings.ckpt_path == "last" and not any(folder.glob("**/*.ckpt")):
+        if settings.ckpt_path != "last":
+            return Path(settings.ckpt_path)
+        newest = newest_of_run(folder)
+        if newest is None:
             say(f"no checkpoint in {folder} yet: starting from scratch")
             settings.ckpt_path = None
-            return None
-        return find_checkpoint(settings.ckpt_path, folder)
+        else:
+            settings.run_name = newest.parent.name
+        return newest
 
-    def _take_architecture(self, settings: Any, saved: GPTConfig) -> None:
-        explicit = self.parser.parse_args(self._words, defaults=False)[self.config["subcommand"]]
-        for name, value in asdict(saved).items():
-            given = explicit.get(f"model.config.{name}")
-            if name in NOT_ARCHITECTURE:
-                continue
+    def _take_settings(self, settings: Any, checkpoint: dict[str, Any]) -> None:
+        """Take over what must be as the checkpoint has it, and refuse options that say otherwise."""
+        verb = self.config["subcommand"]
+        architecture = asdict(checkpoint_config(checkpoint))
+        saved = {
+            f"model.config.{name}": architecture[name] for name in architecture.keys() - NOT_ARCHITECTURE
+        }
+        data = checkpoint.get(DATA_KEY, {}).get("settings", {})
+        names = data if verb != "predict" else data.keys() & {"tokenizer"}
+        saved.update({f"data.{name}": data[name] for name in names})
+        explicit = self.parser.parse_args(self._words, defaults=False)[verb]
+        for key, value in saved.items():
+            given = explicit.get(key)
             if given is not None and given != value:
                 raise ValueError(
-                    f"model.config.{name}={given} contradicts {self._checkpoint_path}, which has {value}; "
+                    f"{key}={given} contradicts {self._checkpoint_path}, which has {value}; "
                     "leave the option out, or train anew"
                 )
-            settings[f"model.config.{name}"] = value
+            settings[key] = value
 
     # From options to objects
 
@@ -231,7 +243,7 @@ class GPTLightningCLI(LightningCLI):
             trainer = self._instantiate_trainer(settings, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ValueError(f"trainer: {shorten(str(error))}") from error
-        if by_steps:
+        if by_steps and not trainer.fast_dev_run:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
         return trainer
@@ -271,9 +283,11 @@ class GPTLightningCLI(LightningCLI):
         self._log_hyperparameters()
         for text in self._get(self.config_init, "samples").latest:
             print(f"\n{text}\n")
-        last = self._run_folder / "last.ckpt"
         say(f"to watch the curves, and to write more:\ntensorboard --logdir {self._run_folder.parent}")
-        say(f"{_program()} predict --ckpt_path {shlex.quote(str(last))} --data.prompts '[\"The \"]'")
+        callback = self.trainer.checkpoint_callback
+        if callback is not None and (callback.last_model_path or callback.best_model_path):
+            last = os.path.relpath(callback.last_model_path or callback.best_model_path)
+            say(f"{_program()} predict --ckpt_path {shlex.quote(last)} --data.prompts '[\"The \"]'")
 
     def _log_hyperparameters(self) -> None:
         """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
@@ -294,7 +308,11 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _program() -> str:
-    return "gpt-lightning" if Path(sys.argv[0]).name == "gpt-lightning" else "python -m gpt_lightning"
+    """How this program was called, so that the line works when it is pasted."""
+    if Path(sys.argv[0]).name == "gpt-lightning":
+        return sys.argv[0]
+    on_path = shutil.which("python") == sys.executable
+    return f"{'python' if on_path else shlex.quote(os.path.relpath(sys.executable))} -m gpt_lightning"
 
 
 def _quiet() -> None:

@@ -1,20 +1,23 @@
 """The command line before Lightning sees it: which configuration file a verb runs with."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
+from gpt_lightning.checkpoint import newest_checkpoint
 from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 
 
 def complete_words(words: list[str]) -> list[str]:
     """The command line with the configuration file filled in that it leaves to us.
 
-    `fit` and `prepare` alone run the quickstart; a verb on a checkpoint runs with the configuration that was
-    saved beside it.
+    `fit` and `prepare` alone run the quickstart; `fit`, `validate` and `test` of a checkpoint run with the
+    configuration that was saved beside it. `predict` needs none.
     """
+    words = _verbatim_prompts(words)
     files = _values(words, "--config", "-c")
     for file in files:
         check_config_file(Path(file))
@@ -22,17 +25,38 @@ def complete_words(words: list[str]) -> list[str]:
         return words
     verb, rest = words[0], words[1:]
     given = _last(_values(words, "--ckpt_path"))
-    if verb in ("fit", "prepare") and given in (None, "last"):
+    folder = checkpoints_folder(_last(_values(words, "--trainer.default_root_dir")))
+    resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
+    if verb in ("fit", "prepare") and not resumes:
         return [verb, "--config", str(_default_config()), *rest]
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
-    path = find_checkpoint(given, checkpoints_folder(_last(_values(words, "--trainer.default_root_dir"))))
+    path = find_checkpoint(given, folder)
     if not path.is_file():
         return words
     config = path.parent / CONFIG_NAME
     if not config.is_file():
         raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
-    return [verb, "--config", str(config), *rest]
+    # The path again: the configuration may name another folder to look for checkpoints in.
+    return [verb, "--config", str(config), *rest, "--ckpt_path", str(path)]
+
+
+def _verbatim_prompts(words: list[str]) -> list[str]:
+    """A prompt that is no list is a text, even one that YAML would read as null, a number or a comment."""
+    option = "--data.prompts"
+    texts = [index + 1 for index, word in enumerate(words[:-1]) if word == option]
+    kept = [_as_list_of_prompts(word) if index in texts else word for index, word in enumerate(words)]
+    start = option + "="
+    return [start + _as_list_of_prompts(w.removeprefix(start)) if w.startswith(start) else w for w in kept]
+
+
+def _as_list_of_prompts(word: str) -> str:
+    try:
+        prompts = yaml.safe_load(word)
+    except yaml.YAMLError:
+        prompts = None
+    is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    return word if is_list else json.dumps([word], ensure_ascii=False)
 
 
 def check_config_file(path: Path) -> None:

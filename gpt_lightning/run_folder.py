@@ -25,6 +25,13 @@ def choose_run_folder(folder: Path, resumed_from: Path | None) -> Path:
     return candidate
 
 
+def newest_of_run(folder: Path) -> Path | None:
+    """The newest checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
+    folders = [folder, *folder.parent.glob(f"{folder.name}-[0-9]*")]
+    found = [path for path in map(newest_checkpoint, folders) if path is not None]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def find_checkpoint(given: str | None, folder: Path) -> Path:
     """The checkpoint named; without a name, or for `last`, the newest below `folder`."""
     if given is not None and given != "last":

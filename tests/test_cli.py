@@ -41,7 +41,7 @@ def test_fit_leaves_a_run_folder(fitted: Path, capsys: pytest.CaptureFixture[str
     assert checkpoint["global_step"] == 6
     captured = capsys.readouterr()
     command = shlex.split(captured.err.strip().splitlines()[-1])
-    assert command[command.index("--ckpt_path") + 1] == str(fitted / "last.ckpt")
+    assert Path(command[command.index("--ckpt_path") + 1]).resolve() == fitted / "last.ckpt"
     main(command[command.index("predict") :])
     assert capsys.readouterr().out.startswith("The ")
     assert "Tip" not in captured.err and "💡" not in captured.err
@@ -258,6 +258,9 @@ def test_two_ddp_processes_give_the_numbers_of_one(tiny_config: Config, tmp_path
     assert single.returncode == double.returncode == 0, double.stderr
     assert (tmp_path / "single.jsonl").read_text() == (tmp_path / "double.jsonl").read_text()
     assert single.stdout == double.stdout
+    # One prompt for two ranks.
+    lonely = run_program(tmp_path, "predict", *ckpt[:2], "--data.prompts", "The cat", *ddp)
+    assert lonely.returncode == 0 and lonely.stdout.startswith("The cat"), lonely.stderr
 
 
 def test_a_place_that_cannot_be_written_is_named(
@@ -276,3 +279,66 @@ def test_a_place_that_cannot_be_written_is_named(
         captured = capsys.readouterr()
         assert exit.value.code == 2 and captured.out == ""
         assert "file/" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
+
+
+def test_optimizer_options_win_over_the_checkpoint(fitted: Path, tmp_path: Path) -> None:
+    options = ["--model.optimizer.learning_rate", "0.002", "--model.optimizer.weight_decay", "0.5"]
+    main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "7", *options])
+    checkpoint = read_checkpoint(fitted / "last.ckpt")
+    decayed, plain = checkpoint["optimizer_states"][0]["param_groups"]
+    assert decayed["initial_lr"] == plain["initial_lr"] == 0.002
+    assert decayed["weight_decay"] == 0.5 and plain["weight_decay"] == 0.0
+    # The schedule ends at 6 steps in the checkpoint and at 7 now: at its end the rate is a tenth of the peak.
+    assert checkpoint["lr_schedulers"][0]["_last_lr"] == pytest.approx([0.0002, 0.0002])
+
+
+@pytest.mark.parametrize(
+    "option, value", [("data.tokenizer", "bytes"), ("data.seed", "7"), ("data.val_fraction", "0.3")]
+)
+def test_another_split_or_tokenizer_than_the_checkpoints_is_refused(
+    option: str, value: str, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "tiny.yaml", "--ckpt_path", str(fitted / "last.ckpt"), f"--{option}", value]
+    for verb in ("fit", "validate") if option != "data.tokenizer" else ("fit", "validate", "predict"):
+        with pytest.raises(SystemExit) as exit:
+            main([verb, *words])
+        assert exit.value.code == 2
+        assert f"{option}={value} contradicts" in capsys.readouterr().err
+
+
+def test_last_is_the_newest_of_the_runs_of_a_name(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", "tiny.yaml"])
+    main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "8"])
+    assert read_checkpoint(fitted.with_name("tiny-2") / "last.ckpt")["global_step"] == 8
+    assert read_checkpoint(fitted / "last.ckpt")["global_step"] == 6
+    # Without a configuration, that of the newest run.
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "9"])
+    assert read_checkpoint(fitted.with_name("tiny-2") / "last.ckpt")["global_step"] == 9
+
+
+@pytest.mark.parametrize("prompt", ["# Title", "null", "12", "[1] The", "a: b", "The cat: "])
+def test_a_prompt_is_taken_as_it_stands(prompt: str, fitted: Path) -> None:
+    main(["predict", "--data.prompts", prompt, "--generation.max_new_tokens", "1"])
+    (row,) = map(json.loads, (fitted / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["prompt"] == prompt
+
+
+def test_a_run_without_validation_saves_every_epoch(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = {"max_steps": -1, "max_epochs": 3, "val_check_interval": 1.0}
+    checkpoint = {"monitor": None, "save_top_k": -1}
+    config = tiny_config(data={"val_fraction": 0.0}, trainer=trainer, checkpoint=checkpoint)
+    main(["fit", "--config", str(config)])
+    assert len(list((tmp_path / "checkpoints" / "tiny").glob("step*.ckpt"))) == 3
+
+
+def test_a_trial_run_validates_also_with_accumulation(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"accumulate_grad_batches": 4, "fast_dev_run": 4}
+    main(["fit", "--config", str(tiny_config(trainer=settings))])
+    assert "val/loss" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()

@@ -94,7 +94,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:
+        # Without validation nothing else would save before the end of training.
+        if not trainer.enable_validation or not sum(trainer.num_val_batches):
             self._save(trainer, judge=self.monitor is None)
 
     @override

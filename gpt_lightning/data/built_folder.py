@@ -43,8 +43,21 @@ def built_folder(
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if (reason := _stale_reason(folder, sources)) is not None:
             _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
-            _build(folder, sources, build)
+            try:
+                _build(folder, sources, build)
+            except BaseException:
+                _leave_no_trace(folder)
+                raise
         yield folder, _read_meta(folder)["built"]
+
+
+def _leave_no_trace(folder: Path) -> None:
+    """After a failed build: no lock file, and no folder that was made for it and holds nothing."""
+    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+    for parent in (folder.parent, folder.parent.parent):
+        if any(parent.iterdir()):
+            break
+        parent.rmdir()
 
 
 def _build(folder: Path, sources: Sequence[str], build: Callable[[Path], dict[str, Any]]) -> None:

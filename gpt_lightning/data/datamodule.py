@@ -9,11 +9,14 @@ from typing_extensions import override
 
 import gpt_lightning.data.windows as windows
 from gpt_lightning.data.batches import BatchNumbers, TokenBatch, WindowBatches, batch_loader
-from gpt_lightning.data.documents import resolve_sources
+from gpt_lightning.data.documents import resolve_sources, source_bytes
 from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
 from gpt_lightning.data.training_order import EpochShape, TrainingOrder
+
+# What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
+SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
 
 
 class TextDataModule(LightningDataModule):
@@ -86,6 +89,11 @@ class TextDataModule(LightningDataModule):
         if is_trained_here(self.tokenizer):
             requested_vocab_size(self.tokenizer)
 
+    @override
+    def __str__(self) -> str:
+        # Lightning's own would build every loader, and with them the token cache.
+        return type(self).__name__
+
     # ---- tokenizer and corpus
 
     @property
@@ -96,6 +104,7 @@ class TextDataModule(LightningDataModule):
                 corpus = self._corpus()
                 if not corpus.train_files:
                     raise self._no_train_files()
+                self._check_size(corpus)
                 size = requested_vocab_size(self.tokenizer)
                 self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
             else:
@@ -121,18 +130,27 @@ class TextDataModule(LightningDataModule):
             corpus = self._corpus()
             if not corpus.train_files and not corpus.val_files and not corpus.test_files:
                 raise self._no_train_files()
-            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir)
+            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, self._check_tokens)
             if corpus.train_files:
-                n_tokens = splits["train"].n_tokens if "train" in splits else 0
-                if n_tokens == 0:
-                    raise ValueError(f"data.train_files={self.train_files} is empty; give files with text")
-                if n_tokens < self.seq_len + 1:
-                    raise ValueError(
-                        f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there "
-                        f"are {n_tokens}; lower data.seq_len or add text to data.train_files"
-                    )
+                self._check_tokens(splits["train"].n_tokens)
             self._splits = splits
         return self._splits
+
+    def _check_size(self, corpus: Corpus) -> None:
+        """Refuse what is too short in bytes already, before a tokenizer is trained on it."""
+        plain = all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files)
+        n_bytes = sum(map(source_bytes, corpus.train_files))
+        if plain and n_bytes < self.seq_len + 1:
+            self._check_tokens(n_bytes)
+
+    def _check_tokens(self, n_tokens: int) -> None:
+        if n_tokens == 0:
+            raise ValueError(f"data.train_files={self.train_files} is empty; give files with text")
+        if n_tokens < self.seq_len + 1:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there "
+                f"are {n_tokens}; lower data.seq_len or add text to data.train_files"
+            )
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
@@ -252,7 +270,8 @@ class TextDataModule(LightningDataModule):
     @override
     def state_dict(self) -> dict[str, Any]:
         order = self._order.state_dict(self._epoch_shape())
-        return {**order, "tokenizer": self.text_tokenizer.to_dict()}
+        settings = {name: getattr(self, name) for name in SETTINGS_OF_A_RUN}
+        return {**order, "settings": settings, "tokenizer": self.text_tokenizer.to_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

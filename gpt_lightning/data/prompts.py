@@ -27,7 +27,8 @@ def prompt_batches(
     prompts: list[str], tokenizer: TextTokenizer, *, batch_size: int, rank: int, ranks: int
 ) -> list[PromptBatch]:
     """One data-parallel rank's share. An empty prompt becomes the eos that stands before every document."""
-    mine = list(range(rank, len(prompts), ranks))
+    # A rank without a share repeats the first prompt (written once): Lightning refuses an empty loader.
+    mine = list(range(rank, len(prompts), ranks)) or [0]
     batches = []
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]

@@ -87,13 +87,24 @@ class TokenSplit:
         return {name: value for name, value in self.__dict__.items() if name not in maps}
 
 
-def prepare_tokens(corpus: Corpus, tokenizer: TextTokenizer, cache_dir: str) -> dict[str, TokenSplit]:
-    """The splits that have tokens, from the cache if it is fresh, else built now; safe in every process."""
+def prepare_tokens(
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    cache_dir: str,
+    check_train: Callable[[int], None] = lambda n_tokens: None,
+) -> dict[str, TokenSplit]:
+    """The splits that have tokens, from the cache if it is fresh, else built now; safe in every process.
+
+    `check_train` hears the number of training tokens before a new cache is kept, and may refuse it.
+    """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
     sources = corpus.train_files + corpus.val_files + corpus.test_files
 
     def build(folder: Path) -> dict[str, Any]:
-        return _write_tokens(folder, corpus, tokenizer)
+        counts = _write_tokens(folder, corpus, tokenizer)
+        if corpus.train_files:
+            check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
+        return counts
 
     with built_folder(cache_dir, "tokens", settings, sources, build) as (folder, built):
         splits = {name: TokenSplit(folder, name, **counts) for name, counts in built.items()}

@@ -1,8 +1,12 @@
 """Loss over many batches, exact on any batch size and device count."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 class TokenLoss(Metric):
@@ -18,8 +22,7 @@ class TokenLoss(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        sum_dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
-        self.add_state("nll", torch.zeros((), dtype=sum_dtype), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros((), dtype=_sum_dtype()), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
@@ -29,3 +32,15 @@ class TokenLoss(Metric):
 
     def compute(self) -> Tensor:
         return self.nll / self.tokens
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+        """Follow the model to its device, but not to its dtype: in bfloat16 the sum stops growing at 256."""
+        super()._apply(fn, exclude_state)
+        self.nll = self.nll.to(_sum_dtype())
+        self._defaults["nll"] = torch.zeros_like(self.nll)
+        return self
+
+
+def _sum_dtype() -> torch.dtype:
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64

@@ -214,6 +214,18 @@ class GPTLightningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this run's optimizer settings: PyTorch would restore those of the run that saved."""
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group["lr"] *= self.optimizer.learning_rate / group["initial_lr"]
+                group["initial_lr"] = self.optimizer.learning_rate
+                group["betas"] = self.optimizer.betas
+                group["weight_decay"] = self.optimizer.weight_decay if group["weight_decay"] else 0.0
+        for state in checkpoint.get("lr_schedulers", []):
+            state["base_lrs"] = [self.optimizer.learning_rate for _ in state["base_lrs"]]
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
 

@@ -23,6 +23,15 @@ def test_improbable_tokens_stay_finite() -> None:
     assert abs(float(metric.compute()) - expected) < 1e-4
 
 
+def test_the_models_dtype_leaves_the_sums_alone() -> None:
+    metric = TokenLoss().to(torch.bfloat16)
+    for _ in range(1000):
+        metric.update(torch.tensor(4096 * 3.3, dtype=torch.float64), torch.tensor(4096))
+    assert abs(float(metric.compute()) - 3.3) < 1e-9
+    metric.reset()
+    assert metric.nll.dtype == torch.float64
+
+
 def test_sums_are_exact_over_many_batches() -> None:
     metric = TokenLoss()
     for _ in range(10_000):
