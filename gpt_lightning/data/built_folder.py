@@ -35,6 +35,7 @@ def built_folder(
     """
     key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir).absolute() / f"{kind}-{key}"
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,15 +47,15 @@ def built_folder(
             try:
                 _build(folder, sources, build)
             except BaseException:
-                _leave_no_trace(folder)
+                _leave_no_trace(folder, made)
                 raise
         yield folder, _read_meta(folder)["built"]
 
 
-def _leave_no_trace(folder: Path) -> None:
-    """After a failed build: no lock file, and no folder that was made for it and holds nothing."""
+def _leave_no_trace(folder: Path, made: list[Path]) -> None:
+    """After a failed build: no lock file, and none of the folders `made` for it that hold nothing."""
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
-    for parent in (folder.parent, folder.parent.parent):
+    for parent in made:
         if any(parent.iterdir()):
             break
         parent.rmdir()
