@@ -71,6 +71,10 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
+        # A checkpoint inside a step would lose the gradients gathered so far: validate at the step's end.
+        if trainer.val_check_batch != float("inf"):
+            accumulate = trainer.accumulate_grad_batches
+            trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
 
     @override
     def on_train_batch_end(

@@ -155,6 +155,7 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
+        """Loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
         n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)

@@ -31,13 +31,19 @@ class Scripted(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, losses: list[float], max_steps: int = 8, **checkpoint: Any) -> RunCheckpoint:
+def fit(
+    folder: Path,
+    losses: list[float],
+    max_steps: int = 8,
+    trainer: dict[str, Any] | None = None,
+    **checkpoint: Any,
+) -> RunCheckpoint:
     callback = RunCheckpoint(dirpath=str(folder), **checkpoint)
-    trainer = pl.Trainer(
+    intervals = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    fitting = pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
+        **(trainer or intervals),
         num_sanity_val_steps=0,
         callbacks=[callback],
         logger=False,
@@ -45,7 +51,7 @@ def fit(folder: Path, losses: list[float], max_steps: int = 8, **checkpoint: Any
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(Scripted(losses), DataLoader(torch.ones(100, 1)), DataLoader(torch.ones(1, 1)))
+    fitting.fit(Scripted(losses), DataLoader(torch.ones(100, 1)), DataLoader(torch.ones(1, 1)))
     return callback
 
 
@@ -79,3 +85,14 @@ def test_the_end_of_training_is_saved(tmp_path: Path) -> None:
 def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
     fit(tmp_path, [1.0, 2.0, 3.0, 4.0], monitor=None, save_top_k=1, every_n_train_steps=3)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step000008.ckpt"]
+
+
+def test_no_checkpoint_stands_inside_an_optimizer_step(tmp_path: Path) -> None:
+    # A tenth of an epoch is 10 batches, which is no whole number of steps of 3.
+    settings = {"val_check_interval": 0.1, "accumulate_grad_batches": 3}
+    fit(tmp_path, [1.0, 1.0, 1.0], max_steps=12, trainer=settings, save_top_k=-1)
+    for path in tmp_path.glob("step*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        assert batches == 3 * checkpoint["global_step"]
+    assert len(list(tmp_path.glob("step*.ckpt"))) == 3
