@@ -63,13 +63,15 @@ class RunCheckpoint(ModelCheckpoint):
                 f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
             )
         self._last_every_n_steps = every_n_train_steps
-        self._last_interval_seconds = train_time_interval.total_seconds() if train_time_interval else None
-        self._saved_step = 0
+        self._last_interval_seconds = (
+            train_time_interval.total_seconds() if train_time_interval is not None else None
+        )
+        self._saved_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
         # A checkpoint inside a step would lose the gradients gathered so far: validate at the step's end.
         if trainer.val_check_batch != float("inf"):
@@ -80,6 +82,9 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
+            return
+        self._seen_step = trainer.global_step
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
         if self._last_interval_seconds is not None:

@@ -1,5 +1,6 @@
 """The best by the monitored metric, and `last.ckpt` whatever the metric says."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_the_end_of_training_is_saved(tmp_path: Path) -> None:
 def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
     fit(tmp_path, [1.0, 2.0, 3.0, 4.0], monitor=None, save_top_k=1, every_n_train_steps=3)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "step000008.ckpt"]
+
+
+def test_a_checkpoint_by_time_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
+    settings = {"limit_val_batches": 0, "accumulate_grad_batches": 3}
+    checkpoint = {"monitor": None, "save_top_k": -1, "train_time_interval": timedelta(0)}
+    fit(tmp_path, [], max_steps=4, trainer=settings, **checkpoint)
+    paths = sorted(tmp_path.glob("step*.ckpt"))
+    assert [step_of(path) for path in paths] == [1, 2, 3, 4]
+    for path in paths:
+        progress = torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        assert progress["total"]["processed"] == 3 * step_of(path)
 
 
 def test_no_checkpoint_stands_inside_an_optimizer_step(tmp_path: Path) -> None:
