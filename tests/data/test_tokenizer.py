@@ -133,6 +133,8 @@ def test_what_looks_like_a_path_never_asks_the_hub(tmp_path: Path, monkeypatch: 
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", refuse)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whatever lies around where the tests are run
     (tmp_path / "file.json").write_text("{}")
     paths = ("./none", "~/none", "/none", "a/b/c", "../x", ".hidden", "a b", "", str(tmp_path / "file.json"))
     for name in paths:
