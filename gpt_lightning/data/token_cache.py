@@ -107,7 +107,8 @@ def prepare_tokens(
         return counts
 
     with built_folder(cache_dir, "tokens", settings, sources, build) as (folder, built):
-        splits = {name: TokenSplit(folder, name, **counts) for name, counts in built.items()}
+        order: tuple[str, ...] = ("train", "val", "test")
+        splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
             split.tokens, split.document_starts
