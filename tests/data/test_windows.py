@@ -73,7 +73,7 @@ def test_seeking_is_instant_anywhere() -> None:
     span = windows.batch_span(10**15, 10**9, windows=count, global_batch=512)
     positions = windows.rank_positions(span, rank=1, ranks=64)
     starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
-    assert time.perf_counter() - began < 0.1
+    assert time.perf_counter() - began < 5  # walking there would take minutes
     assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
     assert lengths.tolist() == [1024] * 8
 
