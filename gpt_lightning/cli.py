@@ -125,7 +125,7 @@ class GPTLightningCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """The architecture comes from the checkpoint, everything else from the command line and its files.
+        """What fits only the checkpoint's weights and split comes from it, all else from the command line.
 
         Lightning would let all of the checkpoint's hyper-parameters win, without a word.
         """

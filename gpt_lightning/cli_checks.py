@@ -21,9 +21,7 @@ def check_before_work(settings: Any, *, needs_data: bool) -> None:
     GenerationConfig(**settings.generation.as_dict())
     for name in ("log_every_n_steps", "val_check_interval"):
         if settings.trainer[name] is not None and settings.trainer[name] == 0:
-            raise ValueError(
-                f"trainer.{name}=0 is below 1; choose a number of steps, or max_steps for none before"
-            )
+            raise ValueError(f"trainer.{name}=0 is below 1; choose a number of steps, or leave it out")
     if needs_data and settings.data.seq_len > config.max_position_embeddings:
         raise ValueError(
             f"data.seq_len={settings.data.seq_len} is over "

@@ -98,7 +98,7 @@ class GPTLightningModule(LightningModule):
         """From the mean over places (what the backward passes made) to the mean over scored tokens.
 
         The two differ where micro-batches hold padding: the end of an epoch. Lightning's division by
-        accumulate_grad_batches is undone with it where an epoch ends inside an accumulation window.
+        accumulate_grad_batches is undone with it where limit_train_batches ends an epoch inside a step.
         """
         factor = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches / tokens
         # Reading the factor on an accelerator would make the host wait for it; multiplying by one is cheaper.
