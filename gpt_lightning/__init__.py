@@ -6,16 +6,18 @@ if TYPE_CHECKING:
     from gpt_lightning.config import GPTConfig
     from gpt_lightning.data.datamodule import TextDataModule
     from gpt_lightning.model import GPTModel
+    from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
     from gpt_lightning.training.module import GPTLightningModule
 
 __version__ = "0.1.0"
-__all__ = ["GPTConfig", "GPTModel", "GPTLightningModule", "TextDataModule"]
+__all__ = ["GPTConfig", "GPTModel", "GPTLightningModule", "TextDataModule", "TensorParallelDDPStrategy"]
 
 _HOMES = {
     "GPTConfig": "config",
     "GPTModel": "model",
     "GPTLightningModule": "training.module",
     "TextDataModule": "data.datamodule",
+    "TensorParallelDDPStrategy": "parallel.strategy",
 }
 
 

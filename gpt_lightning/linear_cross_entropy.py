@@ -5,7 +5,7 @@ training step by far, several times over (logits, softmax, gradient). Here they 
 time: each chunk's gradient is made in the forward pass, where its softmax is at hand.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,35 @@ IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**24
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+class VocabShard(Protocol):
+    """Where this process's rows of `weight` stand in the vocabulary, and how to join those who hold the others."""
+
+    @property
+    def first_token(self) -> int: ...
+
+    def max_over_shards(self, x: Tensor) -> Tensor: ...
+
+    def sum_over_shards(self, x: Tensor) -> Tensor: ...
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    *,
+    shard: VocabShard | None = None,
+) -> Tensor:
     """Cross entropy of softmax(hidden @ weight.T) against `targets` [N]; targets of -100 are not scored.
 
     The sum is taken in float64 (float32 on devices without it) and `reduction="sum"` returns it so: sums of
-    many batches stay exact enough to compare.
+    many batches stay exact enough to compare. With `shard`, `weight` is one part of the vocabulary's rows, the
+    loss is that of the whole, and the gradient of `hidden` is what these rows add to it.
     """
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         compute_dtype = torch.get_autocast_dtype(hidden.device.type)
-    total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype)
+    total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, shard)
     if reduction == "sum":
         return total
     return (total / (targets != IGNORE_INDEX).sum()).float()
@@ -33,7 +52,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        compute_dtype: torch.dtype,
+        shard: VocabShard | None,
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
@@ -47,9 +71,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)
                 logits = F.linear(compute_hidden, compute_weight).float()  # [rows, V]
-                total += F.cross_entropy(logits, targets[chunk], reduction="none").sum(dtype=sum_dtype)
+                loss, logits_grad = _loss_and_gradient_(logits, targets[chunk], shard, needs_grad)
+                total += loss.sum(dtype=sum_dtype)
                 if hidden_grad is not None and weight_grad is not None:
-                    logits_grad = _logits_gradient_(logits, targets[chunk]).to(compute_dtype)
+                    logits_grad = logits_grad.to(compute_dtype)
                     hidden_grad[chunk] = logits_grad @ compute_weight
                     weight_grad += logits_grad.t() @ compute_hidden
         if needs_grad:
@@ -58,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = grad_outputs[0]
         # Scaled out of place: the graph may be traversed a second time (retain_graph).
@@ -67,13 +92,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (weight_grad * scale.float()).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def _logits_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """softmax - one_hot, in place of the logits; rows that are not scored get zero."""
-    gradient = torch.softmax(logits, dim=-1, out=logits)
+def _loss_and_gradient_(
+    logits: Tensor, targets: Tensor, shard: VocabShard | None, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss [N] and softmax - one_hot [N, V], both zero for rows that are not scored; overwrites the logits."""
     scored = targets != IGNORE_INDEX
-    rows = torch.arange(targets.shape[0], device=targets.device)
-    gradient[rows, targets.clamp(min=0)] -= 1.0
-    return gradient.mul_(scored[:, None])
+    if shard is None:
+        loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
+        if needs_grad:
+            torch.softmax(logits, dim=-1, out=logits)
+        columns, here = targets.clamp(min=0), scored
+    else:
+        columns = targets - shard.first_token
+        here = scored & (columns >= 0) & (columns < logits.shape[1])
+        columns = columns.masked_fill(~here, 0)
+        logits -= shard.max_over_shards(logits.amax(dim=-1, keepdim=True))
+        picked = logits.gather(1, columns[:, None]).masked_fill(~here[:, None], 0.0)
+        exponentials = logits.exp_()
+        # One exchange for both: the softmax's denominator and the target's logit.
+        sums = shard.sum_over_shards(torch.cat([exponentials.sum(dim=-1, keepdim=True), picked], dim=1))
+        loss = (sums[:, 0].log() - sums[:, 1]).masked_fill(~scored, 0.0)
+        logits = exponentials.div_(sums[:, :1]) if needs_grad else logits
+    if needs_grad:
+        every = torch.arange(targets.shape[0], device=targets.device)
+        logits[every, columns] -= here.to(logits.dtype)
+        logits *= scored[:, None]
+    return loss, logits

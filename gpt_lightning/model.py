@@ -5,7 +5,7 @@ Pre-layer-norm blocks, learned positions, fused attention, a head tied to the to
 """
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,26 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None
 
 
+class Projection(nn.Linear):
+    """A linear layer that starts as GPT-2's do: normal weights, no bias."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float = INIT_STD) -> None:
+        self.std = std
+        super().__init__(n_in, n_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Table(nn.Embedding):
+    """An embedding that starts as GPT-2's do."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
 class CausalSelfAttention(nn.Module):
     """Attention of each token to itself and the tokens before it."""
 
@@ -35,8 +55,10 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         # The rows lie head by head (q, k, v of head 0, then of head 1, ...), so any cut gives whole heads.
-        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv_proj = Projection(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.out_proj = Projection(
+            config.d_model, config.d_model, bias=config.bias, std=_residual_std(config)
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -59,8 +81,10 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.mlp_width, bias=config.bias)
-        self.down_proj = nn.Linear(config.mlp_width, config.d_model, bias=config.bias)
+        self.up_proj = Projection(config.d_model, config.mlp_width, bias=config.bias)
+        self.down_proj = Projection(
+            config.mlp_width, config.d_model, bias=config.bias, std=_residual_std(config)
+        )
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +107,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
-class LMHead(nn.Linear):
+class LMHead(Projection):
     """Hidden states to logits, or straight to the loss, which never holds all logits at once."""
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -91,31 +115,25 @@ class LMHead(nn.Linear):
 
 
 class GPTModel(nn.Module):
-    """Token ids in; logits, or the loss against targets, out."""
+    """Token ids in; logits, or the loss against targets, out.
+
+    Each layer draws its own weights (`reset_parameters`) in the order of `modules()`, so that a model built on
+    the meta device gets the very same weights later, layer by layer.
+    """
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.d_model)
+        self.token_embedding = Table(config.vocab_size, config.d_model)
+        self.position_embedding = Table(config.max_position_embeddings, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
-        self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False)
-        self.apply(_init_weights)
-        for projection in self._residual_projections():
-            nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * config.n_layers))
+        with torch.device("meta") if config.tie_embeddings else nullcontext():
+            self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-
-    def _residual_projections(self) -> Iterator[nn.Linear]:
-        """The layers that write to the residual stream, two a block."""
-        for module in self.modules():
-            if isinstance(module, CausalSelfAttention):
-                yield module.out_proj
-            elif isinstance(module, MLP):
-                yield module.down_proj
 
     def forward(
         self,
@@ -163,11 +181,9 @@ class GPTModel(nn.Module):
         return self.ln_f(x)
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def _residual_std(config: GPTConfig) -> float:
+    """For the two projections a block that write to the residual stream, whose variance adds up."""
+    return INIT_STD / math.sqrt(2 * config.n_layers)
 
 
 def _document_mask(document_ids: Tensor) -> Tensor:

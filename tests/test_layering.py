@@ -13,6 +13,18 @@ ORDER = [
     "kv_cache",
     "linear_cross_entropy",
     "model",
+    "parallel.mesh",
+    "parallel.shard",
+    "parallel.collectives",
+    "parallel.column_linear",
+    "parallel.dropout",
+    "parallel.layers",
+    "parallel.plan",
+    "parallel.state_dict",
+    "parallel.sharded_checkpoint",
+    "parallel.precision",
+    "parallel.replicas",
+    "parallel.strategy",
     "data.python_docs",
     "data.documents",
     "data.split",
@@ -46,7 +58,7 @@ ORDER = [
     "__main__",
 ]
 MODEL = {"config", "kv_cache", "linear_cross_entropy", "model"}
-ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": set()}
+ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy"}}
 
 
 def modules() -> list[str]:

@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from typing_extensions import override
 
+from gpt_lightning.training.module import GPTLightningModule
+
 
 class StepProgressBar(ProgressBar):
     """Lightning's bars count batches of an epoch; a GPT is trained by steps, a few epochs or part of one.
@@ -39,9 +41,9 @@ class StepProgressBar(ProgressBar):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        n_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        assert isinstance(pl_module, GPTLightningModule)
         self._say(
-            f"model of {n_parameters:,} parameters; epoch of {trainer.num_training_batches:,} batches; "
+            f"model of {pl_module.n_parameters:,} parameters; epoch of {trainer.num_training_batches:,} batches; "
             f"training to step {trainer.estimated_stepping_batches:,}"
         )
         self._start("training", trainer.estimated_stepping_batches, trainer.global_step)

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 
 
@@ -57,8 +57,7 @@ class Throughput(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tokens = torch.as_tensor(self._tokens, device=pl_module.device)
-        data_parallel = trainer.distributed_sampler_kwargs or {"num_replicas": 1}
-        if data_parallel["num_replicas"] > 1:
+        if rank_and_ranks(trainer)[1] > 1:
             tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
         n_tokens = int(tokens)  # waits for the device, so the clock is read after it
         self._add_time()

@@ -131,3 +131,12 @@ def batch_loader(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def rank_and_ranks(trainer: Any) -> tuple[int, int]:
+    """This process's data-parallel rank and how many there are, as the Trainer's strategy tells it.
+
+    Only they read different samples: tensor-parallel peers have the same rank.
+    """
+    kwargs = trainer.distributed_sampler_kwargs
+    return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])

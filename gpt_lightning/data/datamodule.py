@@ -8,7 +8,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import gpt_lightning.data.windows as windows
-from gpt_lightning.data.batches import BatchNumbers, TokenBatch, WindowBatches, batch_loader
+from gpt_lightning.data.batches import (
+    BatchNumbers,
+    TokenBatch,
+    WindowBatches,
+    batch_loader,
+    rank_and_ranks,
+)
 from gpt_lightning.data.documents import resolve_sources, source_bytes
 from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
@@ -256,9 +262,7 @@ class TextDataModule(LightningDataModule):
         return batch_loader(dataset, numbers, num_workers=self.num_workers, pin_memory=on_gpu)
 
     def _rank_and_ranks(self) -> tuple[int, int]:
-        """Data-parallel, as the strategy tells it: tensor-parallel peers read the same samples."""
-        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])
+        return (0, 1) if self.trainer is None else rank_and_ranks(self.trainer)
 
     # ---- the position in the training order
 

@@ -67,12 +67,14 @@ def generate(
     batch_size: int = 8,
     should_stop: Callable[[list[int]], bool] | None = None,
     use_cache: bool = True,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Completion]:
     """Continue each prompt; what is drawn for one depends on the seed and its number, not on the others.
 
     `prompt_numbers` are the positions in the list unless given. `should_stop` sees a row's new tokens after
     each of them and ends the row, with that token, by returning True. `batch_size` rows are decoded together:
     more are faster and take more memory. A sequence that outgrows the context is read from `visible_start`.
+    Processes that run a model together pass `agree`, which gives all of them one process's tokens [B].
     """
     numbers = list(range(len(prompts))) if prompt_numbers is None else prompt_numbers
     _check(prompts, numbers, batch_size, model.config.vocab_size)
@@ -86,7 +88,8 @@ def generate(
     completions: dict[int, Completion] = {}
     with _evaluating(model):
         while active:
-            tokens = _next_tokens(model, active, cache, settings)
+            drawn = _next_tokens(model, active, cache, settings)
+            tokens = (drawn if agree is None else agree(drawn)).tolist()
             # Backwards, so that a row that moves into a gap already has its token.
             for place in reversed(range(len(active))):
                 row = active[place]
@@ -151,7 +154,7 @@ def _evaluating(model: CausalLanguageModel) -> Iterator[None]:
 
 def _next_tokens(
     model: CausalLanguageModel, rows: list[_Row], cache: KVCache | None, settings: GenerationConfig
-) -> list[int]:
+) -> Tensor:
     hidden = _recomputed_hidden(model, rows) if cache is None else _cached_hidden(model, rows, cache)
     logits = model.lm_head(hidden).float()  # [B, V]
     if not (logits < torch.inf).all():  # false for NaN too
@@ -163,7 +166,7 @@ def _next_tokens(
             seen[place, row.tokens] = True
     probabilities = next_token_probabilities(logits, settings, seen)
     uniforms = torch.tensor([row.uniforms[len(row.new_tokens)] for row in rows], device=logits.device)
-    return pick(probabilities, uniforms).tolist()
+    return pick(probabilities, uniforms)  # [B]
 
 
 def _cached_hidden(model: CausalLanguageModel, rows: list[_Row], cache: KVCache) -> Tensor:

@@ -15,13 +15,15 @@ from torch.nn.utils import get_total_norm
 from typing_extensions import override
 
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Completion, generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
+from gpt_lightning.parallel.plan import Cut
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
@@ -64,6 +66,7 @@ class GPTLightningModule(LightningModule):
             }
         )
         self.model = GPTModel(config, activation_checkpointing)
+        self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
@@ -107,12 +110,16 @@ class GPTLightningModule(LightningModule):
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor.float())
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/ppl", loss.exp())
-        self.log("train/grad_norm", get_total_norm(gradients))
+        self.log("train/grad_norm", self._gradient_norm())
         self.log("lr-AdamW", optimizer.param_groups[0]["lr"])
         self._log_position(self.trainer.global_step + 1)
+
+    def _gradient_norm(self) -> Tensor:
+        if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
+            return self.trainer.strategy.gradient_norm(self.parameters())
+        return get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
     def _log_position(self, step: int) -> None:
         """Put the metrics of this moment at their optimizer step, and the epoch as a fraction of the corpus.
@@ -125,7 +132,7 @@ class GPTLightningModule(LightningModule):
 
     @property
     def _data_parallel_size(self) -> int:
-        return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        return rank_and_ranks(self.trainer)[1]
 
     def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed negative log-likelihood of the batch and the number of tokens it is summed over."""
@@ -196,7 +203,37 @@ class GPTLightningModule(LightningModule):
             prompt_numbers=prompt_numbers,
             batch_size=len(prompts),
             should_stop=_stop_test(tokenizer, self.generation.stop),
+            agree=self._agree,
         )
+
+    def _agree(self, tokens: Tensor) -> Tensor:
+        """The first tensor-parallel peer's choice: one other token, and the peers would wait for ever."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
+            return self.trainer.strategy.from_first_peer(tokens)
+        return tokens
+
+    # Tensor parallelism
+
+    def tensor_parallel_plan(self) -> dict[str, Cut]:
+        """Attention is cut by heads, the MLP by hidden features, token table and head by the vocabulary."""
+        config = self.model.config
+        heads, d_ff = "model.config.n_heads", "model.config.d_ff"
+        vocabulary = "model.config.vocab_size"
+        plan = {
+            "model.token_embedding": Cut("vocab_embedding", option=vocabulary),
+            "model.position_embedding": Cut("sequence"),
+            "model.blocks.*.ln_[12]": Cut("sequence"),
+            "model.blocks.*.attn.qkv_proj": Cut("column", config.n_heads, heads),
+            "model.blocks.*.attn.out_proj": Cut("row", config.n_heads, heads),
+            "model.blocks.*.mlp.up_proj": Cut("column", option=d_ff),
+            "model.blocks.*.mlp.down_proj": Cut("row", option=d_ff),
+            "model.ln_f": Cut("sequence"),
+            "model.lm_head": Cut("vocab_head", option=vocabulary),
+        }
+        if config.dropout > 0:
+            plan["model.blocks.*.attn"] = Cut("sharded_dropout")
+            plan["model.blocks.*.dropout"] = plan["model.dropout"] = Cut("sequence")
+        return plan
 
     # Optimizer and checkpoint
 

@@ -1,0 +1,1 @@
+"""Tensor parallelism on top of DistributedDataParallel, for any LightningModule that names a plan."""

@@ -1,0 +1,47 @@
+"""Random numbers that differ between tensor-parallel peers, where each works on other values.
+
+Outside of such regions peers draw the same numbers, since they were seeded alike and draw alike.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.parallel.mesh import ParallelMesh
+
+
+def let_peers_differ(module: nn.Module, mesh: ParallelMesh) -> None:
+    """In training, draw random numbers of this peer's own inside of `module`, and then go on as if none were drawn.
+
+    The seed is itself drawn from the common stream. So whoever restores that stream (activation checkpointing,
+    a resumed run) restores these numbers too.
+    """
+    outer: list[tuple[torch.Generator, Tensor]] = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module.training:
+            outer.append(_switch(inputs[0].device, mesh.tp_rank))
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if outer:
+            generator, state = outer.pop()
+            generator.set_state(state)
+
+    module.register_forward_pre_hook(torch.compiler.disable(enter))
+    module.register_forward_hook(torch.compiler.disable(leave), always_call=True)
+
+
+def _switch(device: torch.device, tp_rank: int) -> tuple[torch.Generator, Tensor]:
+    seed = int(torch.randint(2**48, ()))  # on the host, where drawing does not wait for the device
+    generator = _default_generator(device)
+    state = generator.get_state()
+    generator.manual_seed(seed + tp_rank * 2**48)
+    return generator, state
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -1,0 +1,138 @@
+"""Layers of which every tensor-parallel peer holds a part (Megatron-LM, Shoeybi et al. 2019; Korthikanti et al. 2022).
+
+A column-parallel layer cuts its outputs, the row-parallel layer after it its inputs, so that between the two nothing
+is communicated: one all-reduce for the pair in the forward pass and one in the backward pass. With sequence
+parallelism the tensors outside of such pairs are cut along the sequence, in training alone: there they are kept for
+the backward pass. An all-gather and a reduce-scatter then take the place of each all-reduce.
+Shapes: B batch, T time, D d_model, V vocabulary.
+"""
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt_lightning.linear_cross_entropy import linear_cross_entropy
+from gpt_lightning.parallel.collectives import (
+    all_reduce,
+    copy_to_peers,
+    gather_features,
+    gather_sequence,
+    sum_and_cut_sequence,
+    sum_over_peers,
+)
+from gpt_lightning.parallel.column_linear import column_linear
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
+
+
+class ColumnParallelLinear(nn.Module):
+    """Holds rows of the weight: makes some of the output features from all input features."""
+
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        shard = Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)
+        self.shards = {"weight": shard, "bias": shard}
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_linear(x, self.weight, self.bias, self.mesh, self.sequence_parallel and self.training)
+
+
+class RowParallelLinear(nn.Module):
+    """Holds columns of the weight: its outputs are summands, which it sums over the peers."""
+
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.shards = {"weight": Shard(1, linear.in_features, mesh.tp_rank, mesh.tp_size)}
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        summand = F.linear(x, self.weight)
+        if self.sequence_parallel and self.training:
+            y = sum_and_cut_sequence(summand, self.mesh)
+        else:
+            y = sum_over_peers(summand, self.mesh)
+        # The bias is added after the sum, else every peer would add it once.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Holds rows of the table; a token's vector comes from the one peer that has it."""
+
+    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.shards = {"weight": Shard(0, table.num_embeddings, mesh.tp_rank, mesh.tp_size)}
+        self.weight = table.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = input_ids - self.shards["weight"].start
+        elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
+        vectors = F.embedding(rows.masked_fill(elsewhere, 0), self.weight)
+        summand = vectors.masked_fill(elsewhere[..., None], 0.0)  # [B, T, D]
+        if self.sequence_parallel and self.training:
+            check_sequence(input_ids.shape[-1], self.mesh.tp_size)
+            return sum_and_cut_sequence(summand, self.mesh)
+        return sum_over_peers(summand, self.mesh)
+
+
+class SequenceParallelEmbedding(nn.Module):
+    """A whole table that looks up this peer's part of the sequence: the learned positions."""
+
+    def __init__(self, table: nn.Embedding, mesh: ParallelMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = table.weight
+
+    def forward(self, positions: Tensor) -> Tensor:
+        if self.training:
+            check_sequence(positions.shape[-1], self.mesh.tp_size)
+            positions = positions.chunk(self.mesh.tp_size, dim=-1)[self.mesh.tp_rank]
+        return F.embedding(positions, self.weight)
+
+
+class VocabParallelHead(nn.Module):
+    """Holds rows of the output matrix; gathers logits on demand, and never for the loss."""
+
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.shards = {"weight": Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)}
+        self.weight = linear.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """All logits, on all peers, [..., V]."""
+        logits = F.linear(self._enter(hidden), self.weight)
+        return gather_features(logits, self.shards["weight"].sizes, self.mesh)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross entropy of [B, T, D] against [B, T]; the peers exchange two numbers a token."""
+        rows = self._enter(hidden).flatten(0, 1)
+        return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard=self)
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        if self.sequence_parallel and self.training:
+            return gather_sequence(hidden, self.mesh)
+        return copy_to_peers(hidden, self.mesh)
+
+    # What the loss asks about this part of the vocabulary.
+
+    @property
+    def first_token(self) -> int:
+        return self.shards["weight"].start
+
+    def max_over_shards(self, x: Tensor) -> Tensor:
+        return all_reduce(x, self.mesh, dist.ReduceOp.MAX)
+
+    def sum_over_shards(self, x: Tensor) -> Tensor:
+        return all_reduce(x, self.mesh)
+
+
+def check_sequence(length: int, tp_size: int) -> None:
+    if length % tp_size:
+        raise ValueError(
+            f"a training sequence of {length} tokens is not divisible by trainer.strategy.tensor_parallel_size="
+            f"{tp_size}, as trainer.strategy.sequence_parallel needs; choose data.seq_len a multiple of {tp_size}"
+        )

@@ -1,0 +1,39 @@
+"""A cheap proof that ranks which should hold the same numbers do."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import sharded_parameters
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
+    """The first parameter that is not bit for bit the same wherever it is replicated, the same answer on all ranks.
+
+    Parts are compared over the data-parallel ranks, everything else over all ranks, by sums of the bits.
+    """
+    shards = sharded_parameters(module)
+    named = list(module.named_parameters())
+    cut = torch.tensor([parameter in shards for _, parameter in named])
+    sums = torch.stack([_bit_sum(parameter.detach()) for _, parameter in named])
+    differs = _differs(sums, mesh.dp_group)
+    differs |= _differs(sums, mesh.tp_group) & ~cut.to(differs.device)
+    # Whoever sees a difference tells all others, so that all stop together.
+    verdict = differs.to(torch.int32)
+    dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+    different = verdict.nonzero()
+    return named[int(different[0])][0] if len(different) else None
+
+
+def _bit_sum(x: Tensor) -> Tensor:
+    return x.contiguous().view(INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+
+
+def _differs(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Whether the least and the greatest of a group differ, per entry."""
+    extremes = torch.stack([sums, -sums])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    return extremes[0] != -extremes[1]

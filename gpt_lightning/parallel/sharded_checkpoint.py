@@ -1,0 +1,240 @@
+"""Checkpoints as a folder to which every rank adds its part, by torch.distributed.checkpoint.
+
+The folder holds tensors, which can be read again at any topology, and `rest.pt`: all else that a checkpoint has.
+"""
+
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as DTensorShard
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard, sharded_parameters
+
+REST = "rest.pt"
+FOLDER_KEY = "sharded_folder"
+TIED_KEY = "tied_parameters"
+WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / REST).is_file()
+
+
+# ---- writing
+
+
+def sharded_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
+    """The state dict with each part as a DTensor, which knows where it belongs; without communication."""
+    shards = sharded_parameters(module)
+    return {
+        name: _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+def sharded_optimizer_state(
+    optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
+) -> dict[str, Any]:
+    state_dict = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for index, entry in state_dict["state"].items():
+        parameter = parameters[index]
+        cut = {key for key, value in entry.items() if parameter in shards and value.shape == parameter.shape}
+        state[index] = {
+            key: _as_dtensor(value, shards[parameter], mesh) if key in cut else value
+            for key, value in entry.items()
+        }
+    return {**state_dict, "state": state}
+
+
+def _as_dtensor(part: Tensor, shard: Shard, mesh: ParallelMesh) -> DTensor:
+    placements: list[Placement] = [Replicate(), DTensorShard(shard.dim)]
+    shape = torch.Size(shard.full_shape(part))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part.detach(), mesh.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def save(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint of `sharded_*` parts; all ranks call it. The folder gets its name when it is whole."""
+    tied = _tied_names(checkpoint[WEIGHTS])
+    tensors = {f"{WEIGHTS}/{name}": value for name, value in checkpoint[WEIGHTS].items() if name not in tied}
+    tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    if dist.get_rank() == 0:
+        rest = {key: value for key, value in checkpoint.items() if key != WEIGHTS}
+        if OPTIMIZERS in rest:
+            rest[OPTIMIZERS] = [{**state, "state": {}} for state in rest[OPTIMIZERS]]
+        torch.save({**rest, WEIGHTS: {}, TIED_KEY: tied}, temporary / REST)
+        old = folder.with_name(f".{folder.name}.old")
+        remove(old)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        remove(old)
+    dist.barrier()
+
+
+def remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> earlier name of the same tensor."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, value in state_dict.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.numel() and first.setdefault(local.data_ptr(), name) != name:
+            tied[name] = first[local.data_ptr()]
+    return tied
+
+
+def _flat_optimizer_states(states: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for number, state in enumerate(states):
+        for index, entry in state["state"].items():
+            for key, value in entry.items():
+                yield f"{OPTIMIZERS}/{number}/{index}/{key}", value
+
+
+# ---- reading
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the folder's table of contents without running what a stranger may have put into it."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        # What FileSystemReader does beside unpickling.
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file: BufferedIOBase) -> None:
+        super().__init__(file)
+
+    @override
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name.startswith("torch.distributed.checkpoint.") or module_name == "torch.serialization":
+            found = super().find_class(module_name, global_name)
+            if isinstance(found, type):
+                return found
+        if (module_name, global_name) in ALLOWED:
+            return super().find_class(module_name, global_name)
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
+
+
+ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch", "strided"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    *(
+        ("torch", name)
+        for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+    ),
+}
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """All of the checkpoint but its tensors."""
+    rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    return {**rest, FOLDER_KEY: str(folder)}
+
+
+def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh) -> None:
+    """Read this rank's part of every tensor into the module; all ranks call it."""
+    tied = read_rest(folder)[TIED_KEY]
+    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in tied}
+    shards = sharded_parameters(module)
+    wanted = {
+        f"{WEIGHTS}/{name}": _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
+        for name, value in own.items()
+    }
+    dcp.load(wanted, storage_reader=_Reader(folder))
+    for name, value in own.items():
+        read = wanted[f"{WEIGHTS}/{name}"]
+        read = read.to_local() if isinstance(read, DTensor) else read
+        if read.data_ptr() != value.data_ptr():  # a DTensor lives on the mesh's device
+            value.detach().copy_(read)
+
+
+def load_optimizer_state(
+    folder: Path,
+    number: int,
+    optimizer: Optimizer,
+    param_groups: list[dict[str, Any]],
+    shards: Mapping[nn.Parameter, Shard],
+    mesh: ParallelMesh,
+) -> dict[str, Any]:
+    """This rank's part of an optimizer's state dict; all ranks call it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted: dict[str, Tensor] = {}
+    for key, meta in _tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
+        parameter = parameters[int(key.split("/")[2])]
+        if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
+            part = torch.empty_like(parameter, dtype=meta.properties.dtype)
+            wanted[key] = _as_dtensor(part, shards[parameter], mesh)
+        else:
+            wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
+    dcp.load(wanted, storage_reader=_Reader(folder))
+    return _nested_state(wanted, param_groups)
+
+
+def _nested_state(tensors: Mapping[str, Tensor], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        _, _, index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value.to_local() if isinstance(value, DTensor) else value
+    return {"state": state, "param_groups": param_groups}
+
+
+def _tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
+    contents = _Reader(folder).read_metadata().state_dict_metadata
+    return [
+        (key, meta)
+        for key, meta in contents.items()
+        if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata)
+    ]
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """The ordinary checkpoint that the folder stands for, read by one process."""
+    whole = {
+        key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in _tensors_in(folder, "")
+    }
+    dcp.load(whole, storage_reader=_Reader(folder), no_dist=True)
+    checkpoint = read_rest(folder)
+    del checkpoint[FOLDER_KEY]
+    weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}
+    for name, original in checkpoint.pop(TIED_KEY).items():
+        weights[name] = weights[original]
+    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
+        own = {key: value for key, value in whole.items() if key.startswith(f"{OPTIMIZERS}/{number}/")}
+        checkpoint[OPTIMIZERS][number] = _nested_state(own, state["param_groups"])
+    return {**checkpoint, WEIGHTS: weights}

@@ -1,0 +1,353 @@
+"""TensorParallelDDPStrategy: Lightning's DDP, in which every replica of the model may itself span several devices."""
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
+from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from typing_extensions import override
+
+import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.plan import Cut, parallelize, partial_gradients, plan_of, resolve
+from gpt_lightning.parallel.precision import TensorParallelGradScaler, clip_gradients, gradient_norm
+from gpt_lightning.parallel.replicas import differing_parameter
+from gpt_lightning.parallel.shard import sharded_parameters
+from gpt_lightning.parallel.state_dict import (
+    cut_optimizer_state,
+    cut_state_dict,
+    full_optimizer_state,
+    full_state_dict,
+)
+
+
+class TensorParallelDDPStrategy(DDPStrategy):
+    """Tensor parallelism inside DDP: `devices / tensor_parallel_size` replicas of the model, each cut over its peers.
+
+    How the model is cut is told by the LightningModule's `tensor_parallel_plan()`. The numbers are those of one
+    process, and checkpoints are ordinary files, whatever the sizes.
+
+    Args:
+        tensor_parallel_size: Devices that share one replica of the model; divides the devices of a node.
+        sequence_parallel: Cut what lies between the parallel layers along the sequence, in training: less memory
+            for activations; the length must be divisible by tensor_parallel_size.
+        save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large for one
+            file; `gpt-lightning consolidate` makes a file of it.
+        replica_check_every_n_steps: Compare what ranks should hold alike, at the start and every so many
+            optimizer steps, and stop the run if it differs; 0 for never.
+        find_unused_parameters: As in DistributedDataParallel.
+        static_graph: As in DistributedDataParallel.
+        gradient_as_bucket_view: As in DistributedDataParallel.
+        process_group_backend: nccl on GPUs and gloo on CPUs by default.
+        timeout: How long a rank waits for the others in a collective operation.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        save_sharded: bool = False,
+        replica_check_every_n_steps: int = 100,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+        )
+        if tensor_parallel_size < 1:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} is below 1; choose 1 for plain DDP"
+            )
+        if replica_check_every_n_steps < 0:
+            raise ValueError(
+                f"trainer.strategy.replica_check_every_n_steps={replica_check_every_n_steps} is below 0; "
+                "choose 0 for never"
+            )
+        self.tensor_parallel_size = tensor_parallel_size
+        self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
+        self.save_sharded = save_sharded
+        self.replica_check_every_n_steps = replica_check_every_n_steps
+        self._mesh: ParallelMesh | None = None
+        self._cuts: dict[str, Cut] = {}
+        self._parallelized: LightningModule | None = None
+        self._optimizer_steps = 0
+
+    # ---- who is who
+
+    @property
+    def mesh(self) -> ParallelMesh:
+        assert self._mesh is not None, "the process groups do not exist before setup_environment"
+        return self._mesh
+
+    @override
+    def _configure_launcher(self) -> None:
+        # Here the devices are known, and no process has been started.
+        if self.num_processes % self.tensor_parallel_size:
+            raise ValueError(
+                f"trainer.devices={self.num_processes} a node is not divisible by trainer.strategy."
+                f"tensor_parallel_size={self.tensor_parallel_size} (tensor-parallel peers share a node); choose a "
+                f"multiple of {self.tensor_parallel_size}"
+            )
+        super()._configure_launcher()
+
+    @override
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        if self._mesh is None:  # called again by every fit, validate, test and predict
+            self._mesh = ParallelMesh(self.root_device.type, self.world_size, self.tensor_parallel_size)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Tensor-parallel peers read the same samples."""
+        size = self.tensor_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning would seed the workers by global rank right after this.
+        _auto_add_worker_init_fn(dataloader, self.distributed_sampler_kwargs["rank"])
+        return dataloader
+
+    # ---- the model
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        self.check(model)
+        super().connect(model)
+
+    def check(self, module: LightningModule) -> None:
+        """Raise what is wrong with the module's plan, before any process waits for another."""
+        if self.tensor_parallel_size > 1 and module is not self._parallelized:
+            self._cuts = resolve(module, plan_of(module), self.tensor_parallel_size)
+
+    @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Build on the meta device: `setup` draws the weights layer by layer and keeps this rank's part."""
+        with torch.device("meta") if empty_init is not False else super().tensor_init_context(False):
+            yield
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        """As DDPStrategy does it, with the model cut before it is moved, wrapped and optimized.
+
+        DDPStrategy would also broadcast rank 0's parts to everybody before an evaluation.
+        """
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        if self._layer_sync is not None:
+            raise ValueError(
+                "trainer.sync_batchnorm=true is not supported by TensorParallelDDPStrategy; remove it"
+            )
+        self._parallelize()
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.model_to_device()
+        self._adapt_precision()
+        for metric in self._metrics():
+            metric.process_group = self.mesh.dp_group
+        if self.replica_check_every_n_steps:
+            self._check_replicas("at the start")
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            if self.mesh.dp_size > 1:
+                self.configure_ddp()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _parallelize(self) -> None:
+        """Cut the model, once: when its weights are restored, or else in `setup`."""
+        module = self.lightning_module
+        assert module is not None
+        if module is self._parallelized:
+            return
+        with torch.random.fork_rng(devices=[]):
+            seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+            torch.manual_seed(self.broadcast(seed))
+            parallelize(module, self._cuts, self.mesh, sequence_parallel=self.sequence_parallel)
+        self._parallelized = module
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            model,
+            device_ids=self.determine_ddp_device_ids(),
+            process_group=self.mesh.dp_group,
+            **self._ddp_kwargs,
+        )
+
+    def _metrics(self) -> list[Metric]:
+        assert self.lightning_module is not None
+        return [module for module in self.lightning_module.modules() if isinstance(module, Metric)]
+
+    @override
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            for metric in self._metrics():
+                metric.process_group = None  # which nobody could copy or save
+        super().teardown()
+
+    # ---- gradients and steps
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        output = super().optimizer_step(optimizer, partial(self._close, closure), model, **kwargs)
+        self._optimizer_steps += 1
+        every = self.replica_check_every_n_steps
+        if every and self._optimizer_steps % every == 0:
+            self._check_replicas(f"after {self._optimizer_steps} optimizer steps")
+        return output
+
+    def _close(self, closure: Callable[[], Any]) -> Any:
+        """The backward passes, and then the sums that sequence parallelism leaves to be taken once a step."""
+        loss = closure()
+        if self.sequence_parallel and self.lightning_module is not None:
+            parameters = partial_gradients(self.lightning_module, self._cuts)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+            dist.all_reduce(flat, group=self.mesh.tp_group)
+            for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(total.view_as(gradient))
+        return loss
+
+    def _check_replicas(self, when: str) -> None:
+        assert self.lightning_module is not None
+        name = differing_parameter(self.lightning_module, self.mesh)
+        if name is not None:
+            raise RuntimeError(
+                f"{when}, {name} is not the same on all ranks that hold it: training on would give wrong numbers. "
+                "Seed all ranks alike (seed_everything) before the model is built, and change parameters on all "
+                "ranks alike"
+            )
+
+    def _adapt_precision(self) -> None:
+        """Clip by the norm of the whole model, and skip steps together; the plugin keeps its class, under whose
+        name a checkpoint holds its state."""
+        plugin = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip_gradients  # type: ignore[method-assign]
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            if not isinstance(plugin.scaler, TensorParallelGradScaler):
+                plugin.scaler = TensorParallelGradScaler(plugin.scaler, self.mesh)
+
+    def _clip_gradients(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        parameters = list(self.precision_plugin.main_params(optimizer))
+        clip_gradients(parameters, float(clip_val), self._shards(), self.mesh)
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The 2-norm of the whole model's gradient, the same on all ranks."""
+        return gradient_norm(parameters, self._shards(), self.mesh)
+
+    def _shards(self) -> dict[nn.Parameter, Any]:
+        assert self.lightning_module is not None
+        return sharded_parameters(self.lightning_module)
+
+    # ---- what is told between ranks: samples by data-parallel rank, decisions by all
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return super().reduce(tensor, group or self.mesh.dp_group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group or self.mesh.dp_group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return int(votes) == self.world_size if all else bool(votes)
+
+    def from_first_peer(self, tensor: Tensor) -> Tensor:
+        """The first tensor-parallel peer's tensor, such as the tokens that it sampled."""
+        return self.mesh.from_first_peer(tensor)
+
+    # ---- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if self.save_sharded:
+            return sharded_checkpoint.sharded_state_dict(self.lightning_module, self.mesh)
+        return full_state_dict(self.lightning_module, self.mesh) if self.mesh.dp_rank == 0 else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
+        if self.save_sharded:
+            return sharded_checkpoint.sharded_optimizer_state(optimizer, self._shards(), self.mesh)
+        return full_optimizer_state(optimizer, self._shards(), self.mesh) if self.mesh.dp_rank == 0 else {}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        if self.save_sharded:
+            sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        if self.is_global_zero and Path(filepath).is_dir():
+            sharded_checkpoint.remove(Path(filepath))
+        else:
+            super().remove_checkpoint(filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        if sharded_checkpoint.is_sharded(Path(checkpoint_path)):
+            return sharded_checkpoint.read_rest(Path(checkpoint_path))
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
+        assert self.lightning_module is not None
+        self._parallelize()
+        folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
+        if folder is not None:
+            sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh)
+            return
+        own = cut_state_dict(checkpoint["state_dict"], self.lightning_module)
+        self.lightning_module.load_state_dict(own, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
+            if folder is not None:
+                state = sharded_checkpoint.load_optimizer_state(
+                    Path(folder), number, optimizer, saved["param_groups"], self._shards(), self.mesh
+                )
+            else:
+                state = cut_optimizer_state(saved, optimizer, self._shards())
+            optimizer.load_state_dict(state)
+            _optimizer_to_device(optimizer, self.root_device)

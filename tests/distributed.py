@@ -1,0 +1,90 @@
+"""Run a function on several ranks: forked after the imports, which take longer than most tests."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 120
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`function(*args)` on `world_size` processes that find the environment torchrun gives; the results by rank.
+
+    The first rank that fails fails the test with its traceback, and no process outlives the call.
+    """
+    fork = multiprocessing.get_context("fork")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            fork.Process(target=_rank, args=(rank, world_size, environment, Path(folder), function, args))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _wait(ranks, Path(folder))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _wait(ranks: list[Any], folder: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(process.is_alive() for process in ranks):
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            break
+        ranks[0].join(0.02)
+        next((p for p in ranks if p.is_alive()), ranks[0]).join(0.02)
+    for rank, process in enumerate(ranks):
+        if process.exitcode != 0:
+            error = folder / f"{rank}.error"
+            text = error.read_text() if error.exists() else f"still waiting, or ended by {process.exitcode}"
+            if error.exists() or not any(folder.glob("*.error")):
+                raise AssertionError(f"rank {rank} of {len(ranks)}: {text}")
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    folder: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update(environment, **{name: str(value) for name, value in own.items()})
+    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test")
+    torch.set_num_threads(1)
+    status = 1
+    try:
+        result = function(*args)
+        torch.save(result, folder / f"{rank}.pt")
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early takes the store away from the others
+            dist.destroy_process_group()
+        status = 0
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # not back into pytest
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
