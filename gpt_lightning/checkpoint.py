@@ -16,6 +16,7 @@ from typing_extensions import override
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
+from gpt_lightning.parallel.sharded_checkpoint import is_sharded, read_rest, read_whole
 from gpt_lightning.training.module import CONFIG_KEY
 
 DATA_KEY = "TextDataModule"
@@ -53,13 +54,15 @@ def _umask() -> int:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last written .ckpt file below `folder`."""
-    files = [path for path in folder.glob("**/*.ckpt") if path.is_file()]
+    """The last written checkpoint below `folder`."""
+    files = [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
     return max(files, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), default=None)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's contents, its tensors mapped from the file rather than read."""
+    """The checkpoint's contents, its tensors mapped from the file rather than read; a folder's without tensors."""
+    if is_sharded(path):
+        return read_rest(path)
     if not path.is_file():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
     try:
@@ -74,6 +77,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
         )
     return dict(checkpoint)
+
+
+def check_not_sharded(path: Path) -> None:
+    if is_sharded(path):
+        raise ValueError(
+            f"ckpt_path={path} is a sharded checkpoint, which only TensorParallelDDPStrategy reads; make a file of "
+            f"it: gpt-lightning consolidate --ckpt_path {path} --output FILE"
+        )
+
+
+def consolidate(folder: Path, output: Path) -> None:
+    """Write the ordinary checkpoint that a sharded one stands for."""
+    if not is_sharded(folder):
+        raise ValueError(
+            f"ckpt_path={folder} is no sharded checkpoint; name a folder that `save_sharded` wrote"
+        )
+    if output.exists():
+        raise ValueError(f"output={output} exists already; name another file, or remove it")
+    DurableCheckpointIO().save_checkpoint(read_whole(folder), output)
 
 
 def _names_of_others(path: Path) -> str:
@@ -95,6 +117,7 @@ def checkpoint_tokenizer(checkpoint: dict[str, Any]) -> TextTokenizer:
 
 def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
     """A trained model, ready for inference, and its tokenizer: all that generation needs."""
+    check_not_sharded(path)
     checkpoint = read_checkpoint(path)
     model = GPTModel(checkpoint_config(checkpoint))
     weights = {

@@ -26,12 +26,15 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import (
     DATA_KEY,
     DurableCheckpointIO,
+    check_not_sharded,
     checkpoint_config,
     checkpoint_tokenizer,
     read_checkpoint,
 )
 from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_of_untrained_positions
+from gpt_lightning.cli_consolidate import run_consolidate
 from gpt_lightning.cli_parser import Parser, shorten
+from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
@@ -46,6 +49,7 @@ NOISE = (
     r".*exists and is not empty.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*callbacks used to create the checkpoint need to be provided.*",
+    r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
 )
 
 
@@ -74,7 +78,7 @@ class GPTLightningCLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": "gpt-lightning",
-                **{verb: {"description": text} for verb, text in VERBS.items()},
+                **{verb: {"description": VERBS[verb]} for verb in self.subcommands()},
             },
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
@@ -138,6 +142,8 @@ class GPTLightningCLI(LightningCLI):
         else:
             path = find_checkpoint(settings.ckpt_path, root)
         if path is not None:
+            if not is_tensor_parallel(settings):
+                check_not_sharded(path)
             self._checkpoint_path, self._checkpoint = path, read_checkpoint(path)
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
@@ -216,8 +222,13 @@ class GPTLightningCLI(LightningCLI):
             self.config_init = self.config
             self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
             return
+        if is_tensor_parallel(self.config[self.config["subcommand"]]):
+            build_without_memory(self.parser)
         super().instantiate_classes()
         self.model.generation = self._get(self.config_init, "generation")
+        check_topology(
+            self.trainer, self.model, self.datamodule.seq_len if self.subcommand == "fit" else None
+        )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -242,7 +253,8 @@ class GPTLightningCLI(LightningCLI):
         try:
             trainer = self._instantiate_trainer(settings, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise ValueError(f"trainer: {shorten(str(error))}") from error
+            prefix = "" if str(error).startswith("trainer.") else "trainer: "
+            raise ValueError(prefix + shorten(str(error))) from error
         if by_steps and not trainer.fast_dev_run:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
@@ -333,12 +345,15 @@ def run(words: list[str]) -> None:
     words = ["--help" if word == "--help-all" else word for word in words]
     _quiet()
     try:
-        GPTLightningCLI(complete_words(words))
+        if words[0] == "consolidate":
+            run_consolidate(words[1:])
+        else:
+            GPTLightningCLI(complete_words(words))
     except (ValueError, MisconfigurationException) as error:
         complaint = complaint_in(error)
         if complaint is None:
             raise
-        print(f"error: {shorten(str(complaint))}", file=sys.stderr)
+        say(f"error: {shorten(str(complaint))}")
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -6,6 +6,7 @@ VERBS = {
     "test": "the same on the test files",
     "predict": "continue prompts with a trained model",
     "prepare": "tokenize the texts into the cache, without training",
+    "consolidate": "make one file of a sharded checkpoint",
 }
 HELP = """usage: gpt-lightning VERB [--config FILE] [--option value ...]
 

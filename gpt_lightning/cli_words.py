@@ -32,7 +32,7 @@ def complete_words(words: list[str]) -> list[str]:
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
     path = find_checkpoint(given, folder)
-    if not path.is_file():
+    if not path.exists():
         return words
     config = path.parent / CONFIG_NAME
     if not config.is_file():

@@ -61,9 +61,9 @@ class CausalSelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
-        B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, 3, self.head_dim)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
+        qkv = self.qkv_proj(x)
+        B, T, _ = qkv.shape  # not of x, which may be a part of the sequence that qkv_proj gathers
+        q, k, v = qkv.view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
         if kv_cache is not None:
             k, v = kv_cache.write(layer, k, v)  # each [B, H, S, K]
         y = F.scaled_dot_product_attention(

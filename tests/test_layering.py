@@ -52,6 +52,8 @@ ORDER = [
     "run_folder",
     "cli_verbs",
     "cli_checks",
+    "cli_consolidate",
+    "cli_tensor_parallel",
     "cli_parser",
     "cli_words",
     "cli",

@@ -133,6 +133,6 @@ class VocabParallelHead(nn.Module):
 def check_sequence(length: int, tp_size: int) -> None:
     if length % tp_size:
         raise ValueError(
-            f"a training sequence of {length} tokens is not divisible by trainer.strategy.tensor_parallel_size="
-            f"{tp_size}, as trainer.strategy.sequence_parallel needs; choose data.seq_len a multiple of {tp_size}"
+            f"data.seq_len={length} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}, as "
+            f"trainer.strategy.sequence_parallel needs; choose a multiple of {tp_size}"
         )

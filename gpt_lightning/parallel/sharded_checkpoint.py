@@ -6,7 +6,6 @@ The folder holds tensors, which can be read again at any topology, and `rest.pt`
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -133,31 +132,24 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, file: BufferedIOBase) -> None:
-        super().__init__(file)
-
     @override
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name.startswith("torch.distributed.checkpoint.") or module_name == "torch.serialization":
-            found = super().find_class(module_name, global_name)
-            if isinstance(found, type):
-                return found
-        if (module_name, global_name) in ALLOWED:
+        if (module_name, global_name) in HARMLESS:
             return super().find_class(module_name, global_name)
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
         raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
 
 
-ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
+METADATA = "torch.distributed.checkpoint.metadata"
+HARMLESS = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("torch", "device"),
-    ("torch", "strided"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    *(
-        ("torch", name)
-        for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-    ),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
 }
 
 

@@ -84,7 +84,7 @@ def cut_state_dict(full: Mapping[str, Any], module: nn.Module) -> dict[str, Any]
 def cut_optimizer_state(
     full: Mapping[str, Any], optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]
 ) -> dict[str, Any]:
-    """This rank's part of a whole model's optimizer state."""
+    """This rank's part of a whole model's optimizer state, copied: the whole may be mapped from a file."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {}
     for index, entry in full["state"].items():
@@ -92,12 +92,11 @@ def cut_optimizer_state(
         if parameter in shards:
             shard = shards[parameter]
             entry = {key: _cut_if_whole(value, parameter, shard) for key, value in entry.items()}
-        state[index] = entry
+        state[index] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in entry.items()}
     return {**full, "state": state}
 
 
 def _cut_if_whole(value: Any, parameter: nn.Parameter, shard: Shard) -> Any:
     """A tensor of any other shape stays, for `load_state_dict` to complain about in its own words."""
-    if isinstance(value, Tensor) and list(value.shape) == shard.full_shape(parameter):
-        return shard.cut(value)
-    return value
+    whole = isinstance(value, Tensor) and list(value.shape) == shard.full_shape(parameter)
+    return shard.cut(value) if whole else value

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimize
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ from gpt_lightning.parallel.state_dict import (
     full_optimizer_state,
     full_state_dict,
 )
+
+_PLAIN_LOAD = TorchCheckpointIO.load_checkpoint
 
 
 class TensorParallelDDPStrategy(DDPStrategy):
@@ -78,15 +81,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
         )
-        if tensor_parallel_size < 1:
-            raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} is below 1; choose 1 for plain DDP"
-            )
-        if replica_check_every_n_steps < 0:
-            raise ValueError(
-                f"trainer.strategy.replica_check_every_n_steps={replica_check_every_n_steps} is below 0; "
-                "choose 0 for never"
-            )
         self.tensor_parallel_size = tensor_parallel_size
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
         self.save_sharded = save_sharded
@@ -106,6 +100,11 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def _configure_launcher(self) -> None:
         # Here the devices are known, and no process has been started.
+        for option, least in (("tensor_parallel_size", 1), ("replica_check_every_n_steps", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(
+                    f"trainer.strategy.{option}={getattr(self, option)} is below {least}; raise it"
+                )
         if self.num_processes % self.tensor_parallel_size:
             raise ValueError(
                 f"trainer.devices={self.num_processes} a node is not divisible by trainer.strategy."
@@ -325,6 +324,11 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         if sharded_checkpoint.is_sharded(Path(checkpoint_path)):
             return sharded_checkpoint.read_rest(Path(checkpoint_path))
+        if Path(checkpoint_path).is_file() and type(self.checkpoint_io).load_checkpoint is _PLAIN_LOAD:
+            # Mapped, not read: each rank takes its parts only, and the whole never lies in memory.
+            return torch.load(
+                checkpoint_path, map_location="cpu", weights_only=weights_only is not False, mmap=True
+            )
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override

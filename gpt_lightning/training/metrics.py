@@ -21,11 +21,11 @@ class TokenLoss(Metric):
     tokens: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
         # On the host, also where the model around it is built on the meta device.
-        nll = torch.zeros((), dtype=_sum_dtype(), device="cpu")
-        self.add_state("nll", nll, dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
+        with torch.device("cpu"):
+            super().__init__()
+            self.add_state("nll", torch.zeros((), dtype=_sum_dtype()), dist_reduce_fx="sum")
+            self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """Add a batch's summed nll and the number of tokens it was summed over."""

@@ -35,6 +35,7 @@ class Run:
     trainer: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    stop_after: int | None = None  # of `steps`, which set the learning rate's schedule
     resume_from: str | None = None
     save_to: str | None = None
     strategy_class: type[TensorParallelDDPStrategy] = TensorParallelDDPStrategy
@@ -62,7 +63,8 @@ def whole_gradients(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
 
 
 class Recorder(pl.Callback):
-    def __init__(self) -> None:
+    def __init__(self, stop_after: int | None) -> None:
+        self.stop_after = stop_after
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.scales: list[float] = []
@@ -73,6 +75,7 @@ class Recorder(pl.Callback):
             self._step = trainer.global_step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+        trainer.should_stop = trainer.global_step == self.stop_after
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.scales.append(scaler.get_scale())
@@ -134,7 +137,7 @@ def trainer_of(run: Run, folder: Path, recorder: Recorder) -> pl.Trainer:
 def fit(run: Run, corpus: Path) -> dict[str, Any]:
     """Runs in a rank."""
     module, datamodule = build(corpus, run)
-    recorder = Recorder()
+    recorder = Recorder(run.stop_after)
     trainer = trainer_of(run, corpus.parent, recorder)
     trainer.fit(module, datamodule, ckpt_path=run.resume_from, weights_only=True)
     if run.save_to is not None:

@@ -1,0 +1,18 @@
+"""`gpt-lightning consolidate`: a sharded checkpoint into one file."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from gpt_lightning.checkpoint import consolidate
+from gpt_lightning.cli_checks import say
+from gpt_lightning.cli_verbs import VERBS
+
+
+def run_consolidate(words: list[str]) -> None:
+    parser = ArgumentParser(prog="gpt-lightning consolidate", description=VERBS["consolidate"])
+    parser.add_argument("--ckpt_path", type=str, required=True, help="The folder that `save_sharded` wrote.")
+    parser.add_argument("--output", type=str, required=True, help="The file to write.")
+    options = parser.parse_args(words)
+    consolidate(Path(options.ckpt_path), Path(options.output))
+    say(f"checkpoint: {options.output}")
