@@ -43,6 +43,7 @@ class GPTLightningModule(LightningModule):
         optimizer: AdamW's settings.
         schedule: The learning rate over time.
         activation_checkpointing: Recompute each block in the backward pass, not keep its activations.
+        compile_backend: Train through torch.compile, block by block, with this backend, such as inductor.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class GPTLightningModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         activation_checkpointing: bool = False,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
         # `load_from_checkpoint` hands back the plain dictionaries that the checkpoint holds.
@@ -63,10 +65,14 @@ class GPTLightningModule(LightningModule):
                 "optimizer": {**asdict(self.optimizer), "betas": list(self.optimizer.betas)},
                 "schedule": asdict(self.schedule),
                 "activation_checkpointing": activation_checkpointing,
+                "compile_backend": compile_backend,
             }
         )
         self.model = GPTModel(config, activation_checkpointing)
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if compile_backend is not None:
+            for block in self.model.blocks:
+                block.compile(backend=compile_backend)
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
@@ -195,16 +201,18 @@ class GPTLightningModule(LightningModule):
         self, tokenizer: TextTokenizer, prompts: list[list[int]], prompt_numbers: list[int] | None = None
     ) -> list[Completion]:
         """Continue tokenized prompts by the `generation` settings."""
-        return generate(
-            self.model,
-            prompts,
-            self.generation,
-            eos_token_id=tokenizer.eos_token_id,
-            prompt_numbers=prompt_numbers,
-            batch_size=len(prompts),
-            should_stop=_stop_test(tokenizer, self.generation.stop),
-            agree=self._agree,
-        )
+        # Lengths change with every token, and each would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            return generate(
+                self.model,
+                prompts,
+                self.generation,
+                eos_token_id=tokenizer.eos_token_id,
+                prompt_numbers=prompt_numbers,
+                batch_size=len(prompts),
+                should_stop=_stop_test(tokenizer, self.generation.stop),
+                agree=self._agree,
+            )
 
     def _agree(self, tokens: Tensor) -> Tensor:
         """The first tensor-parallel peer's choice: one other token, and the peers would wait for ever."""

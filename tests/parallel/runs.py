@@ -1,7 +1,7 @@
 """A small training run that every topology can repeat, and what it left behind."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +164,21 @@ def state_bytes(module: pl.LightningModule, trainer: pl.Trainer) -> int:
 
 def run_everywhere(run: Run, corpus: Path) -> list[dict[str, Any]]:
     return run_ranks(fit, run.tp * run.dp, run, corpus)
+
+
+def validate(run: Run, corpus: Path) -> dict[str, float]:
+    """Runs in a rank: loss, perplexity and the number of held-out tokens of a model that nobody trained."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(replace(run, trainer={"limit_val_batches": 1.0}), corpus.parent, Recorder(None))
+    counted = []
+    compute = module.held_out_loss.compute
+
+    def counting_compute() -> Tensor:
+        loss = compute()
+        with module.held_out_loss.sync_context():
+            counted.append(int(module.held_out_loss.tokens))
+        return loss
+
+    module.held_out_loss.compute = counting_compute  # type: ignore[method-assign]
+    (metrics,) = trainer.validate(module, datamodule, verbose=False)
+    return {**metrics, "tokens": counted[-1], "in the split": datamodule.split_counts("val")[0]}

@@ -1,0 +1,143 @@
+"""Every topology gives the numbers of one process: losses, gradients, norms, at every step of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from tests.distributed import run_ranks
+from tests.parallel.runs import Run, run_everywhere, validate
+
+pytestmark = pytest.mark.slow
+OneProcess = Callable[..., dict[str, Any]]
+TOPOLOGIES = [(2, 1), (1, 2), (2, 2), (4, 1)]
+
+
+def assert_equal_runs(
+    ranks: list[dict[str, Any]], one: dict[str, Any], *, loss: float = 2e-6, relative: float = 1e-5
+) -> None:
+    first = ranks[0]
+    assert len(first["losses"]) == len(one["losses"]) and one["losses"][-1] < one["losses"][0] - 0.5
+    assert first["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
+    assert first["norms"] == pytest.approx(one["norms"], rel=relative)
+    for step, (gradients, expected) in enumerate(zip(first["gradients"], one["gradients"], strict=True)):
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            difference = (gradients[name].float() - gradient.float()).norm() / gradient.float().norm()
+            assert difference <= relative, (step, name)
+    for rank in ranks[1:]:
+        assert rank["losses"] == first["losses"] and rank["norms"] == first["norms"]
+        assert_same_bits(rank["replicated"], first["replicated"])
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("tp, dp", TOPOLOGIES)
+def test_training_with_clipping_and_accumulation(
+    tp: int, dp: int, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    ranks = run_everywhere(Run(tp, dp), shared_corpus)
+    assert_equal_runs(ranks, one_process())
+    norms = one_process()["norms"]
+    assert min(norms) > 0.3, "nothing was clipped"
+
+
+@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2), (4, 1)])
+def test_sequence_parallel_training(tp: int, dp: int, shared_corpus: Path, one_process: OneProcess) -> None:
+    options = {"seq_len": 16}
+    ranks = run_everywhere(Run(tp, dp, strategy={"sequence_parallel": True}, **options), shared_corpus)
+    assert_equal_runs(ranks, one_process(**options))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied, without biases": {"config": {"tie_embeddings": False, "bias": False}},
+    "activation checkpointing": {"module": {"activation_checkpointing": True}},
+    "document mask": {"data": {"document_mask": True}},
+    "blocks compiled": {"module": {"compile_backend": "aot_eager"}, "steps": 6},
+}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(
+    name: str, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    options = {"seq_len": 16, **VARIANTS[name]}
+    strategy = {"sequence_parallel": sequence_parallel}
+    ranks = run_everywhere(Run(2, 1, strategy=strategy, **options), shared_corpus)
+    assert_equal_runs(ranks, one_process(**options))
+
+
+def half_precision() -> list[MixedPrecision]:
+    # Lightning turns `16-mixed` into bfloat16 on a CPU.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=5)
+    return [MixedPrecision("16-mixed", "cpu", scaler)]
+
+
+@pytest.mark.parametrize(
+    "options, loss",
+    [
+        ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
+        ({"trainer": {"precision": "bf16-true"}}, 2.2e-3),
+        ({"plugins": half_precision}, 4.1e-4),
+    ],
+    ids=["bf16-mixed", "bf16-true", "16-mixed"],
+)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_lower_precision_differs_by_its_rounding(
+    options: dict[str, Any], loss: float, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    options = {"seq_len": 16, **options}
+    one = one_process(**options)
+    ranks = run_everywhere(Run(2, 2, strategy={"sequence_parallel": sequence_parallel}, **options), shared_corpus)
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
+        assert rank["losses"] == ranks[0]["losses"] and rank["scales"] == one["scales"]
+        assert_same_bits(rank["replicated"], ranks[0]["replicated"])
+    assert ranks[0]["losses"] != one_process(seq_len=16)["losses"], "the precision was not lowered"
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_replicas_stay_bit_identical_with_dropout(sequence_parallel: bool, shared_corpus: Path) -> None:
+    options = {"steps": 50, "accumulate": 1, "seq_len": 16, "config": {"dropout": 0.1}}
+    run = Run(2, 2, strategy={"sequence_parallel": sequence_parallel}, **options)
+    ranks = run_everywhere(run, shared_corpus)
+    for rank in ranks[1:]:
+        assert_same_bits(rank["replicated"], ranks[0]["replicated"])
+    assert_same_bits(ranks[0]["parts"], ranks[2]["parts"])
+    assert_same_bits(ranks[1]["parts"], ranks[3]["parts"])
+    again = run_everywhere(run, shared_corpus)
+    assert again[0]["losses"] == ranks[0]["losses"], "a run with dropout is not reproducible"
+
+
+@pytest.mark.parametrize("tp, dp", TOPOLOGIES)
+def test_validation_perplexity(tp: int, dp: int, shared_corpus: Path) -> None:
+    (one,) = run_ranks(validate, 1, Run(), shared_corpus)
+    assert one["tokens"] == one["in the split"]
+    for metrics in run_ranks(validate, tp * dp, Run(tp, dp), shared_corpus):
+        assert metrics["val/ppl"] == pytest.approx(one["val/ppl"], rel=1e-6)
+        assert metrics["tokens"] == one["tokens"]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_rank_holds_its_share_of_parameters_and_optimizer(
+    tp: int, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    """Counted: at most 1/tp of what is cut, to the row of an odd vocabulary, and all of what is not."""
+    whole = one_process()["bytes"]
+    ranks = run_everywhere(Run(tp, 1), shared_corpus)
+    tensors = 3  # the weight and AdamW's two moments
+    replicated = tensors * 4 * sum(tensor.numel() for tensor in ranks[0]["replicated"].values())
+    counters = 4 * (len(ranks[0]["replicated"]) + len(ranks[0]["parts"]))
+    cut = whole - replicated - counters
+    row = tensors * 4 * 36  # of the token table
+    for rank in ranks:
+        assert rank["bytes"] - replicated - counters <= cut / tp + row
+    assert sum(rank["bytes"] - replicated - counters for rank in ranks) == cut
