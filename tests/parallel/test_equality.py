@@ -66,9 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(
-    name: str, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess
-) -> None:
+def test_variants(name: str, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess) -> None:
     options = {"seq_len": 16, **VARIANTS[name]}
     strategy = {"sequence_parallel": sequence_parallel}
     ranks = run_everywhere(Run(2, 1, strategy=strategy, **options), shared_corpus)
@@ -92,11 +90,17 @@ def half_precision() -> list[MixedPrecision]:
 )
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_lower_precision_differs_by_its_rounding(
-    options: dict[str, Any], loss: float, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess
+    options: dict[str, Any],
+    loss: float,
+    sequence_parallel: bool,
+    shared_corpus: Path,
+    one_process: OneProcess,
 ) -> None:
     options = {"seq_len": 16, **options}
     one = one_process(**options)
-    ranks = run_everywhere(Run(2, 2, strategy={"sequence_parallel": sequence_parallel}, **options), shared_corpus)
+    ranks = run_everywhere(
+        Run(2, 2, strategy={"sequence_parallel": sequence_parallel}, **options), shared_corpus
+    )
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
         assert rank["losses"] == ranks[0]["losses"] and rank["scales"] == one["scales"]
