@@ -21,6 +21,9 @@ class VocabShard(Protocol):
     @property
     def first_token(self) -> int: ...
 
+    @property
+    def largest_shard(self) -> int: ...
+
     def max_over_shards(self, x: Tensor) -> Tensor: ...
 
     def sum_over_shards(self, x: Tensor) -> Tensor: ...
@@ -66,7 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = weight.to(compute_dtype)
-            rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+            # The same for all who share the vocabulary: they meet once a chunk.
+            rows = max(1, CHUNK_ELEMENTS // (weight.shape[0] if shard is None else shard.largest_shard))
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)

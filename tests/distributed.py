@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 120
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """`function(*args)` on `world_size` processes with the environment that torchrun gives; the results by rank.
+    """`function(*args)` on `world_size` processes, in the environment that torchrun gives; results by rank.
 
     The first rank that fails fails the test with its traceback, and no process outlives the call.
     """

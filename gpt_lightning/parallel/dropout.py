@@ -33,10 +33,11 @@ def let_peers_differ(module: nn.Module, mesh: ParallelMesh) -> None:
 
 
 def _switch(device: torch.device, tp_rank: int) -> tuple[torch.Generator, Tensor]:
-    seed = int(torch.randint(2**48, ()))  # on the host, where drawing does not wait for the device
+    seed = int(torch.randint(2**32, ()))  # on the host, where drawing does not wait for the device
     generator = _default_generator(device)
     state = generator.get_state()
-    generator.manual_seed(seed + tp_rank * 2**48)
+    # On the host a generator heeds the lowest 32 bits only.
+    generator.manual_seed((seed + tp_rank * 0x9E3779B1) % 2**32)
     return generator, state
 
 

@@ -123,6 +123,10 @@ class VocabParallelHead(nn.Module):
     def first_token(self) -> int:
         return self.shards["weight"].start
 
+    @property
+    def largest_shard(self) -> int:
+        return max(self.shards["weight"].sizes)
+
     def max_over_shards(self, x: Tensor) -> Tensor:
         return all_reduce(x, self.mesh, dist.ReduceOp.MAX)
 

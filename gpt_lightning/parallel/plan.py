@@ -115,7 +115,8 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
         )
     table = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
     for option in table if isinstance(module, nn.Embedding) else ["bias"]:
-        if getattr(module, option) not in (None, False):
+        value = getattr(module, option)
+        if value is not None and value is not False:
             raise ValueError(
                 f"tensor_parallel_plan: {name} has {option}, which the style {cut.style!r} does not know; "
                 "build it without"

@@ -1,4 +1,4 @@
-"""What Lightning does by world and must do by data-parallel rank, or the reverse: each with its fix taken out.
+"""What Lightning does by world and must do by data-parallel rank (or the reverse), with its fix taken out.
 
 None of these faults raises an error by itself. So every test also runs the fault and sees it.
 """
