@@ -60,7 +60,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's contents, its tensors mapped from the file rather than read; a folder's without tensors."""
+    """The checkpoint's contents, tensors mapped from the file, not read; a sharded one's without tensors."""
     if is_sharded(path):
         return read_rest(path)
     if not path.is_file():
@@ -82,8 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_not_sharded(path: Path) -> None:
     if is_sharded(path):
         raise ValueError(
-            f"ckpt_path={path} is a sharded checkpoint, which only TensorParallelDDPStrategy reads; make a file of "
-            f"it: gpt-lightning consolidate --ckpt_path {path} --output FILE"
+            f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
+            f"gpt-lightning consolidate --ckpt_path {path} --output FILE"
         )
 
 

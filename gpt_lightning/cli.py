@@ -223,7 +223,8 @@ class GPTLightningCLI(LightningCLI):
             self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
             return
         if is_tensor_parallel(self.config[self.config["subcommand"]]):
-            build_without_memory(self.parser)
+            assert isinstance(self.parser, Parser)
+            self.parser.instantiators = [(build_without_memory, GPTLightningModule, True)]
         super().instantiate_classes()
         self.model.generation = self._get(self.config_init, "generation")
         check_topology(

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -28,9 +29,15 @@ class Parser(LightningArgumentParser):
     """Options are never abbreviated: `--model.config.n_layer` would quietly set n_layers."""
 
     show_all = False
+    instantiators: list[Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    @override
+    def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
+        # Lightning calls this old name; the new one takes functions that build a class in their own way.
+        return self.instantiate(cfg, instantiators=self.instantiators, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

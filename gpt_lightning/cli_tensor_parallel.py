@@ -1,11 +1,9 @@
-"""What the program does for TensorParallelDDPStrategy: build the model without memory, and check before processes
-start."""
+"""What the program does for TensorParallelDDPStrategy, before any other process starts."""
 
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
 
 from gpt_lightning.parallel.layers import check_sequence
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -18,14 +16,12 @@ def is_tensor_parallel(settings: Any) -> bool:
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
 
 
-def build_without_memory(parser: LightningArgumentParser) -> None:
-    """Have the parser build the module on the meta device; the strategy gives each rank its part."""
-
-    def build(class_type: type[GPTLightningModule], *args: Any, **kwargs: Any) -> GPTLightningModule:
-        with torch.device("meta"):
-            return class_type(*args, **kwargs)
-
-    parser.add_instantiator(build, GPTLightningModule)
+def build_without_memory(
+    class_type: type[GPTLightningModule], *args: Any, **kwargs: Any
+) -> GPTLightningModule:
+    """The module on the meta device, for the strategy to give each rank its part."""
+    with torch.device("meta"):
+        return class_type(*args, **kwargs)
 
 
 def check_topology(trainer: Trainer, module: GPTLightningModule, seq_len: int | None) -> None:

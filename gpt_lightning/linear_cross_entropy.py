@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 class VocabShard(Protocol):
-    """Where this process's rows of `weight` stand in the vocabulary, and how to join those who hold the others."""
+    """Where this process's rows of `weight` stand in the vocabulary, and how to join with the other rows."""
 
     @property
     def first_token(self) -> int: ...
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     """Cross entropy of softmax(hidden @ weight.T) against `targets` [N]; targets of -100 are not scored.
 
     The sum is taken in float64 (float32 on devices without it) and `reduction="sum"` returns it so: sums of
-    many batches stay exact enough to compare. With `shard`, `weight` is one part of the vocabulary's rows, the
+    many batches stay exact enough to compare. With `shard`, `weight` is a part of the vocabulary's rows, the
     loss is that of the whole, and the gradient of `hidden` is what these rows add to it.
     """
     compute_dtype = hidden.dtype
@@ -103,26 +103,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient_(
     logits: Tensor, targets: Tensor, shard: VocabShard | None, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] and softmax - one_hot [N, V], both zero for rows that are not scored; overwrites the logits."""
-    scored = targets != IGNORE_INDEX
+    """Loss [N] and softmax - one_hot [N, V], zero for rows that are not scored; overwrites the logits."""
     if shard is None:
         loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
         if needs_grad:
             torch.softmax(logits, dim=-1, out=logits)
-        columns, here = targets.clamp(min=0), scored
+        here, columns = targets != IGNORE_INDEX, targets.clamp(min=0)
     else:
-        columns = targets - shard.first_token
-        here = scored & (columns >= 0) & (columns < logits.shape[1])
-        columns = columns.masked_fill(~here, 0)
-        logits -= shard.max_over_shards(logits.amax(dim=-1, keepdim=True))
-        picked = logits.gather(1, columns[:, None]).masked_fill(~here[:, None], 0.0)
-        exponentials = logits.exp_()
-        # One exchange for both: the softmax's denominator and the target's logit.
-        sums = shard.sum_over_shards(torch.cat([exponentials.sum(dim=-1, keepdim=True), picked], dim=1))
-        loss = (sums[:, 0].log() - sums[:, 1]).masked_fill(~scored, 0.0)
-        logits = exponentials.div_(sums[:, :1]) if needs_grad else logits
+        loss, here, columns = _sharded_loss_and_softmax_(logits, targets, shard)
     if needs_grad:
         every = torch.arange(targets.shape[0], device=targets.device)
         logits[every, columns] -= here.to(logits.dtype)
-        logits *= scored[:, None]
+        logits *= (targets != IGNORE_INDEX)[:, None]
     return loss, logits
+
+
+def _sharded_loss_and_softmax_(
+    logits: Tensor, targets: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [N], which targets are in this shard and in which columns; the logits become the softmax."""
+    scored = targets != IGNORE_INDEX
+    columns = targets - shard.first_token
+    here = scored & (columns >= 0) & (columns < logits.shape[1])
+    columns = columns.masked_fill(~here, 0)
+    logits -= shard.max_over_shards(logits.amax(dim=-1, keepdim=True))
+    picked = logits.gather(1, columns[:, None]).masked_fill(~here[:, None], 0.0)
+    logits.exp_()
+    # One exchange for both: the softmax's denominator and the target's logit.
+    sums = shard.sum_over_shards(torch.cat([logits.sum(dim=-1, keepdim=True), picked], dim=1))
+    logits /= sums[:, :1]
+    return (sums[:, 0].log() - sums[:, 1]).masked_fill(~scored, 0.0), here, columns

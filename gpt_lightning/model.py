@@ -117,8 +117,8 @@ class LMHead(Projection):
 class GPTModel(nn.Module):
     """Token ids in; logits, or the loss against targets, out.
 
-    Each layer draws its own weights (`reset_parameters`) in the order of `modules()`, so that a model built on
-    the meta device gets the very same weights later, layer by layer.
+    Each layer draws its own weights (`reset_parameters`) in the order of `modules()`, so that a model built
+    on the meta device gets the very same weights later, layer by layer.
     """
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:

@@ -43,7 +43,8 @@ class StepProgressBar(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         self._say(
-            f"model of {pl_module.n_parameters:,} parameters; epoch of {trainer.num_training_batches:,} batches; "
+            f"model of {pl_module.n_parameters:,} parameters; "
+            f"epoch of {trainer.num_training_batches:,} batches; "
             f"training to step {trainer.estimated_stepping_batches:,}"
         )
         self._start("training", trainer.estimated_stepping_batches, trainer.global_step)

@@ -1,8 +1,8 @@
 """The differentiable moves between tensor-parallel peers.
 
-In the forward pass a tensor is either replicated (all peers hold the same) or in parts, cut along features, along the
-sequence, or as summands. Each move goes with its transpose in the backward pass: replicated tensors have equal
-gradients on all peers.
+In the forward pass a tensor is either replicated (all peers hold the same) or in parts: cut along features,
+cut along the sequence, or summands. Each move has its transpose in the backward pass, where replicated
+tensors have equal gradients on all peers.
 Shapes: B batch, T time, t = T / tp_size, D features.
 """
 

@@ -16,8 +16,8 @@ def column_linear(
 ) -> Tensor:
     """x @ weight.T + bias for this peer's rows of `weight`; the gradient of x is summed over the peers.
 
-    With `sequence_parallel`, x is this peer's part of the sequence: all parts are gathered for the product, not
-    kept, and gathered again in the backward pass.
+    With `sequence_parallel`, x is this peer's part of the sequence: all parts are gathered for the product,
+    not kept, and gathered again in the backward pass.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -12,10 +12,10 @@ from gpt_lightning.parallel.mesh import ParallelMesh
 
 
 def let_peers_differ(module: nn.Module, mesh: ParallelMesh) -> None:
-    """In training, draw random numbers of this peer's own inside of `module`, and then go on as if none were drawn.
+    """In training, draw this peer's own random numbers inside of `module`, and go on as if none were drawn.
 
-    The seed is itself drawn from the common stream. So whoever restores that stream (activation checkpointing,
-    a resumed run) restores these numbers too.
+    The seed is itself drawn from the common stream. So whoever restores that stream (activation
+    checkpointing, a resumed run) restores these numbers too.
     """
     outer: list[tuple[torch.Generator, Tensor]] = []
 

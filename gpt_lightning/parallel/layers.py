@@ -1,9 +1,9 @@
-"""Layers of which every tensor-parallel peer holds a part (Megatron-LM, Shoeybi et al. 2019; Korthikanti et al. 2022).
+"""Layers of which every tensor-parallel peer holds a part (Shoeybi et al. 2019, Korthikanti et al. 2022).
 
-A column-parallel layer cuts its outputs, the row-parallel layer after it its inputs, so that between the two nothing
-is communicated: one all-reduce for the pair in the forward pass and one in the backward pass. With sequence
-parallelism the tensors outside of such pairs are cut along the sequence, in training alone: there they are kept for
-the backward pass. An all-gather and a reduce-scatter then take the place of each all-reduce.
+A column-parallel layer cuts its outputs, the row-parallel layer after it its inputs, so that between the two
+nothing is communicated: one all-reduce for the pair in the forward pass and one in the backward pass. With
+sequence parallelism the tensors outside of such pairs are cut along the sequence, in training alone, where
+they are kept for the backward pass: an all-gather and a reduce-scatter take the place of each all-reduce.
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 

@@ -41,7 +41,7 @@ class Cut:
     - `sequence`: a layer norm, a dropout or a table of positions outside of such pairs: replicated, and under
       sequence parallelism at work on a part of the sequence.
 
-    `units` are the things that a cut must leave whole, such as heads, and `option` is what users call their number.
+    `units` counts what a cut must leave whole, such as heads, and `option` is what users call that number.
     """
 
     style: Style
@@ -56,8 +56,9 @@ def plan_of(module: nn.Module) -> Plan:
     make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
     if make is None:
         raise ValueError(
-            f"{type(module).__name__} has no tensor_parallel_plan(), which trainer.strategy.tensor_parallel_size "
-            "above 1 needs; add the method (submodule pattern -> style), or set the size to 1"
+            f"{type(module).__name__} has no tensor_parallel_plan(), which a trainer.strategy."
+            "tensor_parallel_size above 1 needs; "
+            "add the method (submodule pattern -> style), or set the size to 1"
         )
     return make()
 
@@ -128,8 +129,8 @@ def parallelize(
 ) -> None:
     """Replace the submodules named by their parallel versions, which keep this rank's part of each parameter.
 
-    Parameters keep their identity, so ties survive. Those on the meta device are drawn here, a layer at a time in
-    the order of `modules()` and whole, so that they are what one process draws, yet never all in memory.
+    Parameters keep their identity, so ties survive. Those on the meta device are drawn here, layer by layer
+    in the order of `modules()` and whole, so that they are what one process draws, yet never all in memory.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
     cut_already: set[nn.Parameter] = set()
@@ -173,7 +174,7 @@ def _materialize(name: str, layer: nn.Module, built: dict[nn.Parameter, nn.Param
         reset = getattr(layer, "reset_parameters", None)
         if reset is None:
             raise ValueError(
-                f"{name} ({type(layer).__name__}) was built on the meta device and has no reset_parameters(); "
+                f"{name} ({type(layer).__name__}) is on the meta device and has no reset_parameters(); "
                 "add the method, or build the model outside of trainer.init_module()"
             )
         layer.to_empty(device="cpu", recurse=False)
@@ -185,7 +186,7 @@ def _materialize(name: str, layer: nn.Module, built: dict[nn.Parameter, nn.Param
 
 
 def partial_gradients(module: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[nn.Parameter]:
-    """Replicated parameters of which, under sequence parallelism, each peer has the gradient of its own tokens."""
+    """Replicated parameters of which, under sequence parallelism, a peer has its own tokens' gradient."""
     for name, cut in cuts.items():
         layer = module.get_submodule(name)
         if cut.style == "sequence":

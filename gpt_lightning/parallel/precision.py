@@ -16,7 +16,7 @@ from gpt_lightning.parallel.shard import Shard
 def gradient_norm(
     parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> Tensor:
-    """The 2-norm over the whole model's gradients, in float32: each part counts, a replicated tensor counts once."""
+    """The 2-norm of the whole model's gradient, in float32: every part counts, a replicated tensor once."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     cut = [parameter.grad for parameter in with_gradient if parameter in shards]
     replicated = [parameter.grad for parameter in with_gradient if parameter not in shards]

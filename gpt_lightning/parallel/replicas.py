@@ -11,7 +11,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
-    """The first parameter that is not bit for bit the same wherever it is replicated, the same answer on all ranks.
+    """The first parameter that is not bit for bit the same wherever it is replicated; all ranks agree.
 
     Parts are compared over the data-parallel ranks, everything else over all ranks, by sums of the bits.
     """

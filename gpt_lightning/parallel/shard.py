@@ -48,7 +48,7 @@ class ParallelLayer(Protocol):
 
 
 def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
-    """The parameters of which this rank holds a part; told from the layers, which survive copies and moves."""
+    """The parameters of which this rank holds a part, as the layers tell, which survive copies and moves."""
     return dict(_sharded_parameters(module))
 
 

@@ -1,6 +1,6 @@
 """Checkpoints as a folder to which every rank adds its part, by torch.distributed.checkpoint.
 
-The folder holds tensors, which can be read again at any topology, and `rest.pt`: all else that a checkpoint has.
+The folder holds tensors, to be read again at any topology, and `rest.pt`: all else that a checkpoint has.
 """
 
 import pickle
@@ -70,7 +70,7 @@ def _as_dtensor(part: Tensor, shard: Shard, mesh: ParallelMesh) -> DTensor:
 
 
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint of `sharded_*` parts; all ranks call it. The folder gets its name when it is whole."""
+    """Write a checkpoint of `sharded_*` parts, on all ranks; the folder gets its name when it is whole."""
     tied = _tied_names(checkpoint[WEIGHTS])
     tensors = {f"{WEIGHTS}/{name}": value for name, value in checkpoint[WEIGHTS].items() if name not in tied}
     tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))

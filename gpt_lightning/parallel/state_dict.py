@@ -65,7 +65,7 @@ def full_optimizer_state(
 
 
 def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
-    """Whether an entry of a parameter's optimizer state is cut as the parameter is: moments are, counters not."""
+    """Whether an entry of a parameter's optimizer state is cut like it: moments are, counters are not."""
     return parameter in shards and isinstance(value, Tensor) and value.shape == parameter.shape
 
 

@@ -1,4 +1,4 @@
-"""TensorParallelDDPStrategy: Lightning's DDP, in which every replica of the model may itself span several devices."""
+"""TensorParallelDDPStrategy: Lightning's DDP, in which a replica of the model may span several devices."""
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -42,17 +42,17 @@ _PLAIN_LOAD = TorchCheckpointIO.load_checkpoint
 
 
 class TensorParallelDDPStrategy(DDPStrategy):
-    """Tensor parallelism inside DDP: `devices / tensor_parallel_size` replicas of the model, each cut over its peers.
+    """Tensor parallelism inside DDP: `devices / tensor_parallel_size` replicas, each cut over its peers.
 
-    How the model is cut is told by the LightningModule's `tensor_parallel_plan()`. The numbers are those of one
+    The LightningModule's `tensor_parallel_plan()` says how the model is cut. The numbers are those of one
     process, and checkpoints are ordinary files, whatever the sizes.
 
     Args:
         tensor_parallel_size: Devices that share one replica of the model; divides the devices of a node.
-        sequence_parallel: Cut what lies between the parallel layers along the sequence, in training: less memory
-            for activations; the length must be divisible by tensor_parallel_size.
-        save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large for one
-            file; `gpt-lightning consolidate` makes a file of it.
+        sequence_parallel: In training, cut what lies between the parallel layers along the sequence: less
+            memory for activations; the length must be divisible by tensor_parallel_size.
+        save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large
+            for one file; `gpt-lightning consolidate` makes a file of it.
         replica_check_every_n_steps: Compare what ranks should hold alike, at the start and every so many
             optimizer steps, and stop the run if it differs; 0 for never.
         find_unused_parameters: As in DistributedDataParallel.
@@ -108,8 +108,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if self.num_processes % self.tensor_parallel_size:
             raise ValueError(
                 f"trainer.devices={self.num_processes} a node is not divisible by trainer.strategy."
-                f"tensor_parallel_size={self.tensor_parallel_size} (tensor-parallel peers share a node); choose a "
-                f"multiple of {self.tensor_parallel_size}"
+                f"tensor_parallel_size={self.tensor_parallel_size} (tensor-parallel peers share a node); "
+                f"choose a multiple of {self.tensor_parallel_size}"
             )
         super()._configure_launcher()
 
@@ -242,14 +242,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
         name = differing_parameter(self.lightning_module, self.mesh)
         if name is not None:
             raise RuntimeError(
-                f"{when}, {name} is not the same on all ranks that hold it: training on would give wrong numbers. "
-                "Seed all ranks alike (seed_everything) before the model is built, and change parameters on all "
-                "ranks alike"
+                f"{when}, {name} is not the same on all ranks that hold it, and what follows would be wrong. "
+                "Seed all ranks alike (seed_everything) before the model is built, and let whatever changes "
+                "parameters do so on all ranks"
             )
 
     def _adapt_precision(self) -> None:
-        """Clip by the norm of the whole model, and skip steps together; the plugin keeps its class, under whose
-        name a checkpoint holds its state."""
+        """Clip by the norm of the whole model, and skip steps together."""
+        # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
         plugin = self.precision_plugin
         plugin.clip_grad_by_norm = self._clip_gradients  # type: ignore[method-assign]
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:

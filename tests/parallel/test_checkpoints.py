@@ -1,0 +1,149 @@
+"""A checkpoint is an ordinary file at any topology, and a run goes on from it at any other."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision
+
+import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
+import gpt_lightning.parallel.state_dict as state_dict
+from gpt_lightning.checkpoint import consolidate, load_model, read_checkpoint
+from tests.distributed import run_ranks
+from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
+
+pytestmark = pytest.mark.slow
+OneProcess = Callable[..., dict[str, Any]]
+STEPS = 16
+
+
+def half_precision() -> list[MixedPrecision]:
+    # Grows every third step, so that a scaler that starts anew is seen; small enough to never overflow.
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**4, growth_interval=3))]
+
+
+PRECISIONS = {"float32": ({}, 2e-6), "float16": ({"plugins": half_precision}, 4.1e-4)}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_goes_on_at_other_topologies(
+    precision: str, sharded: bool, shared_corpus: Path, tmp_path: Path, one_process: OneProcess
+) -> None:
+    """1 -> 2 x 2 -> 4 -> 1 (sharded: 2 x 2 -> 4 -> 2 -> 1 x 2) is one trajectory."""
+    extra, tolerance = PRECISIONS[precision]
+    options = {"steps": STEPS, "accumulate": 1, **extra}
+    one = one_process(**options)
+    topologies = [(2, 2), (4, 1), (2, 1), (1, 2)] if sharded else [(1, 1), (2, 2), (4, 1), (1, 1)]
+    losses, scales, path = [], [], None
+    for number, (tp, dp) in enumerate(topologies):
+        target = str(tmp_path / f"{number}.ckpt")
+        stop = STEPS // len(topologies) * (number + 1)
+        strategy = {"save_sharded": True} if sharded else {}
+        run = Run(tp, dp, stop_after=stop, resume_from=path, save_to=target, strategy=strategy, **options)
+        first = run_everywhere(run, shared_corpus)[0]
+        losses += first["losses"]
+        scales += first["scales"]
+        path = target
+    assert losses == pytest.approx(one["losses"], abs=tolerance, rel=0)
+    assert scales == one["scales"]
+
+
+@pytest.fixture(scope="module")
+def saved(shared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same six steps saved by one process, by 2 x 2, and by 2 x 2 sharded."""
+    folder = tmp_path_factory.mktemp("saved")
+    runs = {"one": Run(steps=6), "2x2": Run(2, 2, steps=6)}
+    runs["sharded"] = Run(2, 2, steps=6, strategy={"save_sharded": True})
+    paths = {name: folder / f"{name}.ckpt" for name in runs}
+    for name, run in runs.items():
+        run_everywhere(Run(**{**vars(run), "save_to": str(paths[name])}), shared_corpus)
+    consolidate(paths["sharded"], folder / "consolidated.ckpt")
+    return {**paths, "consolidated": folder / "consolidated.ckpt"}
+
+
+@pytest.mark.parametrize("name", ["2x2", "consolidated"])
+def test_the_file_is_that_of_one_process(name: str, saved: dict[str, Path]) -> None:
+    one, other = (read_checkpoint(saved[which]) for which in ("one", name))
+    assert one.keys() == other.keys()
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for key, tensor in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    (own,), (theirs,) = one["optimizer_states"], other["optimizer_states"]
+    assert own["param_groups"] == theirs["param_groups"]
+    assert own["state"].keys() == theirs["state"].keys()
+    for index, entry in own["state"].items():
+        assert entry.keys() == theirs["state"][index].keys()
+        for key, value in entry.items():
+            torch.testing.assert_close(theirs["state"][index][key], value, rtol=1e-3, atol=1e-6)
+    assert one["TextDataModule"] == other["TextDataModule"] and one["loops"] == other["loops"]
+
+
+def test_any_model_loads_it(saved: dict[str, Path]) -> None:
+    ids = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = load_model(saved["one"])[0](ids).logits
+    for name in ("2x2", "consolidated"):
+        torch.testing.assert_close(load_model(saved[name])[0](ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_tensor_is_written_once(saved: dict[str, Path]) -> None:
+    keys = [key for key, _ in sharded_checkpoint._tensors_in(saved["sharded"], "state_dict/")]
+    assert "state_dict/model.token_embedding.weight" in keys
+    assert not any("lm_head" in key for key in keys)
+    weights = read_checkpoint(saved["2x2"])["state_dict"]
+    assert weights["model.lm_head.weight"].data_ptr() == weights["model.token_embedding.weight"].data_ptr()
+
+
+def test_a_sharded_folder_says_what_to_do_with_it(saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gpt-lightning consolidate"):
+        load_model(saved["sharded"])
+    with pytest.raises(ValueError, match="is no sharded checkpoint"):
+        consolidate(saved["one"], tmp_path / "out.ckpt")
+    with pytest.raises(ValueError, match="exists already"):
+        consolidate(saved["sharded"], saved["one"])
+
+
+def test_a_strangers_table_of_contents_runs_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "owned",))
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    torch.save({}, tmp_path / "rest.pt")
+    with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint"):
+        sharded_checkpoint.read_whole(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def largest_gather(run: Run, corpus: Path) -> tuple[int, int, bool]:
+    """Elements of the largest tensor that travels, and of the largest full one; whether any travels."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.fit(module, datamodule)
+    travelled = []
+    send, receive = dist.send, dist.recv
+
+    def spy(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            travelled.append(tensor.numel())
+            return move(tensor, *args, **kwargs)
+
+        return moved
+
+    state_dict.dist.send, state_dict.dist.recv = spy(send), spy(receive)  # type: ignore[misc]
+    try:
+        trainer.save_checkpoint(corpus.parent / "spied.ckpt")
+    finally:
+        state_dict.dist.send, state_dict.dist.recv = send, receive  # type: ignore[misc]
+    return max(travelled, default=0), 301 * 36, bool(travelled)
+
+
+def test_parts_travel_one_by_one_within_the_first_replica(shared_corpus: Path) -> None:
+    ranks = run_ranks(largest_gather, 4, Run(2, 2, steps=2), shared_corpus)
+    for largest, full, _ in ranks:
+        assert largest <= (full + 36) // 2
+    assert [any_travelled for _, _, any_travelled in ranks] == [True, True, False, False]

@@ -1,0 +1,144 @@
+"""The program with tensor parallelism: its own launcher and torchrun, every verb, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning.__main__ import main
+
+pytestmark = pytest.mark.slow
+Config = Callable[..., Path]
+SIZES = {"max_position_embeddings": 16, "n_layers": 2, "d_model": 16}
+PROMPTS = json.dumps([f"The {word}" for word in "cat dog house garden river".split()])
+
+
+def strategy(tp: int, devices: int, **options: object) -> list[str]:
+    words = [
+        "--trainer.strategy",
+        "gpt_lightning.TensorParallelDDPStrategy",
+        "--trainer.devices",
+        str(devices),
+    ]
+    for name, value in {"tensor_parallel_size": tp, **options}.items():
+        words += [f"--trainer.strategy.{name}", str(value).lower()]
+    return words
+
+
+def program(folder: Path, *words: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
+    command = [sys.executable, *(launcher if torchrun else []), "-m", "gpt_lightning", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # several ranks share the cores
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def scalars(folder: Path, name: str) -> list[float]:
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def assert_equal_curves(folder: Path, one: str, other: str) -> None:
+    for name, tolerance in (("train/loss", 2e-6), ("val/loss", 1e-6), ("train/grad_norm", 1e-5)):
+        expected = scalars(folder / one, name)
+        assert scalars(folder / other, name) == pytest.approx(expected, abs=tolerance), name
+
+
+def test_every_verb_by_either_launcher(tiny_config: Config, tmp_path: Path) -> None:
+    config = str(tiny_config(trainer={"gradient_clip_val": 0.5}))
+    fit = ["fit", "--config", config, "--run_name"]
+    program(tmp_path, *fit, "one", "--data.batch_size", "8")
+    done = program(tmp_path, *fit, "four", *strategy(2, 4))
+    assert done.stderr.count("step 6: train/loss") == 1 and "sync_dist" not in done.stderr
+    counted = [line.split(";")[0] for line in done.stderr.splitlines() if line.startswith("model of ")]
+    program(tmp_path, *fit, "torchrun", *strategy(2, 4, sequence_parallel=True), torchrun=4)
+    folder = tmp_path / "checkpoints"
+    assert_equal_curves(folder, "one", "four")
+    assert_equal_curves(folder, "one", "torchrun")
+
+    checkpoint = ["--ckpt_path", str(folder / "four" / "last.ckpt")]
+    (many,) = validation_lines(program(tmp_path, "validate", *checkpoint))  # with the saved strategy
+    (test,) = validation_lines(program(tmp_path, "test", *checkpoint, torchrun=4))
+    single = ["--config", config]
+    (one,) = validation_lines(program(tmp_path, "validate", *checkpoint, *single))
+    assert many == pytest.approx(one, rel=1e-7) and test == pytest.approx(one, rel=1e-7)
+
+    words = ["predict", *checkpoint, "--data.prompts", PROMPTS]
+    alone = program(tmp_path, *words, "--output", "one.jsonl")
+    together = program(tmp_path, *words, "--output", "four.jsonl", *strategy(2, 4))
+    program(tmp_path, *words, "--output", "torchrun.jsonl", *strategy(2, 2), torchrun=2)
+    for name in ("four.jsonl", "torchrun.jsonl"):
+        assert (tmp_path / name).read_text() == (tmp_path / "one.jsonl").read_text()
+    assert alone.stdout == together.stdout
+
+    (count,) = counted
+    resumed = program(tmp_path, *fit, "one", "--ckpt_path", "last", "--trainer.max_steps", "7")
+    assert count in resumed.stderr, "the parameters of one part were shown"
+
+
+def validation_lines(done: subprocess.CompletedProcess[str]) -> list[float]:
+    return [float(line.split("│")[2]) for line in done.stdout.splitlines() if "/loss" in line]
+
+
+def test_a_sharded_run_is_resumed_and_consolidated(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny_config(model={"config": {**SIZES, "n_heads": 4}}))
+    program(tmp_path, "fit", "--config", config, *strategy(2, 2, save_sharded=True))
+    folder = tmp_path / "checkpoints" / "tiny"
+    assert (folder / "last.ckpt").is_dir()
+    resume = ["--ckpt_path", "last", "--trainer.max_steps", "8"]
+    done = program(tmp_path, "fit", "--config", config, *strategy(4, 4, save_sharded=True), *resume)
+    assert f"resuming: {folder / 'last.ckpt'}" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", "--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", "The"])
+    assert exit.value.code == 2 and "gpt-lightning consolidate" in capsys.readouterr().err
+    main(["consolidate", "--ckpt_path", str(folder / "last.ckpt"), "--output", "whole.ckpt"])
+    main(["predict", "--ckpt_path", "whole.ckpt", "--data.prompts", PROMPTS, "--output", "one.jsonl"])
+    words = ["predict", "--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", PROMPTS]
+    program(tmp_path, *words, "--output", "two.jsonl", *strategy(2, 2))
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            strategy(2, 3),
+            "trainer.devices=3 a node is not divisible by trainer.strategy.tensor_parallel_size=2",
+        ),
+        (
+            strategy(4, 4),
+            "model.config.n_heads=2 is not divisible by trainer.strategy.tensor_parallel_size=4",
+        ),
+        ([*strategy(2, 2), "--model.config.d_ff", "61"], "model.config.d_ff=61 is not divisible"),
+        (
+            [*strategy(2, 2, sequence_parallel=True), "--data.seq_len", "15"],
+            "data.seq_len=15 is not divisible by trainer.strategy.tensor_parallel_size=2",
+        ),
+        (strategy(0, 2), "trainer.strategy.tensor_parallel_size=0 is below 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    words: list[str],
+    message: str,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(tiny_config()), *words])
+    captured = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert captured.splitlines()[-1].startswith(f"error: {message}"), captured
+    assert "Traceback" not in captured and not (tmp_path / "checkpoints").exists()
