@@ -17,7 +17,7 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = 120
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, nodes: int = 1) -> list[Any]:
     """`function(*args)` on `world_size` processes, in the environment that torchrun gives; results by rank.
 
     The first rank that fails fails the test with its traceback, and no process outlives the call.
@@ -26,7 +26,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            fork.Process(target=_rank, args=(rank, world_size, environment, Path(folder), function, args))
+            fork.Process(
+                target=_rank,
+                args=({**environment, **_own(rank, world_size, nodes)}, Path(folder), function, args),
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -56,17 +59,19 @@ def _wait(ranks: list[Any], folder: Path) -> None:
                 raise AssertionError(f"rank {rank} of {len(ranks)}: {text}")
 
 
+def _own(rank: int, world_size: int, nodes: int) -> dict[str, str]:
+    """What torchrun tells one rank of itself."""
+    local = world_size // nodes
+    own = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+    own |= {"GROUP_RANK": rank // local, "GROUP_WORLD_SIZE": nodes}
+    return {"TORCHELASTIC_RUN_ID": "test", **{name: str(value) for name, value in own.items()}}
+
+
 def _rank(
-    rank: int,
-    world_size: int,
-    environment: dict[str, str],
-    folder: Path,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    environment: dict[str, str], folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update(environment, **{name: str(value) for name, value in own.items()})
-    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test")
+    os.environ.update(environment)
+    rank = environment["RANK"]
     torch.set_num_threads(1)
     status = 1
     try:

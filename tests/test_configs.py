@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.model import GPTModel
+from tests.distributed import run_ranks
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SHRUNK = {
@@ -31,15 +34,11 @@ SHRUNK = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    devices = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"].get("devices", 1)
     options = {**SHRUNK, "data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
-    main(
-        [
-            "fit",
-            "--config",
-            str(path),
-            *(word for key, value in options.items() for word in (f"--{key}", value)),
-        ]
-    )
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    command = ["fit", "--config", str(path), *words]
+    main(command) if devices == 1 else run_ranks(main, devices, command)
     assert (tmp_path / "checkpoints" / path.stem / "last.ckpt").is_file()
 
 
@@ -65,3 +64,24 @@ def test_gpt2_small_is_the_known_recipe() -> None:
     settings = yaml.safe_load((CONFIGS[0].parent / "gpt2_small.yaml").read_text(encoding="utf-8"))
     data, trainer = settings["data"], settings["trainer"]
     assert data["batch_size"] * data["seq_len"] * trainer["accumulate_grad_batches"] == 491_520
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_heads_can_be_cut(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    strategy = settings["trainer"].get("strategy", {"init_args": {}})
+    size = strategy["init_args"].get("tensor_parallel_size", 1)
+    assert settings["model"]["config"].get("n_heads", 1) % size == 0
+    assert settings["trainer"].get("devices", 1) % size == 0
+
+
+def test_gpt2_xl_has_its_parameter_count() -> None:
+    """1.56 billion, whatever the number of heads: counted by Hugging Face's model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = yaml.safe_load((CONFIGS[0].parent / "gpt2_xl_tp2.yaml").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        ours = GPTModel(GPTConfig(**settings["model"]["config"]))
+        theirs = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    assert count == theirs.num_parameters() == 1_557_611_200

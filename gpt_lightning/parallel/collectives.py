@@ -6,6 +6,7 @@ tensors have equal gradients on all peers.
 Shapes: B batch, T time, t = T / tp_size, D features.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -30,20 +31,50 @@ def all_reduce(x: Tensor, mesh: ParallelMesh, op: dist.ReduceOp.RedOpType = dist
 
 def all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
     """[B, t, D] of each peer to [B, T, D]."""
+    return start_all_gather_sequence(x, mesh)()
+
+
+def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
+    """Begin `all_gather_sequence`; call what is returned for its result."""
     B, t, D = x.shape
     parts = x.new_empty(mesh.tp_size * B, t, D)
-    _all_gather(parts, x.contiguous(), group=mesh.tp_group)
-    return parts.view(mesh.tp_size, B, t, D).transpose(0, 1).reshape(B, mesh.tp_size * t, D)
+    work = _all_gather(parts, x.contiguous(), group=mesh.tp_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return parts.view(mesh.tp_size, B, t, D).transpose(0, 1).reshape(B, mesh.tp_size * t, D)
+
+    return finish
 
 
 def reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
     """The sum of the peers' [B, T, D], of which each keeps its own part of the sequence, [B, t, D]."""
+    return start_reduce_scatter_sequence(x, mesh)()
+
+
+def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
     B, T, D = x.shape
     t = T // mesh.tp_size
     parts = x.reshape(B, mesh.tp_size, t, D).transpose(0, 1).contiguous()  # [tp, B, t, D]
     own = x.new_empty(B, t, D)
-    _reduce_scatter(own, parts.view(mesh.tp_size * B, t, D), group=mesh.tp_group)
-    return own
+    work = _reduce_scatter(own, parts.view(mesh.tp_size * B, t, D), group=mesh.tp_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return own
+
+    return finish
+
+
+def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
+    """Begin to sum over the peers, in place; call what is returned for the result."""
+    work = dist.all_reduce(x, group=mesh.tp_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return x
+
+    return finish
 
 
 def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:

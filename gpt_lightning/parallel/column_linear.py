@@ -3,11 +3,15 @@
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.parallel.collectives import all_gather_sequence, reduce_scatter_sequence
+from gpt_lightning.parallel.collectives import (
+    all_gather_sequence,
+    start_all_gather_sequence,
+    start_all_reduce,
+    start_reduce_scatter_sequence,
+)
 from gpt_lightning.parallel.mesh import ParallelMesh
 
 
@@ -40,18 +44,13 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         y_grad = grad_outputs[0]
-        x_grad = y_grad @ weight.to(x.dtype)
-        if ctx.sequence_parallel:
-            whole = all_gather_sequence(x, ctx.mesh)
-            x_grad = reduce_scatter_sequence(x_grad, ctx.mesh)
-            work = None
-        else:
-            whole = x
-            # The sum travels while the weight's gradient is computed.
-            work = dist.all_reduce(x_grad, group=ctx.mesh.tp_group, async_op=True)
-        rows = y_grad.flatten(0, -2)
+        gathering = start_all_gather_sequence(x, ctx.mesh) if ctx.sequence_parallel else None
+        x_grad = y_grad @ weight.to(x.dtype)  # meanwhile
+        whole = x if gathering is None else gathering()
+        summing = (start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce)(
+            x_grad, ctx.mesh
+        )
+        rows = y_grad.flatten(0, -2)  # meanwhile
         weight_grad = (rows.t() @ whole.flatten(0, -2)).to(weight.dtype)
         bias_grad = None if ctx.bias_dtype is None else rows.sum(dim=0).to(ctx.bias_dtype)
-        if work is not None:
-            work.wait()
-        return x_grad, weight_grad, bias_grad, None, None
+        return summing(), weight_grad, bias_grad, None, None

@@ -117,12 +117,12 @@ def trainer_of(run: Run, folder: Path, recorder: Recorder) -> pl.Trainer:
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
+        "devices": run.tp * run.dp,
         "plugins": run.plugins() if run.plugins else None,
         **run.trainer,
     }
     return pl.Trainer(
         accelerator="cpu",
-        devices=run.tp * run.dp,
         strategy=strategy,
         callbacks=[recorder],
         logger=False,
@@ -182,3 +182,22 @@ def validate(run: Run, corpus: Path) -> dict[str, float]:
     module.held_out_loss.compute = counting_compute  # type: ignore[method-assign]
     (metrics,) = trainer.validate(module, datamodule, verbose=False)
     return {**metrics, "tokens": counted[-1], "in the split": datamodule.split_counts("val")[0]}
+
+
+def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
+    """Bytes that a forward pass up to the hidden states keeps for the backward pass, beside the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # else an address is used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    module.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.model.hidden_states(input_ids)
+    return sum(kept.values())

@@ -9,7 +9,17 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from tests.distributed import run_ranks
-from tests.parallel.runs import Run, run_everywhere, validate
+from tests.parallel.runs import (
+    GLOBAL_BATCH,
+    Recorder,
+    Run,
+    build,
+    fit,
+    kept_bytes,
+    run_everywhere,
+    trainer_of,
+    validate,
+)
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
@@ -119,6 +129,30 @@ def test_replicas_stay_bit_identical_with_dropout(sequence_parallel: bool, share
     assert_same_bits(ranks[1]["parts"], ranks[3]["parts"])
     again = run_everywhere(run, shared_corpus)
     assert again[0]["losses"] == ranks[0]["losses"], "a run with dropout is not reproducible"
+
+
+def test_several_nodes(shared_corpus: Path, one_process: OneProcess) -> None:
+    """Two nodes of two ranks: the replicas are spread over nodes, the peers of a replica are not."""
+    run = Run(2, 2, trainer={"devices": 2, "num_nodes": 2})
+    ranks = run_ranks(fit, 4, run, shared_corpus, nodes=2)
+    assert_equal_runs(ranks, one_process())
+    assert_same_bits(ranks[0]["parts"], ranks[2]["parts"])
+
+
+def activations(run: Run, corpus: Path) -> int:
+    module, datamodule = build(corpus, run)
+    trainer_of(run, corpus.parent, Recorder(None)).fit(module, datamodule)
+    return kept_bytes(module, torch.zeros(GLOBAL_BATCH, run.seq_len, dtype=torch.long))
+
+
+def test_sequence_parallelism_keeps_a_part_of_every_activation(shared_corpus: Path) -> None:
+    """Counted: what a forward pass keeps for the backward pass, beside the parameters."""
+    # Without the loss, whose gradient with respect to its whole input is made in the forward pass.
+    options = {"steps": 1, "accumulate": 1, "seq_len": 16, "config": {"n_layers": 6}}
+    (whole,) = run_ranks(activations, 1, Run(**options), shared_corpus)
+    plain = run_ranks(activations, 2, Run(2, 1, **options), shared_corpus)
+    cut = run_ranks(activations, 2, Run(2, 1, strategy={"sequence_parallel": True}, **options), shared_corpus)
+    assert max(cut) < 0.52 * whole < 0.6 * whole < min(plain)
 
 
 @pytest.mark.parametrize("tp, dp", TOPOLOGIES)
