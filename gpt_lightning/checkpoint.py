@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint import CheckpointException
 from typing_extensions import override
 
 from gpt_lightning.config import GPTConfig
@@ -61,12 +62,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents, tensors mapped from the file, not read; a sharded one's without tensors."""
-    if is_sharded(path):
-        return read_rest(path)
-    if not path.is_file():
+    if not is_sharded(path) and not path.is_file():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if is_sharded(path):
+            checkpoint = read_rest(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(
@@ -95,7 +97,13 @@ def consolidate(folder: Path, output: Path) -> None:
         )
     if output.exists():
         raise ValueError(f"output={output} exists already; name another file, or remove it")
-    DurableCheckpointIO().save_checkpoint(read_whole(folder), output)
+    read_checkpoint(folder)
+    try:
+        checkpoint = read_whole(folder)
+    except (CheckpointException, OSError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().split("\n")[-1][:120]
+        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
+    DurableCheckpointIO().save_checkpoint(checkpoint, output)
 
 
 def _names_of_others(path: Path) -> str:

@@ -22,6 +22,9 @@ class VocabShard(Protocol):
     def first_token(self) -> int: ...
 
     @property
+    def vocab_size(self) -> int: ...
+
+    @property
     def largest_shard(self) -> int: ...
 
     def max_over_shards(self, x: Tensor) -> Tensor: ...
@@ -132,4 +135,7 @@ def _sharded_loss_and_softmax_(
     # One exchange for both: the softmax's denominator and the target's logit.
     sums = shard.sum_over_shards(torch.cat([logits.sum(dim=-1, keepdim=True), picked], dim=1))
     logits /= sums[:, :1]
-    return (sums[:, 0].log() - sums[:, 1]).masked_fill(~scored, 0.0), here, columns
+    # A target that no shard has must not look like an easy one.
+    unknown = (targets < 0) | (targets >= shard.vocab_size)
+    loss = (sums[:, 0].log() - sums[:, 1]).masked_fill(unknown, torch.nan).masked_fill(~scored, 0.0)
+    return loss, here, columns

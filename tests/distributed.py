@@ -64,7 +64,9 @@ def _own(rank: int, world_size: int, nodes: int) -> dict[str, str]:
     local = world_size // nodes
     own = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     own |= {"GROUP_RANK": rank // local, "GROUP_WORLD_SIZE": nodes}
-    return {"TORCHELASTIC_RUN_ID": "test", **{name: str(value) for name, value in own.items()}}
+    # A pool of threads that tokenizers has made here does not survive the fork.
+    other = {"TORCHELASTIC_RUN_ID": "test", "TOKENIZERS_PARALLELISM": "false"}
+    return {**other, **{name: str(value) for name, value in own.items()}}
 
 
 def _rank(

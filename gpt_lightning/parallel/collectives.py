@@ -36,7 +36,7 @@ def all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
 
 def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
     """Begin `all_gather_sequence`; call what is returned for its result."""
-    B, t, D = x.shape
+    B, t, D = _sequence_shape(x)
     parts = x.new_empty(mesh.tp_size * B, t, D)
     work = _all_gather(parts, x.contiguous(), group=mesh.tp_group, async_op=True)
 
@@ -53,7 +53,7 @@ def reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
 
 
 def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    B, T, D = x.shape
+    B, T, D = _sequence_shape(x)
     t = T // mesh.tp_size
     parts = x.reshape(B, mesh.tp_size, t, D).transpose(0, 1).contiguous()  # [tp, B, t, D]
     own = x.new_empty(B, t, D)
@@ -64,6 +64,15 @@ def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[],
         return own
 
     return finish
+
+
+def _sequence_shape(x: Tensor) -> torch.Size:
+    if x.dim() != 3:
+        raise ValueError(
+            f"trainer.strategy.sequence_parallel=true needs activations [batch, time, features], not "
+            f"{list(x.shape)}; leave it out for this module"
+        )
+    return x.shape
 
 
 def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:

@@ -3,6 +3,7 @@
 Outside of such regions peers draw the same numbers, since they were seeded alike and draw alike.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from gpt_lightning.parallel.mesh import ParallelMesh
 
 
-def let_peers_differ(module: nn.Module, mesh: ParallelMesh) -> None:
+def let_peers_differ(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
     """In training, draw this peer's own random numbers inside of `module`, and go on as if none were drawn.
 
     The seed is itself drawn from the common stream. So whoever restores that stream (activation
@@ -20,7 +21,7 @@ def let_peers_differ(module: nn.Module, mesh: ParallelMesh) -> None:
     outer: list[tuple[torch.Generator, Tensor]] = []
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module.training:
+        if module.training and when():
             outer.append(_switch(inputs[0].device, mesh.tp_rank))
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -2,11 +2,14 @@
 
 A column-parallel layer cuts its outputs, the row-parallel layer after it its inputs, so that between the two
 nothing is communicated: one all-reduce for the pair in the forward pass and one in the backward pass. With
-sequence parallelism the tensors outside of such pairs are cut along the sequence, in training alone, where
+sequence parallelism the tensors outside of such pairs are cut along the sequence in training steps, where
 they are kept for the backward pass: an all-gather and a reduce-scatter take the place of each all-reduce.
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,32 +28,46 @@ from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
 
+class SequenceParallel:
+    """Whether sequences are cut at this moment: one switch for all layers of a model.
+
+    A layer's own training mode would not do: a frozen block in evaluation mode would take a part of the
+    sequence for the whole, without an error.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
+        return self
+
+
 class ColumnParallelLinear(nn.Module):
     """Holds rows of the weight: makes some of the output features from all input features."""
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
-        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.mesh, self.sequence = mesh, sequence
         shard = Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)
         self.shards = {"weight": shard, "bias": shard}
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_linear(x, self.weight, self.bias, self.mesh, self.sequence_parallel and self.training)
+        return column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
 
 
 class RowParallelLinear(nn.Module):
     """Holds columns of the weight: its outputs are summands, which it sums over the peers."""
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
-        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.mesh, self.sequence = mesh, sequence
         self.shards = {"weight": Shard(1, linear.in_features, mesh.tp_rank, mesh.tp_size)}
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         summand = F.linear(x, self.weight)
-        if self.sequence_parallel and self.training:
+        if self.sequence.on:
             y = sum_and_cut_sequence(summand, self.mesh)
         else:
             y = sum_over_peers(summand, self.mesh)
@@ -61,9 +78,9 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Holds rows of the table; a token's vector comes from the one peer that has it."""
 
-    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
-        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.mesh, self.sequence = mesh, sequence
         self.shards = {"weight": Shard(0, table.num_embeddings, mesh.tp_rank, mesh.tp_size)}
         self.weight = table.weight
 
@@ -71,8 +88,11 @@ class VocabParallelEmbedding(nn.Module):
         rows = input_ids - self.shards["weight"].start
         elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
         vectors = F.embedding(rows.masked_fill(elsewhere, 0), self.weight)
-        summand = vectors.masked_fill(elsewhere[..., None], 0.0)  # [B, T, D]
-        if self.sequence_parallel and self.training:
+        # An id that no peer has would silently get zeros; to raise would mean to wait for the device.
+        unknown = (input_ids < 0) | (input_ids >= self.shards["weight"].full_size)
+        other = torch.zeros_like(input_ids, dtype=vectors.dtype).masked_fill(unknown, torch.nan)
+        summand = torch.where(elsewhere[..., None], other[..., None], vectors)  # [B, T, D]
+        if self.sequence.on:
             check_sequence(input_ids.shape[-1], self.mesh.tp_size)
             return sum_and_cut_sequence(summand, self.mesh)
         return sum_over_peers(summand, self.mesh)
@@ -81,13 +101,13 @@ class VocabParallelEmbedding(nn.Module):
 class SequenceParallelEmbedding(nn.Module):
     """A whole table that looks up this peer's part of the sequence: the learned positions."""
 
-    def __init__(self, table: nn.Embedding, mesh: ParallelMesh) -> None:
+    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.sequence = mesh, sequence
         self.weight = table.weight
 
     def forward(self, positions: Tensor) -> Tensor:
-        if self.training:
+        if self.sequence.on:
             check_sequence(positions.shape[-1], self.mesh.tp_size)
             positions = positions.chunk(self.mesh.tp_size, dim=-1)[self.mesh.tp_rank]
         return F.embedding(positions, self.weight)
@@ -96,9 +116,9 @@ class SequenceParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """Holds rows of the output matrix; gathers logits on demand, and never for the loss."""
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence_parallel: bool) -> None:
+    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
-        self.mesh, self.sequence_parallel = mesh, sequence_parallel
+        self.mesh, self.sequence = mesh, sequence
         self.shards = {"weight": Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)}
         self.weight = linear.weight
 
@@ -113,7 +133,7 @@ class VocabParallelHead(nn.Module):
         return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard=self)
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        if self.sequence_parallel and self.training:
+        if self.sequence.on:
             return gather_sequence(hidden, self.mesh)
         return copy_to_peers(hidden, self.mesh)
 
@@ -122,6 +142,10 @@ class VocabParallelHead(nn.Module):
     @property
     def first_token(self) -> int:
         return self.shards["weight"].start
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shards["weight"].full_size
 
     @property
     def largest_shard(self) -> int:

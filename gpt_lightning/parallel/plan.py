@@ -7,11 +7,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gpt_lightning.parallel.dropout import let_peers_differ
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
+    SequenceParallel,
     SequenceParallelEmbedding,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -74,16 +76,27 @@ def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, Cut]:
                 f"tensor_parallel_plan: {pattern!r} has the unknown style {cut.style!r}; "
                 f"choose one of {', '.join(get_args(Style))}"
             )
-        matches = fnmatch.filter(names, pattern)
+        matches = [name for name in names if _matches(name, pattern)]
         if not matches:
             raise ValueError(
                 f"tensor_parallel_plan: {pattern!r} names no submodule of {type(module).__name__}; "
                 "correct the pattern or remove it"
             )
         for name in matches:
+            if name in cuts:
+                raise ValueError(
+                    f"tensor_parallel_plan: {pattern!r} names {name}, which another pattern names too; "
+                    "let one of them name it"
+                )
             _check(name, module.get_submodule(name), cut, tp_size)
             cuts[name] = cut
     return cuts
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As file names match: `*` stands for anything within one level of the hierarchy."""
+    levels, patterns = name.split("."), pattern.split(".")
+    return len(levels) == len(patterns) and all(map(fnmatch.fnmatchcase, levels, patterns))
 
 
 def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
@@ -93,6 +106,8 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
             f"tensor_parallel_plan: {name} is a {type(module).__name__}, but the style {cut.style!r} is for "
             f"{kinds}; choose another style, or build the model anew if it was cut before"
         )
+    if cut.style in ("column", "row", "vocab_embedding", "vocab_head"):
+        _check_forward(name, module)
     if cut.style in ("column", "row"):
         assert isinstance(module, nn.Linear)
         size = module.out_features if cut.style == "column" else module.in_features
@@ -105,6 +120,16 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
             )
     if cut.style in ("vocab_embedding", "vocab_head"):
         _check_vocabulary(name, module, cut, tp_size)
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """What replaces the layer computes what nn.Linear or nn.Embedding does, without any addition."""
+    plain = nn.Embedding.forward if isinstance(module, nn.Embedding) else nn.Linear.forward
+    if type(module).forward is not plain or is_parametrized(module):
+        raise ValueError(
+            f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "
+            "leave it out of the plan, or use the plain layer"
+        )
 
 
 def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
@@ -124,61 +149,81 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
             )
 
 
+def check_deferred(module: nn.Module) -> None:
+    """Raise for what was built on the meta device and cannot be drawn layer by layer."""
+    elsewhere = "or build the model outside of trainer.init_module(empty_init=True)"
+    for name, layer in module.named_modules():
+        if any(buffer is not None and buffer.is_meta for buffer in layer._buffers.values()):
+            raise ValueError(
+                f"{name} has a buffer on the meta device, without values; create it with device='cpu', "
+                f"{elsewhere}"
+            )
+        parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        if any(p.is_meta for p in parameters) and not hasattr(layer, "reset_parameters"):
+            raise ValueError(
+                f"{name} is on the meta device and has no reset_parameters(); add the method, {elsewhere}"
+            )
+
+
 def parallelize(
-    module: nn.Module, cuts: Mapping[str, Cut], mesh: ParallelMesh, *, sequence_parallel: bool = False
+    module: nn.Module,
+    cuts: Mapping[str, Cut],
+    mesh: ParallelMesh,
+    sequence: SequenceParallel | None = None,
 ) -> None:
     """Replace the submodules named by their parallel versions, which keep this rank's part of each parameter.
 
     Parameters keep their identity, so ties survive. Those on the meta device are drawn here, layer by layer
     in the order of `modules()` and whole, so that they are what one process draws, yet never all in memory.
+    With `sequence`, sequences are cut while it is on.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
     cut_already: set[nn.Parameter] = set()
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(module.named_modules()):
-        _materialize(name, layer, built)
+        _materialize(layer, built)
         if name not in cuts:
             continue
-        parallel = _parallel_version(layer, cuts[name].style, mesh, sequence_parallel)
-        if parallel is not layer:
-            parallel.train(layer.training)
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, parallel)
+        parallel = _parallel_version(layer, cuts[name].style, mesh, sequence)
+        replaced[layer] = parallel.train(layer.training)
         for parameter, shard in sharded_parameters(parallel).items():
             if parameter not in cut_already:  # a tied one is met twice
                 parameter.data = shard.cut(parameter.data).clone(memory_format=torch.contiguous_format)
                 cut_already.add(parameter)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():  # a layer may have several names
+            if child in replaced:
+                parent._modules[name] = replaced[child]
 
 
 def _parallel_version(
-    layer: nn.Module, style: Style, mesh: ParallelMesh, sequence_parallel: bool
+    layer: nn.Module, style: Style, mesh: ParallelMesh, sequence: SequenceParallel | None
 ) -> nn.Module:
+    switch = sequence or SequenceParallel()
     if style == "column" and isinstance(layer, nn.Linear):
-        return ColumnParallelLinear(layer, mesh, sequence_parallel)
+        return ColumnParallelLinear(layer, mesh, switch)
     if style == "row" and isinstance(layer, nn.Linear):
-        return RowParallelLinear(layer, mesh, sequence_parallel)
+        return RowParallelLinear(layer, mesh, switch)
     if style == "vocab_head" and isinstance(layer, nn.Linear):
-        return VocabParallelHead(layer, mesh, sequence_parallel)
+        return VocabParallelHead(layer, mesh, switch)
     if style == "vocab_embedding" and isinstance(layer, nn.Embedding):
-        return VocabParallelEmbedding(layer, mesh, sequence_parallel)
-    if style == "sequence" and sequence_parallel and isinstance(layer, nn.Embedding):
-        return SequenceParallelEmbedding(layer, mesh)
-    if style == "sharded_dropout" or (style == "sequence" and sequence_parallel):
+        return VocabParallelEmbedding(layer, mesh, switch)
+    if style == "sharded_dropout":
         let_peers_differ(layer, mesh)
+    if style == "sequence" and sequence is not None:
+        if isinstance(layer, nn.Embedding):
+            return SequenceParallelEmbedding(layer, mesh, sequence)
+        if isinstance(layer, nn.Dropout):
+            let_peers_differ(layer, mesh, lambda: sequence.on)
     return layer
 
 
-def _materialize(name: str, layer: nn.Module, built: dict[nn.Parameter, nn.Parameter]) -> None:
+def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter]) -> None:
     """Give a layer that was built on the meta device its memory and its initial weights."""
     originals = {key: p for key, p in layer._parameters.items() if p is not None and p.is_meta}
     if any(original not in built for original in originals.values()):
-        reset = getattr(layer, "reset_parameters", None)
-        if reset is None:
-            raise ValueError(
-                f"{name} ({type(layer).__name__}) is on the meta device and has no reset_parameters(); "
-                "add the method, or build the model outside of trainer.init_module()"
-            )
         layer.to_empty(device="cpu", recurse=False)
-        reset()
+        getattr(layer, "reset_parameters")()
     for key, original in originals.items():
         drawn = layer._parameters[key]
         assert drawn is not None

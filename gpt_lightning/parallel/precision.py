@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
 
 from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
@@ -16,18 +17,46 @@ from gpt_lightning.parallel.shard import Shard
 def gradient_norm(
     parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> Tensor:
-    """The 2-norm of the whole model's gradient, in float32: every part counts, a replicated tensor once."""
+    """The 2-norm of the whole model's gradient: every part counts, a replicated tensor once."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return torch.zeros(())
     cut = [parameter.grad for parameter in with_gradient if parameter in shards]
     replicated = [parameter.grad for parameter in with_gradient if parameter not in shards]
-    device = with_gradient[0].device
-    return (all_reduce(_sum_of_squares(cut, device), mesh) + _sum_of_squares(replicated, device)).sqrt()
+    like = with_gradient[0]
+    return (all_reduce(_sum_of_squares(cut, like), mesh) + _sum_of_squares(replicated, like)).sqrt()
 
 
-def _sum_of_squares(gradients: list[Any], device: torch.device) -> Tensor:
+def _sum_of_squares(gradients: list[Any], like: Tensor) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if not gradients:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
+        return torch.zeros((), device=like.device, dtype=dtype)
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).square().sum()
+
+
+WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
+
+
+def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) -> None:
+    """Refuse optimizers whose step for one element depends on others, of which a peer has only some."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
+    if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
+        raise ValueError(
+            f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
+            "choose one that works element by element, such as AdamW, or "
+            "trainer.strategy.tensor_parallel_size=1"
+        )
+
+
+def sum_gradients(gradients: list[Tensor], mesh: ParallelMesh) -> None:
+    """Over the tensor-parallel peers, in place and in one go."""
+    if not gradients:
+        return
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = all_reduce(torch.cat([gradient.flatten().to(dtype) for gradient in gradients]), mesh)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
 
 
 def clip_gradients(

@@ -5,7 +5,8 @@ The folder holds tensors, to be read again at any topology, and `rest.pt`: all e
 
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from typing_extensions import override
 
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
+from gpt_lightning.parallel.state_dict import is_cut
 
 REST = "rest.pt"
 FOLDER_KEY = "sharded_folder"
@@ -49,14 +51,15 @@ def sharded_optimizer_state(
 ) -> dict[str, Any]:
     state_dict = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for index, entry in state_dict["state"].items():
-        parameter = parameters[index]
-        cut = {key for key, value in entry.items() if parameter in shards and value.shape == parameter.shape}
-        state[index] = {
-            key: _as_dtensor(value, shards[parameter], mesh) if key in cut else value
-            for key, value in entry.items()
-        }
+
+    def part(value: Any, parameter: nn.Parameter) -> Any:
+        cut = is_cut(value, parameter, shards)
+        return _as_dtensor(value, shards[parameter], mesh) if cut else value
+
+    state = {
+        index: {key: part(value, parameters[index]) for key, value in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
     return {**state_dict, "state": state}
 
 
@@ -79,15 +82,35 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
     if dist.get_rank() == 0:
         rest = {key: value for key, value in checkpoint.items() if key != WEIGHTS}
         if OPTIMIZERS in rest:
-            rest[OPTIMIZERS] = [{**state, "state": {}} for state in rest[OPTIMIZERS]]
+            rest[OPTIMIZERS] = [
+                {**state, "state": _without_tensors(state["state"])} for state in rest[OPTIMIZERS]
+            ]
         torch.save({**rest, WEIGHTS: {}, TIED_KEY: tied}, temporary / REST)
-        old = folder.with_name(f".{folder.name}.old")
-        remove(old)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        remove(old)
+        with _set_aside(folder):
+            temporary.rename(folder)
     dist.barrier()
+
+
+@contextmanager
+def replaced_by_a_file(path: Path) -> Generator[None, None, None]:
+    """Make way for a file under the name of a sharded checkpoint, which comes back if none is written."""
+    with _set_aside(path) if is_sharded(path) else nullcontext():
+        yield
+
+
+@contextmanager
+def _set_aside(path: Path) -> Generator[None, None, None]:
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    if path.exists():
+        path.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    remove(old)
 
 
 def remove(folder: Path) -> None:
@@ -112,7 +135,15 @@ def _flat_optimizer_states(states: list[dict[str, Any]]) -> Iterator[tuple[str, 
     for number, state in enumerate(states):
         for index, entry in state["state"].items():
             for key, value in entry.items():
-                yield f"{OPTIMIZERS}/{number}/{index}/{key}", value
+                if isinstance(value, Tensor):
+                    yield f"{OPTIMIZERS}/{number}/{index}/{key}", value
+
+
+def _without_tensors(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {
+        index: {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+        for index, entry in state.items()
+    }
 
 
 # ---- reading
@@ -159,32 +190,41 @@ def read_rest(folder: Path) -> dict[str, Any]:
     return {**rest, FOLDER_KEY: str(folder)}
 
 
-def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh) -> None:
+def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict: bool = True) -> None:
     """Read this rank's part of every tensor into the module; all ranks call it."""
     tied = read_rest(folder)[TIED_KEY]
-    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in tied}
+    saved = {key.partition("/")[2] for key, _ in _tensors_in(folder, f"{WEIGHTS}/")}
+    own = module.state_dict(keep_vars=True)
+    missing, unexpected = own.keys() - saved - tied.keys(), saved.union(tied) - own.keys()
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"{folder} does not fit {type(module).__name__}: missing {sorted(missing)}, unexpected "
+            f"{sorted(unexpected)}"
+        )
     shards = sharded_parameters(module)
-    wanted = {
-        f"{WEIGHTS}/{name}": _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
-        for name, value in own.items()
-    }
+    source = {name: name if name in saved else tied[name] for name in own if name not in missing}
+    wanted: dict[str, Tensor] = {}
+    for name, original in source.items():
+        value = own[name]
+        part = _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
+        wanted.setdefault(f"{WEIGHTS}/{original}", part)
     dcp.load(wanted, storage_reader=_Reader(folder))
-    for name, value in own.items():
-        read = wanted[f"{WEIGHTS}/{name}"]
+    for name, original in source.items():
+        read = wanted[f"{WEIGHTS}/{original}"]
         read = read.to_local() if isinstance(read, DTensor) else read
-        if read.data_ptr() != value.data_ptr():  # a DTensor lives on the mesh's device
-            value.detach().copy_(read)
+        if read.data_ptr() != own[name].data_ptr():  # tied in the file alone, or on the mesh's device
+            own[name].detach().copy_(read)
 
 
 def load_optimizer_state(
     folder: Path,
     number: int,
     optimizer: Optimizer,
-    param_groups: list[dict[str, Any]],
+    saved: Mapping[str, Any],
     shards: Mapping[nn.Parameter, Shard],
     mesh: ParallelMesh,
 ) -> dict[str, Any]:
-    """This rank's part of an optimizer's state dict; all ranks call it."""
+    """This rank's part of an optimizer's state dict, whose other half is `saved`; all ranks call it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted: dict[str, Tensor] = {}
     for key, meta in _tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
@@ -195,15 +235,17 @@ def load_optimizer_state(
         else:
             wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
     dcp.load(wanted, storage_reader=_Reader(folder))
-    return _nested_state(wanted, param_groups)
+    return _with_tensors(saved, wanted)
 
 
-def _nested_state(tensors: Mapping[str, Tensor], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
+def _with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state dict of its two halves."""
+    state = {index: dict(entry) for index, entry in saved["state"].items()}
     for key, value in tensors.items():
         _, _, index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value.to_local() if isinstance(value, DTensor) else value
-    return {"state": state, "param_groups": param_groups}
+        local = value.to_local() if isinstance(value, DTensor) else value
+        state.setdefault(int(index), {})[name] = local
+    return {**saved, "state": state}
 
 
 def _tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
@@ -228,5 +270,5 @@ def read_whole(folder: Path) -> dict[str, Any]:
         weights[name] = weights[original]
     for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
         own = {key: value for key, value in whole.items() if key.startswith(f"{OPTIMIZERS}/{number}/")}
-        checkpoint[OPTIMIZERS][number] = _nested_state(own, state["param_groups"])
+        checkpoint[OPTIMIZERS][number] = _with_tensors(state, own)
     return {**checkpoint, WEIGHTS: weights}

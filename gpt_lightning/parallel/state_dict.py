@@ -53,7 +53,7 @@ def full_optimizer_state(
     """The optimizer's state dict for the whole model on the first peer; empty on the others."""
 
     def whole(value: Any, parameter: nn.Parameter) -> Any:
-        return gather_to_first(value, shards[parameter], mesh) if _is_cut(value, parameter, shards) else value
+        return gather_to_first(value, shards[parameter], mesh) if is_cut(value, parameter, shards) else value
 
     state_dict = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -64,9 +64,16 @@ def full_optimizer_state(
     return {**state_dict, "state": state} if mesh.tp_rank == 0 else {}
 
 
-def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
+def is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
     """Whether an entry of a parameter's optimizer state is cut like it: moments are, counters are not."""
-    return parameter in shards and isinstance(value, Tensor) and value.shape == parameter.shape
+    if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
+            "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
+        )
+    return True
 
 
 def cut_state_dict(full: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

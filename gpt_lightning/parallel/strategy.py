@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
@@ -26,9 +27,16 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
+from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.plan import Cut, parallelize, partial_gradients, plan_of, resolve
-from gpt_lightning.parallel.precision import TensorParallelGradScaler, clip_gradients, gradient_norm
+from gpt_lightning.parallel.plan import Cut, check_deferred, parallelize, partial_gradients, plan_of, resolve
+from gpt_lightning.parallel.precision import (
+    TensorParallelGradScaler,
+    check_optimizer,
+    clip_gradients,
+    gradient_norm,
+    sum_gradients,
+)
 from gpt_lightning.parallel.replicas import differing_parameter
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.state_dict import (
@@ -88,6 +96,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._mesh: ParallelMesh | None = None
         self._cuts: dict[str, Cut] = {}
         self._parallelized: LightningModule | None = None
+        self._sequence = SequenceParallel()
         self._optimizer_steps = 0
 
     # ---- who is who
@@ -141,14 +150,26 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def check(self, module: LightningModule) -> None:
         """Raise what is wrong with the module's plan, before any process waits for another."""
-        if self.tensor_parallel_size > 1 and module is not self._parallelized:
+        if self.sequence_parallel and not module.automatic_optimization:
+            raise ValueError(
+                "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
+                f"{type(module).__name__}, which optimizes manually; leave it out, or use "
+                "automatic optimization"
+            )
+        check_deferred(module)
+        if module is not self._parallelized and not is_overridden("configure_model", module):
+            self._resolve(module)
+
+    def _resolve(self, module: LightningModule) -> None:
+        if self.tensor_parallel_size > 1:
             self._cuts = resolve(module, plan_of(module), self.tensor_parallel_size)
 
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Build on the meta device: `setup` draws the weights layer by layer and keeps this rank's part."""
-        with torch.device("meta") if empty_init is not False else super().tensor_init_context(False):
+        """With `empty_init`, build on the meta device: `setup` draws the weights, layer by layer, and keeps
+        this rank's part of each."""
+        with torch.device("meta") if empty_init else super().tensor_init_context(empty_init):
             yield
 
     @override
@@ -176,6 +197,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
             if self.mesh.dp_size > 1:
                 self.configure_ddp()
             self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                check_optimizer(optimizer, self._shards())
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -189,7 +212,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         with torch.random.fork_rng(devices=[]):
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
             torch.manual_seed(self.broadcast(seed))
-            parallelize(module, self._cuts, self.mesh, sequence_parallel=self.sequence_parallel)
+            if is_overridden("configure_model", module):
+                self._resolve(module)  # what the plan names was built by that hook
+            parallelize(module, self._cuts, self.mesh, self._sequence if self.sequence_parallel else None)
         self._parallelized = module
 
     @override
@@ -207,12 +232,30 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.lightning_module is not None:
+        module = self.lightning_module
+        if module is not None:
             for metric in self._metrics():
                 metric.process_group = None  # which nobody could copy or save
+            if any(parameter.is_meta for parameter in module.parameters()):
+                # An error came before the model had any memory: there is nothing to move to the host.
+                self._lightning_module = self.model = None
         super().teardown()
 
     # ---- gradients and steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._sequence.on = self.sequence_parallel
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().backward(*args, **kwargs)
+        finally:
+            self._sequence.on = (
+                False  # not earlier: the backward pass may recompute parts of the forward pass
+            )
 
     @override
     def optimizer_step(
@@ -221,7 +264,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         output = super().optimizer_step(optimizer, partial(self._close, closure), model, **kwargs)
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
-        if every and self._optimizer_steps % every == 0:
+        # The first step already shows what drifts at every step.
+        if every and (self._optimizer_steps % every == 0 or self._optimizer_steps == 1):
             self._check_replicas(f"after {self._optimizer_steps} optimizer steps")
         return output
 
@@ -230,11 +274,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         loss = closure()
         if self.sequence_parallel and self.lightning_module is not None:
             parameters = partial_gradients(self.lightning_module, self._cuts)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-            dist.all_reduce(flat, group=self.mesh.tp_group)
-            for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-                gradient.copy_(total.view_as(gradient))
+            sum_gradients([p.grad for p in parameters if p.grad is not None], self.mesh)
         return loss
 
     def _check_replicas(self, when: str) -> None:
@@ -308,10 +348,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
+        if self.replica_check_every_n_steps:
+            self._check_replicas("before a checkpoint is written")
+        path = Path(self.broadcast(str(filepath)))
         if self.save_sharded:
-            sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
-        else:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            sharded_checkpoint.save(checkpoint, path)
+        elif self.is_global_zero:
+            with sharded_checkpoint.replaced_by_a_file(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -338,7 +382,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelize()
         folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
         if folder is not None:
-            sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh)
+            sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)
             return
         own = cut_state_dict(checkpoint["state_dict"], self.lightning_module)
         self.lightning_module.load_state_dict(own, strict=strict)
@@ -349,7 +393,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
             if folder is not None:
                 state = sharded_checkpoint.load_optimizer_state(
-                    Path(folder), number, optimizer, saved["param_groups"], self._shards(), self.mesh
+                    Path(folder), number, optimizer, saved, self._shards(), self.mesh
                 )
             else:
                 state = cut_optimizer_state(saved, optimizer, self._shards())

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/tensor_parallel.py [--repeats 5] [--steps 20]
 
-Time: against plain DDP at the same work per rank (DDP: the whole model on half of the batch; tensor parallel: half
-of the model on the whole batch), interleaved repeats, medians. Memory: counted, for the whole
-batch on one replica. The last line is JSON.
+Time: against plain DDP at the same work per rank (DDP: the whole model on half of the batch; tensor parallel:
+half of the model on the whole batch), interleaved repeats, medians. Memory: counted, for the whole batch on
+one replica. The last line is JSON.
 """
 
 import argparse

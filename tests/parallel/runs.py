@@ -185,7 +185,10 @@ def validate(run: Run, corpus: Path) -> dict[str, float]:
 
 
 def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
-    """Bytes that a forward pass up to the hidden states keeps for the backward pass, beside the parameters."""
+    """Bytes that a training step's forward pass, up to the hidden states, keeps for the backward pass.
+
+    Parameters are not counted.
+    """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # else an address is used again
@@ -198,6 +201,9 @@ def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
         return tensor
 
     module.train()
+    strategy = module.trainer.strategy
+    if isinstance(strategy, TensorParallelDDPStrategy):
+        strategy._sequence.on = strategy.sequence_parallel
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.model.hidden_states(input_ids)
     return sum(kept.values())

@@ -36,7 +36,7 @@ def initial(tp: int, folder: Path, meta: bool, sizes: dict[str, Any]) -> dict[st
     )
     pl.seed_everything(11, verbose=False)
     if meta:
-        with trainer.init_module():
+        with trainer.init_module(empty_init=True):
             built = module(**sizes)
         assert all(parameter.is_meta for parameter in built.parameters())
     else:
