@@ -1,11 +1,9 @@
 """The program: LightningCLI with its four verbs and `prepare`, and its known stumbling blocks removed."""
 
-import logging
 import os
 import shlex
 import shutil
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from gpt_lightning.checkpoint import (
 )
 from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_of_untrained_positions
 from gpt_lightning.cli_consolidate import run_consolidate
+from gpt_lightning.cli_noise import quiet
 from gpt_lightning.cli_parser import Parser, shorten
 from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
@@ -44,13 +43,6 @@ from gpt_lightning.training.module import GPTLightningModule
 
 DEFAULT_MAX_STEPS = 2000
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
-NOISE = (
-    r".*does not have many workers.*",
-    r".*exists and is not empty.*",
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*callbacks used to create the checkpoint need to be provided.*",
-    r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
-)
 
 
 class PreparingTrainer(Trainer):
@@ -328,23 +320,11 @@ def _program() -> str:
     return f"{'python' if on_path else shlex.quote(os.path.relpath(sys.executable))} -m gpt_lightning"
 
 
-def _quiet() -> None:
-    """No adverts, no warnings about what is meant to be so; what the package reports goes to stderr."""
-    logging.getLogger("gpt_lightning").setLevel(logging.INFO)
-    logging.getLogger("gpt_lightning").handlers = [logging.StreamHandler()]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    adverts = ("💡", "TPU available", "HPU available")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
-
-
 def run(words: list[str]) -> None:
     """Run one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
     Parser.show_all = "--help-all" in words
     words = ["--help" if word == "--help-all" else word for word in words]
-    _quiet()
+    quiet()
     try:
         if words[0] == "consolidate":
             run_consolidate(words[1:])

@@ -52,6 +52,7 @@ ORDER = [
     "run_folder",
     "cli_verbs",
     "cli_checks",
+    "cli_noise",
     "cli_consolidate",
     "cli_tensor_parallel",
     "cli_parser",

@@ -9,6 +9,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 AXES = ("data_parallel", "tensor_parallel")
 
 
+def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
+    if tensor_parallel_size < 1:
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} is below 1; choose 1 for plain DDP"
+        )
+    if devices_per_node % tensor_parallel_size:
+        raise ValueError(
+            f"trainer.devices={devices_per_node} a node is not divisible by trainer.strategy."
+            f"tensor_parallel_size={tensor_parallel_size} (tensor-parallel peers share a node); choose a "
+            f"multiple of {tensor_parallel_size}"
+        )
+
+
 class ParallelMesh:
     """The process groups of this rank. Tensor-parallel peers, which talk the most, have adjacent ranks."""
 

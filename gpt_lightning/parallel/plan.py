@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -147,6 +148,14 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
                 f"tensor_parallel_plan: {name} has {option}, which the style {cut.style!r} does not know; "
                 "build it without"
             )
+
+
+def check_optimizes_automatically(module: LightningModule) -> None:
+    if not module.automatic_optimization:
+        raise ValueError(
+            "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
+            f"{type(module).__name__}, which optimizes manually; leave it out, or use automatic optimization"
+        )
 
 
 def check_deferred(module: nn.Module) -> None:

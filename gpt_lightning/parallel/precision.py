@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -59,10 +60,18 @@ def sum_gradients(gradients: list[Tensor], mesh: ParallelMesh) -> None:
         gradient.copy_(total.view_as(gradient))
 
 
-def clip_gradients(
-    parameters: list[nn.Parameter], max_norm: float, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
-) -> None:
-    clip_grads_with_norm_(parameters, max_norm, gradient_norm(parameters, shards, mesh))
+def adapt_precision(plugin: Precision, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh) -> None:
+    """Have the plugin clip by the norm of the whole model and skip steps on all peers together."""
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        parameters = list(plugin.main_params(optimizer))
+        clip_grads_with_norm_(parameters, float(clip_val), gradient_norm(parameters, shards, mesh))
+
+    # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
+    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        if not isinstance(plugin.scaler, TensorParallelGradScaler):
+            plugin.scaler = TensorParallelGradScaler(plugin.scaler, mesh)
 
 
 class TensorParallelGradScaler(torch.amp.GradScaler):

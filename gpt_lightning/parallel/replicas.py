@@ -10,6 +10,17 @@ from gpt_lightning.parallel.shard import sharded_parameters
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
+    """Stop the run, on all ranks, if they hold different numbers."""
+    name = differing_parameter(module, mesh)
+    if name is not None:
+        raise RuntimeError(
+            f"{when}, {name} is not the same on all ranks that hold it, and what follows would be wrong. "
+            "Seed all ranks alike (seed_everything) before the model is built, and let whatever changes "
+            "parameters do so on all ranks"
+        )
+
+
 def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
     """The first parameter that is not bit for bit the same wherever it is replicated; all ranks agree.
 

@@ -1,6 +1,7 @@
 """Between the parts that this rank holds and the ordinary state dicts that a single process would have."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Sh
             "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
         )
     return True
+
+
+def read_mapped(path: Path, weights_only: bool) -> dict[str, Any]:
+    """A checkpoint file, mapped and not read: a rank that takes its parts never has the whole in memory."""
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    return checkpoint
 
 
 def cut_state_dict(full: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,22 +27,25 @@ from typing_extensions import override
 
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 from gpt_lightning.parallel.layers import SequenceParallel
-from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.plan import Cut, check_deferred, parallelize, partial_gradients, plan_of, resolve
-from gpt_lightning.parallel.precision import (
-    TensorParallelGradScaler,
-    check_optimizer,
-    clip_gradients,
-    gradient_norm,
-    sum_gradients,
+from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
+from gpt_lightning.parallel.plan import (
+    Cut,
+    check_deferred,
+    check_optimizes_automatically,
+    parallelize,
+    partial_gradients,
+    plan_of,
+    resolve,
 )
-from gpt_lightning.parallel.replicas import differing_parameter
+from gpt_lightning.parallel.precision import adapt_precision, check_optimizer, gradient_norm, sum_gradients
+from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.state_dict import (
     cut_optimizer_state,
     cut_state_dict,
     full_optimizer_state,
     full_state_dict,
+    read_mapped,
 )
 
 _PLAIN_LOAD = TorchCheckpointIO.load_checkpoint
@@ -109,17 +111,10 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def _configure_launcher(self) -> None:
         # Here the devices are known, and no process has been started.
-        for option, least in (("tensor_parallel_size", 1), ("replica_check_every_n_steps", 0)):
-            if getattr(self, option) < least:
-                raise ValueError(
-                    f"trainer.strategy.{option}={getattr(self, option)} is below {least}; raise it"
-                )
-        if self.num_processes % self.tensor_parallel_size:
-            raise ValueError(
-                f"trainer.devices={self.num_processes} a node is not divisible by trainer.strategy."
-                f"tensor_parallel_size={self.tensor_parallel_size} (tensor-parallel peers share a node); "
-                f"choose a multiple of {self.tensor_parallel_size}"
-            )
+        check_devices(self.num_processes, self.tensor_parallel_size)
+        every = self.replica_check_every_n_steps
+        if every < 0:
+            raise ValueError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
         super()._configure_launcher()
 
     @override
@@ -150,13 +145,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def check(self, module: LightningModule) -> None:
         """Raise what is wrong with the module's plan, before any process waits for another."""
-        if self.sequence_parallel and not module.automatic_optimization:
-            raise ValueError(
-                "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
-                f"{type(module).__name__}, which optimizes manually; leave it out, or use "
-                "automatic optimization"
-            )
         check_deferred(module)
+        if self.sequence_parallel:
+            check_optimizes_automatically(module)
         if module is not self._parallelized and not is_overridden("configure_model", module):
             self._resolve(module)
 
@@ -167,8 +158,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """With `empty_init`, build on the meta device: `setup` draws the weights, layer by layer, and keeps
-        this rank's part of each."""
+        """With `empty_init`, build on the meta device: `setup` draws this rank's parts layer by layer."""
         with torch.device("meta") if empty_init else super().tensor_init_context(empty_init):
             yield
 
@@ -181,17 +171,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         if self._layer_sync is not None:
-            raise ValueError(
-                "trainer.sync_batchnorm=true is not supported by TensorParallelDDPStrategy; remove it"
-            )
+            raise ValueError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         self._parallelize()
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
-        self._adapt_precision()
+        adapt_precision(self.precision_plugin, self._shards(), self.mesh)
         for metric in self._metrics():
             metric.process_group = self.mesh.dp_group
-        if self.replica_check_every_n_steps:
-            self._check_replicas("at the start")
+        self._check_replicas("at the start")
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             if self.mesh.dp_size > 1:
@@ -219,12 +206,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        return DistributedDataParallel(
-            model,
-            device_ids=self.determine_ddp_device_ids(),
-            process_group=self.mesh.dp_group,
-            **self._ddp_kwargs,
-        )
+        options = {**self._ddp_kwargs, "process_group": self.mesh.dp_group}
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
 
     def _metrics(self) -> list[Metric]:
         assert self.lightning_module is not None
@@ -253,9 +236,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         try:
             return super().backward(*args, **kwargs)
         finally:
-            self._sequence.on = (
-                False  # not earlier: the backward pass may recompute parts of the forward pass
-            )
+            # Not earlier: the backward pass may recompute parts of the forward pass.
+            self._sequence.on = False
 
     @override
     def optimizer_step(
@@ -279,26 +261,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def _check_replicas(self, when: str) -> None:
         assert self.lightning_module is not None
-        name = differing_parameter(self.lightning_module, self.mesh)
-        if name is not None:
-            raise RuntimeError(
-                f"{when}, {name} is not the same on all ranks that hold it, and what follows would be wrong. "
-                "Seed all ranks alike (seed_everything) before the model is built, and let whatever changes "
-                "parameters do so on all ranks"
-            )
-
-    def _adapt_precision(self) -> None:
-        """Clip by the norm of the whole model, and skip steps together."""
-        # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
-        plugin = self.precision_plugin
-        plugin.clip_grad_by_norm = self._clip_gradients  # type: ignore[method-assign]
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            if not isinstance(plugin.scaler, TensorParallelGradScaler):
-                plugin.scaler = TensorParallelGradScaler(plugin.scaler, self.mesh)
-
-    def _clip_gradients(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        parameters = list(self.precision_plugin.main_params(optimizer))
-        clip_gradients(parameters, float(clip_val), self._shards(), self.mesh)
+        if self.replica_check_every_n_steps:
+            check_replicas(self.lightning_module, self.mesh, when)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The 2-norm of the whole model's gradient, the same on all ranks."""
@@ -348,14 +312,12 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
-        if self.replica_check_every_n_steps:
-            self._check_replicas("before a checkpoint is written")
-        path = Path(self.broadcast(str(filepath)))
+        self._check_replicas("before a checkpoint is written")
         if self.save_sharded:
-            sharded_checkpoint.save(checkpoint, path)
+            sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
         elif self.is_global_zero:
-            with sharded_checkpoint.replaced_by_a_file(path):
-                super().save_checkpoint(checkpoint, path, storage_options)
+            with sharded_checkpoint.replaced_by_a_file(Path(filepath)):
+                super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -369,10 +331,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if sharded_checkpoint.is_sharded(Path(checkpoint_path)):
             return sharded_checkpoint.read_rest(Path(checkpoint_path))
         if Path(checkpoint_path).is_file() and type(self.checkpoint_io).load_checkpoint is _PLAIN_LOAD:
-            # Mapped, not read: each rank takes its parts only, and the whole never lies in memory.
-            return torch.load(
-                checkpoint_path, map_location="cpu", weights_only=weights_only is not False, mmap=True
-            )
+            return read_mapped(Path(checkpoint_path), weights_only is not False)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override

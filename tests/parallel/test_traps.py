@@ -31,8 +31,9 @@ EVEN = {"data": {"tokenizer": "bpe:300"}}  # else the shapes of the parts would 
 
 
 class ClipsByItsOwnNorm(TensorParallelDDPStrategy):
-    def _clip_gradients(self, optimizer: Any, clip_val: float = 0.0) -> None:
-        torch.nn.utils.clip_grad_norm_(self.precision_plugin.main_params(optimizer), clip_val)
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        del self.precision_plugin.clip_grad_by_norm  # which leaves that of the class
 
 
 class BroadcastsBeforeEvaluation(TensorParallelDDPStrategy):
@@ -141,8 +142,8 @@ class Overflowing(RecordingModule):
 
 
 class ScalesAlone(TensorParallelDDPStrategy):
-    def _adapt_precision(self) -> None:
-        super()._adapt_precision()
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
         scaler = self.precision_plugin.scaler
         self.precision_plugin.scaler = torch.amp.GradScaler("cpu", init_scale=scaler.get_scale())
 
