@@ -78,3 +78,26 @@ def differently_seeded(run: Run, corpus: Path) -> str:
 def test_ranks_that_start_from_different_weights_do_not_start(tp: int, dp: int, shared_corpus: Path) -> None:
     for message in run_ranks(differently_seeded, 2, Run(tp, dp), shared_corpus):
         assert message.startswith("at the start, ") and "seed_everything" in message
+
+
+class SteppingAside(RecordingModule):
+    """Rank 1 changes the gradient of a replicated parameter, as no rank may alone."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if self.trainer.global_rank == 1:
+            self.model.ln_f.weight.grad.neg_()
+
+
+def step_aside(run: Run, corpus: Path) -> str:
+    module, datamodule = build(corpus, run)
+    module.__class__ = SteppingAside
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    with pytest.raises(RuntimeError) as error:
+        trainer.fit(module, datamodule)
+    return str(error.value)
+
+
+def test_what_drifts_at_every_step_is_seen_after_the_first(shared_corpus: Path) -> None:
+    for message in run_ranks(step_aside, 2, Run(2, 1, steps=8), shared_corpus):
+        assert message.startswith("after 1 optimizer steps, model.ln_f.weight is not the same")
