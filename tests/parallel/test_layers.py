@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gpt_lightning.linear_cross_entropy as linear_cross_entropy
 from gpt_lightning.model import LMHead
+from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.plan import parallelize, resolve
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
@@ -177,6 +178,20 @@ def test_dropout_masks_differ_where_the_tensor_is_cut_and_only_there() -> None:
     dropped = torch.stack([rank[0] for rank in ranks]).eq(0).float().mean()
     assert 0.4 < dropped < 0.6
     assert all(rank[0].eq(1).all() for rank in run_ranks(masks, 2, False)), "dropout outside of training"
+
+
+def masks_along_the_sequence(on: bool) -> Tensor:
+    model, groups, sequence = Dropping(), mesh(), SequenceParallel()
+    parallelize(model, resolve(model, {"outside": "sequence"}, groups.tp_size), groups, sequence)
+    torch.manual_seed(7)
+    sequence.on = on
+    return model.outside(torch.ones(BATCH, TIME, WIDTH))
+
+
+def test_dropout_masks_differ_along_a_cut_sequence() -> None:
+    for on in (True, False):
+        one, other = run_ranks(masks_along_the_sequence, 2, on)
+        assert torch.equal(one, other) != on
 
 
 def whole() -> dict[str, Tensor]:
