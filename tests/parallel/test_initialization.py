@@ -39,7 +39,7 @@ def initial(tp: int, folder: Path, meta: bool, sizes: dict[str, Any]) -> dict[st
         with trainer.init_module(empty_init=True):
             built = module(**sizes)
         assert all(parameter.is_meta for parameter in built.parameters())
-        torch.rand(3)  # somebody draws before the weights are drawn
+        built.setup = lambda stage: torch.rand(3)  # somebody draws before the weights are drawn
     else:
         built = module(**sizes)
     built.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
