@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+import gpt_lightning.parallel.collectives as collectives
 from tests.distributed import run_ranks
 from tests.parallel.runs import (
     GLOBAL_BATCH,
@@ -153,6 +154,44 @@ def test_sequence_parallelism_keeps_a_part_of_every_activation(shared_corpus: Pa
     plain = run_ranks(activations, 2, Run(2, 1, **options), shared_corpus)
     cut = run_ranks(activations, 2, Run(2, 1, strategy={"sequence_parallel": True}, **options), shared_corpus)
     assert max(cut) < 0.52 * whole < 0.6 * whole < min(plain)
+
+
+def exchanges(run: Run, corpus: Path) -> dict[str, int]:
+    """How often a training step's forward and backward pass calls each collective."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.fit(module, datamodule)
+    counts = dict.fromkeys(("all_reduce", "_all_gather", "_reduce_scatter"), 0)
+
+    def counted(name: str, move: Any) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return move(*args, **kwargs)
+
+        return counting
+
+    collectives.dist.all_reduce = counted("all_reduce", collectives.dist.all_reduce)  # type: ignore[misc]
+    for name in ("_all_gather", "_reduce_scatter"):
+        setattr(collectives, name, counted(name, getattr(collectives, name)))
+    trainer.strategy._sequence.on = trainer.strategy.sequence_parallel
+    ids = torch.zeros(GLOBAL_BATCH, run.seq_len, dtype=torch.long)
+    module.model(ids, ids).loss.backward()
+    return counts
+
+
+def test_a_block_half_takes_one_exchange_each_way(shared_corpus: Path) -> None:
+    n_layers, halves, loss = 3, 2, 2  # the loss: the greatest logit, and the sums
+    options = {"steps": 1, "accumulate": 1, "seq_len": 16, "config": {"n_layers": n_layers}}
+    pairs = n_layers * halves
+    for counts in run_ranks(exchanges, 2, Run(2, 1, **options), shared_corpus):
+        # Forward and backward; the token table's sum; the gradient that enters below the head.
+        assert counts == {"all_reduce": 2 * pairs + 1 + loss + 1, "_all_gather": 0, "_reduce_scatter": 0}
+    run = Run(2, 1, strategy={"sequence_parallel": True}, **options)
+    for counts in run_ranks(exchanges, 2, run, shared_corpus):
+        # Each pair: gathered before it, scattered after it; backward the same, and the input gathered again.
+        # Below them the table, scattered and its gradient gathered; above them the head, the other way round.
+        expected = {"all_reduce": loss, "_all_gather": 3 * pairs + 2, "_reduce_scatter": 2 * pairs + 2}
+        assert counts == expected
 
 
 @pytest.mark.parametrize("tp, dp", TOPOLOGIES)
