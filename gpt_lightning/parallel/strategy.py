@@ -115,6 +115,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         every = self.replica_check_every_n_steps
         if every < 0:
             raise ValueError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
+        if self._layer_sync is not None:
+            raise ValueError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         super()._configure_launcher()
 
     @override
@@ -170,8 +172,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
         """
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        if self._layer_sync is not None:
-            raise ValueError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         self._parallelize()
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()

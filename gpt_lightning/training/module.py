@@ -71,6 +71,11 @@ class GPTLightningModule(LightningModule):
         self.model = GPTModel(config, activation_checkpointing)
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if compile_backend is not None:
+            if compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+                raise ValueError(
+                    f"model.compile_backend={compile_backend!r} is unknown; choose inductor, or one of "
+                    f"{', '.join(torch.compiler.list_backends())}"
+                )
             for block in self.model.blocks:
                 block.compile(backend=compile_backend)
         self.generation = GenerationConfig()

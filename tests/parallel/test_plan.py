@@ -157,6 +157,7 @@ def trainer(**options: Any) -> pl.Trainer:
         ),
         ({"strategy": {"tensor_parallel_size": 0}, "devices": 2}, ["tensor_parallel_size=0 is below 1"]),
         ({"strategy": {"replica_check_every_n_steps": -1}, "devices": 2}, ["replica_check_every_n_steps=-1"]),
+        ({"strategy": {"tensor_parallel_size": 2}, "devices": 2, "sync_batchnorm": True}, ["sync_batchnorm"]),
     ],
 )
 def test_topologies_that_cannot_be(options: dict[str, Any], words: list[str]) -> None:

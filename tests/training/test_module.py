@@ -162,6 +162,11 @@ def test_a_completion_ends_before_its_stop_string(text: str, stop: list[str], ke
     assert _cut_at_stop(text, stop) == kept
 
 
+def test_an_unknown_compiler_is_refused() -> None:
+    with pytest.raises(ValueError, match="model.compile_backend='nonsense' is unknown; choose inductor"):
+        GPTLightningModule(GPTConfig(16, 8, n_layers=1, n_heads=1, d_model=8), compile_backend="nonsense")
+
+
 def test_saved_settings_are_plain(corpus: Path, tmp_path: Path, tiny_config: Callable[..., Path]) -> None:
     module, _ = build(corpus, tmp_path / "cache")
 
