@@ -28,6 +28,8 @@ def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
     """
     shards = sharded_parameters(module)
     named = list(module.named_parameters())
+    if not named:
+        return None
     cut = torch.tensor([parameter in shards for _, parameter in named])
     sums = torch.stack([_bit_sum(parameter.detach()) for _, parameter in named])
     differs = _differs(sums, mesh.dp_group)

@@ -254,6 +254,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def _close(self, closure: Callable[[], Any]) -> Any:
         """The backward passes, and then the sums that sequence parallelism leaves to be taken once a step."""
         loss = closure()
+        self._sequence.on = False  # also where a step without a loss had no backward pass
         if self.sequence_parallel and self.lightning_module is not None:
             parameters = partial_gradients(self.lightning_module, self._cuts)
             sum_gradients([p.grad for p in parameters if p.grad is not None], self.mesh)

@@ -113,6 +113,21 @@ def test_gpt2s_vocabulary_is_cut_without_padding() -> None:
         assert all(torch.equal(Shard(0, 50257, r, size).cut(full), full.chunk(size)[r]) for r in range(size))
 
 
+def strange_ids() -> tuple[Tensor, Tensor]:
+    model, groups = LanguageModel(), mesh()
+    parallelize(model, resolve(model, PLAN, groups.tp_size), groups)
+    ids = torch.tensor([[0, VOCABULARY - 1, VOCABULARY, -1]])
+    hidden = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    losses = [float(model.head.loss(hidden[:, i : i + 1], ids[:, i : i + 1], "sum")) for i in range(4)]
+    return model.table(ids)[0, :, 0].detach(), torch.tensor(losses)
+
+
+def test_an_id_that_no_peer_has_is_no_number() -> None:
+    """In one process it is an error; here nobody could raise it without waiting for the device."""
+    for vectors, losses in run_ranks(strange_ids, 2):
+        assert vectors.isnan().tolist() == losses.isnan().tolist() == [False, False, True, True]
+
+
 def peak_of_the_loss() -> tuple[list[int], int]:
     """The largest tensor that the forward and backward passes of the loss make."""
     from torch.utils._python_dispatch import TorchDispatchMode
