@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint import CheckpointException
 from typing_extensions import override
 
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
-from gpt_lightning.parallel.sharded_checkpoint import is_sharded, read_rest, read_whole
+from gpt_lightning.parallel.sharded_checkpoint import (
+    check_whole,
+    is_sharded,
+    read_rest,
+    read_whole,
+    restore_set_aside,
+)
 from gpt_lightning.training.module import CONFIG_KEY
 
 DATA_KEY = "TextDataModule"
@@ -56,13 +61,18 @@ def _umask() -> int:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last written checkpoint below `folder`."""
+    restore_set_aside(folder)
     files = [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
     return max(files, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), default=None)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents, tensors mapped from the file, not read; a sharded one's without tensors."""
-    if not is_sharded(path) and not path.is_file():
+    if is_sharded(path):
+        check_whole(path)
+    elif path.is_dir():
+        raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
+    elif not path.is_file():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
     try:
         if is_sharded(path):
@@ -98,12 +108,7 @@ def consolidate(folder: Path, output: Path) -> None:
     if output.exists():
         raise ValueError(f"output={output} exists already; name another file, or remove it")
     read_checkpoint(folder)
-    try:
-        checkpoint = read_whole(folder)
-    except (CheckpointException, OSError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[-1][:120]
-        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
-    DurableCheckpointIO().save_checkpoint(checkpoint, output)
+    DurableCheckpointIO().save_checkpoint(read_whole(folder), output)
 
 
 def _names_of_others(path: Path) -> str:

@@ -137,6 +137,11 @@ class GPTLightningCLI(LightningCLI):
             if not is_tensor_parallel(settings):
                 check_not_sharded(path)
             self._checkpoint_path, self._checkpoint = path, read_checkpoint(path)
+            if verb == "fit" and "optimizer_states" not in self._checkpoint:
+                raise ValueError(
+                    f"ckpt_path={path} holds weights alone (checkpoint.save_weights_only), from which no run "
+                    "can go on; name another"
+                )
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
             self._take_settings(settings, self._checkpoint)

@@ -9,6 +9,7 @@ NOISE = (
     r".*exists and is not empty.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*callbacks used to create the checkpoint need to be provided.*",
+    r".*torch.distributed is disabled, unavailable or uninitialized.*",
     r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
 )
 

@@ -342,3 +342,16 @@ def test_a_trial_run_validates_also_with_accumulation(
     main(["fit", "--config", str(tiny_config(trainer=settings))])
     assert "val/loss" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_alone_do_not_resume(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = str(tiny_config(checkpoint={"save_weights_only": True}))
+    main(["fit", "--config", config])
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "8"])
+    assert exit.value.code == 2
+    assert "holds weights alone" in capsys.readouterr().err.splitlines()[-1]
+    main(["validate", "--ckpt_path", str(tmp_path / "checkpoints" / "tiny" / "last.ckpt")])

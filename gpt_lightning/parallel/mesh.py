@@ -1,10 +1,11 @@
 """Who works with whom: a grid of processes, data-parallel replicas by tensor-parallel peers."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("data_parallel", "tensor_parallel")
 
@@ -25,12 +26,22 @@ def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
 class ParallelMesh:
     """The process groups of this rank. Tensor-parallel peers, which talk the most, have adjacent ranks."""
 
-    def __init__(self, device_type: str, world_size: int, tensor_parallel_size: int) -> None:
-        shape = (world_size // tensor_parallel_size, tensor_parallel_size)
-        self.device_mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        self.dp_size, self.tp_size = shape
-        self.dp_rank, self.tp_rank = map(self.device_mesh.get_local_rank, AXES)
-        self.dp_group, self.tp_group = map(self.device_mesh.get_group, AXES)
+    def __init__(
+        self,
+        device_type: str,
+        world_size: int,
+        tensor_parallel_size: int,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.dp_size, self.tp_size = world_size // tensor_parallel_size, tensor_parallel_size
+        grid = torch.arange(world_size).view(self.dp_size, self.tp_size)
+        # Made here, since the groups that a DeviceMesh makes wait as long as they like.
+        self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout)
+        self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout)
+        self.device_mesh = DeviceMesh.from_group(
+            [self.dp_group, self.tp_group], device_type, mesh=grid, mesh_dim_names=AXES
+        )
+        self.dp_rank, self.tp_rank = dist.get_rank(self.dp_group), dist.get_rank(self.tp_group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":
         return self  # process groups cannot be copied, and a copied module talks to the same peers

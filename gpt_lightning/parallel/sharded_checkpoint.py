@@ -3,10 +3,11 @@
 The folder holds tensors, to be read again at any topology, and `rest.pt`: all else that a checkpoint has.
 """
 
+import os
 import pickle
 import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
@@ -78,17 +80,34 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
     tensors = {f"{WEIGHTS}/{name}": value for name, value in checkpoint[WEIGHTS].items() if name not in tied}
     tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))
     temporary = folder.with_name(f".{folder.name}.tmp")
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
     if dist.get_rank() == 0:
-        rest = {key: value for key, value in checkpoint.items() if key != WEIGHTS}
-        if OPTIMIZERS in rest:
-            rest[OPTIMIZERS] = [
-                {**state, "state": _without_tensors(state["state"])} for state in rest[OPTIMIZERS]
-            ]
-        torch.save({**rest, WEIGHTS: {}, TIED_KEY: tied}, temporary / REST)
+        remove(temporary)  # parts of a save that was interrupted
+    dist.barrier()
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    missing = [missing_parts(temporary) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(missing)
+    if missing[0]:
+        raise RuntimeError(
+            f"{temporary} lacks {', '.join(missing[0])}: trainer.strategy.save_sharded needs a folder that "
+            "all nodes share"
+        )
+    if dist.get_rank() == 0:
+        _write_rest(checkpoint, tied, temporary)
         with _set_aside(folder):
             temporary.rename(folder)
     dist.barrier()
+
+
+def _write_rest(checkpoint: dict[str, Any], tied: dict[str, str], folder: Path) -> None:
+    rest = {**checkpoint, WEIGHTS: {}, TIED_KEY: tied}
+    if OPTIMIZERS in rest:
+        rest[OPTIMIZERS] = [
+            {**state, "state": _without_tensors(state["state"])} for state in rest[OPTIMIZERS]
+        ]
+    with (folder / REST).open("wb") as file:
+        torch.save(rest, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -111,6 +130,15 @@ def _set_aside(path: Path) -> Generator[None, None, None]:
             old.rename(path)
         raise
     remove(old)
+
+
+def restore_set_aside(folder: Path) -> None:
+    """Give back their names to checkpoints below `folder` that a crash left between two names."""
+    for old in folder.glob("**/.*.ckpt.old"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not path.exists():
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.rename(path)
 
 
 def remove(folder: Path) -> None:
@@ -184,9 +212,44 @@ HARMLESS = {
 }
 
 
+UNREADABLE = (
+    CheckpointException,
+    OSError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+@contextmanager
+def _complaining(folder: Path) -> Generator[None, None, None]:
+    """One line for whatever a torn folder leads to."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = str(error).strip().split("\n")[-1][:120]
+        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """The files that the folder's table of contents names and that are not there."""
+    storage = _Reader(folder).read_metadata().storage_data or {}
+    names = {place.relative_path for place in storage.values()}
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def check_whole(folder: Path) -> None:
+    with _complaining(folder):
+        if missing := missing_parts(folder):
+            raise ValueError(f"{', '.join(missing)} missing")
+
+
 def read_rest(folder: Path) -> dict[str, Any]:
     """All of the checkpoint but its tensors."""
-    rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    with _complaining(folder):
+        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     return {**rest, FOLDER_KEY: str(folder)}
 
 
@@ -208,7 +271,8 @@ def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict:
         value = own[name]
         part = _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
         wanted.setdefault(f"{WEIGHTS}/{original}", part)
-    dcp.load(wanted, storage_reader=_Reader(folder))
+    with _complaining(folder):
+        dcp.load(wanted, storage_reader=_Reader(folder))
     for name, original in source.items():
         read = wanted[f"{WEIGHTS}/{original}"]
         read = read.to_local() if isinstance(read, DTensor) else read
@@ -234,7 +298,8 @@ def load_optimizer_state(
             wanted[key] = _as_dtensor(part, shards[parameter], mesh)
         else:
             wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
-    dcp.load(wanted, storage_reader=_Reader(folder))
+    with _complaining(folder):
+        dcp.load(wanted, storage_reader=_Reader(folder))
     return _with_tensors(saved, wanted)
 
 
@@ -249,7 +314,8 @@ def _with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
 
 
 def _tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
-    contents = _Reader(folder).read_metadata().state_dict_metadata
+    with _complaining(folder):
+        contents = _Reader(folder).read_metadata().state_dict_metadata
     return [
         (key, meta)
         for key, meta in contents.items()
@@ -262,7 +328,8 @@ def read_whole(folder: Path) -> dict[str, Any]:
     whole = {
         key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in _tensors_in(folder, "")
     }
-    dcp.load(whole, storage_reader=_Reader(folder), no_dist=True)
+    with _complaining(folder):
+        dcp.load(whole, storage_reader=_Reader(folder), no_dist=True)
     checkpoint = read_rest(folder)
     del checkpoint[FOLDER_KEY]
     weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}

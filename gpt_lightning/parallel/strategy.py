@@ -123,7 +123,11 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         super().setup_distributed()
         if self._mesh is None:  # called again by every fit, validate, test and predict
-            self._mesh = ParallelMesh(self.root_device.type, self.world_size, self.tensor_parallel_size)
+            size, device_type = self.tensor_parallel_size, self.root_device.type
+            self._mesh = ParallelMesh(device_type, self.world_size, size, self._timeout)
+            if "PL_GLOBAL_SEED" not in os.environ:
+                # Tensor-parallel peers have to draw alike, also in a run that nobody seeded.
+                torch.manual_seed(self.broadcast(torch.initial_seed()))
 
     @property
     @override
@@ -197,8 +201,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if module is self._parallelized:
             return
         with torch.random.fork_rng(devices=[]):
-            seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
-            torch.manual_seed(self.broadcast(seed))
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             if is_overridden("configure_model", module):
                 self._resolve(module)  # what the plan names was built by that hook
             parallelize(module, self._cuts, self.mesh, self._sequence if self.sequence_parallel else None)
@@ -206,8 +209,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        options = {**self._ddp_kwargs, "process_group": self.mesh.dp_group}
-        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
+        self._ddp_kwargs["process_group"] = self.mesh.dp_group
+        return super()._setup_model(model)
 
     def _metrics(self) -> list[Metric]:
         assert self.lightning_module is not None

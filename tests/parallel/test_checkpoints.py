@@ -1,7 +1,9 @@
 """A checkpoint is an ordinary file at any topology, and a run goes on from it at any other."""
 
 import pickle
+import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
-from gpt_lightning.checkpoint import consolidate, load_model, read_checkpoint
+from gpt_lightning.checkpoint import consolidate, load_model, newest_checkpoint, read_checkpoint
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
 
@@ -114,7 +116,7 @@ def test_a_strangers_table_of_contents_runs_nothing(tmp_path: Path) -> None:
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     torch.save({}, tmp_path / "rest.pt")
-    with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint"):
+    with pytest.raises(ValueError, match="has no place in a checkpoint"):
         sharded_checkpoint.read_whole(tmp_path)
     assert not (tmp_path / "owned").exists()
 
@@ -147,3 +149,66 @@ def test_parts_travel_one_by_one_within_the_first_replica(shared_corpus: Path) -
     for largest, full, _ in ranks:
         assert largest <= (full + 36) // 2
     assert [any_travelled for _, _, any_travelled in ranks] == [True, True, False, False]
+
+
+def tear(folder: Path, how: str) -> None:
+    part = sorted(folder.glob("*.distcp"))[-1]
+    if how == "a part is missing":
+        part.unlink()
+    elif how == "a part is cut short":
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    elif how == "no contents":
+        (folder / ".metadata").unlink()
+    elif how == "contents cut short":
+        (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:300])
+    else:
+        (folder / "rest.pt").write_bytes((folder / "rest.pt").read_bytes()[:300])
+
+
+def complaint(run: Run, corpus: Path) -> str:
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    with pytest.raises(ValueError) as error:
+        trainer.fit(module, datamodule, ckpt_path=run.resume_from, weights_only=True)
+    return str(error.value)
+
+
+TORN = ["a part is missing", "a part is cut short", "no contents", "contents cut short", "rest cut short"]
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_folder_is_told_in_one_line(
+    how: str, saved: dict[str, Path], shared_corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "torn.ckpt"
+    shutil.copytree(saved["sharded"], folder)
+    tear(folder, how)
+    if how != "a part is cut short":  # which only reading all of it would show
+        with pytest.raises(ValueError, match=f"ckpt_path={folder} cannot be read") as error:
+            read_checkpoint(folder)
+        assert "\n" not in str(error.value)
+    for message in run_ranks(complaint, 2, Run(2, 1, steps=8, resume_from=str(folder)), shared_corpus):
+        assert message.startswith(f"ckpt_path={folder} cannot be read") and "\n" not in message
+
+
+def test_what_an_interrupted_save_left_is_not_kept(shared_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / ".last.ckpt.tmp").mkdir()
+    (tmp_path / ".last.ckpt.tmp" / "__7_0.distcp").write_bytes(b"of a rank that is no more")
+    path = tmp_path / "last.ckpt"
+    run_everywhere(Run(2, 1, steps=1, strategy={"save_sharded": True}, save_to=str(path)), shared_corpus)
+    assert sorted(file.name for file in path.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    path.rename(tmp_path / ".last.ckpt.old")  # a crash between the two renames of the next save
+    assert newest_checkpoint(tmp_path) == path and path.is_dir()
+
+
+def timeouts(run: Run, corpus: Path) -> list[float]:
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.strategy.setup_environment()
+    mesh = trainer.strategy.mesh
+    backends = [group._get_backend(torch.device("cpu")) for group in (mesh.tp_group, mesh.dp_group)]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_every_group_waits_as_long_as_it_is_told(shared_corpus: Path) -> None:
+    run = Run(2, 2, strategy={"timeout": timedelta(seconds=70)})
+    assert run_ranks(timeouts, 4, run, shared_corpus) == [[70.0, 70.0]] * 4

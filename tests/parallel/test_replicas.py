@@ -1,5 +1,6 @@
 """A run whose ranks hold different numbers where they should hold the same is stopped."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,18 @@ def step_aside(run: Run, corpus: Path) -> str:
 def test_what_drifts_at_every_step_is_seen_after_the_first(shared_corpus: Path) -> None:
     for message in run_ranks(step_aside, 2, Run(2, 1, steps=8), shared_corpus):
         assert message.startswith("after 1 optimizer steps, model.ln_f.weight is not the same")
+
+
+def unseeded(run: Run, corpus: Path) -> list[float]:
+    module, datamodule = build(corpus, run)
+    del os.environ["PL_GLOBAL_SEED"]
+    torch.manual_seed(int(os.environ["RANK"]))  # as unlike as the entropy of the operating system
+    recorder = Recorder(None)
+    trainer_of(run, corpus.parent, recorder).fit(module, datamodule)
+    return recorder.losses
+
+
+def test_peers_draw_alike_also_where_nobody_seeded_them(shared_corpus: Path) -> None:
+    run = Run(2, 1, steps=4, config={"dropout": 0.1}, strategy={"replica_check_every_n_steps": 1})
+    one, other = run_ranks(unseeded, 2, run, shared_corpus)
+    assert len(one) == 4 and one == other
