@@ -33,7 +33,12 @@ from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_
 from gpt_lightning.cli_consolidate import run_consolidate
 from gpt_lightning.cli_noise import quiet
 from gpt_lightning.cli_parser import Parser, shorten
-from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
+from gpt_lightning.cli_tensor_parallel import (
+    build_without_memory,
+    check_topology,
+    is_tensor_parallel,
+    leave_together,
+)
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
@@ -335,6 +340,7 @@ def run(words: list[str]) -> None:
             run_consolidate(words[1:])
         else:
             GPTLightningCLI(complete_words(words))
+            leave_together()
     except (ValueError, MisconfigurationException) as error:
         complaint = complaint_in(error)
         if complaint is None:

@@ -14,9 +14,12 @@ WORDS = "the cat dog house garden sees likes finds a red small old new river and
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus.jsonl")
+
+
+def write_corpus(path: Path) -> Path:
     """Forty short documents of a made-up language."""
     generator = random.Random(0)
-    path = tmp_path / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for _ in range(40):
             sentences = [" ".join(generator.choices(WORDS, k=8)).capitalize() + "." for _ in range(6)]

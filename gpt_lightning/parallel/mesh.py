@@ -51,6 +51,6 @@ class ParallelMesh:
         return dist.get_global_rank(self.tp_group, tp_rank)
 
     def from_first_peer(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first tensor-parallel peer's tensor, in place."""
+        """The first tensor-parallel peer's tensor, such as the tokens that it sampled, in place."""
         dist.broadcast(tensor, src=self.tp_peer(0), group=self.tp_group)
         return tensor

@@ -150,16 +150,13 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
             )
 
 
-def check_optimizes_automatically(module: LightningModule) -> None:
-    if not module.automatic_optimization:
+def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
+    """Raise for what no plan can help: a step without a known end, layers that cannot be drawn one by one."""
+    if sequence_parallel and not module.automatic_optimization:
         raise ValueError(
             "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
             f"{type(module).__name__}, which optimizes manually; leave it out, or use automatic optimization"
         )
-
-
-def check_deferred(module: nn.Module) -> None:
-    """Raise for what was built on the meta device and cannot be drawn layer by layer."""
     elsewhere = "or build the model outside of trainer.init_module(empty_init=True)"
     for name, layer in module.named_modules():
         if any(buffer is not None and buffer.is_meta for buffer in layer._buffers.values()):
@@ -179,18 +176,21 @@ def parallelize(
     cuts: Mapping[str, Cut],
     mesh: ParallelMesh,
     sequence: SequenceParallel | None = None,
+    *,
+    draw: bool = True,
 ) -> None:
     """Replace the submodules named by their parallel versions, which keep this rank's part of each parameter.
 
     Parameters keep their identity, so ties survive. Those on the meta device are drawn here, layer by layer
     in the order of `modules()` and whole, so that they are what one process draws, yet never all in memory.
-    With `sequence`, sequences are cut while it is on.
+    Without `draw` they only get memory, for a checkpoint to fill. With `sequence`, sequences are cut while
+    it is on.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
     cut_already: set[nn.Parameter] = set()
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(module.named_modules()):
-        _materialize(layer, built)
+        _materialize(layer, built, draw)
         if name not in cuts:
             continue
         parallel = _parallel_version(layer, cuts[name].style, mesh, sequence)
@@ -227,12 +227,13 @@ def _parallel_version(
     return layer
 
 
-def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter]) -> None:
+def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw: bool) -> None:
     """Give a layer that was built on the meta device its memory and its initial weights."""
     originals = {key: p for key, p in layer._parameters.items() if p is not None and p.is_meta}
     if any(original not in built for original in originals.values()):
         layer.to_empty(device="cpu", recurse=False)
-        getattr(layer, "reset_parameters")()
+        if draw:
+            getattr(layer, "reset_parameters")()
     for key, original in originals.items():
         drawn = layer._parameters[key]
         assert drawn is not None

@@ -30,8 +30,7 @@ from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (
     Cut,
-    check_deferred,
-    check_optimizes_automatically,
+    check_module,
     parallelize,
     partial_gradients,
     plan_of,
@@ -151,9 +150,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def check(self, module: LightningModule) -> None:
         """Raise what is wrong with the module's plan, before any process waits for another."""
-        check_deferred(module)
-        if self.sequence_parallel:
-            check_optimizes_automatically(module)
+        check_module(module, sequence_parallel=self.sequence_parallel)
         if module is not self._parallelized and not is_overridden("configure_model", module):
             self._resolve(module)
 
@@ -194,7 +191,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _parallelize(self) -> None:
+    def _parallelize(self, *, draw: bool = True) -> None:
         """Cut the model, once: when its weights are restored, or else in `setup`."""
         module = self.lightning_module
         assert module is not None
@@ -204,7 +201,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             if is_overridden("configure_model", module):
                 self._resolve(module)  # what the plan names was built by that hook
-            parallelize(module, self._cuts, self.mesh, self._sequence if self.sequence_parallel else None)
+            sequence = self._sequence if self.sequence_parallel else None
+            parallelize(module, self._cuts, self.mesh, sequence, draw=draw)
         self._parallelized = module
 
     @override
@@ -292,10 +290,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
         dist.all_reduce(votes)
         return int(votes) == self.world_size if all else bool(votes)
 
-    def from_first_peer(self, tensor: Tensor) -> Tensor:
-        """The first tensor-parallel peer's tensor, such as the tokens that it sampled."""
-        return self.mesh.from_first_peer(tensor)
-
     # ---- checkpoints
 
     @override
@@ -342,7 +336,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
         assert self.lightning_module is not None
-        self._parallelize()
+        self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
         folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
         if folder is not None:
             sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)

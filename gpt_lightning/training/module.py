@@ -222,7 +222,7 @@ class GPTLightningModule(LightningModule):
     def _agree(self, tokens: Tensor) -> Tensor:
         """The first tensor-parallel peer's choice: one other token, and the peers would wait for ever."""
         if self._trainer is not None and isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.from_first_peer(tokens)
+            return self.trainer.strategy.mesh.from_first_peer(tokens)
         return tokens
 
     # Tensor parallelism

@@ -1,25 +1,17 @@
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import WORDS
+from tests.conftest import write_corpus
 from tests.parallel.runs import Run, run_everywhere
 
 
 @pytest.fixture(scope="session")
 def shared_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text that many runs read, with the cache beside it: tokenized once."""
-    generator = random.Random(0)
-    path = tmp_path_factory.mktemp("parallel") / "corpus.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(40):
-            sentences = [" ".join(generator.choices(WORDS, k=8)).capitalize() + "." for _ in range(6)]
-            file.write(json.dumps({"text": "\n".join(sentences)}) + "\n")
-    return path
+    return write_corpus(tmp_path_factory.mktemp("parallel") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A model built for several ranks starts as that of one process, and never lies whole in one's memory."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def growth(meta: bool) -> tuple[int, int, int]:
     mesh = ParallelMesh("cpu", 4, 4)
     # Most tensors are large enough for malloc to give back their pages, and the last is the largest.
     sizes = {"vocab_size": 8_000, "n_layers": 3, "d_model": 1792, "tie_embeddings": False}
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before the fork would be used first, unseen
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before = resident_bytes("VmRSS")
     with torch.device("meta" if meta else "cpu"):
