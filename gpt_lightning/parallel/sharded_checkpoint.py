@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
-from gpt_lightning.parallel.state_dict import is_cut
+from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
 
 REST = "rest.pt"
 FOLDER_KEY = "sharded_folder"
@@ -51,18 +51,7 @@ def sharded_state_dict(module: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
 def sharded_optimizer_state(
     optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> dict[str, Any]:
-    state_dict = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def part(value: Any, parameter: nn.Parameter) -> Any:
-        cut = is_cut(value, parameter, shards)
-        return _as_dtensor(value, shards[parameter], mesh) if cut else value
-
-    state = {
-        index: {key: part(value, parameters[index]) for key, value in entry.items()}
-        for index, entry in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+    return map_optimizer_parts(optimizer, shards, lambda part, shard: _as_dtensor(part, shard, mesh))
 
 
 def _as_dtensor(part: Tensor, shard: Shard, mesh: ParallelMesh) -> DTensor:
@@ -289,7 +278,7 @@ def load_optimizer_state(
     mesh: ParallelMesh,
 ) -> dict[str, Any]:
     """This rank's part of an optimizer's state dict, whose other half is `saved`; all ranks call it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_by_index(optimizer)
     wanted: dict[str, Tensor] = {}
     for key, meta in _tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
         parameter = parameters[int(key.split("/")[2])]

@@ -1,6 +1,6 @@
 """Between the parts that this rank holds and the ordinary state dicts that a single process would have."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,29 @@ def full_optimizer_state(
     optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> dict[str, Any]:
     """The optimizer's state dict for the whole model on the first peer; empty on the others."""
+    full = map_optimizer_parts(optimizer, shards, lambda part, shard: gather_to_first(part, shard, mesh))
+    return full if mesh.tp_rank == 0 else {}
 
-    def whole(value: Any, parameter: nn.Parameter) -> Any:
-        return gather_to_first(value, shards[parameter], mesh) if is_cut(value, parameter, shards) else value
 
-    state_dict = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def map_optimizer_parts(
+    optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], change: Callable[[Tensor, Shard], Any]
+) -> dict[str, Any]:
+    """The optimizer's state dict with `change` in place of every tensor that is cut like its parameter."""
+
+    def changed(value: Any, parameter: nn.Parameter) -> Any:
+        return change(value, shards[parameter]) if is_cut(value, parameter, shards) else value
+
+    state_dict, parameters = optimizer.state_dict(), parameters_by_index(optimizer)
     state = {
-        index: {key: whole(value, parameters[index]) for key, value in entry.items()}
+        index: {key: changed(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": state} if mesh.tp_rank == 0 else {}
+    return {**state_dict, "state": state}
+
+
+def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters in the order by which a state dict numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
@@ -99,7 +111,7 @@ def cut_optimizer_state(
     full: Mapping[str, Any], optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]
 ) -> dict[str, Any]:
     """This rank's part of a whole model's optimizer state, copied: the whole may be mapped from a file."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_by_index(optimizer)
     state = {}
     for index, entry in full["state"].items():
         parameter = parameters[index]
