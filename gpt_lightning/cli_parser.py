@@ -11,6 +11,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from gpt_lightning import cli_imports
+
 # The Trainer's options that most runs use; the other fifty stand in --help-all.
 COMMON_TRAINER_OPTIONS = {
     "trainer." + name
@@ -76,12 +78,13 @@ class Parser(LightningArgumentParser):
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """One or two lines an option; Lightning's own page has several hundred."""
+        imports = _option_line(f"{cli_imports.OPTION} PACKAGE", cli_imports.HELP) + "\n"
         if Parser.show_all:
-            return super().format_help(formatter)
+            return super().format_help(formatter) + "\n" + imports
         lines = [self.format_usage(), f"{self.description}\n"]
         for group in self._action_groups:
             lines.extend(_option_lines([action for action in group._group_actions if _is_shown(action)]))
-        lines.append("Every option, with its type: --help-all")
+        lines += [imports, "Every option, with its type: --help-all"]
         return "\n".join(lines) + "\n"
 
 
@@ -98,9 +101,12 @@ def _option_lines(actions: list[argparse.Action]) -> list[str]:
     for action in actions:
         name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
         default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-        text = _first_sentence(str(action.help)) + default
-        lines.append(textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41))
+        lines.append(_option_line(name, _first_sentence(str(action.help)) + default))
     return [*lines, ""] if lines else []
+
+
+def _option_line(name: str, text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41)
 
 
 def _first_sentence(help: str) -> str:
@@ -117,6 +123,12 @@ def _same_last_name(name: str, known: list[str]) -> list[str]:
 
 def shorten(message: str) -> str:
     """A parser's message in one line: option, value and what would do, without the nested types tried."""
+    denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
+    if denied:
+        return (
+            f"class_path={denied[1]} is not imported: only {', '.join(cli_imports.TRUSTED)} are trusted; "
+            f"if you trust it, add {cli_imports.OPTION} {denied[1].split('.')[0]} to the command line"
+        )
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Given value: (.*)|Got value: (.*)", message)
     expected = re.findall(

@@ -12,8 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from gpt_lightning.checkpoint_contents import (
+    CONFIG_KEY,
+    check_contents,
+    check_same_architecture,
+    load_plain,
+)
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
@@ -31,8 +37,6 @@ from gpt_lightning.training.optim import (
     build_optimizer,
     learning_rate_factor,
 )
-
-CONFIG_KEY = "gpt_config"
 
 
 class GPTLightningModule(LightningModule):
@@ -264,9 +268,29 @@ class GPTLightningModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Lightning's own, of plain data alone: nothing in the file runs, and nothing that it names."""
+        if hparams_file is not None or weights_only is False:
+            raise ValueError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
+        check_contents(checkpoint_path, load_plain(checkpoint_path))
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
+        )
+
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this run's optimizer settings: PyTorch would restore those of the run that saved."""
+        check_same_architecture(self.model.config, checkpoint)
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["lr"] *= self.optimizer.learning_rate / group["initial_lr"]

@@ -1,0 +1,152 @@
+"""What a checkpoint may hold: plain data, and the weights of its own architecture. Nothing in it can act."""
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.model import GPTModel
+
+CONFIG_KEY = "gpt_config"
+MODEL_PREFIX = "model."
+WEIGHTS_KEY = "state_dict"
+# Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
+_HYPER_PARAMETERS = (
+    *("hyper_parameters", "hparams_name", "hparams_type", "hparams", "module_arguments"),
+    *("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type"),
+)
+# Names by which Lightning and jsonargparse are told what to import and call.
+_CALLING_KEYS = {"class_path", "_class_path", "_instantiator", "init_args", "dict_kwargs"}
+_SHOWN = 3
+
+
+def load_plain(path: str | Path) -> Any:
+    """What the file holds, tensors mapped from it, not read.
+
+    `weights_only` is said outright: left out, an environment variable could turn it off.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another"
+        ) from error
+
+
+def check_contents(path: str | Path, checkpoint: Any) -> None:
+    """Raise, in one line, what a checkpoint of this package never holds, and what lets it not fit itself."""
+    if not isinstance(checkpoint, Mapping) or CONFIG_KEY not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
+        )
+    config = _stored_config(path, checkpoint[CONFIG_KEY])
+    for key in _HYPER_PARAMETERS:
+        for problem in _problems(checkpoint.get(key), key):
+            raise ValueError(
+                f"ckpt_path={path} holds {problem}; hyper-parameters are plain numbers and texts that name "
+                "nothing to import: do not trust the file"
+            )
+    # A sharded checkpoint keeps its weights in files of their own.
+    if checkpoint.get(WEIGHTS_KEY):
+        _check_weights(path, config, checkpoint[WEIGHTS_KEY])
+
+
+def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Raise where a model differs from the one whose weights it is to take; dropout has none."""
+    if CONFIG_KEY not in checkpoint:
+        return
+    stored = GPTConfig(**checkpoint[CONFIG_KEY])
+    names = [field.name for field in fields(GPTConfig) if field.name not in ("dropout", "d_ff")]
+    pairs = [(name, getattr(config, name), getattr(stored, name)) for name in names]
+    pairs.append(("d_ff", config.mlp_width, stored.mlp_width))
+    differences = [f"{name}={own} (there {its})" for name, own, its in pairs if own != its]
+    if differences:
+        raise ValueError(
+            f"model.config differs from the checkpoint's: {', '.join(differences)}; build the model as the "
+            "checkpoint has it"
+        )
+
+
+def _stored_config(path: str | Path, stored: Any) -> GPTConfig:
+    kinds = {field.name: field.type for field in fields(GPTConfig)}
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}={_short(stored)}, no options; name another")
+    for name, value in stored.items():
+        if name not in kinds:
+            raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}, which is no option; name another")
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}={_short(value)}; name another")
+    try:
+        return GPTConfig(**stored)
+    except ValueError as error:
+        raise ValueError(f"ckpt_path={path} holds no possible model: {error}") from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number does for a float."""
+    return type(value) in (get_args(kind) or (kind,)) or (kind is float and type(value) is int)
+
+
+def _problems(value: Any, place: str) -> Iterator[str]:
+    """Where a value, or a part of it, is no plain data, or could be taken for something to import."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if type(key) is not str or key in _CALLING_KEYS:
+                yield f"{place}[{_short(key)}]"
+            yield from _problems(part, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _problems(part, f"{place}[{index}]")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        yield f"a {type(value).__name__} as {place}"
+
+
+def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str, Any]) -> None:
+    found = {
+        name.removeprefix(MODEL_PREFIX): tuple(value.shape) if isinstance(value, Tensor) else None
+        for name, value in state_dict.items()
+        if str(name).startswith(MODEL_PREFIX)
+    }
+    # Before the model is built: a wrong number could be one of thousands of millions.
+    n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    if n_blocks != config.n_layers:
+        raise ValueError(
+            f"ckpt_path={path} does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds "
+            f"the weights of {n_blocks} blocks; name another"
+        )
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
+    other_shape = [
+        f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    differences = (
+        _listed([name for name in expected if name not in found], "missing"),
+        _listed([name for name in found if name not in expected], "unknown"),
+        _listed(other_shape, "of another shape"),
+    )
+    if any(differences):
+        raise ValueError(
+            f"ckpt_path={path} does not hold the weights of its {CONFIG_KEY}: "
+            f"{'; '.join(filter(None, differences))}; name another"
+        )
+
+
+def _listed(names: list[str], what: str) -> str:
+    """`5 missing (a, b, c, ...)`, or nothing for none."""
+    if not names:
+        return ""
+    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

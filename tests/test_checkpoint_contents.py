@@ -1,0 +1,137 @@
+"""What a checkpoint may hold, told in one line that names the file and what differs."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_lightning.checkpoint_contents import check_contents, check_same_architecture
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.training.module import GPTLightningModule
+
+CONFIG = GPTConfig(vocab_size=11, max_position_embeddings=8, n_layers=2, n_heads=2, d_model=8)
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, Any]:
+    module = GPTLightningModule(CONFIG)
+    contents: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(contents)
+    return contents
+
+
+def complaint(checkpoint: Any) -> str:
+    with pytest.raises(ValueError) as error:
+        check_contents(Path("runs/x.ckpt"), checkpoint)
+    message = str(error.value)
+    assert "ckpt_path=runs/x.ckpt" in message and "\n" not in message
+    return message
+
+
+def test_our_own_pass(checkpoint: dict[str, Any]) -> None:
+    check_contents("x.ckpt", checkpoint)
+    check_contents("x.ckpt", {**checkpoint, "state_dict": {}})  # sharded: the weights lie elsewhere
+    untied = GPTLightningModule(GPTConfig(8, 4, 1, 1, 4, bias=False, tie_embeddings=False, dropout=0))
+    contents: dict[str, Any] = {"state_dict": untied.state_dict()}
+    untied.on_save_checkpoint(contents)
+    check_contents("x.ckpt", contents)
+
+
+@pytest.mark.parametrize("foreign", [[1, 2], {}, {"state_dict": {}}, "text", None])
+def test_foreign_ones_are_refused(foreign: Any) -> None:
+    assert "was not written by gpt_lightning" in complaint(foreign)
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"n_layers": "2"}, "gpt_config.n_layers='2'"),
+        ({"n_layers": True}, "gpt_config.n_layers=True"),
+        ({"dropout": torch.zeros(2, 2)}, "gpt_config.dropout=tensor("),
+        ({"class_path": "evil.Model"}, "gpt_config.class_path, which is no option"),
+        ({"d_model": -8}, "model.config.d_model=-8 is below 1"),
+        ({"n_layers": 10**12}, "n_layers=1000000000000, but it holds the weights of 2 blocks"),
+    ],
+)
+def test_a_config_of_other_things_is_refused(
+    change: dict[str, Any], part: str, checkpoint: dict[str, Any]
+) -> None:
+    checkpoint["gpt_config"] = {**checkpoint["gpt_config"], **change}
+    assert part in complaint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["hyper_parameters", "datamodule_hyper_parameters", "hparams", "module_arguments"],
+)
+@pytest.mark.parametrize(
+    "value, part",
+    [
+        ({"act": {"class_path": "evil.X"}}, "['class_path']"),
+        ({"a": [{"b": {"init_args": {}}}]}, "a[0].b['init_args']"),
+        ({"_class_path": "evil.X"}, "['_class_path']"),
+        ({"_instantiator": "os.system"}, "['_instantiator']"),
+        ({"dict_kwargs": {}}, "['dict_kwargs']"),
+        ({"optimizer": print}, "a builtin_function_or_method as"),
+        ({"dtype": torch.float32}, "a dtype as"),
+        ({1: 2}, "[1]"),
+    ],
+)
+def test_hyper_parameters_that_could_act_are_refused(
+    key: str, value: Any, part: str, checkpoint: dict[str, Any]
+) -> None:
+    message = complaint({**checkpoint, key: value})
+    assert key in message and part in message
+
+
+def test_a_type_for_hyper_parameters_is_refused(checkpoint: dict[str, Any]) -> None:
+    assert "a type as hparams_type" in complaint({**checkpoint, "hparams_type": dict})
+
+
+def test_all_that_differs_in_the_weights_is_named(checkpoint: dict[str, Any]) -> None:
+    weights = checkpoint["state_dict"]
+    del weights["model.ln_f.weight"]
+    weights["model.extra"] = torch.zeros(1)
+    weights["model.position_embedding.weight"] = torch.zeros(3, 8)
+    for name in ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj"):
+        weights[f"model.blocks.0.{name}.weight"] = torch.zeros(1)
+    message = complaint(checkpoint)
+    assert "1 missing (ln_f.weight); 1 unknown (extra); 5 of another shape (" in message
+    assert "position_embedding.weight [3, 8] instead of [8, 8]" in message and ", ...)" in message
+    weights["model.ln_f.bias"] = "no tensor"
+    assert "6 of another shape" in complaint(checkpoint)
+
+
+def test_what_is_not_the_models_may_be_there(checkpoint: dict[str, Any]) -> None:
+    """A subclass may have weights of its own, and Lightning adds what it likes."""
+    checkpoint["state_dict"]["teacher.weight"] = torch.zeros(2)
+    check_contents("x.ckpt", {**checkpoint, "loops": {"a": object()}})
+
+
+def test_a_large_model_is_checked_without_its_memory() -> None:
+    config = GPTConfig(n_layers=48, n_heads=25, d_model=1600)
+    with torch.device("meta"):
+        module = GPTLightningModule(config)
+    contents: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(contents)
+    began, state = time.monotonic(), torch.get_rng_state()
+    check_contents("x.ckpt", contents)
+    assert time.monotonic() - began < 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_architecture_is_told_by_its_options(checkpoint: dict[str, Any]) -> None:
+    check_same_architecture(CONFIG, checkpoint)
+    check_same_architecture(GPTConfig(11, 8, 2, 2, 8, d_ff=32, dropout=0.5), checkpoint)
+    with pytest.raises(ValueError) as error:
+        check_same_architecture(GPTConfig(11, 8, 3, 2, 16, d_ff=32), checkpoint)
+    assert "n_layers=3 (there 2), d_model=16 (there 8);" in str(error.value)
+
+
+def test_checking_changes_nothing(checkpoint: dict[str, Any]) -> None:
+    before = copy.deepcopy(checkpoint)
+    check_contents("x.ckpt", checkpoint)
+    assert before.keys() == checkpoint.keys() and before["gpt_config"] == checkpoint["gpt_config"]
