@@ -1,94 +1,209 @@
-"""Checkpoint files: written whole or not at all, found again, and opened without the run that made them."""
+"""Checkpoints: written so that a good one is always there, found again, and opened without their run."""
 
-import os
 import pickle
-import tempfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from gpt_lightning.background_writer import BackgroundWriter
+from gpt_lightning.checkpoint_file import unreadable, verify, write
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
-from gpt_lightning.parallel.sharded_checkpoint import (
+from gpt_lightning.parallel.sharded_checkpoint import read_whole
+from gpt_lightning.parallel.sharded_folder import (
     check_whole,
     is_sharded,
     read_rest,
-    read_whole,
+    remove,
+    replaced_by_a_file,
     restore_set_aside,
 )
+from gpt_lightning.snapshot import HostMemory, check_finite
 from gpt_lightning.training.module import CONFIG_KEY
 
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
+LAST = "last.ckpt"
+LOCK = ".lock"  # held by the process that writes into a folder
+
+
+# ---- writing
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """As `storage_options` of a save: what else happens to the same checkpoint.
+
+    Args:
+        background: Write while the training goes on.
+        also: Where it is written too, once it is in its place.
+        remove: Checkpoints that are removed then.
+    """
+
+    background: bool = False
+    also: tuple[Path, ...] = ()
+    remove: tuple[Path, ...] = ()
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, renames.
+    """Writes beside the target, flushes to disk, renames; never what is not finite.
 
     Lightning stages in TMPDIR: on another file system the final move is a plain copy, and a crash inside it
     leaves a torn file under the final name.
     """
 
+    def __init__(self) -> None:
+        self._memory = HostMemory()
+        self._writer = BackgroundWriter()
+
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: SaveOptions | None = None
+    ) -> None:
+        """Raises the failure of an earlier save in the background, too."""
+        options = storage_options or SaveOptions()
+        self.wait()
+        self.raise_failure()
+        if options.background:
+            snapshot = self._memory.snapshot(checkpoint)
+            self._writer.start(lambda: _write_all(snapshot, Path(path), options))
+        else:
+            _write_all(checkpoint, Path(path), options)
+
+    def wait(self) -> None:
+        """Until everything that was to be written is, or has failed."""
+        self._writer.wait()
+
+    def raise_failure(self) -> None:
+        """The error of a save in the background, once."""
+        self._writer.raise_failure()
+
+    @override
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
+        self.wait()
+        check_not_sharded(Path(path))
+        return read_checkpoint(Path(path))
+
+    @override
+    def remove_checkpoint(self, path: _PATH) -> None:
+        self.wait()
+        remove(Path(path))
+
+    @override
+    def teardown(self) -> None:
+        self.wait()
+        self.raise_failure()
+
+
+def _write_all(checkpoint: dict[str, Any], path: Path, options: SaveOptions) -> None:
+    check_finite(checkpoint)
+    for target in (path, *options.also):
+        with replaced_by_a_file(target):
+            write(checkpoint, target)
+    for old in options.remove:  # not earlier: there is no moment without a good file
+        remove(old)
+
+
+# ---- finding
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The last written checkpoint below `folder` that is as it was written; None if there is none at all.
+
+    `warn` is told of each newer one that had to be skipped.
+    """
+    return newest_of(checkpoints_below(folder), warn)
+
+
+def checkpoints_below(folder: Path) -> list[Path]:
+    _restore_set_aside(folder)
+    return [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
+
+
+def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
+    def age(path: Path) -> tuple[int, bool]:
+        return path.stat().st_mtime_ns, path.name == LAST
+
+    complaints = []
+    for path in sorted(paths, key=age, reverse=True):
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            check_whole(path) if is_sharded(path) else verify(path)
+        except ValueError as error:
+            complaints.append(str(error))
+        else:
+            for complaint in complaints:
+                warn(f"skipped: {complaint.removesuffix('; name another')}")
+            return path
+    if complaints:
+        raise ValueError(f"no checkpoint is whole: {complaints[0]}" + _and_others(complaints))
+    return None
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _and_others(complaints: list[str]) -> str:
+    return f" (nor are {len(complaints) - 1} others)" if len(complaints) > 1 else ""
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last written checkpoint below `folder`."""
-    restore_set_aside(folder)
-    files = [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
-    return max(files, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), default=None)
+def _restore_set_aside(folder: Path) -> None:
+    """Unless a run is writing there, which sets aside and gives back itself."""
+    for parent in {old.parent for old in folder.glob("**/.*.ckpt.old")}:
+        try:
+            with FileLock(parent / LOCK, blocking=False):
+                restore_set_aside(parent)
+        except (Timeout, OSError):
+            continue
+
+
+# ---- reading
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents, tensors mapped from the file, not read; a sharded one's without tensors."""
+    if path.is_dir() and not is_sharded(path):
+        raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
+    if not path.exists():
+        raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
     if is_sharded(path):
         check_whole(path)
-    elif path.is_dir():
-        raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
-    elif not path.is_file():
-        raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
+        checkpoint = read_rest(path)
+    else:
+        verify(path)
+        checkpoint = _read_file(path)
+    check_contents(path, checkpoint)
+    return dict(checkpoint)
+
+
+def _read_file(path: Path) -> Any:
     try:
-        if is_sharded(path):
-            checkpoint = read_rest(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(
-            f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another"
-        ) from error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise unreadable(path, error) from error
+
+
+def check_contents(path: Path, checkpoint: Any) -> None:
+    """Raise ValueError, in one line, if the file is readable but holds something else than a checkpoint."""
     if not isinstance(checkpoint, Mapping) or CONFIG_KEY not in checkpoint:
         raise ValueError(
             f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
         )
-    return dict(checkpoint)
+
+
+def step_of(path: Path) -> int | None:
+    """The optimizer step at which a checkpoint was saved; None if it is not whole."""
+    try:
+        return int(read_checkpoint(path)["global_step"])
+    except (ValueError, KeyError):
+        return None
 
 
 def check_not_sharded(path: Path) -> None:
@@ -108,7 +223,7 @@ def consolidate(folder: Path, output: Path) -> None:
     if output.exists():
         raise ValueError(f"output={output} exists already; name another file, or remove it")
     read_checkpoint(folder)
-    DurableCheckpointIO().save_checkpoint(read_whole(folder), output)
+    write(read_whole(folder), output)
 
 
 def _names_of_others(path: Path) -> str:

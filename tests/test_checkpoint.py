@@ -34,7 +34,7 @@ def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
 def test_the_newest_is_the_last_written(tmp_path: Path) -> None:
     for number, name in enumerate(("b/last.ckpt", "a/step000010.ckpt", "a/last.ckpt")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        torch.save({}, tmp_path / name)
         os.utime(tmp_path / name, (number, number))
     assert newest_checkpoint(tmp_path) == tmp_path / "a" / "last.ckpt"
     os.utime(tmp_path / "b" / "last.ckpt", (9, 9))

@@ -13,6 +13,9 @@ ORDER = [
     "kv_cache",
     "linear_cross_entropy",
     "model",
+    "checkpoint_file",
+    "snapshot",
+    "background_writer",
     "parallel.mesh",
     "parallel.shard",
     "parallel.collectives",
@@ -21,6 +24,7 @@ ORDER = [
     "parallel.layers",
     "parallel.plan",
     "parallel.state_dict",
+    "parallel.sharded_folder",
     "parallel.sharded_checkpoint",
     "parallel.precision",
     "parallel.replicas",
@@ -63,7 +67,7 @@ ORDER = [
     "__main__",
 ]
 MODEL = {"config", "kv_cache", "linear_cross_entropy", "model"}
-ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy"}}
+ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", "checkpoint_file", "snapshot"}}
 
 
 def modules() -> list[str]:

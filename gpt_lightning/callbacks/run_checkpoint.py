@@ -4,12 +4,19 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
+
+from gpt_lightning.checkpoint import LAST, DurableCheckpointIO, SaveOptions
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -19,6 +26,9 @@ class RunCheckpoint(ModelCheckpoint):
     every `every_n_train_steps` steps, every `train_time_interval`, and when training ends. Lightning's own
     class judges by the previous validation's value when asked to save every N steps, and leaves `last.ckpt`
     behind when nothing was good enough.
+
+    Training goes on while a file is written, from a copy in host memory; the next save waits for it. A
+    checkpoint is removed after those that replace it are safe.
 
     Args:
         dirpath: Folder of the checkpoints; by default checkpoints/<run_name> under trainer.default_root_dir.
@@ -30,6 +40,7 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_train_steps: Write last.ckpt every so many optimizer steps, besides after each validation.
         train_time_interval: Write last.ckpt after so much time, besides after each validation.
         save_weights_only: Leave out the optimizer and all else that resuming needs.
+        background: Write while training goes on, for which host memory holds one copy of the checkpoint.
         verbose: Say when a checkpoint is written.
     """
 
@@ -44,6 +55,7 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         save_weights_only: bool = False,
+        background: bool = True,
         verbose: bool = False,
     ) -> None:
         super().__init__(
@@ -66,13 +78,23 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_interval_seconds = (
             train_time_interval.total_seconds() if train_time_interval is not None else None
         )
+        self._background = background
+        self._former_dirpath: str | None = None
+        self._targets: list[str] = []
+        self._outdated: list[str] = []
+        self._stop_asked = False
         self._saved_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
+
+    # ---- when
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
+        self._stop_asked = False
+        if self._former_dirpath is not None:
+            self._keep_what_is_here(trainer)
         # A checkpoint inside a step would lose the gradients gathered so far: validate at the step's end.
         if trainer.val_check_batch != float("inf"):
             accumulate = trainer.accumulate_grad_batches
@@ -82,24 +104,36 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (writer := _writer(trainer)) is not None:
+            writer.raise_failure()
+        # Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost.
+        self._stop_asked = self._stop_asked or trainer.should_stop
+        trainer.should_stop = self._stop_asked and not trainer.fit_loop.epoch_loop._should_accumulate()
         if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
             return
         self._seen_step = trainer.global_step
+        if self._is_due(trainer) or self._is_last_step(trainer):
+            self._save(trainer, judge=self.monitor is None)
+
+    def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
         if self._last_interval_seconds is not None:
             elapsed = time.monotonic() - self._saved_at_seconds
             # The first rank's clock decides for all: saving is collective.
             due = due or trainer.strategy.broadcast(elapsed >= self._last_interval_seconds)
-        if due:
-            self._save(trainer, judge=self.monitor is None)
+        return due
+
+    def _is_last_step(self, trainer: Trainer) -> bool:
+        """Saved here, not after the loops have ended: in the state from which every resumed run goes on."""
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        return trainer.global_step == trainer.max_steps or stops
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             # A save at this very step came before the validation and could not judge.
-            self._saved_step = 0
-            self._save(trainer, judge=True)
+            self._save(trainer, judge=True, again=True)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,20 +144,62 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, judge=self.monitor is None)
+        self._wait(trainer)
 
-    def _save(self, trainer: Trainer, *, judge: bool) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Write `last.ckpt`, unless it is of this step already, and wait until it is safe; all ranks call it.
+
+        Not inside an optimizer step, whose gathered gradients no checkpoint holds.
+        """
+        self._save(trainer, judge=False)
+        self._wait(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        if (writer := _writer(trainer)) is not None:
+            writer.wait()
+            writer.raise_failure()
+
+    # ---- what
+
+    def _save(self, trainer: Trainer, *, judge: bool, again: bool = False) -> None:
         """Write `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
-        if trainer.fast_dev_run or trainer.global_step == self._saved_step:
+        if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
-        metrics = self._monitor_candidates(trainer)
-        if judge and self.save_top_k != 0:
-            self._save_topk_checkpoint(trainer, metrics)
+        self._targets, self._outdated = [], []
+        if judge:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.save_last:
             assert self.dirpath is not None
-            self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
+            self.last_model_path = str(Path(self.dirpath) / LAST)
             self._save_checkpoint(trainer, self.last_model_path)
+        if self._targets:
+            self._write(trainer)
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._targets.append(filepath)  # for `_write`, which makes one checkpoint for all of them
+
+    @override
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._outdated.append(filepath)
+
+    def _write(self, trainer: Trainer) -> None:
+        first, *others = dict.fromkeys(self._targets)
+        if _writer(trainer) is not None and _writes_one_file(trainer.strategy):
+            also, outdated = (tuple(map(Path, paths)) for paths in (others, self._outdated))
+            options = SaveOptions(background=self._background, also=also, remove=outdated)
+            trainer.save_checkpoint(first, self.save_weights_only, options)
+        else:
+            for path in (first, *others):
+                trainer.save_checkpoint(path, self.save_weights_only)
+            for path in self._outdated:
+                trainer.strategy.remove_checkpoint(path)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()  # the curves reach at least as far as the checkpoint
 
     @override
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -131,3 +207,46 @@ class RunCheckpoint(ModelCheckpoint):
         metrics = super()._monitor_candidates(trainer)
         metrics["step"] = Tensor([trainer.global_step]).int()[0]
         return metrics
+
+    # ---- after a resume
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best checkpoints of a folder that was moved, all but the path of one."""
+        self._former_dirpath = state_dict["dirpath"]
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+    def _keep_what_is_here(self, trainer: Trainer) -> None:
+        """Of the best checkpoints those that lie in this run's folder, also if it was moved."""
+        scores = {self._here(path): score for path, score in self.best_k_models.items()}
+        candidates = {*scores, self._here(self.best_model_path)} - {""}
+        # Ranks have to decide alike, and may not all see the folder.
+        present = trainer.strategy.broadcast([path for path in candidates if Path(path).exists()])
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
+        ranked = ranked[: self.save_top_k] if self.save_top_k > 0 else ranked
+        self.best_k_models = {path: scores[path] for path in ranked}
+        newest = self._here(self.best_model_path)
+        self.best_model_path = ranked[0] if ranked else newest if newest in present else ""
+        self.best_model_score = scores[ranked[0]] if ranked else None
+        self.kth_best_model_path, self.kth_value = "", torch.tensor(sign * float("inf"))
+        if ranked and len(ranked) == self.save_top_k:
+            self.kth_best_model_path, self.kth_value = ranked[-1], scores[ranked[-1]]
+
+    def _here(self, path: str) -> str:
+        """Where a file of the former folder would be now; "" for one that lay elsewhere."""
+        assert self.dirpath is not None and self._former_dirpath is not None
+        if not path or not Path(path).is_relative_to(self._former_dirpath):
+            return ""
+        return str(Path(self.dirpath) / Path(path).relative_to(self._former_dirpath))
+
+
+def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
+    plugin = trainer.strategy.checkpoint_io
+    return plugin if isinstance(plugin, DurableCheckpointIO) else None
+
+
+def _writes_one_file(strategy: Strategy) -> bool:
+    if isinstance(strategy, TensorParallelDDPStrategy):
+        return not strategy.save_sharded
+    return type(strategy).save_checkpoint is Strategy.save_checkpoint

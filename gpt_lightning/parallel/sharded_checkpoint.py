@@ -1,13 +1,7 @@
-"""Checkpoints as a folder to which every rank adds its part, by torch.distributed.checkpoint.
+"""Checkpoints as a folder to which every rank adds its part, to be read again at any topology."""
 
-The folder holds tensors, to be read again at any topology, and `rest.pt`: all else that a checkpoint has.
-"""
-
-import os
-import pickle
-import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +10,32 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
-from typing_extensions import override
 
+from gpt_lightning.checkpoint_file import CheckpointWriteError, digest_of, sync_folder, write, write_error
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
+from gpt_lightning.parallel.sharded_folder import (
+    CONTENTS,
+    DIGESTS_KEY,
+    FOLDER_KEY,
+    REST,
+    TIED_KEY,
+    Reader,
+    check_files,
+    complaining,
+    missing_parts,
+    read_rest,
+    remove,
+    set_aside,
+)
 from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
+from gpt_lightning.snapshot import first_non_finite, refuse_non_finite
 
-REST = "rest.pt"
-FOLDER_KEY = "sharded_folder"
-TIED_KEY = "tied_parameters"
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / REST).is_file()
 
 
 # ---- writing
@@ -65,76 +67,80 @@ def _as_dtensor(part: Tensor, shard: Shard, mesh: ParallelMesh) -> DTensor:
 
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint of `sharded_*` parts, on all ranks; the folder gets its name when it is whole."""
+    refuse_non_finite(_first(first_non_finite(checkpoint)))
     tied = _tied_names(checkpoint[WEIGHTS])
     tensors = {f"{WEIGHTS}/{name}": value for name, value in checkpoint[WEIGHTS].items() if name not in tied}
     tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if dist.get_rank() == 0:
-        remove(temporary)  # parts of a save that was interrupted
-    dist.barrier()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
-    missing = [missing_parts(temporary) if dist.get_rank() == 0 else []]
-    dist.broadcast_object_list(missing)
-    if missing[0]:
-        raise RuntimeError(
-            f"{temporary} lacks {', '.join(missing[0])}: trainer.strategy.save_sharded needs a folder that "
+    with _for_all(folder):
+        if dist.get_rank() == 0:
+            remove(temporary)  # parts of a save that was interrupted
+    with _for_all(folder):
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    digests = _gathered(_digests_of_own(temporary))
+    with _for_all(folder):
+        if dist.get_rank() == 0:
+            _check_all_arrived(temporary)
+            _write_rest(checkpoint, tied, {k: v for own in digests for k, v in own.items()}, temporary)
+            sync_folder(temporary)
+            with set_aside(folder):
+                temporary.rename(folder)
+            sync_folder(folder.parent)
+
+
+@contextmanager
+def _for_all(folder: Path) -> Generator[None, None, None]:
+    """What fails on one rank fails on all, in one line, and leaves nothing behind."""
+    complaint = None
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, OSError):
+            raise
+        complaint = str(cause) if isinstance(cause, CheckpointWriteError) else str(write_error(folder, cause))
+    complaint = _first(complaint)
+    if complaint is not None:
+        if dist.get_rank() == 0:
+            remove(folder.with_name(f".{folder.name}.tmp"))
+        raise CheckpointWriteError(complaint)
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Everybody's value, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _first(complaint: str | None) -> str | None:
+    """The first rank's complaint that has one."""
+    return next((text for text in _gathered(complaint) if text is not None), None)
+
+
+def _digests_of_own(folder: Path) -> dict[str, str]:
+    """Of the files that this rank wrote."""
+    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / CONTENTS] if dist.get_rank() == 0 else [])]
+    return {path.name: digest_of(path) for path in own}
+
+
+def _check_all_arrived(folder: Path) -> None:
+    if missing := missing_parts(folder):
+        raise CheckpointWriteError(
+            f"{folder} lacks {', '.join(missing)}: trainer.strategy.save_sharded needs a folder that "
             "all nodes share"
         )
-    if dist.get_rank() == 0:
-        _write_rest(checkpoint, tied, temporary)
-        with _set_aside(folder):
-            temporary.rename(folder)
-    dist.barrier()
 
 
-def _write_rest(checkpoint: dict[str, Any], tied: dict[str, str], folder: Path) -> None:
-    rest = {**checkpoint, WEIGHTS: {}, TIED_KEY: tied}
+def _write_rest(
+    checkpoint: dict[str, Any], tied: dict[str, str], digests: dict[str, str], folder: Path
+) -> None:
+    rest = {**checkpoint, WEIGHTS: {}, TIED_KEY: tied, DIGESTS_KEY: digests}
     if OPTIMIZERS in rest:
         rest[OPTIMIZERS] = [
             {**state, "state": _without_tensors(state["state"])} for state in rest[OPTIMIZERS]
         ]
-    with (folder / REST).open("wb") as file:
-        torch.save(rest, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replaced_by_a_file(path: Path) -> Generator[None, None, None]:
-    """Make way for a file under the name of a sharded checkpoint, which comes back if none is written."""
-    with _set_aside(path) if is_sharded(path) else nullcontext():
-        yield
-
-
-@contextmanager
-def _set_aside(path: Path) -> Generator[None, None, None]:
-    old = path.with_name(f".{path.name}.old")
-    remove(old)
-    if path.exists():
-        path.rename(old)
-    try:
-        yield
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
-    remove(old)
-
-
-def restore_set_aside(folder: Path) -> None:
-    """Give back their names to checkpoints below `folder` that a crash left between two names."""
-    for old in folder.glob("**/.*.ckpt.old"):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not path.exists():
-            with suppress(FileNotFoundError):  # another rank was faster
-                old.rename(path)
-
-
-def remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    else:
-        folder.unlink(missing_ok=True)
+    write(rest, folder / REST)
 
 
 def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
@@ -166,80 +172,18 @@ def _without_tensors(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[s
 # ---- reading
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads the folder's table of contents without running what a stranger may have put into it."""
-
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        # What FileSystemReader does beside unpickling.
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    @override
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) in HARMLESS:
-            return super().find_class(module_name, global_name)
-        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
-            return getattr(torch, global_name)
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
-
-
-METADATA = "torch.distributed.checkpoint.metadata"
-HARMLESS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
-}
-
-
-UNREADABLE = (
-    CheckpointException,
-    OSError,
-    EOFError,
-    RuntimeError,
-    KeyError,
-    ValueError,
-    pickle.UnpicklingError,
-)
-
-
-@contextmanager
-def _complaining(folder: Path) -> Generator[None, None, None]:
-    """One line for whatever a torn folder leads to."""
+def read_rest_together(folder: Path) -> dict[str, Any]:
+    """All of the checkpoint but its tensors, on all ranks, which share the work of verifying the files."""
+    complaint = None
     try:
-        yield
-    except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[-1][:120]
-        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
-
-
-def missing_parts(folder: Path) -> list[str]:
-    """The files that the folder's table of contents names and that are not there."""
-    storage = _Reader(folder).read_metadata().storage_data or {}
-    names = {place.relative_path for place in storage.values()}
-    return sorted(name for name in names if not (folder / name).is_file())
-
-
-def check_whole(folder: Path) -> None:
-    with _complaining(folder):
-        if missing := missing_parts(folder):
-            raise ValueError(f"{', '.join(missing)} missing")
-
-
-def read_rest(folder: Path) -> dict[str, Any]:
-    """All of the checkpoint but its tensors."""
-    with _complaining(folder):
-        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
-    return {**rest, FOLDER_KEY: str(folder)}
+        rest = read_rest(folder)
+        with complaining(folder):
+            check_files(folder, rest, share=dist.get_rank(), shares=dist.get_world_size())
+    except ValueError as error:
+        complaint = str(error)
+    if (complaint := _first(complaint)) is not None:
+        raise ValueError(complaint)
+    return rest
 
 
 def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict: bool = True) -> None:
@@ -260,8 +204,8 @@ def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict:
         value = own[name]
         part = _as_dtensor(value, shards[value], mesh) if value in shards else value.detach()
         wanted.setdefault(f"{WEIGHTS}/{original}", part)
-    with _complaining(folder):
-        dcp.load(wanted, storage_reader=_Reader(folder))
+    with complaining(folder):
+        dcp.load(wanted, storage_reader=Reader(folder))
     for name, original in source.items():
         read = wanted[f"{WEIGHTS}/{original}"]
         read = read.to_local() if isinstance(read, DTensor) else read
@@ -287,8 +231,8 @@ def load_optimizer_state(
             wanted[key] = _as_dtensor(part, shards[parameter], mesh)
         else:
             wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
-    with _complaining(folder):
-        dcp.load(wanted, storage_reader=_Reader(folder))
+    with complaining(folder):
+        dcp.load(wanted, storage_reader=Reader(folder))
     return _with_tensors(saved, wanted)
 
 
@@ -303,8 +247,8 @@ def _with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
 
 
 def _tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
-    with _complaining(folder):
-        contents = _Reader(folder).read_metadata().state_dict_metadata
+    with complaining(folder):
+        contents = Reader(folder).read_metadata().state_dict_metadata
     return [
         (key, meta)
         for key, meta in contents.items()
@@ -317,10 +261,11 @@ def read_whole(folder: Path) -> dict[str, Any]:
     whole = {
         key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in _tensors_in(folder, "")
     }
-    with _complaining(folder):
-        dcp.load(whole, storage_reader=_Reader(folder), no_dist=True)
+    with complaining(folder):
+        dcp.load(whole, storage_reader=Reader(folder), no_dist=True)
     checkpoint = read_rest(folder)
     del checkpoint[FOLDER_KEY]
+    checkpoint.pop(DIGESTS_KEY, None)  # old folders have none
     weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}
     for name, original in checkpoint.pop(TIED_KEY).items():
         weights[name] = weights[original]

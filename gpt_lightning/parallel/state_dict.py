@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt_lightning.checkpoint_file import verify
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 
@@ -89,9 +90,10 @@ def is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Sh
     return True
 
 
-def read_mapped(path: Path, weights_only: bool) -> dict[str, Any]:
+def read_mapped(path: Path) -> dict[str, Any]:
     """A checkpoint file, mapped and not read: a rank that takes its parts never has the whole in memory."""
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    verify(path)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return checkpoint
 
 

@@ -26,6 +26,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
+import gpt_lightning.parallel.sharded_folder as sharded_folder
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (
@@ -314,30 +315,31 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if self.save_sharded:
             sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
         elif self.is_global_zero:
-            with sharded_checkpoint.replaced_by_a_file(Path(filepath)):
+            with sharded_folder.replaced_by_a_file(Path(filepath)):
                 super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero and Path(filepath).is_dir():
-            sharded_checkpoint.remove(Path(filepath))
+            sharded_folder.remove(Path(filepath))
         else:
             super().remove_checkpoint(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        if sharded_checkpoint.is_sharded(Path(checkpoint_path)):
-            return sharded_checkpoint.read_rest(Path(checkpoint_path))
+        """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
+        if sharded_folder.is_sharded(Path(checkpoint_path)):
+            return sharded_checkpoint.read_rest_together(Path(checkpoint_path))
         if Path(checkpoint_path).is_file() and type(self.checkpoint_io).load_checkpoint is _PLAIN_LOAD:
-            return read_mapped(Path(checkpoint_path), weights_only is not False)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+            return read_mapped(Path(checkpoint_path))
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
         assert self.lightning_module is not None
         self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
-        folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
+        folder = checkpoint.get(sharded_folder.FOLDER_KEY)
         if folder is not None:
             sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)
             return
@@ -346,7 +348,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        folder = checkpoint.get(sharded_checkpoint.FOLDER_KEY)
+        folder = checkpoint.get(sharded_folder.FOLDER_KEY)
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
             if folder is not None:
                 state = sharded_checkpoint.load_optimizer_state(

@@ -1,0 +1,249 @@
+"""The bytes of a checkpoint file: written whole or not at all, and one flipped byte is noticed.
+
+A file is what torch.save writes, a zip archive, with the SHA-256 of all that stands before it as its comment.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import struct
+import time
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+END = b"PK\x05\x06"  # begins the record that ends every zip archive, and that ends in the comment's length
+END_BYTES = 22
+LABEL = b"sha256:"
+COMMENT_BYTES = len(LABEL) + 2 * hashlib.sha256().digest_size
+CHUNK_BYTES = 1 << 22
+JUST_NOW_SECONDS = 2
+CHANGED = "its bytes are not those that were written"
+REMEDIES = {errno.EFBIG: "raise the limit on file sizes (ulimit -f)", errno.EDQUOT: "raise the quota"}
+
+_verified: set[tuple[int, ...]] = set()
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; what stood under its name still does."""
+
+
+# ---- writing
+
+
+def write(checkpoint: Any, path: Path) -> None:
+    """Write beside the target, flush to disk, rename."""
+    size = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            with temporary.open("xb") as file:
+                stream = _HashingStream(file)
+                try:
+                    torch.save(checkpoint, stream)  # type: ignore[arg-type]
+                finally:
+                    size = stream.size
+                stream.finish()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error, size) from error
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Generator[Path, None, None]:
+    """A name in the same folder, and nothing of that name afterwards."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
+    """One line: what, why, how much room there is, what is left, what to do."""
+    reason = error.strerror or str(error).strip().split("\n")[-1][:120]
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
+    room = f"{_in_units(shutil.disk_usage(folder).free)} are free"
+    needed = f"it needs {_in_units(size)} and " if size else ""
+    left = "the former file is as it was" if os.path.lexists(path) else "no file was left behind"
+    remedy = REMEDIES.get(error.errno or 0, "make room, or choose another folder (checkpoint.dirpath)")
+    return CheckpointWriteError(f"{path} cannot be written ({reason}): {needed}{room}; {left}; {remedy}")
+
+
+def _in_units(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+class _HashingStream:
+    """What torch.save writes to, front to back.
+
+    An error waits for `finish`: inside PyTorch's zip writer it could end the process. Bytes that come after
+    it are only counted, so that the size that was needed is known.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._held = b""  # the last two bytes: in the end those of the comment's length
+        self._error: BaseException | None = None
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        if self._error is None:
+            try:
+                if len(data) < 2:
+                    data = self._held + data
+                else:
+                    self._pass_on(self._held)
+                self._pass_on(data[:-2])
+                self._held = bytes(data[-2:])
+            except BaseException as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """torch.save asks for it; `finish` does it."""
+
+    def finish(self) -> None:
+        if self._error is None:
+            assert self._held == b"\0\0", "torch.save has written a comment of its own"
+            self._pass_on(struct.pack("<H", COMMENT_BYTES))
+            self._file.write(LABEL + self._digest.hexdigest().encode())
+            self._file.flush()
+        else:
+            raise self._error
+
+    def _pass_on(self, data: memoryview | bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder outlive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed saves left below the folder, in which nobody else may be writing."""
+    stale = [path for path in folder.rglob(".*.tmp") if path.exists()]
+    for path in stale:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return stale
+
+
+# ---- reading
+
+
+def verify(path: Path) -> None:
+    """Raise ValueError, in one line that names the file, if it is not as it was written."""
+    try:
+        check_bytes(path)
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
+    return ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
+
+
+def check_bytes(path: Path) -> None:
+    """Raise what is wrong with a file, by its digest; by its records' checksums if another program wrote it.
+
+    A process reads a file for this once, as long as it does not change.
+    """
+    with path.open("rb") as file:
+        key = _identity(file)
+        if key in _verified:
+            return
+        if (written := _written_digest(file)) is None:
+            _check_records(file)
+        elif written != _digest(file, os.fstat(file.fileno()).st_size - COMMENT_BYTES):
+            raise ValueError(CHANGED)
+        _remember(key, file)
+
+
+def check_digest(path: Path, written: str) -> None:
+    """The same for a file whose digest stands elsewhere."""
+    with path.open("rb") as file:
+        key = _identity(file)
+        if key not in _verified:
+            if _digest(file, os.fstat(file.fileno()).st_size) != written:
+                raise ValueError(f"{path.name}: {CHANGED}")
+            _remember(key, file)
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return _digest(file, os.fstat(file.fileno()).st_size)
+
+
+def _written_digest(file: BinaryIO) -> str | None:
+    """What the comment says; None without a comment."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        raise ValueError("it is empty")
+    file.seek(max(0, size - END_BYTES - COMMENT_BYTES))
+    tail = file.read()
+    if tail[-END_BYTES:].startswith(END) and tail.endswith(b"\0\0"):
+        return None
+    record, comment = tail[:END_BYTES], tail[END_BYTES:]
+    if not record.startswith(END) or record[-2:] != struct.pack("<H", COMMENT_BYTES):
+        raise ValueError("it is cut short, or no checkpoint")
+    if not comment.startswith(LABEL):
+        raise ValueError(CHANGED)
+    return comment.removeprefix(LABEL).decode("ascii", errors="replace")
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """Of the first `size` bytes."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
+    file.seek(0)
+    while size > 0:
+        read = file.readinto(buffer[: min(size, CHUNK_BYTES)])  # type: ignore[attr-defined]
+        if not read:
+            raise ValueError("it became shorter while it was read")
+        digest.update(buffer[:read])
+        size -= read
+    return digest.hexdigest()
+
+
+def _check_records(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"the checksum of its record {broken} is wrong")
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """Changes with whatever is done to a file."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _remember(key: tuple[int, ...], file: BinaryIO) -> None:
+    # Clocks of file systems tick slowly: what changed just now may change again unseen.
+    just_now = time.time() - JUST_NOW_SECONDS
+    if key == _identity(file) and os.fstat(file.fileno()).st_ctime < just_now:
+        _verified.add(key)

@@ -1,0 +1,160 @@
+"""The folder of a sharded checkpoint: what it is made of, whether it is whole, and how it gets its name.
+
+It holds tensors in the files of torch.distributed.checkpoint, `.metadata`, their table of contents, and
+`rest.pt`, all else that a checkpoint has, with the digests of the other files.
+"""
+
+import pickle
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from typing_extensions import override
+
+from gpt_lightning.checkpoint_file import check_bytes, check_digest
+
+REST = "rest.pt"
+CONTENTS = ".metadata"
+FOLDER_KEY = "sharded_folder"
+TIED_KEY = "tied_parameters"
+DIGESTS_KEY = "digests"
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / REST).is_file()
+
+
+# ---- names
+
+
+@contextmanager
+def replaced_by_a_file(path: Path) -> Generator[None, None, None]:
+    """Make way for a file under the name of a sharded checkpoint, which comes back if none is written."""
+    with set_aside(path) if is_sharded(path) else nullcontext():
+        yield
+
+
+@contextmanager
+def set_aside(path: Path) -> Generator[None, None, None]:
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    if path.exists():
+        path.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    remove(old)
+
+
+def restore_set_aside(folder: Path) -> None:
+    """Give back their names to checkpoints below `folder` that a crash left between two names."""
+    for old in folder.glob("**/.*.ckpt.old"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not path.exists():
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.rename(path)
+
+
+def remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
+
+
+# ---- contents
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads the folder's table of contents without running what a stranger may have put into it."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / CONTENTS).open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        # What FileSystemReader does beside unpickling.
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in HARMLESS:
+            return super().find_class(module_name, global_name)
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+HARMLESS = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+}
+
+
+UNREADABLE = (
+    CheckpointException,
+    OSError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+@contextmanager
+def complaining(folder: Path) -> Generator[None, None, None]:
+    """One line for whatever a torn folder leads to."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = str(error).strip().split("\n")[-1][:120]
+        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """The files that the folder's table of contents names and that are not there."""
+    storage = Reader(folder).read_metadata().storage_data or {}
+    names = {place.relative_path for place in storage.values()}
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ValueError, in one line, if a file of the folder is missing or not as it was written."""
+    rest = read_rest(folder)
+    with complaining(folder):
+        check_files(folder, rest)
+
+
+def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares: int = 1) -> None:
+    """Look at every file, but read only a share of them: `shares` ranks can divide the work."""
+    if missing := missing_parts(folder):
+        raise ValueError(f"{', '.join(missing)} missing")
+    for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
+        check_digest(folder / name, digest)
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """All of the checkpoint but its tensors."""
+    with complaining(folder):
+        check_bytes(folder / REST)
+        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    return {**rest, FOLDER_KEY: str(folder)}
