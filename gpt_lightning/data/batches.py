@@ -1,5 +1,6 @@
 """Batches of windows as tensors, and the loader that asks for them by number."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ class TokenBatch(NamedTuple):
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
     document_ids: Tensor | None  # [B, T]
+    sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
 
 
 class WindowBatches(Dataset[TokenBatch]):
@@ -71,7 +73,9 @@ class WindowBatches(Dataset[TokenBatch]):
             document_ids = torch.from_numpy(
                 windows.document_ids(document_starts, starts, lengths, n_tokens=n_tokens, **sizes)
             )
-        return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), document_ids)
+        sample_ids = torch.full((self.batch_size,), -1)
+        sample_ids[: len(positions)] = torch.from_numpy(positions)
+        return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), document_ids, sample_ids)
 
 
 class BatchNumbers(NamedTuple):
@@ -126,7 +130,17 @@ def batch_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
+        # Else each epoch and validation would draw the workers' seed from the stream that dropout draws from.
+        generator=torch.Generator(),
     )
+
+
+def _leave_signals_to_the_run(worker_id: int) -> None:
+    """A scheduler signals all processes of a job; without its workers the run could not finish its step."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -39,11 +39,13 @@ class TrainingOrder:
         self.first_sample = 0
         self._first_batch = 0
         self._first_epoch_batches = 0
+        self._first_epoch_is_finished = False
 
     def start(self) -> None:
         """Begin anew with a trainer that has not seen what an earlier one restored."""
         if self._batches_trained() < self._first_batch:
             self.first_sample = self._first_batch = self._first_epoch_batches = 0
+            self._first_epoch_is_finished = False
 
     def consumed_samples(self, shape: EpochShape) -> int:
         return shape.position(self.first_sample, self._batches_since_restored())
@@ -59,10 +61,17 @@ class TrainingOrder:
         self.first_sample = state_dict["consumed_samples"]
         self._first_batch = state_dict["batches"]
         self._first_epoch_batches = state_dict["epoch_batches"]
+        self._first_epoch_is_finished = False
+
+    def close_epoch_first(self) -> None:
+        """Lightning resumes in an epoch that is finished but not closed: it is to find no batch left in it."""
+        self._first_epoch_is_finished = True
 
     def batch_numbers(self, shape: EpochShape) -> BatchNumbers:
         """The rest of the epoch, numbered from the restored position."""
         first = self._batches_since_restored()
+        if self._is_to_close_an_epoch():
+            return BatchNumbers(range(first, first), self._batches_of_epoch())
         usual = shape.batches(shape.windows)
         within = self.consumed_samples(shape) % shape.windows
         if within == 0 or self._epochs_are_limited(usual):
@@ -101,6 +110,15 @@ class TrainingOrder:
         if trainer is None or self._batches_since_restored() == 0:
             return self._first_epoch_batches
         return trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+    def _is_to_close_an_epoch(self) -> bool:
+        """Until Lightning has asked for the batches of that epoch."""
+        trainer = self._trainer()
+        if trainer is None or not self._first_epoch_is_finished or self._batches_since_restored() > 0:
+            return False
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        # Nothing is counted before the counters are restored, and in the epoch after that one.
+        return batches.total.processed < self._first_batch or batches.current.ready > 0
 
     def _epochs_are_limited(self, usual: int) -> bool:
         """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""

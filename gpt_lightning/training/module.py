@@ -122,7 +122,9 @@ class GPTLightningModule(LightningModule):
         # Reading the factor on an accelerator would make the host wait for it; multiplying by one is cheaper.
         if factor.device.type == "cpu" and factor == 1:
             return
-        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], factor.float())
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients:  # else the step is left out
+            torch._foreach_mul_(gradients, factor.float())
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/loss", loss, prog_bar=True)

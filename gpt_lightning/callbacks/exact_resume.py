@@ -1,0 +1,185 @@
+"""What a checkpoint needs beside weights, optimizer and data position so that a resumed run is the same run."""
+
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from gpt_lightning.data.datamodule import TextDataModule
+
+RESUME_KEY = "resume"
+
+_log = logging.getLogger("gpt_lightning")
+
+
+class ExactResume(Callback):
+    """Random states of all ranks, and the place in Lightning's loops, saved and restored."""
+
+    def __init__(self) -> None:
+        self._validating = False
+        self._random_state: dict[str, Any] | None = None
+        self._samples_per_step = 0
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating = True
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating = False
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """All ranks call it: a checkpoint is dumped by all of them."""
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        checkpoint[RESUME_KEY] = {
+            "random_states": _of_all_ranks(_random_state(pl_module.device)),
+            "validation_is_due": _validation_is_due(trainer),
+            "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
+            "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
+            "samples_per_step": _samples_per_step(trainer),
+        }
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        saved = checkpoint.get(RESUME_KEY)
+        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._random_state = _own(saved["random_states"], trainer)
+        self._samples_per_step = saved["samples_per_step"]
+        if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):
+            trainer.datamodule.close_epoch_first()
+        _place_in_loops(
+            checkpoint["loops"]["fit_loop"],
+            checkpoint["global_step"],
+            due=saved["validation_is_due"],
+            done=saved["validation_is_done"],
+        )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: whatever sets up the run may draw, and the run that was never killed had done it before.
+        if self._random_state is not None:
+            _set_random_state(self._random_state, pl_module.device)
+            self._random_state = None
+            self._tell_of_another_batch(trainer)
+
+    def _tell_of_another_batch(self, trainer: Trainer) -> None:
+        now = _samples_per_step(trainer)
+        if now != self._samples_per_step and trainer.is_global_zero:
+            _log.info(
+                "an optimizer step takes %s samples now, and took %s before: the order goes on at sample %s, "
+                "none is left out or repeated",
+                *(f"{count:,}" for count in (now, self._samples_per_step, trainer.datamodule.consumed_samples)),
+            )
+
+
+def _samples_per_step(trainer: Trainer) -> int:
+    return trainer.datamodule.samples_per_step if isinstance(trainer.datamodule, TextDataModule) else 0
+
+
+# ---- random states, as plain values that `weights_only` reads
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """By rank; a single one where all are equal, so that another number of ranks can go on from it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [state]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states[:1] if all(_equal(states[0], other) for other in states) else states
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    def plain(state: dict[str, Any]) -> list[Any]:
+        return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
+
+    return plain(one) == plain(other)
+
+
+def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    if len(states) not in (1, trainer.world_size):
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {len(states)} ranks, and there are "
+            f"{trainer.world_size} now: all go on with the first one's"
+        )
+        return states[0]
+    return states[trainer.global_rank if len(states) > 1 else 0]
+
+
+# ---- Lightning's loops
+
+
+def _inside_a_batch(fit_loop: dict[str, Any]) -> bool:
+    """Whether the checkpoint is dumped in `on_train_batch_end`."""
+    total = fit_loop["epoch_loop.batch_progress"]["total"]
+    return bool(total["processed"] > total["completed"])
+
+
+def _epoch_is_finished(fit_loop: dict[str, Any], batches: float) -> bool:
+    """Whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
+    epochs, trained = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]
+    return bool(epochs["processed"] < epochs["started"] and trained["processed"] >= batches)
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
+        return False
+    should_stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return bool(loop._should_check_val_fx(fetcher))
+    finally:
+        trainer.should_stop = should_stop
+
+
+def _place_in_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
+    """Have Lightning go on at the end of the batch that was trained last.
+
+    Of a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end, the
+    epoch's end with it; of one saved during a validation it would validate on a part of the text.
+    """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["total"]
+    if _inside_a_batch(fit_loop):
+        for count in ("total", "current"):
+            batches[count]["completed"] = batches[count]["processed"]
+    # A validation that was begun and of which no batch is done is what makes Lightning run it all.
+    begun = 1 if due and not done else 0
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for count, ready in (("total", begun), ("current", 0)):
+        validation[count].update(ready=ready, started=ready, processed=0, completed=0)
+    validation["is_last_batch"] = False
+    if epochs["processed"] < epochs["started"]:
+        # Lightning counts the step after its validation, in the code that it comes to again if one is due.
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - (1 if due else 0)

@@ -1,0 +1,113 @@
+"""A signal ends a run in order: after the optimizer step, with a checkpoint, on all ranks together."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
+
+EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
+
+
+class Stopped(Exception):
+    """The run ended before its time, in order, on all ranks, and with this exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class OrderlyStop(Callback):
+    """Must be the last callback: it ends the run when all others have seen the step.
+
+    Lightning's own handlers save nothing, end with code 0, and wait for ever when one rank alone is signalled.
+    """
+
+    def __init__(self) -> None:
+        self._exit_code = 0
+        self._seen_step = 0
+        self._group: dist.ProcessGroup | None = None
+        self._former_handlers: dict[int, Any] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # With it goes a broadcast before every batch, which would make the host wait for the device.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.world_size > 1:
+            # On the host: to agree on a stop never waits for a device.
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
+        if threading.current_thread() is threading.main_thread():
+            for name in EXIT_CODES:
+                if (number := getattr(signal, name, None)) is not None:
+                    self._former_handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; a second SIGINT ends at once, as everywhere."""
+        name = signal.Signals(number).name
+        if name == "SIGINT" and self._exit_code:
+            raise KeyboardInterrupt
+        self._exit_code = EXIT_CODES[name]
+        sys.stderr.write(f"{name}: ending after this step, with a checkpoint\n")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._seen_step:  # else the batch was accumulated, the step is not done
+            self._seen_step = trainer.global_step
+            self._stop_if_asked(trainer)
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        code = self._of_all_ranks(self._exit_code)
+        if not code:
+            return
+        saved = ""
+        if isinstance(trainer.checkpoint_callback, RunCheckpoint):
+            trainer.checkpoint_callback.save_now(trainer)
+            saved = f"; go on with --ckpt_path {trainer.checkpoint_callback.last_model_path}"
+        # Lightning hands them to the loggers after this hook.
+        trainer._logger_connector.update_train_step_metrics()
+        raise Stopped(f"stopped by a signal at step {trainer.global_step:,}{saved}", code)
+
+    def _of_all_ranks(self, code: int) -> int:
+        if self._group is None:
+            return code
+        codes = torch.tensor(code)
+        dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group)
+        return int(codes)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_back_signals()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back_signals()
+
+    def _give_back_signals(self) -> None:
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, handler)
+        self._former_handlers = {}

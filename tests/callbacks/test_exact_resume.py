@@ -1,0 +1,159 @@
+"""From a checkpoint of any moment the run goes on as if it had never ended: bits, validations, epochs."""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from gpt_lightning.callbacks.exact_resume import ExactResume
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+from tests.conftest import write_corpus
+from tests.faults.trace import Trace, read_trace
+
+pytestmark = pytest.mark.slow
+
+SEQ_LEN = 64
+STEPS = (2, 3, 4, 5)  # within an epoch, where "by steps" validates, an epoch's last, the next one's first
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+class SaveEverywhere(pl.Callback):
+    """A checkpoint in every hook between steps, with how much of the trace was written by then."""
+
+    def __init__(self, folder: Path, trace: Trace) -> None:
+        self.folder, self.trace = folder, trace
+        self.saved: dict[str, int] = {}
+
+    def save(self, trainer: Any, hook: str) -> None:
+        accumulated = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
+        if trainer.sanity_checking or accumulated or trainer.global_step not in STEPS:
+            return
+        name = f"{hook}-{trainer.global_step}.ckpt"
+        if name not in self.saved:
+            trainer.save_checkpoint(self.folder / name)
+            self.saved[name] = len(read_trace(Path(self.trace.path)))
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.save(trainer, "batch_end")
+
+    def on_validation_start(self, trainer: Any, *args: Any) -> None:
+        self.save(trainer, "validation_start")
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.save(trainer, "in_validation")
+
+    def on_validation_end(self, trainer: Any, *args: Any) -> None:
+        self.save(trainer, "validation_end")
+
+    def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
+        self.save(trainer, "epoch_end")
+
+
+class Draws(pl.Callback):
+    """Draws from every global stream, as augmentations do, and lets the weights depend on it."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        noise = random.random() + np.random.random() + float(torch.rand(()))
+        with torch.no_grad():
+            pl_module.model.ln_f.bias += 1e-3 * noise
+
+
+def fit(
+    corpus: Path, folder: Path, name: str, *callbacks: Any, ckpt_path: Path | None = None, **options: Any
+) -> str:
+    """Runs, writes the trace `folder/name`, and returns the hash of the final weights."""
+    accumulate = options.pop("accumulate_grad_batches", 1)
+    data = TextDataModule(
+        train_files=str(corpus),
+        tokenizer="bytes",
+        seq_len=SEQ_LEN,
+        batch_size=options.pop("batch_size", 48),
+        num_workers=options.pop("num_workers", 0),
+        cache_dir=str(corpus.parent / "cache"),
+    )
+    pl.seed_everything(1, verbose=False)
+    module = GPTLightningModule(
+        GPTConfig(data.vocab_size, SEQ_LEN, n_layers=1, n_heads=2, d_model=8, dropout=0.1),
+        OptimizerConfig(learning_rate=0.01),
+        ScheduleConfig(warmup_steps=3),
+    )
+    if ckpt_path is not None:
+        torch.rand(7), random.random(), np.random.random()  # what a process did before its run
+    trace = next((c.trace for c in callbacks if isinstance(c, SaveEverywhere)), Trace(str(folder / name)))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        accumulate_grad_batches=accumulate,
+        callbacks=[trace, Draws(), ExactResume(), *callbacks],
+        enable_checkpointing=any(isinstance(c, RunCheckpoint) for c in callbacks),
+        log_every_n_steps=1,
+        num_sanity_val_steps=2,
+        **QUIET,
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+PLANS = {
+    "by steps": {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_epochs": 2},
+    "each epoch": {"max_epochs": 2},
+    "in an epoch's middle": {"val_check_interval": 0.5, "max_epochs": 2},
+    "no validation": {"limit_val_batches": 0, "max_epochs": 2},
+    "limited epochs": {"limit_train_batches": 3, "max_epochs": 3},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_resumed_from_any_moment_the_run_is_the_same(
+    plan: str, accumulate: int, corpus: Path, tmp_path: Path
+) -> None:
+    options = dict(PLANS[plan])
+    if accumulate > 1:
+        options |= {"accumulate_grad_batches": accumulate, "batch_size": 12}
+        for name in ("val_check_interval", "limit_train_batches"):
+            if isinstance(options.get(name), int):
+                options[name] *= accumulate
+    whole = fit(corpus, tmp_path, "whole", **options)
+    expected = read_trace(tmp_path / "whole")
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    assert fit(corpus, tmp_path, "saving", saver, **options) == whole, "saving changes the run"
+    assert read_trace(tmp_path / "saving") == expected
+    assert len(saver.saved) >= 6
+    if plan != "limited epochs":
+        assert {row["step"] for row in expected if row["at"].startswith("epoch end")} == {4, 8}
+    for number, (name, done) in enumerate(saver.saved.items()):
+        workers = 2 if number % 10 == 5 else 0
+        resumed = fit(
+            corpus, tmp_path, f"from {name}", ckpt_path=tmp_path / name, num_workers=workers, **options
+        )
+        assert read_trace(tmp_path / f"from {name}") == expected[done:], name
+        assert resumed == whole, name
+
+
+def test_without_the_callback_dropout_differs(corpus: Path, tmp_path: Path) -> None:
+    options = {"max_epochs": 2}
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    whole = fit(corpus, tmp_path, "saving", saver, **options)
+    path = tmp_path / "batch_end-3.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["resume"]
+    torch.save(checkpoint, path)
+    assert fit(corpus, tmp_path, "resumed", ckpt_path=path, **options) != whole
