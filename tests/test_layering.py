@@ -35,6 +35,7 @@ ORDER = [
     "data.tokenizer",
     "data.built_folder",
     "data.token_cache",
+    "data.same_text",
     "data.windows",
     "data.batches",
     "data.prompts",

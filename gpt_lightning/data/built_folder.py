@@ -27,11 +27,13 @@ def built_folder(
     settings: dict[str, Any],
     sources: Sequence[str],
     build: Callable[[Path], dict[str, Any]],
+    check_sources: Callable[[list[str]], None] = lambda hashes: None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The folder for these settings, and what `build` returned for it; others wait while it is being built.
 
     `build(folder)` fills an empty folder and returns what to remember of it, as JSON. Nobody replaces the
-    folder inside the `with`.
+    folder inside the `with`. `check_sources` hears the content hash of each source before anything is built,
+    and may refuse.
     """
     key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir).absolute() / f"{kind}-{key}"
@@ -45,10 +47,15 @@ def built_folder(
         if (reason := _stale_reason(folder, sources)) is not None:
             _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
             try:
-                _build(folder, sources, build)
+                # Before they are read: a source that changes meanwhile is found stale the next time.
+                described = [_describe(source) for source in sources]
+                check_sources([source["hash"] for source in described])
+                _build(folder, described, build)
             except BaseException:
                 _leave_no_trace(folder, made)
                 raise
+        else:
+            check_sources([source["hash"] for source in _read_meta(folder)["sources"]])
         yield folder, _read_meta(folder)["built"]
 
 
@@ -61,7 +68,9 @@ def _leave_no_trace(folder: Path, made: list[Path]) -> None:
         parent.rmdir()
 
 
-def _build(folder: Path, sources: Sequence[str], build: Callable[[Path], dict[str, Any]]) -> None:
+def _build(
+    folder: Path, described: list[dict[str, Any]], build: Callable[[Path], dict[str, Any]]
+) -> None:
     # Beside the target: the rename stays on one disk, and what a killed build leaves, the next one sweeps.
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     replaced = folder.with_name(f"{folder.name}.replaced")
@@ -69,8 +78,6 @@ def _build(folder: Path, sources: Sequence[str], build: Callable[[Path], dict[st
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir()
     try:
-        # Described before they are read: a source that changes meanwhile is found stale the next time.
-        described = [_describe(source) for source in sources]
         built = build(unfinished)
         files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
         _write_meta(unfinished, {"sources": described, "files": files, "built": built})

@@ -1,7 +1,8 @@
 """TextDataModule: from text files and prompts to the batches that Lightning asks for."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -15,9 +16,16 @@ from gpt_lightning.data.batches import (
     batch_loader,
     rank_and_ranks,
 )
-from gpt_lightning.data.documents import resolve_sources, source_bytes
 from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
-from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.same_text import TrainedText
+from gpt_lightning.data.token_cache import (
+    Corpus,
+    TokenSplit,
+    check_bytes,
+    check_length,
+    prepare_tokenizer,
+    prepare_tokens,
+)
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
 from gpt_lightning.data.training_order import EpochShape, TrainingOrder
 
@@ -80,6 +88,7 @@ class TextDataModule(LightningDataModule):
         self._check_options()
         self._text_tokenizer: TextTokenizer | None = None
         self._splits: dict[str, TokenSplit] | None = None
+        self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
 
     def _check_options(self) -> None:
@@ -94,6 +103,11 @@ class TextDataModule(LightningDataModule):
             raise ValueError("data.document_separator='' separates nothing; leave it out or give some text")
         if is_trained_here(self.tokenizer):
             requested_vocab_size(self.tokenizer)
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("a checkpoint holds no TextDataModule; make one of its options")
 
     @override
     def __str__(self) -> str:
@@ -110,7 +124,7 @@ class TextDataModule(LightningDataModule):
                 corpus = self._corpus()
                 if not corpus.train_files:
                     raise self._no_train_files()
-                self._check_size(corpus)
+                check_bytes(corpus, self.seq_len, self.train_files)
                 size = requested_vocab_size(self.tokenizer)
                 self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
             else:
@@ -136,27 +150,15 @@ class TextDataModule(LightningDataModule):
             corpus = self._corpus()
             if not corpus.train_files and not corpus.val_files and not corpus.test_files:
                 raise self._no_train_files()
-            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, self._check_tokens)
+            checks = (self._check_tokens, partial(self.trained_text.take, corpus))
+            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, *checks)
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits
         return self._splits
 
-    def _check_size(self, corpus: Corpus) -> None:
-        """Refuse what is too short in bytes already, before a tokenizer is trained on it."""
-        plain = all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files)
-        n_bytes = sum(map(source_bytes, corpus.train_files))
-        if plain and n_bytes < self.seq_len + 1:
-            self._check_tokens(n_bytes)
-
     def _check_tokens(self, n_tokens: int) -> None:
-        if n_tokens == 0:
-            raise ValueError(f"data.train_files={self.train_files} is empty; give files with text")
-        if n_tokens < self.seq_len + 1:
-            raise ValueError(
-                f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens, but there "
-                f"are {n_tokens}; lower data.seq_len or add text to data.train_files"
-            )
+        check_length(n_tokens, self.seq_len, self.train_files)
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
@@ -169,22 +171,9 @@ class TextDataModule(LightningDataModule):
         return splits.get(name, splits.get("val") if name == "test" else None)
 
     def _corpus(self) -> Corpus:
-        files = {}
-        for option in ("train_files", "val_files", "test_files"):
-            patterns = getattr(self, option)
-            patterns = [patterns] if isinstance(patterns, str) else patterns
-            files[option] = () if patterns is None else tuple(resolve_sources(patterns, f"data.{option}"))
-        for option in ("val_files", "test_files"):
-            for file in files[option]:
-                if file in files["train_files"]:
-                    raise ValueError(f"data.{option}={file} is also in data.train_files; remove it from one")
-        return Corpus(
-            **files,
-            val_fraction=self.val_fraction,
-            seed=self.seed,
-            text_key=self.text_key,
-            document_separator=self.document_separator,
-        )
+        patterns = {name: getattr(self, name) for name in ("train_files", "val_files", "test_files")}
+        settings = ("val_fraction", "seed", "text_key", "document_separator")
+        return Corpus.find(patterns, **{name: getattr(self, name) for name in settings})
 
     def _no_train_files(self) -> ValueError:
         return ValueError("data.train_files=null names no text; give a file, folder or glob, or python:docs")
@@ -275,10 +264,13 @@ class TextDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         order = self._order.state_dict(self._epoch_shape())
         settings = {name: getattr(self, name) for name in SETTINGS_OF_A_RUN}
-        return {**order, "settings": settings, "tokenizer": self.text_tokenizer.to_dict()}
+        tokenizer = self.text_tokenizer.to_dict()
+        return {**order, "settings": settings, "tokenizer": tokenizer, "text": self.trained_text.described}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self.trained_text.resume(state_dict)
         tokenizer = TextTokenizer.from_dict(state_dict["tokenizer"])
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)

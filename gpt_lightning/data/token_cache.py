@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.built_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, source_bytes
+from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 
@@ -38,6 +38,19 @@ class Corpus:
     seed: int
     text_key: str
     document_separator: str | None
+
+    @classmethod
+    def find(cls, patterns: dict[str, list[str] | str | None], **settings: Any) -> "Corpus":
+        """The corpus of the files that `patterns` of train_files, val_files and test_files stand for."""
+        files: dict[str, Any] = {}
+        for option, given in patterns.items():
+            given = [given] if isinstance(given, str) else given
+            files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
+        for option in ("val_files", "test_files"):
+            for file in files[option]:
+                if file in files["train_files"]:
+                    raise ValueError(f"data.{option}={file} is also in data.train_files; remove it from one")
+        return cls(**files, **settings)
 
     def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
         for file in files:
@@ -92,10 +105,12 @@ def prepare_tokens(
     tokenizer: TextTokenizer,
     cache_dir: str,
     check_train: Callable[[int], None] = lambda n_tokens: None,
+    check_sources: Callable[[list[str]], None] = lambda hashes: None,
 ) -> dict[str, TokenSplit]:
     """The splits that have tokens, from the cache if it is fresh, else built now; safe in every process.
 
-    `check_train` hears the number of training tokens before a new cache is kept, and may refuse it.
+    `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
+    `check_sources` the content hashes of the training, validation and test files, before one is built.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
     sources = corpus.train_files + corpus.val_files + corpus.test_files
@@ -106,13 +121,31 @@ def prepare_tokens(
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
         return counts
 
-    with built_folder(cache_dir, "tokens", settings, sources, build) as (folder, built):
+    with built_folder(cache_dir, "tokens", settings, sources, build, check_sources) as (folder, built):
         order: tuple[str, ...] = ("train", "val", "test")
         splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
             split.tokens, split.document_starts
     return splits
+
+
+def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | None) -> None:
+    """Refuse what is too short in bytes already, before a tokenizer is trained on it."""
+    plain = all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files)
+    n_bytes = sum(map(source_bytes, corpus.train_files))
+    if plain and n_bytes < seq_len + 1:
+        check_length(n_bytes, seq_len, train_files)
+
+
+def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | None) -> None:
+    if n_tokens == 0:
+        raise ValueError(f"data.train_files={train_files} is empty; give files with text")
+    if n_tokens < seq_len + 1:
+        raise ValueError(
+            f"data.seq_len={seq_len} needs {seq_len + 1} training tokens, but there are {n_tokens}; lower "
+            "data.seq_len or add text to data.train_files"
+        )
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
