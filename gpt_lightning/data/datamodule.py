@@ -260,6 +260,16 @@ class TextDataModule(LightningDataModule):
         """Windows trained on so far, over all ranks and epochs: the position in the training order."""
         return self._order.consumed_samples(self._epoch_shape())
 
+    @property
+    def samples_per_step(self) -> int:
+        """Windows that an optimizer step takes, over all ranks and micro-batches."""
+        shape = self._epoch_shape()
+        return shape.global_batch * shape.accumulate
+
+    def close_epoch_first(self) -> None:
+        """For a checkpoint saved when all batches of an epoch were trained and Lightning had not closed it."""
+        self._order.close_epoch_first()
+
     @override
     def state_dict(self) -> dict[str, Any]:
         order = self._order.state_dict(self._epoch_shape())
