@@ -23,14 +23,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, nodes: 
     The first rank that fails fails the test with its traceback, and no process outlives the call.
     """
     fork = multiprocessing.get_context("fork")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            fork.Process(
-                target=_rank,
-                args=({**environment, **_own(rank, world_size, nodes)}, Path(folder), function, args),
-            )
-            for rank in range(world_size)
+            fork.Process(target=_rank, args=(environment, Path(folder), function, args))
+            for environment in torchrun_environments(world_size, nodes)
         ]
         for process in ranks:
             process.start()
@@ -57,6 +53,12 @@ def _wait(ranks: list[Any], folder: Path) -> None:
             text = error.read_text() if error.exists() else f"still waiting, or ended by {process.exitcode}"
             if error.exists() or not any(folder.glob("*.error")):
                 raise AssertionError(f"rank {rank} of {len(ranks)}: {text}")
+
+
+def torchrun_environments(world_size: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What torchrun would tell each rank."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [{**common, **_own(rank, world_size, nodes)} for rank in range(world_size)]
 
 
 def _own(rank: int, world_size: int, nodes: int) -> dict[str, str]:

@@ -1,0 +1,153 @@
+"""Runs the program in processes that are forked after the imports, to be killed anywhere and started again."""
+
+import hashlib
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.checkpoint import read_checkpoint
+from tests.distributed import torchrun_environments
+
+STARTING, TRAINING, VALIDATING, ENDED = range(4)
+PHASES = ("starting", "training", "validating", "ended")
+START_SECONDS = 60
+
+
+class Process:
+    """One run of the program, of one or several ranks, whose phase can be seen from outside."""
+
+    def __init__(
+        self, words: Sequence[str], folder: Path, *, ranks: int = 1, log: str = "log", **environment: str
+    ) -> None:
+        self.log = folder / log
+        self._phase = mmap.mmap(-1, 2)  # of the first rank; whether it is writing a checkpoint
+        fork = multiprocessing.get_context("fork")
+        own = torchrun_environments(ranks) if ranks > 1 else [{"TOKENIZERS_PARALLELISM": "false"}]
+        self.ranks = [
+            fork.Process(target=_run, args=(list(words), folder, self.log, self._phase, {**env, **environment}))
+            for env in own
+        ]
+        for process in self.ranks:
+            process.start()
+
+    @property
+    def phase(self) -> int:
+        return self._phase[0]
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._phase[1])
+
+    @property
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.ranks)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> bool:
+        """Whether it came true while the program was running."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.is_alive:
+            if condition():
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        for process in self.ranks if rank is None else [self.ranks[rank]]:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
+    def exit_codes(self, seconds: float = 60) -> list[int | None]:
+        """When all have ended; whoever has not by then is killed."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        self.send(signal.SIGKILL)
+        for process in self.ranks:
+            process.join()
+        return codes
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def run(words: Sequence[str], folder: Path, **options: Any) -> tuple[int | None, str]:
+    """The first rank's exit code, and all that the ranks have said."""
+    process = Process(words, folder, **options)
+    codes = process.exit_codes(120)
+    return codes[0], process.output()
+
+
+def _run(
+    words: list[str], folder: Path, log: Path, phase: mmap.mmap, environment: dict[str, str]
+) -> None:
+    status: int | str | None = 1
+    try:
+        os.chdir(folder)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        if environment.get("RANK", "0") == "0":
+            _show_phase(phase)
+        main(words)
+        status = 0
+    except SystemExit as exit:
+        status = exit.code if exit.code is not None else 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+
+def _show_phase(phase: mmap.mmap) -> None:
+    """Have the callbacks that each run has show what is going on."""
+    from gpt_lightning import checkpoint
+    from gpt_lightning.callbacks.orderly_stop import OrderlyStop
+
+    def showing(name: str, number: int) -> None:
+        hook = getattr(OrderlyStop, name)
+
+        def shown(self: Any, *args: Any, **kwargs: Any) -> Any:
+            phase[0] = number
+            return hook(self, *args, **kwargs)
+
+        setattr(OrderlyStop, name, shown)
+
+    showing("on_train_start", TRAINING)
+    showing("on_validation_start", VALIDATING)
+    showing("on_validation_end", TRAINING)
+    showing("on_train_end", ENDED)
+    write = checkpoint.write
+
+    def shown_write(*args: Any, **kwargs: Any) -> Any:
+        phase[1] = 1
+        try:
+            return write(*args, **kwargs)
+        finally:
+            phase[1] = 0
+
+    checkpoint.write = shown_write
+
+
+def weights_hash(path: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_checkpoint(path)["state_dict"].items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
