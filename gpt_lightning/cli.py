@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from gpt_lightning.callbacks.exact_resume import ExactResume
+from gpt_lightning.callbacks.finite_guard import FiniteGuard
+from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
+from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
@@ -29,21 +35,24 @@ from gpt_lightning.checkpoint import (
     checkpoint_tokenizer,
     read_checkpoint,
 )
-from gpt_lightning.cli_checks import check_before_work, complaint_in, say, warn_of_untrained_positions
+from gpt_lightning.cli_checks import check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_consolidate import run_consolidate
+from gpt_lightning.cli_endings import in_order
+from gpt_lightning.cli_imports import limited_imports
 from gpt_lightning.cli_noise import quiet
 from gpt_lightning.cli_parser import Parser, shorten
-from gpt_lightning.cli_tensor_parallel import (
-    build_without_memory,
-    check_topology,
-    is_tensor_parallel,
-    leave_together,
-)
+from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.run_folder import checkpoints_folder, choose_run_folder, find_checkpoint, newest_of_run
+from gpt_lightning.run_folder import (
+    checkpoints_folder,
+    choose_run_folder,
+    find_checkpoint,
+    newest_of_run,
+    open_run_folder,
+)
 from gpt_lightning.training.module import GPTLightningModule
 
 DEFAULT_MAX_STEPS = 2000
@@ -58,10 +67,11 @@ class PreparingTrainer(Trainer):
 
 
 class GPTLightningCLI(LightningCLI):
-    """`args` are the words of the command line, the verb first."""
+    """`args` are the words of the command line, the verb first; `ending` is closed when the program ends."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
         self._words = args
+        self._rank_guard, self._ending = rank_guard, ending
         self._checkpoint: dict[str, Any] | None = None
         self._checkpoint_path: Path | None = None
         self._run_folder = Path()
@@ -99,6 +109,7 @@ class GPTLightningCLI(LightningCLI):
             help="Folder under checkpoints/; by default the config's name.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(FiniteGuard, "non_finite")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_class_arguments(GenerationConfig, "generation")
         parser.link_arguments(
@@ -137,7 +148,7 @@ class GPTLightningCLI(LightningCLI):
             self._name_run(settings)
             path = self._resume_path(settings, root / settings.run_name) if verb == "fit" else None
         else:
-            path = find_checkpoint(settings.ckpt_path, root)
+            path = find_checkpoint(settings.ckpt_path, root, say)
         if path is not None:
             if not is_tensor_parallel(settings):
                 check_not_sharded(path)
@@ -154,7 +165,6 @@ class GPTLightningCLI(LightningCLI):
             settings.weights_only = True
         if verb == "fit":
             self._run_folder = choose_run_folder(root / settings.run_name, path)
-            settings.run_name = self._run_folder.name
 
     def _name_run(self, settings: Any) -> None:
         if settings.run_name is None:
@@ -170,7 +180,7 @@ class GPTLightningCLI(LightningCLI):
             return None
         if settings.ckpt_path != "last":
             return Path(settings.ckpt_path)
-        newest = newest_of_run(folder)
+        newest = newest_of_run(folder, say)
         if newest is None:
             say(f"no checkpoint in {folder} yet: starting from scratch")
             settings.ckpt_path = None
@@ -211,6 +221,17 @@ class GPTLightningCLI(LightningCLI):
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
             warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
+            self._open_run(settings)
+
+    @rank_zero_only
+    def _open_run(self, settings: Any) -> None:
+        """Keep other processes out of the run's folder; only the first rank writes into it."""
+        if not settings.trainer.fast_dev_run:
+            root = checkpoints_folder(settings.trainer.default_root_dir)
+            run = open_run_folder(root / settings.run_name, self._checkpoint_path)
+            self._ending.callback(run.close)
+            self._run_folder = run.folder
+        settings.run_name = self._run_folder.name
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
         """Of the checkpoint's own tokenizer if there is a checkpoint: no other fits its weights."""
@@ -240,6 +261,7 @@ class GPTLightningCLI(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in _as_list(settings["callbacks"])):
             if settings["enable_progress_bar"] is not False:
                 callbacks.append(StepProgressBar())
+        callbacks.append(self._rank_guard)
         settings["plugins"] = [*_as_list(settings["plugins"]), DurableCheckpointIO()]
         if self.subcommand == "fit":
             callbacks += self._prepare_fit(settings)
@@ -261,17 +283,22 @@ class GPTLightningCLI(LightningCLI):
         if by_steps and not trainer.fast_dev_run:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
+        if self.subcommand == "fit":
+            trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
+            # Curves of a killed run end after its last checkpoint: what comes again is shown once.
+            again_from = None if self._checkpoint is None else self._checkpoint["global_step"] + 1
             settings["logger"] = TensorBoardLogger(
-                self._run_folder, name="logs", version="", default_hp_metric=False
+                self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
         self.save_config_kwargs = {"folder": self._run_folder}
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
-        callbacks = [Throughput(), self._get(self.config_init, "samples")]
+        guard, samples = (self._get(self.config_init, name) for name in ("non_finite", "samples"))
+        callbacks = [guard, ExactResume(), Throughput(), samples]
         return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
 
     def _output_path(self) -> Path:
@@ -286,11 +313,20 @@ class GPTLightningCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "predict":
-            # Before the Trainer starts: unusable text is to be found before a run folder is made.
-            for name, split in self.datamodule.prepare().items():
-                say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents")
+            # Before the Trainer starts: unusable text is to be found before anything is written.
+            self._prepare_text(subcommand)
         if subcommand != "prepare":
+            self._rank_guard.begin(self.trainer)
             super()._run_subcommand(subcommand)
+
+    def _prepare_text(self, verb: str) -> None:
+        saved = (self._checkpoint or {}).get(DATA_KEY, {})
+        if verb == "fit":
+            self.datamodule.trained_text.resume(saved)
+        for name, split in self.datamodule.prepare().items():
+            say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents")
+        if verb in ("validate", "test") and (warning := self.datamodule.trained_text.warning(saved, verb)):
+            say(f"warning: {warning}")
 
     def after_fit(self) -> None:
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
@@ -335,20 +371,9 @@ def run(words: list[str]) -> None:
     Parser.show_all = "--help-all" in words
     words = ["--help" if word == "--help-all" else word for word in words]
     quiet()
-    try:
+    rank_guard = RankGuard()
+    with in_order(rank_guard), ExitStack() as ending, limited_imports(words) as words:
         if words[0] == "consolidate":
             run_consolidate(words[1:])
         else:
-            GPTLightningCLI(complete_words(words))
-            leave_together()
-    except (ValueError, MisconfigurationException) as error:
-        complaint = complaint_in(error)
-        if complaint is None:
-            raise
-        say(f"error: {shorten(str(complaint))}")
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}; name a place that can be written", file=sys.stderr)
-        sys.exit(2)
+            GPTLightningCLI(complete_words(words), rank_guard, ending)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from gpt_lightning.parallel.layers import check_sequence
@@ -23,16 +22,6 @@ def build_without_memory(
     """The module on the meta device, for the strategy to give each rank its part."""
     with torch.device("meta"):
         return class_type(*args, **kwargs)
-
-
-def leave_together() -> None:
-    """End the process groups while all ranks are there.
-
-    Left to the interpreter's exit, gloo's threads abort a process now and then, after all its work was done.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def check_topology(trainer: Trainer, module: GPTLightningModule, seq_len: int | None) -> None:

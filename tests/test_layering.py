@@ -9,6 +9,7 @@ import gpt_lightning
 
 PACKAGE = Path(gpt_lightning.__file__).parent
 ORDER = [
+    "exit_codes",
     "config",
     "kv_cache",
     "linear_cross_entropy",
@@ -50,6 +51,9 @@ ORDER = [
     "checkpoint",
     "huggingface",
     "callbacks.run_checkpoint",
+    "callbacks.exact_resume",
+    "callbacks.finite_guard",
+    "callbacks.orderly_stop",
     "callbacks.run_config",
     "callbacks.throughput",
     "callbacks.text_samples",
@@ -63,6 +67,7 @@ ORDER = [
     "cli_tensor_parallel",
     "cli_imports",
     "cli_parser",
+    "cli_endings",
     "cli_words",
     "cli",
     "__main__",

@@ -1,4 +1,4 @@
-"""What a checkpoint needs beside weights, optimizer and data position so that a resumed run is the same run."""
+"""What a resumed run needs beside weights, optimizer and data position to be the run that never ended."""
 
 import logging
 import random
@@ -69,7 +69,7 @@ class ExactResume(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: whatever sets up the run may draw, and the run that was never killed had done it before.
+        # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
             _set_random_state(self._random_state, pl_module.device)
             self._random_state = None
@@ -81,7 +81,7 @@ class ExactResume(Callback):
             _log.info(
                 "an optimizer step takes %s samples now, and took %s before: the order goes on at sample %s, "
                 "none is left out or repeated",
-                *(f"{count:,}" for count in (now, self._samples_per_step, trainer.datamodule.consumed_samples)),
+                *map("{:,}".format, (now, self._samples_per_step, trainer.datamodule.consumed_samples)),
             )
 
 
@@ -97,7 +97,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
         "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
@@ -167,8 +167,8 @@ def _validation_is_due(trainer: Trainer) -> bool:
 def _place_in_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
     """Have Lightning go on at the end of the batch that was trained last.
 
-    Of a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end, the
-    epoch's end with it; of one saved during a validation it would validate on a part of the text.
+    Of a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end,
+    the epoch's end with it; of one saved during a validation it would validate on a part of the text.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["total"]
     if _inside_a_batch(fit_loop):

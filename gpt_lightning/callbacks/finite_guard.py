@@ -68,8 +68,8 @@ class FiniteGuard(Callback):
         if self.skipped_steps > self.max_skipped_steps:
             raise NonFiniteError(
                 f"{found}; the step was not taken. Lower model.optimizer.learning_rate or clip with "
-                "trainer.gradient_clip_val, and go on with --ckpt_path last; --non_finite.max_skipped_steps N "
-                "leaves such steps out"
+                "trainer.gradient_clip_val, and go on with --ckpt_path last; "
+                "--non_finite.max_skipped_steps N leaves such steps out"
             )
         rank_zero_warn(f"{found}; left out, {self.skipped_steps} of at most {self.max_skipped_steps}")
         # Without gradients no optimizer changes anything: no weight, no moment, no decay.

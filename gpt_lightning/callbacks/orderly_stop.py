@@ -29,7 +29,7 @@ class Stopped(Exception):
 class OrderlyStop(Callback):
     """Must be the last callback: it ends the run when all others have seen the step.
 
-    Lightning's own handlers save nothing, end with code 0, and wait for ever when one rank alone is signalled.
+    Lightning's own handlers save nothing, end with code 0, and hang when one rank alone is signalled.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class OrderlyStop(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = lambda: None
         # With it goes a broadcast before every batch, which would make the host wait for the device.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))

@@ -39,7 +39,8 @@ class SaveEverywhere(pl.Callback):
         self.saved: dict[str, int] = {}
 
     def save(self, trainer: Any, hook: str) -> None:
-        accumulated = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
+        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        accumulated = trained % trainer.accumulate_grad_batches
         if trainer.sanity_checking or accumulated or trainer.global_step not in STEPS:
             return
         name = f"{hook}-{trainer.global_step}.ckpt"
@@ -81,7 +82,7 @@ def fit(
         train_files=str(corpus),
         tokenizer="bytes",
         seq_len=SEQ_LEN,
-        batch_size=options.pop("batch_size", 48),
+        batch_size=options.pop("batch_size", 36),
         num_workers=options.pop("num_workers", 0),
         cache_dir=str(corpus.parent / "cache"),
     )
@@ -127,7 +128,7 @@ def test_resumed_from_any_moment_the_run_is_the_same(
 ) -> None:
     options = dict(PLANS[plan])
     if accumulate > 1:
-        options |= {"accumulate_grad_batches": accumulate, "batch_size": 12}
+        options |= {"accumulate_grad_batches": accumulate, "batch_size": 9}
         for name in ("val_check_interval", "limit_train_batches"):
             if isinstance(options.get(name), int):
                 options[name] *= accumulate
@@ -136,7 +137,7 @@ def test_resumed_from_any_moment_the_run_is_the_same(
     saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
     assert fit(corpus, tmp_path, "saving", saver, **options) == whole, "saving changes the run"
     assert read_trace(tmp_path / "saving") == expected
-    assert len(saver.saved) >= 6
+    assert len(saver.saved) >= 5
     if plan != "limited epochs":
         assert {row["step"] for row in expected if row["at"].startswith("epoch end")} == {4, 8}
     for number, (name, done) in enumerate(saver.saved.items()):

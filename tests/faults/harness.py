@@ -1,4 +1,4 @@
-"""Runs the program in processes that are forked after the imports, to be killed anywhere and started again."""
+"""Runs the program in processes forked after the imports, to be killed anywhere and started again."""
 
 import hashlib
 import mmap
@@ -32,10 +32,8 @@ class Process:
         self._phase = mmap.mmap(-1, 2)  # of the first rank; whether it is writing a checkpoint
         fork = multiprocessing.get_context("fork")
         own = torchrun_environments(ranks) if ranks > 1 else [{"TOKENIZERS_PARALLELISM": "false"}]
-        self.ranks = [
-            fork.Process(target=_run, args=(list(words), folder, self.log, self._phase, {**env, **environment}))
-            for env in own
-        ]
+        common = (list(words), folder, self.log, self._phase)
+        self.ranks = [fork.Process(target=_run, args=(*common, {**env, **environment})) for env in own]
         for process in self.ranks:
             process.start()
 

@@ -1,0 +1,60 @@
+"""How the program ends: in one line, with a code that says why, and with all its ranks."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from gpt_lightning.callbacks.finite_guard import NonFiniteError
+from gpt_lightning.callbacks.orderly_stop import Stopped
+from gpt_lightning.callbacks.rank_guard import RankGuard
+from gpt_lightning.checkpoint_file import CheckpointWriteError
+from gpt_lightning.cli_checks import complaint_in, say
+from gpt_lightning.cli_parser import shorten
+from gpt_lightning.exit_codes import INTERRUPTED, NON_FINITE, WRITE_FAILED
+from gpt_lightning.snapshot import NonFiniteCheckpointError
+
+
+@contextmanager
+def in_order(rank_guard: RankGuard) -> Iterator[None]:
+    """Run the program; what is known to go wrong ends it with a line and a code, the rest by a traceback."""
+    try:
+        yield
+        _leave_together(rank_guard)
+    except (Stopped, NonFiniteError) as error:  # raised on all ranks
+        say(str(error) if isinstance(error, Stopped) else f"error: {error}")
+        _leave_together(rank_guard)
+        sys.exit(error.exit_code if isinstance(error, Stopped) else NON_FINITE)
+    except (CheckpointWriteError, NonFiniteCheckpointError) as error:  # on the rank that writes
+        say(f"error: {error}")
+        sys.exit(WRITE_FAILED if isinstance(error, CheckpointWriteError) else NON_FINITE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as error:
+        # Lightning makes a plain 1 of a second Ctrl-C.
+        interrupted = isinstance(error.__context__, KeyboardInterrupt)
+        sys.exit(INTERRUPTED if interrupted else error.code)
+    except (ValueError, MisconfigurationException) as error:
+        complaint = complaint_in(error)
+        if complaint is None:
+            raise
+        say(f"error: {shorten(str(complaint))}")
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name a place that can be written", file=sys.stderr)
+        sys.exit(2)
+
+
+def _leave_together(rank_guard: RankGuard) -> None:
+    """End the process groups while all ranks are there.
+
+    Left to the interpreter's exit, gloo's threads abort a process now and then, after all its work was done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        rank_guard.leave()
+        dist.destroy_process_group()
