@@ -138,7 +138,7 @@ def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
     complaints = []
     for path in sorted(paths, key=age, reverse=True):
         try:
-            check_whole(path) if is_sharded(path) else verify(path)
+            check_bytes_of(path)
         except ValueError as error:
             complaints.append(str(error))
         else:
@@ -173,12 +173,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
     if not path.exists():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
-    if is_sharded(path):
-        check_whole(path)
-        checkpoint = read_rest(path)
-    else:
-        verify(path)
-        checkpoint = _read_file(path)
+    check_bytes_of(path)
+    checkpoint = read_rest(path) if is_sharded(path) else _read_file(path)
     check_contents(path, checkpoint)
     return dict(checkpoint)
 
@@ -199,11 +195,28 @@ def check_contents(path: Path, checkpoint: Any) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """The optimizer step at which a checkpoint was saved; None if it is not whole."""
+    """The optimizer step at which a checkpoint was saved, without a look at the rest; None if unreadable."""
     try:
-        return int(read_checkpoint(path)["global_step"])
-    except (ValueError, KeyError):
+        checkpoint = read_rest(path) if is_sharded(path) else _read_file(path)
+        return int(checkpoint["global_step"])
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        check_bytes_of(path)
+    except ValueError:
+        return False
+    return True
+
+
+def check_bytes_of(path: Path) -> None:
+    """Raise ValueError, in one line, if a checkpoint, file or folder, is not as it was written."""
+    if is_sharded(path):
+        check_whole(path)
+    else:
+        verify(path)
 
 
 def check_not_sharded(path: Path) -> None:

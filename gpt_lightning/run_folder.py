@@ -1,8 +1,17 @@
 """Where a run lives, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_lightning.checkpoint import newest_checkpoint
+from filelock import FileLock, Timeout
+
+from gpt_lightning.checkpoint import LOCK, checkpoints_below, is_whole, newest_checkpoint, newest_of, step_of
+from gpt_lightning.checkpoint_file import sweep, temporary_beside
+from gpt_lightning.parallel.sharded_folder import restore_set_aside
 
 CHECKPOINTS = "checkpoints"
 
@@ -11,35 +20,121 @@ def checkpoints_folder(default_root_dir: str | None) -> Path:
     return Path(default_root_dir or ".") / CHECKPOINTS
 
 
-def choose_run_folder(folder: Path, resumed_from: Path | None) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... that holds no other run.
-
-    A run that continues a checkpoint of `folder` continues in it.
-    """
-    if resumed_from is not None and resumed_from.resolve().parent == folder.resolve():
-        return folder
-    candidate, number = folder, 1
-    while candidate.is_dir() and any(candidate.iterdir()):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+# ---- which checkpoint
 
 
-def newest_of_run(folder: Path) -> Path | None:
-    """The newest checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
-    folders = [folder, *folder.parent.glob(f"{folder.name}-[0-9]*")]
-    found = [path for path in map(newest_checkpoint, folders) if path is not None]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+def newest_of_run(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
+    numbered = [
+        other
+        for other in folder.parent.glob(f"{folder.name}-*")
+        if re.fullmatch(r"\d+", other.name.removeprefix(f"{folder.name}-"))
+    ]
+    return newest_of([path for run in (folder, *numbered) for path in checkpoints_below(run)], warn)
 
 
-def find_checkpoint(given: str | None, folder: Path) -> Path:
-    """The checkpoint named; without a name, or for `last`, the newest below `folder`."""
+def find_checkpoint(
+    given: str | None, folder: Path, warn: Callable[[str], None] = lambda line: None
+) -> Path:
+    """The checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
     if given is not None and given != "last":
         return Path(given)
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder, warn)
     if newest is None:
         raise ValueError(
             f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; "
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
     return newest
+
+
+# ---- which folder
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """The folder of a run, into which no other process writes until it is closed or this one ends."""
+
+    folder: Path
+    _lock: FileLock
+    _made: tuple[Path, ...]
+
+    def close(self) -> None:
+        """Let others in; of the folders that were made for the run, those in which nothing is go again."""
+        with suppress(OSError):
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+        for folder in self._made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def open_run_folder(folder: Path, resumed_from: Path | None) -> OpenRun:
+    """Choose the run's folder, make it, and keep others out; raise if it cannot be written.
+
+    What killed saves left in it is removed.
+    """
+    if goes_on_in(folder, resumed_from):
+        run = _opened(folder)
+        if run is None:
+            raise ValueError(
+                f"run_name={folder.name}: another process is writing into {folder}; wait for it, or give "
+                "another --run_name"
+            )
+        if goes_on_in(folder, resumed_from):  # still: the other process may just have ended
+            return run
+        run.close()
+    for candidate in _free_folders(folder):
+        run = _opened(candidate)
+        if run is not None and _is_free(candidate):
+            return run
+        if run is not None:
+            run.close()
+    raise AssertionError("there are always more numbers")
+
+
+def choose_run_folder(folder: Path, resumed_from: Path | None) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that holds no other run.
+
+    A run that goes on from the newest checkpoint of `folder` goes on in it.
+    """
+    return folder if goes_on_in(folder, resumed_from) else next(_free_folders(folder))
+
+
+def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
+    """Whether a run from this checkpoint continues what is in the folder, and overwrites no later step."""
+    if resumed_from is None or folder.resolve() not in resumed_from.resolve().parents:
+        return False
+    own = step_of(resumed_from)
+    return own is not None and not any(
+        (step_of(path) or 0) > own and is_whole(path) for path in checkpoints_below(folder)
+    )
+
+
+def _free_folders(folder: Path) -> Iterator[Path]:
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return filter(_is_free, itertools.chain([folder], numbered))
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def _opened(folder: Path) -> OpenRun | None:
+    """None if another process has it open."""
+    made = tuple(path for path in (folder, *folder.parents) if not path.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    run = OpenRun(folder, FileLock(folder / LOCK, thread_local=False), made)
+    try:
+        run._lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    try:
+        with temporary_beside(folder / "probe") as probe:
+            probe.touch()
+        sweep(folder)
+        restore_set_aside(folder)
+    except BaseException:
+        run.close()
+        raise
+    return run

@@ -1,0 +1,168 @@
+"""Two runs never write into one folder, and "last" is the newest checkpoint that is whole."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_lightning.checkpoint_file import write
+from gpt_lightning.run_folder import choose_run_folder, find_checkpoint, newest_of_run, open_run_folder
+
+fork = multiprocessing.get_context("fork")
+
+
+def save(path: Path, step: int, age_seconds: int = 0) -> Path:
+    write({"gpt_config": {}, "global_step": step, "state_dict": {}}, path)
+    os.utime(path, (1_000_000 - age_seconds,) * 2)
+    return path
+
+
+def flip(path: Path) -> None:
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def opening(pipe: Connection, folder: Path, resumed_from: Path | None) -> None:
+    """In a process of its own: open, tell how it went, hold it until told."""
+    try:
+        run = open_run_folder(folder, resumed_from)
+        pipe.send(str(run.folder))
+        pipe.recv()
+        run.close()
+    except ValueError as error:
+        pipe.send(str(error))
+
+
+def in_another_process(function: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
+    here, there = fork.Pipe()
+    process = fork.Process(target=function, args=(there, *args), daemon=True)
+    process.start()
+    return process, here
+
+
+def test_two_runs_that_start_at_once_get_two_folders(tmp_path: Path) -> None:
+    started = [in_another_process(opening, tmp_path / "checkpoints" / "run", None) for _ in range(4)]
+    folders = {pipe.recv() for _, pipe in started}
+    for process, pipe in started:
+        pipe.send("end")
+        process.join()
+    names = ["run", "run-2", "run-3", "run-4"]
+    assert sorted(folders) == [str(tmp_path / "checkpoints" / name) for name in names]
+
+
+def test_a_folder_is_free_again_when_its_process_was_killed(tmp_path: Path) -> None:
+    path = save(tmp_path / "run" / "last.ckpt", 5)
+    process, pipe = in_another_process(opening, tmp_path / "run", path)
+    assert pipe.recv() == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="another process is writing into .*run; wait for it") as error:
+        open_run_folder(tmp_path / "run", path)
+    assert "\n" not in str(error.value)
+    process.kill()
+    process.join()
+    run = open_run_folder(tmp_path / "run", path)
+    assert run.folder == tmp_path / "run"
+    run.close()
+
+
+def opening_with_a_child(pipe: Connection, folder: Path) -> None:
+    run = open_run_folder(folder, None)
+    if os.fork() == 0:  # as workers of a DataLoader are made, which outlive a killed run for a while
+        pipe.recv()
+        os._exit(0)
+    pipe.send(str(run.folder))
+    time.sleep(60)
+
+
+def test_a_process_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_path: Path) -> None:
+    process, pipe = in_another_process(opening_with_a_child, tmp_path / "run")
+    assert pipe.recv() == str(tmp_path / "run")
+    process.kill()
+    process.join()
+    run = open_run_folder(tmp_path / "run", None)
+    assert run.folder == tmp_path / "run"
+    run.close()
+    pipe.send("end")
+
+
+def test_a_fresh_run_takes_the_first_free_number(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "last.ckpt", 5)
+    assert choose_run_folder(tmp_path / "run", None) == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / ".lock").touch()  # of a process that was killed before it wrote anything
+    run = open_run_folder(tmp_path / "run", None)
+    assert run.folder == choose_run_folder(tmp_path / "run", None) == tmp_path / "run-2"
+    run.close()
+
+
+def test_an_older_checkpoint_does_not_undo_what_came_after_it(tmp_path: Path) -> None:
+    best = save(tmp_path / "run" / "step000004.ckpt", 4)
+    last = save(tmp_path / "run" / "last.ckpt", 6)
+    assert choose_run_folder(tmp_path / "run", last) == tmp_path / "run"
+    assert choose_run_folder(tmp_path / "run", best) == tmp_path / "run-2"
+    flip(last)  # nothing is lost with it
+    assert choose_run_folder(tmp_path / "run", best) == tmp_path / "run"
+
+
+def test_leftovers_of_killed_saves_go(tmp_path: Path) -> None:
+    last = save(tmp_path / "run" / "last.ckpt", 6)
+    (tmp_path / "run" / ".last.ckpt.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / "run" / ".last.ckpt.tmp").mkdir()
+    (tmp_path / "run" / ".last.ckpt.tmp" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "run" / "notes.tmp").touch()
+    run = open_run_folder(tmp_path / "run", last)
+    assert sorted(path.name for path in run.folder.iterdir()) == [".lock", "last.ckpt", "notes.tmp"]
+    run.close()
+    assert sorted(path.name for path in run.folder.iterdir()) == ["last.ckpt", "notes.tmp"]
+
+
+def test_what_a_run_did_not_fill_goes_again(tmp_path: Path) -> None:
+    run = open_run_folder(tmp_path / "checkpoints" / "run", None)
+    assert run.folder.is_dir()
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("blocked", ["checkpoints", "checkpoints/run"])
+def test_a_file_in_the_way_is_named(blocked: str, tmp_path: Path) -> None:
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("not a folder")
+    with pytest.raises(OSError) as error:
+        open_run_folder(tmp_path / "checkpoints" / "run", None)
+    assert str(error.value.filename).startswith(str(tmp_path / blocked))
+    assert (tmp_path / blocked).read_text() == "not a folder"
+
+
+def test_last_is_the_newest_that_is_whole(tmp_path: Path) -> None:
+    old = save(tmp_path / "run" / "step000002.ckpt", 2, age_seconds=20)
+    middle = save(tmp_path / "run-2" / "step000004.ckpt", 4, age_seconds=10)
+    newest = save(tmp_path / "run-2" / "last.ckpt", 4)
+    save(tmp_path / "run-other" / "last.ckpt", 9)
+    lines: list[str] = []
+    assert newest_of_run(tmp_path / "run", lines.append) == newest and lines == []
+    flip(newest)
+    assert newest_of_run(tmp_path / "run", lines.append) == middle
+    assert len(lines) == 1 and str(newest) in lines[0] and "\n" not in lines[0]
+    middle.write_bytes(middle.read_bytes()[:-5])
+    os.utime(middle, (999_990,) * 2)
+    lines.clear()
+    assert newest_of_run(tmp_path / "run", lines.append) == old
+    assert [str(path) in line for path, line in zip((newest, middle), lines, strict=True)] == [True, True]
+    assert find_checkpoint(str(newest), tmp_path) == newest  # a name is never another file's
+
+
+def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
+    assert newest_of_run(tmp_path / "run") is None
+    with pytest.raises(ValueError, match="holds none"):
+        find_checkpoint(None, tmp_path / "run")
+    for name in ("last.ckpt", "step000002.ckpt"):
+        flip(save(tmp_path / "run" / name, 2))
+    for find in (newest_of_run, lambda folder: find_checkpoint("last", folder)):
+        with pytest.raises(ValueError, match="no checkpoint is whole.*last.ckpt.*nor are 1 others"):
+            find(tmp_path / "run")
