@@ -13,17 +13,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.checkpoint_file import verify
-from tests.conftest import write_corpus
 from tests.faults.harness import PHASES, TRAINING, VALIDATING, Process, run, weights_hash
+from tests.faults.runs import newest_last, tensor_parallel, write_run
 from tests.faults.trace import differences
 
-MAX_STEPS = 60
 MOMENTS = ("training", "saving", "validating", "starting")
 
 
@@ -47,47 +43,12 @@ class Tally:
         return "\n".join(["| soak | count |", "|---|---|", *rows])
 
 
-def write_config(folder: Path, trace: Path, ranks: int) -> list[str]:
-    """A run of about four epochs; the words that begin or resume it."""
-    config: dict[str, Any] = {
-        "data": {
-            "train_files": [str(write_corpus(folder / "corpus.jsonl"))],
-            "tokenizer": "bytes",
-            "seq_len": 64,
-            "batch_size": 8 if ranks == 1 else 4,
-            "cache_dir": str(folder / "cache"),
-        },
-        "model": {
-            "config": {"max_position_embeddings": 64, "n_layers": 2, "n_heads": 2, "d_model": 32},
-            "optimizer": {"learning_rate": 0.003},
-            "schedule": {"warmup_steps": 5},
-        },
-        "samples": {"prompts": []},
-        "checkpoint": {"every_n_train_steps": 3, "save_top_k": 2},
-        "trainer": {
-            "max_steps": MAX_STEPS,
-            "val_check_interval": 5,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "enable_progress_bar": False,
-            "accelerator": "cpu",
-            "callbacks": [{"class_path": "tests.faults.trace.Trace", "init_args": {"path": str(trace)}}],
-        },
-    }
-    config["model"]["config"]["dropout"] = 0.1
-    if ranks > 1:
-        sizes = {"tensor_parallel_size": 2}
-        strategy = {"class_path": "gpt_lightning.TensorParallelDDPStrategy", "init_args": sizes}
-        config["trainer"] |= {"strategy": strategy, "devices": ranks}
-    path = folder / f"{trace.name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return ["fit", "--config", str(path), "--ckpt_path", "last", "--allow_import", "tests"]
-
-
 def soak(folder: Path, *, kills: int, ranks: int = 1, seed: int = 0) -> Tally:
     """Kill runs of one configuration until that many kills are done."""
     generator, tally = random.Random(seed), Tally()
-    words = write_config(folder, folder / "whole", ranks)
+    options = tensor_parallel(ranks) if ranks > 1 else {}
+    data = {"batch_size": 8 if ranks == 1 else 16 // ranks}  # 8 samples a step, by pairs of ranks
+    words = write_run(folder, "whole", trainer={"max_steps": 60, **options}, data=data)
     started = time.monotonic()
     code, output = run(words, folder, ranks=ranks)
     assert code == 0, output
@@ -95,13 +56,13 @@ def soak(folder: Path, *, kills: int, ranks: int = 1, seed: int = 0) -> Tally:
     whole_hash = weights_hash(folder / "checkpoints" / "whole" / "last.ckpt")
     while sum(tally.kills.values()) < kills:
         name = f"run{tally.runs}"
-        words = write_config(folder, folder / name, ranks)
+        words = write_run(folder, name, trainer={"max_steps": 60, **options}, data=data)
         _kill_to_the_end(words, folder, name, ranks, kills, whole_seconds, generator, tally)
-        finished = sorted(folder.glob(f"checkpoints/{name}*/last.ckpt"), key=lambda p: p.stat().st_mtime)[-1]
-        if weights_hash(finished) != whole_hash:
+        if weights_hash(newest_last(folder, name)) != whole_hash:
             tally.wrong.append(f"{name}: other weights")
         for rank in range(ranks):
-            tally.wrong += [f"{name} rank {rank}: {d}" for d in differences(folder / name, folder / "whole", rank)]
+            found = differences(folder / name, folder / "whole", rank)
+            tally.wrong += [f"{name} rank {rank}: {difference}" for difference in found]
         tally.runs += 1
         for run_folder in folder.glob(f"checkpoints/{name}*"):
             shutil.rmtree(run_folder)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,71 @@ def differences(path: Path, whole: Path, rank: int = 0) -> list[str]:
     wrong = [f"{row} instead of {expected.get(row['at'])}" for row in found if row != expected.get(row["at"])]
     missing = expected.keys() - {row["at"] for row in found}
     return wrong + [f"{at} is missing" for at in sorted(missing)]
+
+
+class KillAt(Callback):
+    """Kills its own process at a moment, such as `batch_end 7` or `validation_start 10`, as kill -9 does."""
+
+    def __init__(self, moment: str, saved_first: bool = False) -> None:
+        self.moment = moment
+        self.saved_first = saved_first  # wait until the checkpoint of the step is on disk
+
+    def _reached(self, trainer: Any, moment: str) -> None:
+        if f"{moment} {trainer.global_step}" == self.moment and not trainer.sanity_checking:
+            if self.saved_first:
+                trainer.strategy.checkpoint_io.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._reached(trainer, "batch_end")
+
+    def on_validation_start(self, trainer: Any, *args: Any) -> None:
+        self._reached(trainer, "validation_start")
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._reached(trainer, "in_validation")
+
+    def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
+        self._reached(trainer, "epoch_end")
+
+
+class SignalAt(Callback):
+    """Sends its own process a signal at the start of a micro-batch or of a validation, on one rank."""
+
+    def __init__(self, moment: str, name: str, rank: int = 0) -> None:
+        self.moment, self.name, self.rank = moment, name, rank
+
+    def _reached(self, trainer: Any, moment: str) -> None:
+        if moment == self.moment and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), getattr(signal, self.name))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._reached(trainer, f"batch {trainer.fit_loop.epoch_loop.batch_progress.total.ready}")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._reached(trainer, f"validation {trainer.global_step}")
+
+
+class Poison(Callback):
+    """Makes the loss or the gradient of some optimizer steps NaN or infinite, on one rank."""
+
+    def __init__(self, steps: list[int], what: str = "loss", value: str = "nan", rank: int = 0) -> None:
+        self.steps, self.what, self.value, self.rank = steps, what, float(value), rank
+        self._poisoned = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        def spoil(module: Any, inputs: Any, output: Any) -> Any:
+            if not self._poisoned:
+                return output
+            if self.what == "gradient":
+                output.register_hook(lambda gradient: gradient * self.value)
+                return output
+            return output * self.value
+
+        pl_module.model.ln_f.register_forward_hook(spoil)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._poisoned = trainer.global_step + 1 in self.steps and trainer.global_rank == self.rank
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._poisoned = False
