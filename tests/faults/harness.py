@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint import read_checkpoint
@@ -93,10 +94,11 @@ def _run(
         os.chdir(folder)
         os.environ.update(environment)
         torch.set_num_threads(1)
+        rank_zero_only.rank = int(environment.get("RANK", "0"))  # read from the environment at the import
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         if environment.get("RANK", "0") == "0":
             _show_phase(phase)
         main(words)

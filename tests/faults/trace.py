@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
 
 
 class Trace(Callback):
@@ -96,18 +99,37 @@ class KillAt(Callback):
 class SignalAt(Callback):
     """Sends its own process a signal at the start of a micro-batch or of a validation, on one rank."""
 
-    def __init__(self, moment: str, name: str, rank: int = 0) -> None:
+    def __init__(
+        self, moment: str, name: str, rank: int = 0, times: int = 1, workers_too: bool = False
+    ) -> None:
         self.moment, self.name, self.rank = moment, name, rank
+        self.times, self.workers_too = times, workers_too
 
     def _reached(self, trainer: Any, moment: str) -> None:
-        if moment == self.moment and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), getattr(signal, self.name))
+        if moment != self.moment or trainer.global_rank != self.rank:
+            return
+        workers = [child.pid for child in multiprocessing.active_children()] if self.workers_too else []
+        for process in [*workers, *[os.getpid()] * self.times]:
+            os.kill(process, getattr(signal, self.name))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._reached(trainer, f"batch {trainer.fit_loop.epoch_loop.batch_progress.total.ready}")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._reached(trainer, f"validation {trainer.global_step}")
+
+
+class TimeIsOver(Timer):
+    """As with --trainer.max_time, at a micro-batch that can be foreseen."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(timedelta(days=1))
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
+            self._duration = 0.0
+        super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class Poison(Callback):
