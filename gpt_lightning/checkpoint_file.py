@@ -25,7 +25,11 @@ COMMENT_BYTES = len(LABEL) + 2 * hashlib.sha256().digest_size
 CHUNK_BYTES = 1 << 22
 JUST_NOW_SECONDS = 2
 CHANGED = "its bytes are not those that were written"
-REMEDIES = {errno.EFBIG: "raise the limit on file sizes (ulimit -f)", errno.EDQUOT: "raise the quota"}
+REMEDIES = {
+    errno.ENOSPC: "make room, or choose another folder (checkpoint.dirpath)",
+    errno.EDQUOT: "make room, or choose another folder (checkpoint.dirpath)",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+}
 
 _verified: set[tuple[int, ...]] = set()
 
@@ -71,12 +75,14 @@ def temporary_beside(path: Path) -> Generator[Path, None, None]:
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
     """One line: what, why, how much room there is, what is left, what to do."""
     reason = error.strerror or str(error).strip().split("\n")[-1][:120]
+    if error.filename is not None:
+        reason += f": {error.filename}"
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
-    room = f"{_in_units(shutil.disk_usage(folder).free)} are free"
-    needed = f"it needs {_in_units(size)} and " if size else ""
+    free = _in_units(shutil.disk_usage(folder).free)
+    room = f"it needs {_in_units(size)} and {free} are free; " if size else ""
     left = "the former file is as it was" if os.path.lexists(path) else "no file was left behind"
-    remedy = REMEDIES.get(error.errno or 0, "make room, or choose another folder (checkpoint.dirpath)")
-    return CheckpointWriteError(f"{path} cannot be written ({reason}): {needed}{room}; {left}; {remedy}")
+    remedy = REMEDIES.get(error.errno or 0, "choose another folder (checkpoint.dirpath)")
+    return CheckpointWriteError(f"{path} cannot be written ({reason}): {room}{left}; {remedy}")
 
 
 def _in_units(size: int) -> str:

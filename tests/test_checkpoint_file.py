@@ -1,0 +1,196 @@
+"""A checkpoint file is whole or not there, and one flipped byte in it is noticed."""
+
+import errno
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+import resource
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt_lightning.checkpoint_file as checkpoint_file
+from gpt_lightning.checkpoint_file import CheckpointWriteError, sweep, verify, write
+
+fork = multiprocessing.get_context("fork")
+
+
+def contents() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(30, generator=generator) for name in "ab"}
+    return {"state_dict": weights, "global_step": 3}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "some.ckpt"
+    write(contents(), path)
+    return path
+
+
+def refused(content: bytes, folder: Path) -> bool:
+    path = folder / "changed.ckpt"
+    path.write_bytes(content)
+    try:
+        verify(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return True
+    return False
+
+
+def test_it_is_what_torch_save_writes_with_the_digest_of_it_behind(written: Path) -> None:
+    plain = io.BytesIO()
+    torch.save(contents(), plain)
+    content = written.read_bytes()
+    text = f"sha256:{hashlib.sha256(content[:-71]).hexdigest()}"
+    assert content.endswith(text.encode()) and len(text) == 71
+    # Apart from the comment and its length; and from the id that torch derives from the contents.
+    assert len(content) == len(plain.getvalue()) + 71
+    assert content[: -71 - 2][-20:] == plain.getvalue()[:-2][-20:]
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_anybody_can_open_it(mmap: bool, written: Path) -> None:
+    verify(written)
+    loaded = torch.load(written, weights_only=True, mmap=mmap)
+    torch.testing.assert_close(loaded, contents(), rtol=0, atol=0)
+    with zipfile.ZipFile(written) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+
+
+def test_every_flipped_bit_of_every_byte_is_noticed(written: Path, tmp_path: Path) -> None:
+    content, draw = bytearray(written.read_bytes()), random.Random(0)
+    for position in range(len(content)):
+        bit = 1 << draw.randrange(8)
+        content[position] ^= bit
+        assert refused(bytes(content), tmp_path), f"byte {position} of {len(content)}"
+        content[position] ^= bit
+    assert not refused(bytes(content), tmp_path)
+
+
+def test_every_cut_is_noticed(written: Path, tmp_path: Path) -> None:
+    content = written.read_bytes()
+    for length in {*range(0, len(content), 97), *range(len(content) - 100, len(content))}:
+        assert refused(content[:length], tmp_path), f"{length} of {len(content)} bytes"
+    assert refused(content + b"\0", tmp_path)
+    assert refused(b"a text", tmp_path)
+
+
+def test_a_file_of_another_program_is_checked_by_its_records(tmp_path: Path) -> None:
+    torch.save(contents(), tmp_path / "plain.ckpt")
+    content = bytearray((tmp_path / "plain.ckpt").read_bytes())
+    assert not refused(bytes(content), tmp_path)
+    assert refused(bytes(content[:-1]), tmp_path)
+    weights = bytes(contents()["state_dict"]["b"].numpy())
+    content[content.index(weights)] ^= 1
+    assert refused(bytes(content), tmp_path)
+
+
+def test_a_file_is_read_once_and_again_after_a_change(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    digest = checkpoint_file._digest
+    monkeypatch.setattr(checkpoint_file, "_digest", lambda *args: read.append(1) or digest(*args))
+    now = written.stat().st_ctime
+    monkeypatch.setattr(checkpoint_file.time, "time", lambda: now + 1)
+    verify(written), verify(written)
+    assert len(read) == 2  # it might have changed within one tick of the clock
+    monkeypatch.setattr(checkpoint_file.time, "time", lambda: now + 60)
+    verify(written), verify(written)
+    assert len(read) == 3
+    content = bytearray(written.read_bytes())
+    content[700] ^= 1
+    stat = written.stat()
+    written.write_bytes(content)
+    os.utime(written, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ValueError, match="not those that were written"):
+        verify(written)
+
+
+def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the write of that number, and the ones after it."""
+    writes = []
+
+    def pass_on(self: Any, data: bytes, original: Any = checkpoint_file._HashingStream._pass_on) -> None:
+        writes.append(len(data))
+        if len(writes) > count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self, data)
+
+    monkeypatch.setattr(checkpoint_file._HashingStream, "_pass_on", pass_on)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 30])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    count: int, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = written.read_bytes()
+    fail_after(count, monkeypatch)
+    with pytest.raises(CheckpointWriteError) as error:
+        write({**contents(), "more": torch.ones(500_000)}, written)
+    message = str(error.value)
+    assert message.startswith(f"{written} cannot be written (No space left on device): it needs 2.00 MB and ")
+    assert "are free; the former file is as it was; make room" in message and "\n" not in message
+    assert written.read_bytes() == before and list(written.parent.iterdir()) == [written]
+
+
+def write_under_a_limit(checkpoint: Any, path: Path, limit: int, pipe: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write(checkpoint, path)
+        pipe.send("written")
+    except CheckpointWriteError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 1_999_000])
+def test_a_limit_on_file_sizes_is_told_in_one_line(limit: int, written: Path) -> None:
+    before, large = written.read_bytes(), {"more": torch.ones(500_000)}
+    here, there = fork.Pipe()
+    process = fork.Process(target=write_under_a_limit, args=(large, written, limit, there))
+    process.start()
+    message = here.recv()
+    process.join()
+    assert message.startswith(f"{written} cannot be written (File too large): it needs 2.00 MB")
+    assert message.endswith("raise the limit on file sizes (ulimit -f)")
+    assert written.read_bytes() == before and list(written.parent.iterdir()) == [written]
+
+
+def test_a_folder_that_cannot_be_is_told_in_one_line(written: Path) -> None:
+    with pytest.raises(CheckpointWriteError, match="last.ckpt cannot be written .File exists.*some.ckpt"):
+        write(contents(), written / "last.ckpt")
+
+
+def test_contents_that_nobody_could_read_are_an_error_of_their_own(written: Path) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        write({"hook": lambda: None}, written)
+    verify(written)
+    assert list(written.parent.iterdir()) == [written]
+
+
+def test_the_folder_of_temporary_files_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    write(contents(), tmp_path / "some.ckpt")
+    verify(tmp_path / "some.ckpt")
+
+
+def die_in_a_save(path: Path) -> None:
+    os.replace = lambda source, target: os._exit(9)  # type: ignore[assignment]
+    write(contents(), path)
+
+
+def test_what_a_killed_save_left_is_swept(written: Path) -> None:
+    process = fork.Process(target=die_in_a_save, args=(written,))
+    process.start()
+    process.join()
+    (left,) = {*written.parent.iterdir()} - {written}
+    verify(written)
+    assert sweep(written.parent) == [left]
+    assert list(written.parent.iterdir()) == [written]
