@@ -8,9 +8,11 @@ import logging
 import os
 import secrets
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,6 +20,25 @@ BEAT_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this rank in the run; `children` gives the ranks that it started, `parent` is who started it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    children: Callable[[], dict[int, "subprocess.Popen[bytes]"]] = dict
+    parent: int | None = None
+
+    @property
+    def parent_rank(self) -> int:
+        return self.rank - self.local_rank
+
+    def speaks(self, lost_rank: int) -> bool:
+        """Rank 0 does; where it is lost, its neighbour, and on other machines the first rank there."""
+        return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
 
 
 class Peer:
@@ -80,7 +101,7 @@ class Peers:
             self.by_rank[0] = peer
 
     def tell(self, line: str) -> None:
-        for peer in list(self.by_rank.values()):
+        for peer in self.by_rank.copy().values():
             peer.say(line)
 
     def exchange(self, elapsed_seconds: float) -> None:
@@ -89,7 +110,7 @@ class Peers:
         if now - self._spoke_at >= BEAT_SECONDS:
             self._spoke_at = now
             self.tell("beat")
-        for peer in list(self.by_rank.values()):
+        for peer in self.by_rank.copy().values():
             peer.silent_seconds += elapsed_seconds
         while ready := self._ready():
             for source in ready:
@@ -101,7 +122,7 @@ class Peers:
                     self._note(source, source.hear())
 
     def _ready(self) -> list[Any]:
-        peers = [peer for peer in list(self.by_rank.values()) if not peer.is_gone]
+        peers = [peer for peer in self.by_rank.copy().values() if not peer.is_gone]
         sources: list[Any] = [*peers, *self._strangers]
         return wait(sources if self._listener is None else [*sources, self._listener], timeout=0)
 

@@ -1,6 +1,7 @@
 """Notices that a rank was killed or stopped, says in one line which, and ends the others."""
 
 import atexit
+import multiprocessing
 import os
 import re
 import signal
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from gpt_lightning.rank_peers import Peers
+from gpt_lightning.exit_codes import LOST_RANK
+from gpt_lightning.rank_peers import Peers, Place
 
-LOST_RANK = 4  # exit code of the ranks that end because another one is lost
 TICK_SECONDS = 0.25
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
 PATIENCE_SECONDS = 5.0  # for what ends at its own pace: other ranks, a file that is being written
@@ -24,28 +25,10 @@ GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of this rank in the run; `children` gives the ranks that it started, `parent` is who started it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    children: Callable[[], dict[int, "subprocess.Popen[bytes]"]] = dict
-    parent: int | None = None
-
-    @property
-    def parent_rank(self) -> int:
-        return self.rank - self.local_rank
-
-    def speaks(self, lost_rank: int) -> bool:
-        """Rank 0 does; where it is lost, its neighbour, and on other machines the first rank there."""
-        return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
-
-
-@dataclass(frozen=True)
 class Lost:
     rank: int
     how: str
+    is_stopped: bool = False
 
 
 class RankWatch:
@@ -69,7 +52,7 @@ class RankWatch:
         self._limit_seconds = self._timeout_seconds - min(PATIENCE_SECONDS, self._timeout_seconds / 4)
         self._peers = Peers(place.rank)
         self._lost: Lost | None = None
-        self._has_failed = False
+        self._explained: BaseException | None = None
         self._paused_until = 0.0
         self._left = threading.Event()
         self._ending = threading.Lock()
@@ -87,6 +70,9 @@ class RankWatch:
 
     def explain(self, error: BaseException) -> None:
         """End the process with the one line if the error comes of a lost rank, else return."""
+        if isinstance(error, SystemExit) or error is self._explained:
+            return
+        self._explained = error
         # Where all ranks fail alike, each is to say what it has to say.
         self._paused_until = time.monotonic() + min(GRACE_SECONDS, self._timeout_seconds / 2)
         # What collective operations raise is a RuntimeError.
@@ -97,7 +83,6 @@ class RankWatch:
             if lost is not None:
                 self._end(lost)
             time.sleep(TICK_SECONDS / 5)
-        self._has_failed = True
         self._peers.tell(f"error {type(error).__name__}")
 
     def leave(self) -> None:
@@ -112,7 +97,7 @@ class RankWatch:
         self._end_children(GRACE_SECONDS)
 
     def _at_exit(self) -> None:
-        if not self._has_failed:
+        if self._explained is None:
             self.leave()
         elif self._place.rank == self._place.parent_rank and not self._left.is_set():
             self._left.set()
@@ -146,29 +131,29 @@ class RankWatch:
     def _find_lost(self) -> Lost | None:
         if self._peers.verdict is not None:
             return Lost(*self._peers.verdict)
-        present = {rank: peer for rank, peer in list(self._peers.by_rank.items()) if not peer.has_left}
-        children = self._place.children()
-        for rank in present.keys() & children.keys():
-            if present[rank].is_gone:
-                with suppress(subprocess.TimeoutExpired):
-                    children[rank].wait(PATIENCE_SECONDS)  # its exit code follows
-        for rank, child in children.items():
-            if (rank in present or rank not in self._peers.by_rank) and child.poll() is not None:
-                return Lost(rank, _ending(child.returncode))
+        by_rank, children = self._peers.by_rank.copy(), self._place.children()
+        present = {rank: peer for rank, peer in by_rank.items() if not peer.has_left}
         for rank, peer in present.items():
+            if peer.is_gone and rank in children:
+                with suppress(subprocess.TimeoutExpired):
+                    return Lost(rank, _ending(children[rank].wait(PATIENCE_SECONDS)))
             if peer.is_gone:
                 error = f"ended with an error ({peer.error})" if peer.error else None
                 return Lost(rank, error or "was killed, or its machine failed")
+        for rank, child in children.items():
+            if rank not in by_rank and child.poll():
+                return Lost(rank, _ending(child.returncode))
         place = self._place
-        if place.parent not in (None, os.getppid()) and (0 in present or not self._peers.by_rank):
+        if place.parent not in (None, os.getppid()) and (0 in present or not by_rank):
             return Lost(place.parent_rank, "was killed")
         return self._find_silent(self._limit_seconds)
 
     def _find_silent(self, limit_seconds: float) -> Lost | None:
-        for rank, peer in list(self._peers.by_rank.items()):
+        for rank, peer in self._peers.by_rank.copy().items():
             if peer.silent_seconds > limit_seconds and not peer.has_left:
-                seconds, timeout = round(peer.silent_seconds), f"{self._timeout_seconds:g} s"
-                return Lost(rank, f"has not answered for {seconds} s (trainer.strategy.timeout is {timeout})")
+                how = f"has not answered for {peer.silent_seconds:.0f} s"
+                timeout = f"(trainer.strategy.timeout is {self._timeout_seconds:g} s)"
+                return Lost(rank, f"{how} {timeout}", is_stopped=True)
         return None
 
     # ---- the end
@@ -184,12 +169,14 @@ class RankWatch:
         if place.speaks(lost.rank):
             line = f"error: rank {lost.rank} of {place.world_size} {lost.how}; the other ranks end too"
             print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
-            if lost.rank == place.parent_rank and place.parent == os.getppid():
-                os.kill(os.getppid(), signal.SIGKILL)  # it is stopped, and would keep its device for ever
+            if lost.is_stopped and lost.rank == place.parent_rank and place.parent == os.getppid():
+                os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
         self._peers.tell(f"lost {lost.rank} {lost.how}")
         last_act = threading.Thread(target=self._before_exit, daemon=True)
         last_act.start()
         last_act.join(PATIENCE_SECONDS)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # those that read data would wait for their parent a few seconds more
         self._end_children(PATIENCE_SECONDS)
         with suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -10,6 +10,8 @@ import gpt_lightning
 PACKAGE = Path(gpt_lightning.__file__).parent
 ORDER = [
     "exit_codes",
+    "rank_peers",
+    "rank_watch",
     "config",
     "kv_cache",
     "linear_cross_entropy",
@@ -50,6 +52,7 @@ ORDER = [
     "training.module",
     "checkpoint",
     "huggingface",
+    "callbacks.rank_guard",
     "callbacks.run_checkpoint",
     "callbacks.exact_resume",
     "callbacks.finite_guard",

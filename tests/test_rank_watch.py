@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt_lightning.rank_watch import LOST_RANK, Place, RankWatch
+from gpt_lightning.exit_codes import LOST_RANK
+from gpt_lightning.rank_peers import Place
+from gpt_lightning.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
 TIMEOUT = timedelta(seconds=4)

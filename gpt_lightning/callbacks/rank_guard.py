@@ -12,7 +12,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from gpt_lightning.rank_watch import Place, RankWatch
+from gpt_lightning.rank_peers import Place
+from gpt_lightning.rank_watch import RankWatch
 
 PARENT = "GPT_LIGHTNING_PARENT"
 
@@ -23,9 +24,9 @@ class RankGuard(Callback):
     `begin` before the Trainer works also watches ranks that are still starting.
     """
 
-    def __init__(self, before_exit: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.watch: RankWatch | None = None
-        self._before_exit = before_exit
+        self.before_exit: Callable[[], None] = lambda: None  # gets a few seconds where another rank is lost
         self._is_connected = False
 
     def begin(self, trainer: Trainer) -> None:
@@ -44,8 +45,14 @@ class RankGuard(Callback):
             parent=_parent(trainer),
         )
         timeout = getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
-        self.watch = RankWatch(place, timeout, before_exit=self._before_exit)
+        self.watch = RankWatch(place, timeout, before_exit=lambda: self._finish(trainer))
         self.watch.start()
+
+    def _finish(self, trainer: Trainer) -> None:
+        bar = trainer.progress_bar_callback
+        if bar is not None:  # give the terminal its cursor back
+            bar.on_exception(trainer, trainer.lightning_module, RuntimeError("a rank is lost"))
+        self.before_exit()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
