@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.data.datamodule import TextDataModule
@@ -129,10 +128,13 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     if len(states) not in (1, trainer.world_size):
-        rank_zero_warn(
-            f"the checkpoint holds the random states of {len(states)} ranks, and there are "
-            f"{trainer.world_size} now: all go on with the first one's"
-        )
+        if trainer.is_global_zero:
+            _log.warning(
+                "the checkpoint holds the random states of %s ranks, and there are %s now: all go on with "
+                "the first one's",
+                len(states),
+                trainer.world_size,
+            )
         return states[0]
     return states[trainer.global_rank if len(states) > 1 else 0]
 

@@ -1,16 +1,19 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
+import logging
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from gpt_lightning.data.batches import TokenBatch
+
+_log = logging.getLogger("gpt_lightning")
 
 
 class NonFiniteError(ArithmeticError):
@@ -71,7 +74,8 @@ class FiniteGuard(Callback):
                 "trainer.gradient_clip_val, and go on with --ckpt_path last; "
                 "--non_finite.max_skipped_steps N leaves such steps out"
             )
-        rank_zero_warn(f"{found}; left out, {self.skipped_steps} of at most {self.max_skipped_steps}")
+        if trainer.is_global_zero:
+            _log.warning("%s; left out, %s of at most %s", found, self.skipped_steps, self.max_skipped_steps)
         # Without gradients no optimizer changes anything: no weight, no moment, no decay.
         optimizer.zero_grad(set_to_none=True)
 

@@ -50,7 +50,7 @@ def write_run(folder: Path, name: str, **sections: dict[str, Any]) -> list[str]:
     return ["fit", "--config", str(path), "--ckpt_path", "last", "--allow_import", "tests"]
 
 
-def callback(name: str, **init_args: Any) -> dict[str, Any]:
+def callback(name: str, /, **init_args: Any) -> dict[str, Any]:
     """One of those in trace.py, for `callbacks`."""
     return {"class_path": f"tests.faults.trace.{name}", "init_args": init_args}
 
