@@ -1,7 +1,6 @@
 """What a checkpoint may hold: plain data, and the weights of its own architecture. Nothing in it can act."""
 
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from gpt_lightning.checkpoint_file import unreadable, verify
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.model import GPTModel
 
 CONFIG_KEY = "gpt_config"
+DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
 WEIGHTS_KEY = "state_dict"
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
@@ -31,13 +32,11 @@ def load_plain(path: str | Path) -> Any:
 
     `weights_only` is said outright: left out, an environment variable could turn it off.
     """
+    verify(Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(
-            f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another"
-        ) from error
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise unreadable(Path(path), error) from error
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
@@ -53,9 +52,21 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
                 f"ckpt_path={path} holds {problem}; hyper-parameters are plain numbers and texts that name "
                 "nothing to import: do not trust the file"
             )
+    if DATA_KEY in checkpoint:
+        _check_data(path, checkpoint[DATA_KEY])
     # A sharded checkpoint keeps its weights in files of their own.
     if checkpoint.get(WEIGHTS_KEY):
         _check_weights(path, config, checkpoint[WEIGHTS_KEY])
+
+
+def _check_data(path: str | Path, state: Any) -> None:
+    """The state of a TextDataModule: a tokenizer of two texts, and the settings that a run must share."""
+    state = state if isinstance(state, dict) else {}
+    tokenizer, settings = state.get("tokenizer"), state.get("settings")
+    texts = [key for key, value in dict(tokenizer or {}).items() if type(value) is str]
+    plain = isinstance(settings, dict) and not any(_problems(settings, DATA_KEY))
+    if not plain or not {"tokenizer_json", "eos_token"} <= set(texts):
+        raise ValueError(f"ckpt_path={path} holds no tokenizer and settings under {DATA_KEY}; name another")
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:

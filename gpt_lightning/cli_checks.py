@@ -1,16 +1,20 @@
 """What the options alone show to be wrong, and whose fault an error is."""
 
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 def check_before_work(settings: Any, *, needs_data: bool) -> None:
@@ -19,9 +23,7 @@ def check_before_work(settings: Any, *, needs_data: bool) -> None:
     OptimizerConfig(**settings.model.optimizer.as_dict())
     ScheduleConfig(**settings.model.schedule.as_dict())
     GenerationConfig(**settings.generation.as_dict())
-    for name in ("log_every_n_steps", "val_check_interval"):
-        if settings.trainer[name] is not None and settings.trainer[name] == 0:
-            raise ValueError(f"trainer.{name}=0 is below 1; choose a number of steps, or leave it out")
+    _check_trainer(settings.trainer)
     if needs_data and settings.data.seq_len > config.max_position_embeddings:
         raise ValueError(
             f"data.seq_len={settings.data.seq_len} is over "
@@ -30,9 +32,47 @@ def check_before_work(settings: Any, *, needs_data: bool) -> None:
         )
 
 
+def check_before_seeding(settings: Any) -> None:
+    """Raise what even the seed and the checkpoint must not be tried with."""
+    seed = settings.seed_everything
+    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
+    if settings.get("weights_only") is False:
+        raise ValueError(
+            "weights_only=False would let a checkpoint run code, and none of ours needs it; leave it out"
+        )
+
+
+def _check_trainer(trainer: Any) -> None:
+    """What Lightning would take without a word, or divide by."""
+    for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+        if trainer[name] is not None and trainer[name] < least:
+            raise ValueError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
+    if trainer.val_check_interval == 0:
+        raise ValueError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
+    _check_devices(trainer)
+
+
+def _check_devices(trainer: Any) -> None:
+    """Each device of the CPU is a process, and as many as a mistyped number says would be started."""
+    if trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or torch.accelerator.is_available()):
+        return
+    cores = os.cpu_count() or 1
+    most = max(8, 2 * cores)
+    devices = str(trainer.devices)
+    if not devices.removeprefix("-").isdecimal():
+        return
+    if int(devices) < 1:
+        raise ValueError(f"trainer.devices={devices} is below 1; raise it, or leave it out")
+    if int(devices) > most:
+        raise ValueError(
+            f"trainer.devices={devices} is over {most}, all that {cores} cores are good for; lower it"
+        )
+
+
 def warn_of_untrained_positions(seq_len: int, positions: int) -> None:
     """Text longer than the training windows would be generated from positions that were never trained."""
-    if seq_len < positions:
+    if 0 < seq_len < positions:
         say(
             f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
             f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "

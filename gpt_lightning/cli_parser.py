@@ -34,7 +34,8 @@ class Parser(LightningArgumentParser):
     instantiators: list[Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        # Without a name, the parser of a class inside the options would be called after sys.argv[0].
+        super().__init__(*args, allow_abbrev=False, **{"prog": "gpt-lightning", **kwargs})
 
     @override
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:

@@ -91,6 +91,19 @@ def test_a_type_for_hyper_parameters_is_refused(checkpoint: dict[str, Any]) -> N
     assert "a type as hparams_type" in complaint({**checkpoint, "hparams_type": dict})
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        3,
+        {},
+        {"settings": 3, "tokenizer": {}},
+        {"settings": {}, "tokenizer": {"tokenizer_json": 1, "eos_token": ""}},
+    ],
+)
+def test_a_state_of_other_data_is_refused(state: Any, checkpoint: dict[str, Any]) -> None:
+    assert "under TextDataModule" in complaint({**checkpoint, "TextDataModule": state})
+
+
 def test_all_that_differs_in_the_weights_is_named(checkpoint: dict[str, Any]) -> None:
     weights = checkpoint["state_dict"]
     del weights["model.ln_f.weight"]

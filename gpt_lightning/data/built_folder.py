@@ -60,7 +60,9 @@ def built_folder(
 
 
 def _leave_no_trace(folder: Path, made: list[Path]) -> None:
-    """After a failed build: no lock file, and none of the folders `made` for it that hold nothing."""
+    """After a failed first build: no lock file, and none of the folders `made` for it that hold nothing."""
+    if folder.exists():
+        return
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
     for parent in made:
         if any(parent.iterdir()):

@@ -96,7 +96,7 @@ class TextDataModule(LightningDataModule):
             raise ValueError(
                 f"data.val_fraction={self.val_fraction} is not in [0, 1); choose a fraction such as 0.1"
             )
-        for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0)):
+        for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
             if getattr(self, option) < least:
                 raise ValueError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
         if self.document_separator == "":

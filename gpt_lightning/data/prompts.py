@@ -20,6 +20,11 @@ def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> l
     given = [prompts] if isinstance(prompts, str) else list(prompts or [])
     if prompts_file is not None:
         given += _read_file(Path(prompts_file).expanduser())
+    for prompt in given:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"data.prompts={prompt!r} is not UTF-8; use data.prompts_file") from None
     return given or [""]
 
 

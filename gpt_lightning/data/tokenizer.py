@@ -72,7 +72,11 @@ class TextTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict[str, str]) -> "TextTokenizer":
-        return cls(Tokenizer.from_str(state["tokenizer_json"]), state["eos_token"])
+        try:
+            tokenizer = Tokenizer.from_str(state["tokenizer_json"])
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"the saved tokenizer cannot be read ({_first_line(error)})") from None
+        return cls(tokenizer, state["eos_token"])
 
     def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
@@ -137,8 +141,9 @@ def load_tokenizer(name: str) -> TextTokenizer:
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return _from_folder(Path(folder), f"data.tokenizer={name}")
-    # Only what cannot be a path goes to the network.
-    if os.path.exists(folder) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    # Only what cannot be a path goes to the network: `texts/bpe` is one where there is a folder `texts`.
+    is_path = os.path.exists(folder) or os.path.isdir(os.path.dirname(folder))
+    if is_path or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"data.tokenizer={name} is not a folder; give the folder that holds tokenizer.json")
     return _from_transformers(name, f"data.tokenizer={name}", local_files_only=False)
 

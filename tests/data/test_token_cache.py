@@ -58,6 +58,12 @@ def building_reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
+def encode_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process would wait for the threads that encode in its parent, if any test began them."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
 def hear_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="gpt_lightning")
 
