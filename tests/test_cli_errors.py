@@ -43,6 +43,23 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--ckpt_path", "no/such.ckpt"], ["no/such.ckpt"]),
         (["--run_name", "a/b"], ["run_name='a/b'"]),
         (["--trainer.precision", "bf16-mix"], ["trainer.precision=bf16-mix", "bf16-mixed"]),
+        (["--trainer.devices", "99"], ["trainer.devices=99 is over", "cores"]),
+        (["--trainer.devices", "99", "--trainer.accelerator", "auto"], ["trainer.devices=99 is over"]),
+        (["--trainer.devices", "0"], ["trainer.devices=0 is below 1"]),
+        (["--trainer.accumulate_grad_batches", "0"], ["trainer.accumulate_grad_batches=0 is below 1"]),
+        (["--trainer.accumulate_grad_batches", "-1"], ["trainer.accumulate_grad_batches=-1 is below 1"]),
+        (["--trainer.log_every_n_steps", "-1"], ["trainer.log_every_n_steps=-1 is below 1"]),
+        (["--trainer.gradient_clip_val", "-1"], ["trainer.gradient_clip_val=-1"]),
+        (["--trainer.val_check_interval", "0"], ["trainer.val_check_interval=0 is below 1"]),
+        (["--trainer.max_steps", "1.5"], ["trainer.max_steps=1.5", "int"]),
+        (["--model.config.d_model", "-4"], ["model.config.d_model=-4"]),
+        (["--data.seq_len", "-8"], ["data.seq_len=-8 is below 1"]),
+        (["--data.num_workers", "-1"], ["data.num_workers=-1"]),
+        (["--data.seed", "-1"], ["data.seed=-1"]),
+        (["--data.tokenizer", "no/such/folder"], ["data.tokenizer=no/such/folder is not a folder"]),
+        (["--data.val_files", '["nowhere.txt"]'], ["data.val_files", "nowhere.txt"]),
+        (["--seed_everything", "-1"], ["seed_everything=-1 is not in"]),
+        (["--weights_only", "false"], ["weights_only=False"]),
         (["--trainer.callbacks", "ModelCheckpont"], ["trainer.callbacks=ModelCheckpont", "class path"]),
     ],
 )
@@ -119,6 +136,65 @@ def test_broken_config_files(
     (tmp_path / "broken.yaml").write_text(text)
     message = fails(["fit", "--config", str(tmp_path / "broken.yaml")], capsys, tmp_path)
     assert all(part in message for part in ["broken.yaml", *parts]), message
+
+
+@pytest.mark.slow
+def test_texts_that_changed_since_the_checkpoint(
+    tiny_config: Config,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resume = ["fit", "--config", str(tiny_config()), "--ckpt_path", "last", "--trainer.max_steps", "7"]
+    main(resume[:3])
+    text = corpus.read_text()
+    corpus.write_text(text.replace("cat", "cow"))
+    capsys.readouterr()
+    message = fails([*resume, "--run_name", "tiny"], capsys, tmp_path)
+    assert "data.train_files: corpus.jsonl has changed since the checkpoint was saved" in message
+    main(["validate", "--ckpt_path", "checkpoints/tiny/last.ckpt"])
+    assert "warning: data.train_files: corpus.jsonl has changed" in capsys.readouterr().err
+    corpus.write_text(text)
+    main(resume)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_predict_takes_or_refuses_any_input(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(tiny_config())])
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    capsys.readouterr()
+    refused = {
+        ("--generation.temperature", "-1"): "generation.temperature=-1.0",
+        ("--generation.temperature", "nan"): "generation.temperature=nan",
+        ("--generation.top_k", "0"): "generation.top_k=0",
+        ("--generation.top_p", "0"): "generation.top_p=0.0",
+        ("--generation.max_new_tokens", "0"): "generation.max_new_tokens=0",
+        ("--data.prompts_file", "latin.txt"): "data.prompts_file=latin.txt is not UTF-8 at byte 3",
+        ("--data.prompts_file", "none.txt"): "data.prompts_file=none.txt does not exist",
+        ("--data.prompts", "caf\udce9"): "caf\\udce9\"]' is not UTF-8",
+        ("--model.config.d_model", "32"): "model.config.d_model=32 contradicts",
+    }
+    for words, part in refused.items():
+        assert part in fails(["predict", *words], capsys, tmp_path)
+    taken: tuple[list[str], ...] = (
+        ["--data.prompts", ""],
+        ["--data.prompts", "the cat sees " * 40],  # longer than the context
+        ["--generation.temperature", "0"],
+        ["--generation.top_k", "100000"],
+        ["--generation.seed", "5"],
+    )
+    for words in taken:
+        texts = []
+        for _ in range(2):
+            main(["predict", *words])
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1], words
 
 
 def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
