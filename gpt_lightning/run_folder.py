@@ -74,14 +74,14 @@ def open_run_folder(folder: Path, resumed_from: Path | None) -> OpenRun:
 
     What killed saves left in it is removed.
     """
-    if goes_on_in(folder, resumed_from):
+    if _lies_in(folder, resumed_from):
         run = _opened(folder)
         if run is None:
             raise ValueError(
                 f"run_name={folder.name}: another process is writing into {folder}; wait for it, or give "
                 "another --run_name"
             )
-        if goes_on_in(folder, resumed_from):  # still: the other process may just have ended
+        if goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
             return run
         run.close()
     for candidate in _free_folders(folder):
@@ -103,12 +103,17 @@ def choose_run_folder(folder: Path, resumed_from: Path | None) -> Path:
 
 def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
     """Whether a run from this checkpoint continues what is in the folder, and overwrites no later step."""
-    if resumed_from is None or folder.resolve() not in resumed_from.resolve().parents:
+    if not _lies_in(folder, resumed_from):
         return False
+    assert resumed_from is not None
     own = step_of(resumed_from)
     return own is not None and not any(
         (step_of(path) or 0) > own and is_whole(path) for path in checkpoints_below(folder)
     )
+
+
+def _lies_in(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
 
 
 def _free_folders(folder: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -117,6 +118,16 @@ class SignalAt(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._reached(trainer, f"validation {trainer.global_step}")
+
+
+class FileSizeLimit(Callback):
+    """From the start of training on no file may be larger, as under a quota."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.n_bytes, self.n_bytes))
 
 
 class TimeIsOver(Timer):
