@@ -1,7 +1,8 @@
 """A checkpoint's contents at one moment: copied to host memory, and looked at for what must not be saved."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,17 +65,15 @@ def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(entry, f"{name}.{index}" if name else str(index))
 
 
-def first_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
-    """The name of a tensor of weights or optimizer state that holds NaN or infinity."""
-    for part in LOOKED_AT:
-        for name, tensor in named_tensors(checkpoint.get(part, {}), part):
-            if not _is_finite(tensor):
-                return name
-    return None
-
-
 def check_finite(checkpoint: Mapping[str, Any]) -> None:
-    refuse_non_finite(first_non_finite(checkpoint))
+    """Of the weights and the optimizers' state; what else a checkpoint holds may be anything."""
+    parts = (named_tensors(checkpoint.get(part, {}), part) for part in LOOKED_AT)
+    refuse_non_finite(first_non_finite(itertools.chain.from_iterable(parts)))
+
+
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first that holds NaN or infinity."""
+    return next((name for name, tensor in tensors if not _is_finite(tensor)), None)
 
 
 def refuse_non_finite(name: str | None) -> None:

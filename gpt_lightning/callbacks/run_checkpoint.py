@@ -82,7 +82,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._former_dirpath: str | None = None
         self._targets: list[str] = []
         self._outdated: list[str] = []
-        self._stop_asked = False
+        self._stop_asked = self._flush_due = False
         self._saved_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
@@ -101,19 +101,32 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning logs a step after its checkpoint; a resumed run will not log it again.
+        if self._flush_due:
+            _flush_curves(trainer)
+            self._flush_due = False
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (writer := _writer(trainer)) is not None:
             writer.raise_failure()
-        # Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost.
-        self._stop_asked = self._stop_asked or trainer.should_stop
-        trainer.should_stop = self._stop_asked and not trainer.fit_loop.epoch_loop._should_accumulate()
+        self._stop_between_steps(trainer)
         if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
             return
         self._seen_step = trainer.global_step
         if self._is_due(trainer) or self._is_last_step(trainer):
             self._save(trainer, judge=self.monitor is None)
+
+    def _stop_between_steps(self, trainer: Trainer) -> None:
+        """Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost."""
+        asked = self._stop_asked or trainer.should_stop
+        inside = trainer.fit_loop.epoch_loop._should_accumulate()
+        trainer.should_stop, self._stop_asked = asked and not inside, asked and inside
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
@@ -198,8 +211,8 @@ class RunCheckpoint(ModelCheckpoint):
                 trainer.strategy.remove_checkpoint(path)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()  # the curves reach at least as far as the checkpoint
+        _flush_curves(trainer)
+        self._flush_due = True
 
     @override
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -244,6 +257,13 @@ class RunCheckpoint(ModelCheckpoint):
 def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
     plugin = trainer.strategy.checkpoint_io
     return plugin if isinstance(plugin, DurableCheckpointIO) else None
+
+
+def _flush_curves(trainer: Trainer) -> None:
+    """Lest the curves of a killed run end before its checkpoint."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.flush()
 
 
 def _writes_one_file(strategy: Strategy) -> bool:

@@ -65,12 +65,18 @@ def _as_dtensor(part: Tensor, shard: Shard, mesh: ParallelMesh) -> DTensor:
     )
 
 
+def _local(value: Tensor) -> Tensor:
+    """This rank's part, on which nothing is communicated."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def save(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint of `sharded_*` parts, on all ranks; the folder gets its name when it is whole."""
-    refuse_non_finite(_first(first_non_finite(checkpoint)))
     tied = _tied_names(checkpoint[WEIGHTS])
     tensors = {f"{WEIGHTS}/{name}": value for name, value in checkpoint[WEIGHTS].items() if name not in tied}
     tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))
+    own = ((name, _local(value)) for name, value in tensors.items())
+    refuse_non_finite(_first(first_non_finite(own)))
     temporary = folder.with_name(f".{folder.name}.tmp")
     with _for_all(folder):
         if dist.get_rank() == 0:
@@ -148,7 +154,7 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     first: dict[int, str] = {}
     tied = {}
     for name, value in state_dict.items():
-        local = value.to_local() if isinstance(value, DTensor) else value
+        local = _local(value)
         if local.numel() and first.setdefault(local.data_ptr(), name) != name:
             tied[name] = first[local.data_ptr()]
     return tied
@@ -207,8 +213,7 @@ def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict:
     with complaining(folder):
         dcp.load(wanted, storage_reader=Reader(folder))
     for name, original in source.items():
-        read = wanted[f"{WEIGHTS}/{original}"]
-        read = read.to_local() if isinstance(read, DTensor) else read
+        read = _local(wanted[f"{WEIGHTS}/{original}"])
         if read.data_ptr() != own[name].data_ptr():  # tied in the file alone, or on the mesh's device
             own[name].detach().copy_(read)
 
@@ -241,8 +246,7 @@ def _with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     state = {index: dict(entry) for index, entry in saved["state"].items()}
     for key, value in tensors.items():
         _, _, index, name = key.split("/")
-        local = value.to_local() if isinstance(value, DTensor) else value
-        state.setdefault(int(index), {})[name] = local
+        state.setdefault(int(index), {})[name] = _local(value)
     return {**saved, "state": state}
 
 

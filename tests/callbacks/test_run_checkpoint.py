@@ -1,5 +1,6 @@
 """The best by the monitored metric, and `last.ckpt` whatever the metric says."""
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import gpt_lightning.checkpoint as checkpoint_module
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.checkpoint import DurableCheckpointIO
+from gpt_lightning.checkpoint_file import CheckpointWriteError, verify, write
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +30,9 @@ class Scripted(pl.LightningModule):
         self.losses = iter(losses)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.layer(batch).sum()
+        loss = self.layer(batch).sum()
+        self.log("loss", loss)
+        return loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self.log("val/loss", next(self.losses))
@@ -31,29 +40,40 @@ class Scripted(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gpt_config"] = {}
+
 
 def fit(
     folder: Path,
     losses: list[float],
     max_steps: int = 8,
     trainer: dict[str, Any] | None = None,
+    others: list[pl.Callback] | None = None,
+    resume_from: Path | None = None,
+    plugin: Any = DurableCheckpointIO,
     **checkpoint: Any,
 ) -> RunCheckpoint:
     callback = RunCheckpoint(dirpath=str(folder), **checkpoint)
-    intervals = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, "logger": False}
     fitting = pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
-        **(trainer or intervals),
+        **(settings if trainer is None else {"logger": False, **trainer}),
         num_sanity_val_steps=0,
-        callbacks=[callback],
-        logger=False,
+        callbacks=[callback, *(others or [])],
+        plugins=[plugin()],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    fitting.fit(Scripted(losses), DataLoader(torch.ones(100, 1)), DataLoader(torch.ones(1, 1)))
+    data = DataLoader(torch.ones(100, 1)), DataLoader(torch.ones(1, 1))
+    fitting.fit(Scripted(losses), *data, ckpt_path=resume_from)
     return callback
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
 def step_of(path: Path) -> int:
@@ -108,3 +128,187 @@ def test_no_checkpoint_stands_inside_an_optimizer_step(tmp_path: Path) -> None:
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
         assert batches == 3 * checkpoint["global_step"]
     assert len(list(tmp_path.glob("step*.ckpt"))) == 3
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "losses, top_k, best, kept",
+    [
+        ([NAN, 5.0, NAN, 6.0], 1, 4, [4]),
+        ([5.0, NAN, NAN, NAN], 1, 2, [2]),
+        ([NAN, 7.0, 9.0, NAN], 2, 4, [4, 6]),  # a slot is NaN's only until something finite comes
+        ([7.0, NAN, NAN, 8.0], 2, 2, [2, 8]),
+        ([NAN, 3.0, 2.0, NAN], -1, 6, [2, 4, 6, 8]),
+        ([NAN, 3.0, 2.0, NAN], 0, None, []),
+    ],
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_the_best_is_a_finite_one(
+    losses: list[float], top_k: int, best: int | None, kept: list[int], background: bool, tmp_path: Path
+) -> None:
+    callback = fit(tmp_path, losses, save_top_k=top_k, background=background)
+    assert names_in(tmp_path) == ["last.ckpt", *(f"step{step:06d}.ckpt" for step in kept)]
+    assert Path(callback.best_model_path).name == (f"step{best:06d}.ckpt" if best else "")
+    assert step_of(tmp_path / "last.ckpt") == 8
+
+
+def test_lightnings_own_plugin_serves_too(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0, 1.0, 2.0, 0.5], plugin=TorchCheckpointIO)
+    assert names_in(tmp_path) == ["last.ckpt", "step000008.ckpt"]
+
+
+def test_without_last_only_the_best_are_written(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0, 1.0, 2.0, 2.0], save_last=False)
+    assert names_in(tmp_path) == ["step000004.ckpt"]
+
+
+class Weights(pl.Callback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.at[trainer.global_step] = pl_module.layer.weight.detach().clone()
+
+
+def test_files_hold_the_weights_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training goes on: no write begins before the next step has changed the weights."""
+    weights = Weights()
+
+    def slow(checkpoint: dict[str, Any], path: Path) -> None:
+        deadline = time.monotonic() + 5
+        while checkpoint["global_step"] + 1 not in weights.at and time.monotonic() < deadline:
+            if checkpoint["global_step"] == 6:
+                break
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_module, "write", slow)
+    fit(tmp_path, [3.0, 2.0, 1.0], max_steps=6, others=[weights], save_top_k=-1)
+    assert len(names_in(tmp_path)) == 4
+    for path in tmp_path.glob("*.ckpt"):
+        verify(path)
+        checkpoint = torch.load(path, weights_only=True)
+        assert torch.equal(checkpoint["state_dict"]["layer.weight"], weights.at[checkpoint["global_step"]])
+
+
+def test_a_failed_write_ends_the_run_and_costs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_from_step_6_on(checkpoint: dict[str, Any], path: Path) -> None:
+        if checkpoint["global_step"] >= 6:
+            raise CheckpointWriteError(f"{path} cannot be written")
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_module, "write", full_from_step_6_on)
+    with pytest.raises(CheckpointWriteError, match="step000006.ckpt cannot be written"):
+        fit(tmp_path, [4.0, 3.0, 2.0, 1.0], max_steps=8)
+    assert [step_of(path) for path in sorted(tmp_path.glob("*.ckpt"))] == [4, 4]
+    assert names_in(tmp_path) == ["last.ckpt", "step000004.ckpt"]
+
+
+class AskingToStop(pl.Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("batch, step", [(4, 2), (5, 2), (6, 2), (7, 3)])
+def test_a_stop_waits_for_the_end_of_the_step(batch: int, step: int, tmp_path: Path) -> None:
+    settings = {"limit_val_batches": 0, "accumulate_grad_batches": 3}
+    fit(tmp_path, [], trainer=settings, others=[AskingToStop(batch)])
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    assert progress["processed"] == 3 * step
+    # As in any checkpoint at a batch's end: the loop has not gone on to what comes after it.
+    assert progress["completed"] == 3 * step - 1
+
+
+def test_the_last_step_is_saved_as_any_other(tmp_path: Path) -> None:
+    settings = {"limit_val_batches": 0}
+    fit(tmp_path / "short", [], max_steps=4, trainer=settings)
+    every_4 = {"every_n_train_steps": 4, "monitor": None, "save_top_k": -1}
+    fit(tmp_path / "long", [], max_steps=6, trainer=settings, **every_4)
+    short, long = (
+        torch.load(path, weights_only=True)["loops"]["fit_loop"]
+        for path in (tmp_path / "short" / "last.ckpt", tmp_path / "long" / "step000004.ckpt")
+    )
+    assert short == long
+
+
+class SavingNow(pl.Callback):
+    def __init__(self) -> None:
+        self.written: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        callback = trainer.checkpoint_callback
+        if trainer.global_step in (3, 4):
+            for _ in range(2):
+                callback.save_now(trainer)
+            path = Path(callback.last_model_path)
+            assert step_of(path) == trainer.global_step
+            self.written.append(path.stat().st_ino)
+
+
+def test_save_now_is_safe_at_once_and_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def counting(checkpoint: dict[str, Any], path: Path) -> None:
+        written.append(checkpoint["global_step"])
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_module, "write", counting)
+    settings = {"limit_val_batches": 0}
+    fit(tmp_path, [], max_steps=5, trainer=settings, others=[SavingNow()], every_n_train_steps=4)
+    assert written == [3, 4, 5]
+
+
+def test_a_moved_run_knows_its_best(tmp_path: Path) -> None:
+    fit(tmp_path / "old", [3.0, 1.0], max_steps=4)
+    (tmp_path / "old").rename(tmp_path / "new")
+    callback = fit(tmp_path / "new", [2.0, 0.5], resume_from=tmp_path / "new" / "last.ckpt")
+    assert names_in(tmp_path / "new") == ["last.ckpt", "step000008.ckpt"]
+    assert callback.best_model_path == str(tmp_path / "new" / "step000008.ckpt")
+
+
+def test_a_run_in_a_new_folder_leaves_the_old_one_alone(tmp_path: Path) -> None:
+    fit(tmp_path / "one", [3.0, 1.0], max_steps=4)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.ckpt")}
+    callback = fit(tmp_path / "two", [2.0, 1.5], resume_from=tmp_path / "one" / "last.ckpt")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.ckpt")} == before
+    assert names_in(tmp_path / "two") == ["last.ckpt", "step000008.ckpt"]  # the best of this folder
+    assert float(callback.best_model_score) == 1.5
+
+
+def test_a_best_that_somebody_removed_does_not_count(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0, 1.0], max_steps=4)
+    (tmp_path / "step000004.ckpt").unlink()
+    fit(tmp_path, [2.0, 2.5], resume_from=tmp_path / "last.ckpt")
+    assert names_in(tmp_path) == ["last.ckpt", "step000006.ckpt"]
+
+
+class ReadingCurves(pl.Callback):
+    """What stands in the events file right after the step that was saved."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+        self.seen: list[int] = []
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            events = EventAccumulator(str(self.folder)).Reload()
+            self.seen = [event.step for event in events.Scalars("loss")]
+
+
+def test_curves_reach_as_far_as_the_checkpoint(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="logs", version="")
+    reading = ReadingCurves(tmp_path / "logs", step=4)
+    settings = {"limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
+    fit(tmp_path, [], max_steps=6, trainer=settings, others=[reading], every_n_train_steps=4)
+    assert reading.seen == [0, 1, 2, 3]  # Lightning counts from 0

@@ -1,5 +1,6 @@
 """A checkpoint is an ordinary file at any topology, and a run goes on from it at any other."""
 
+import errno
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,16 @@ from lightning.pytorch.plugins import MixedPrecision
 
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
-from gpt_lightning.checkpoint import consolidate, load_model, newest_checkpoint, read_checkpoint
+from gpt_lightning.checkpoint import (
+    DurableCheckpointIO,
+    SaveOptions,
+    consolidate,
+    load_model,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from gpt_lightning.checkpoint_file import CheckpointWriteError, write
+from gpt_lightning.snapshot import NonFiniteCheckpointError
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
 
@@ -151,12 +161,24 @@ def test_parts_travel_one_by_one_within_the_first_replica(shared_corpus: Path) -
     assert [any_travelled for _, _, any_travelled in ranks] == [True, True, False, False]
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def tear(folder: Path, how: str) -> None:
     part = sorted(folder.glob("*.distcp"))[-1]
     if how == "a part is missing":
         part.unlink()
     elif how == "a part is cut short":
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    elif how == "a bit of a part":
+        flip(part)
+    elif how == "a bit of the contents":
+        flip(folder / ".metadata")
+    elif how == "a bit of the rest":
+        flip(folder / "rest.pt")
     elif how == "no contents":
         (folder / ".metadata").unlink()
     elif how == "contents cut short":
@@ -174,6 +196,7 @@ def complaint(run: Run, corpus: Path) -> str:
 
 
 TORN = ["a part is missing", "a part is cut short", "no contents", "contents cut short", "rest cut short"]
+TORN += ["a bit of a part", "a bit of the contents", "a bit of the rest"]
 
 
 @pytest.mark.parametrize("how", TORN)
@@ -183,10 +206,9 @@ def test_a_torn_folder_is_told_in_one_line(
     folder = tmp_path / "torn.ckpt"
     shutil.copytree(saved["sharded"], folder)
     tear(folder, how)
-    if how != "a part is cut short":  # which only reading all of it would show
-        with pytest.raises(ValueError, match=f"ckpt_path={folder} cannot be read") as error:
-            read_checkpoint(folder)
-        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"ckpt_path={folder} cannot be read") as error:
+        read_checkpoint(folder)
+    assert "\n" not in str(error.value)
     for message in run_ranks(complaint, 2, Run(2, 1, steps=8, resume_from=str(folder)), shared_corpus):
         assert message.startswith(f"ckpt_path={folder} cannot be read") and "\n" not in message
 
@@ -199,6 +221,66 @@ def test_what_an_interrupted_save_left_is_not_kept(shared_corpus: Path, tmp_path
     assert sorted(file.name for file in path.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
     path.rename(tmp_path / ".last.ckpt.old")  # a crash between the two renames of the next save
     assert newest_checkpoint(tmp_path) == path and path.is_dir()
+
+
+def test_a_file_with_a_flipped_bit_is_refused_whatever_reads_it(
+    saved: dict[str, Path], shared_corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "flipped.ckpt"
+    write(read_checkpoint(saved["2x2"]), path)
+    flip(path)
+    for plugins in (None, lambda: [DurableCheckpointIO()]):
+        run = Run(2, 1, steps=8, resume_from=str(path), plugins=plugins)
+        for message in run_ranks(complaint, 2, run, shared_corpus):
+            assert message.startswith(f"ckpt_path={path} cannot be read") and "not those" in message
+
+
+def failing_save(run: Run, corpus: Path, how: str) -> str:
+    """In a rank: the second save of a sharded run fails on one of them; what all of them say."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.fit(module, datamodule)
+    trainer.save_checkpoint(run.save_to)
+    if how == "not finite" and trainer.global_rank == 1:
+        module.model.blocks[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    elif how == "no room for a part" and trainer.global_rank == 1:
+        sharded_checkpoint.dcp.FileSystemWriter.write_data = full_disk
+    elif how == "no room for the rest" and trainer.global_rank == 0:
+        sharded_checkpoint.write = full_disk
+    with pytest.raises((CheckpointWriteError, NonFiniteCheckpointError)) as error:
+        trainer.save_checkpoint(run.save_to)
+    return str(error.value)
+
+
+def full_disk(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("how", ["not finite", "no room for a part", "no room for the rest"])
+def test_a_failed_save_fails_on_all_ranks_and_keeps_the_old_one(
+    how: str, shared_corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.ckpt"
+    strategy = {"save_sharded": True, "replica_check_every_n_steps": 0}
+    run = Run(2, 1, steps=1, strategy=strategy, save_to=str(path))
+    first, second = run_ranks(failing_save, 2, run, shared_corpus, how)
+    assert first == second and "\n" not in first
+    expected = "up_proj.weight holds NaN" if how == "not finite" else f"{path} cannot be written (No space"
+    assert expected in first
+    assert list(tmp_path.iterdir()) == [path]
+    read_checkpoint(path)
+
+
+def test_a_sharded_best_makes_way_for_a_file(saved: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved["sharded"], tmp_path / "last.ckpt")
+    shutil.copytree(saved["sharded"], tmp_path / "old.ckpt")
+    checkpoint = read_checkpoint(saved["one"])
+    plugin = DurableCheckpointIO()
+    options = SaveOptions(True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
+    plugin.save_checkpoint(checkpoint, tmp_path / "best.ckpt", options)
+    plugin.teardown()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (tmp_path / "last.ckpt").read_bytes() == (tmp_path / "best.ckpt").read_bytes()
 
 
 def timeouts(run: Run, corpus: Path) -> list[float]:
