@@ -1,5 +1,6 @@
 """Checkpoints: written so that a good one is always there, found again, and opened without their run."""
 
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     @override
     def teardown(self) -> None:
         self.wait()
+        self._memory = HostMemory()
         self.raise_failure()
 
 
@@ -132,15 +134,14 @@ def checkpoints_below(folder: Path) -> list[Path]:
 
 
 def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
-    def age(path: Path) -> tuple[int, bool]:
-        return path.stat().st_mtime_ns, path.name == LAST
-
+    ages = {path: (stat.st_mtime_ns, path.name == LAST) for path in paths if (stat := _stat(path))}
     complaints = []
-    for path in sorted(paths, key=age, reverse=True):
+    for path in sorted(ages, key=lambda path: ages[path], reverse=True):
         try:
             check_bytes_of(path)
         except ValueError as error:
-            complaints.append(str(error))
+            if path.exists():
+                complaints.append(str(error))
         else:
             for complaint in complaints:
                 warn(f"skipped: {complaint.removesuffix('; name another')}")
@@ -148,6 +149,14 @@ def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
     if complaints:
         raise ValueError(f"no checkpoint is whole: {complaints[0]}" + _and_others(complaints))
     return None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None for a file that a running fit has just replaced by a better one."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _and_others(complaints: list[str]) -> str:
