@@ -65,7 +65,8 @@ def stall_seconds(
     callback._save(trainer, judge=False)
     stall = time.perf_counter() - start
     if isinstance(plugin, DurableCheckpointIO):
-        plugin.teardown()
+        plugin.wait()
+        plugin.raise_failure()
     return stall
 
 
