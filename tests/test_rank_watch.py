@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.rank_peers import Place
+from gpt_lightning.rank_peers import Peers, Place
 from gpt_lightning.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
@@ -205,6 +206,47 @@ def test_leaving_in_order_judges_nobody(ranks: Ranks) -> None:
     (ranks.folder / "done").touch()
     assert ranks.codes(0, 1, 2, within_seconds=3) == [143, 143, 143]
     assert not ranks.lines()
+
+
+def watch_a_child(rank: int, watch: RankWatch) -> None:
+    """In place of the harness's watch: rank 0 of 2 as Lightning's launcher has it, with a child process."""
+    watch.leave()
+    folder = Path(os.environ["FOLDER"])
+    command = "import os; open('child', 'w').write(str(os.getpid())); import time; time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", command], cwd=folder)
+    RankWatch(Place(0, 2, 0, children=lambda: {1: child}), TIMEOUT).start()
+    wait_outside_of_collectives(rank, watch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_that_ends_before_it_is_connected_is_lost(ranks: Ranks, number: int) -> None:
+    ranks.start(1, watch_a_child)
+    child = ranks.folder / "child"
+    ranks.wait_until(lambda: child.exists() and child.read_text() != "")
+    os.kill(int(child.read_text()), number)
+    assert ranks.codes(0, within_seconds=3) == [LOST_RANK]
+    name = signal.Signals(number).name
+    assert ranks.told() == [
+        f"error: rank 1 of 2 was ended by signal {int(number)} ({name}); the other ranks end too"
+    ]
+
+
+def test_a_stranger_is_not_taken_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    told: list[tuple[int, str]] = []
+    first, second = Peers(0), Peers(1)
+    first.connect(told.append)
+    with socket.create_connection(("127.0.0.1", told[0][0])) as stranger:
+        stranger.sendall(b"a guess 1\n")
+        second.connect(lambda _: told[0])
+        while not first.by_rank:
+            first.exchange(0)
+        assert stranger.recv(1) == b""
+    second.tell("farewell")
+    while not first.by_rank[1].has_left:
+        first.exchange(0)
+    first.close()
+    second.close()
 
 
 def slow_rank(rank: int, watch: RankWatch) -> None:
