@@ -12,6 +12,10 @@ import gpt_lightning.cli  # noqa: F401
 WORDS = "the cat dog house garden sees likes finds a red small old new river and with under over".split()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=10, help="of the soak in tests/faults; 100 for long")
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus.jsonl")

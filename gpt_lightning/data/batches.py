@@ -1,6 +1,10 @@
 """Batches of windows as tensors, and the loader that asks for them by number."""
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import gpt_lightning.data.windows as windows
 from gpt_lightning.data.token_cache import TokenSplit
+
+_PR_SET_PDEATHSIG = 1
 
 
 class TokenBatch(NamedTuple):
@@ -130,17 +136,25 @@ def batch_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_belong_to_the_run,
         # Else each epoch and validation would draw the workers' seed from the stream that dropout draws from.
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_the_run(worker_id: int) -> None:
-    """A scheduler signals all processes of a job; without its workers the run could not finish its step."""
+def _belong_to_the_run(worker_id: int) -> None:
+    """A scheduler signals all processes of a job; without its workers the run could not finish its step.
+
+    They end with the run, also if it is killed while they start, before PyTorch's own watch begins.
+    """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:

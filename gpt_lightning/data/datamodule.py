@@ -267,7 +267,7 @@ class TextDataModule(LightningDataModule):
         return shape.global_batch * shape.accumulate
 
     def close_epoch_first(self) -> None:
-        """For a checkpoint saved when all batches of an epoch were trained and Lightning had not closed it."""
+        """For a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""
         self._order.close_epoch_first()
 
     @override

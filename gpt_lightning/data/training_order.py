@@ -64,7 +64,7 @@ class TrainingOrder:
         self._first_epoch_is_finished = False
 
     def close_epoch_first(self) -> None:
-        """Lightning resumes in an epoch that is finished but not closed: it is to find no batch left in it."""
+        """Lightning resumes in an epoch that is finished but not closed: it is to find no batch left."""
         self._first_epoch_is_finished = True
 
     def batch_numbers(self, shape: EpochShape) -> BatchNumbers:
