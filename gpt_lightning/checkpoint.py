@@ -1,20 +1,26 @@
 """Checkpoints: written so that a good one is always there, found again, and opened without their run."""
 
 import os
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from gpt_lightning.background_writer import BackgroundWriter
-from gpt_lightning.checkpoint_file import unreadable, verify, write
+from gpt_lightning.checkpoint_contents import (
+    CONFIG_KEY,
+    DATA_KEY,
+    MODEL_PREFIX,
+    check_contents,
+    load_plain,
+    read_checked,
+)
+from gpt_lightning.checkpoint_file import verify, write
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
@@ -28,10 +34,7 @@ from gpt_lightning.parallel.sharded_folder import (
     restore_set_aside,
 )
 from gpt_lightning.snapshot import HostMemory, check_finite
-from gpt_lightning.training.module import CONFIG_KEY
 
-DATA_KEY = "TextDataModule"
-MODEL_PREFIX = "model."
 LAST = "last.ckpt"
 LOCK = ".lock"  # held by the process that writes into a folder
 
@@ -182,31 +185,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
     if not path.exists():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
-    check_bytes_of(path)
-    checkpoint = read_rest(path) if is_sharded(path) else _read_file(path)
+    if not is_sharded(path):
+        return read_checked(path)
+    check_whole(path)
+    checkpoint = read_rest(path)
     check_contents(path, checkpoint)
-    return dict(checkpoint)
-
-
-def _read_file(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise unreadable(path, error) from error
-
-
-def check_contents(path: Path, checkpoint: Any) -> None:
-    """Raise ValueError, in one line, if the file is readable but holds something else than a checkpoint."""
-    if not isinstance(checkpoint, Mapping) or CONFIG_KEY not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
-        )
+    return checkpoint
 
 
 def step_of(path: Path) -> int | None:
     """The optimizer step at which a checkpoint was saved, without a look at the rest; None if unreadable."""
     try:
-        checkpoint = read_rest(path) if is_sharded(path) else _read_file(path)
+        checkpoint = read_rest(path) if is_sharded(path) else load_plain(path)
         return int(checkpoint["global_step"])
     except (ValueError, KeyError, TypeError):
         return None

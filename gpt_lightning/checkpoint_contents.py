@@ -32,11 +32,18 @@ def load_plain(path: str | Path) -> Any:
 
     `weights_only` is said outright: left out, an environment variable could turn it off.
     """
-    verify(Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise unreadable(Path(path), error) from error
+
+
+def read_checked(path: str | Path) -> dict[str, Any]:
+    """A file that is as it was written, and holds what a checkpoint of this package does."""
+    verify(Path(path))
+    checkpoint = load_plain(path)
+    check_contents(path, checkpoint)
+    return dict(checkpoint)
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
