@@ -17,6 +17,7 @@ from gpt_lightning.checkpoint_contents import (
     DATA_KEY,
     MODEL_PREFIX,
     check_contents,
+    check_own,
     load_plain,
     read_checked,
 )
@@ -97,7 +98,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
         self.wait()
         check_not_sharded(Path(path))
-        return read_checkpoint(Path(path))
+        _check_exists(Path(path))
+        return read_checked(path)
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
@@ -181,16 +183,22 @@ def _restore_set_aside(folder: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents, tensors mapped from the file, not read; a sharded one's without tensors."""
+    _check_exists(path)
+    if is_sharded(path):
+        check_whole(path)
+        checkpoint = read_rest(path)
+        check_contents(path, checkpoint)
+    else:
+        checkpoint = read_checked(path)
+    check_own(path, checkpoint)
+    return checkpoint
+
+
+def _check_exists(path: Path) -> None:
     if path.is_dir() and not is_sharded(path):
         raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
     if not path.exists():
         raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
-    if not is_sharded(path):
-        return read_checked(path)
-    check_whole(path)
-    checkpoint = read_rest(path)
-    check_contents(path, checkpoint)
-    return checkpoint
 
 
 def step_of(path: Path) -> int | None:

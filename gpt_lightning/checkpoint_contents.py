@@ -39,7 +39,7 @@ def load_plain(path: str | Path) -> Any:
 
 
 def read_checked(path: str | Path) -> dict[str, Any]:
-    """A file that is as it was written, and holds what a checkpoint of this package does."""
+    """A file that is as it was written, and in which nothing acts; another module's checkpoint may be one."""
     verify(Path(path))
     checkpoint = load_plain(path)
     check_contents(path, checkpoint)
@@ -47,12 +47,10 @@ def read_checked(path: str | Path) -> dict[str, Any]:
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
-    """Raise, in one line, what a checkpoint of this package never holds, and what lets it not fit itself."""
-    if not isinstance(checkpoint, Mapping) or CONFIG_KEY not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
-        )
-    config = _stored_config(path, checkpoint[CONFIG_KEY])
+    """Raise, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
+    if not isinstance(checkpoint, Mapping):
+        kind = type(checkpoint).__name__
+        raise ValueError(f"ckpt_path={path} was not written by gpt_lightning (it holds a {kind}); name another")
     for key in _HYPER_PARAMETERS:
         for problem in _problems(checkpoint.get(key), key):
             raise ValueError(
@@ -61,9 +59,18 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
             )
     if DATA_KEY in checkpoint:
         _check_data(path, checkpoint[DATA_KEY])
-    # A sharded checkpoint keeps its weights in files of their own.
-    if checkpoint.get(WEIGHTS_KEY):
-        _check_weights(path, config, checkpoint[WEIGHTS_KEY])
+    if CONFIG_KEY in checkpoint:
+        config = _stored_config(path, checkpoint[CONFIG_KEY])
+        # A sharded checkpoint keeps its weights in files of their own.
+        if checkpoint.get(WEIGHTS_KEY):
+            _check_weights(path, config, checkpoint[WEIGHTS_KEY])
+
+
+def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
+        )
 
 
 def _check_data(path: str | Path, state: Any) -> None:

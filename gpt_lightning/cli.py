@@ -35,7 +35,7 @@ from gpt_lightning.checkpoint import (
     checkpoint_tokenizer,
     read_checkpoint,
 )
-from gpt_lightning.cli_checks import check_before_work, say, warn_of_untrained_positions
+from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_consolidate import run_consolidate
 from gpt_lightning.cli_endings import in_order
 from gpt_lightning.cli_imports import limited_imports
@@ -143,6 +143,7 @@ class GPTLightningCLI(LightningCLI):
         """
         verb = self.config["subcommand"]
         settings = self.config[verb]
+        check_before_seeding(settings)
         root = checkpoints_folder(settings.trainer.default_root_dir)
         if verb in ("fit", "prepare"):
             self._name_run(settings)
@@ -261,8 +262,10 @@ class GPTLightningCLI(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in _as_list(settings["callbacks"])):
             if settings["enable_progress_bar"] is not False:
                 callbacks.append(StepProgressBar())
-        callbacks.append(self._rank_guard)
-        settings["plugins"] = [*_as_list(settings["plugins"]), DurableCheckpointIO()]
+        writer = DurableCheckpointIO()
+        settings["plugins"] = [*_as_list(settings["plugins"]), writer]
+        self._rank_guard.before_exit = writer.wait
+        callbacks.insert(0, self._rank_guard)  # before those that talk to other ranks when a run fails
         if self.subcommand == "fit":
             callbacks += self._prepare_fit(settings)
         else:
@@ -304,6 +307,8 @@ class GPTLightningCLI(LightningCLI):
     def _output_path(self) -> Path:
         assert self._checkpoint_path is not None
         given = self._get(self.config, "output")
+        if given is not None and (not given or Path(given).is_dir()):
+            raise ValueError(f"output={given!r} is no file; name one, such as predictions.jsonl")
         output = Path(given) if given else self._checkpoint_path.parent / "predictions.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
         return output

@@ -42,6 +42,9 @@ def in_order(rank_guard: RankGuard) -> Iterator[None]:
             raise
         say(f"error: {shorten(str(complaint))}")
         sys.exit(2)
+    except RuntimeError as error:
+        rank_guard.explain(error)  # ends here if the error comes of a lost rank
+        raise
     except OSError as error:
         if error.filename is None:
             raise
@@ -56,5 +59,5 @@ def _leave_together(rank_guard: RankGuard) -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-        rank_guard.leave()
         dist.destroy_process_group()
+        rank_guard.leave()  # last: the first rank waits for its children, and they for the groups' end

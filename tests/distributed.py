@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 TIMEOUT_SECONDS = 120
 
@@ -77,6 +78,7 @@ def _rank(
     os.environ.update(environment)
     rank = environment["RANK"]
     torch.set_num_threads(1)
+    rank_zero_only.rank = int(rank)  # read from the environment at the import
     status = 1
     try:
         result = function(*args)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_lightning.checkpoint_contents import check_contents, check_same_architecture
+from gpt_lightning.checkpoint_contents import check_contents, check_own, check_same_architecture
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -26,6 +26,7 @@ def checkpoint() -> dict[str, Any]:
 def complaint(checkpoint: Any) -> str:
     with pytest.raises(ValueError) as error:
         check_contents(Path("runs/x.ckpt"), checkpoint)
+        check_own(Path("runs/x.ckpt"), checkpoint)
     message = str(error.value)
     assert "ckpt_path=runs/x.ckpt" in message and "\n" not in message
     return message

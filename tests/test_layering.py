@@ -76,7 +76,8 @@ ORDER = [
     "__main__",
 ]
 MODEL = {"config", "kv_cache", "linear_cross_entropy", "model"}
-ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", "checkpoint_file", "snapshot"}}
+FILES = {"checkpoint_file", "snapshot"}
+ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", *FILES}}
 
 
 def modules() -> list[str]:

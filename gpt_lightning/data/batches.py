@@ -46,8 +46,10 @@ class WindowBatches(Dataset[TokenBatch]):
         seed: int | None,
         start: int,
         accumulate: int,
+        vocab_size: int,
     ) -> None:
         self.split = split
+        self.vocab_size = vocab_size
         self.seq_len, self.batch_size = seq_len, batch_size
         self.rank, self.ranks = rank, ranks
         self.document_mask = document_mask
@@ -73,6 +75,11 @@ class WindowBatches(Dataset[TokenBatch]):
             positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
         )
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
+        if (largest := max(inputs.max(), targets.max())) >= self.vocab_size:
+            raise ValueError(
+                f"data.cache_dir: {self.split.folder} holds token id {largest}, and the tokenizer has "
+                f"{self.vocab_size}; remove that folder, and it is built anew"
+            )
         document_ids = None
         if self.document_mask:
             document_starts = self.split.document_starts

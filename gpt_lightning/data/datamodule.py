@@ -244,6 +244,7 @@ class TextDataModule(LightningDataModule):
             seed=seed,
             start=start,
             accumulate=accumulate,
+            vocab_size=self.vocab_size,
         )
 
     def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:

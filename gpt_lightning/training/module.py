@@ -16,6 +16,7 @@ from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint_contents import (
     CONFIG_KEY,
+    check_own,
     check_same_architecture,
     read_checked,
 )
@@ -283,7 +284,7 @@ class GPTLightningModule(LightningModule):
         """Lightning's own, of plain data alone: nothing in the file runs, and nothing that it names."""
         if hparams_file is not None or weights_only is False:
             raise ValueError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
-        read_checked(checkpoint_path)
+        check_own(checkpoint_path, read_checked(checkpoint_path))
         return super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
         )

@@ -40,9 +40,6 @@ class Scripted(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["gpt_config"] = {}
-
 
 def fit(
     folder: Path,

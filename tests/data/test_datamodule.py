@@ -194,3 +194,15 @@ def test_state_carries_position_and_tokenizer(source: Path) -> None:
     assert other.vocab_size > 0
     with pytest.raises(ValueError, match="data.tokenizer=bpe:260 on this text is not the checkpoint's"):
         other.load_state_dict(state)
+
+
+def test_a_token_that_no_tokenizer_gave_is_told_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to be spoilt " * 9)
+    settings = {"train_files": str(tmp_path / "a.txt"), "tokenizer": "bytes", "seq_len": 8}
+    data = TextDataModule(**settings, cache_dir=str(tmp_path / "cache"), val_fraction=0.0)
+    folder = data.prepare()["train"].folder
+    tokens = folder / "train.tokens.bin"
+    tokens.write_bytes(b"\xff\xff" * (tokens.stat().st_size // 2))
+    fresh = TextDataModule(**settings, cache_dir=str(tmp_path / "cache"), val_fraction=0.0)
+    with pytest.raises(ValueError, match=f"{folder} holds token id 65535, and the tokenizer has 257"):
+        next(iter(fresh.train_dataloader()))
