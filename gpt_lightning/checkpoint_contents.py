@@ -50,7 +50,7 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
     """Raise, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
-        raise ValueError(f"ckpt_path={path} was not written by gpt_lightning (it holds a {kind}); name another")
+        raise ValueError(f"ckpt_path={path} was not written by gpt_lightning (it is a {kind}); name another")
     for key in _HYPER_PARAMETERS:
         for problem in _problems(checkpoint.get(key), key):
             raise ValueError(
