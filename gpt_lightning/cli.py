@@ -1,8 +1,5 @@
 """The program: LightningCLI with its four verbs and `prepare`, and its known stumbling blocks removed."""
 
-import os
-import shlex
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -35,6 +32,7 @@ from gpt_lightning.checkpoint import (
     checkpoint_tokenizer,
     read_checkpoint,
 )
+from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_consolidate import run_consolidate
 from gpt_lightning.cli_endings import in_order
@@ -51,6 +49,7 @@ from gpt_lightning.run_folder import (
     choose_run_folder,
     find_checkpoint,
     newest_of_run,
+    open_named_folder,
     open_run_folder,
 )
 from gpt_lightning.training.module import GPTLightningModule
@@ -74,6 +73,7 @@ class GPTLightningCLI(LightningCLI):
         self._rank_guard, self._ending = rank_guard, ending
         self._checkpoint: dict[str, Any] | None = None
         self._checkpoint_path: Path | None = None
+        self._begins_again = False  # asked for the last checkpoint of a run that has none
         self._run_folder = Path()
         super().__init__(
             GPTLightningModule,
@@ -165,7 +165,8 @@ class GPTLightningCLI(LightningCLI):
         if verb != "prepare":
             settings.weights_only = True
         if verb == "fit":
-            self._run_folder = choose_run_folder(root / settings.run_name, path)
+            folder = root / settings.run_name
+            self._run_folder = choose_run_folder(folder, path, begins_again=self._begins_again)
 
     def _name_run(self, settings: Any) -> None:
         if settings.run_name is None:
@@ -185,6 +186,7 @@ class GPTLightningCLI(LightningCLI):
         if newest is None:
             say(f"no checkpoint in {folder} yet: starting from scratch")
             settings.ckpt_path = None
+            self._begins_again = True
         else:
             settings.run_name = newest.parent.name
         return newest
@@ -229,9 +231,13 @@ class GPTLightningCLI(LightningCLI):
         """Keep other processes out of the run's folder; only the first rank writes into it."""
         if not settings.trainer.fast_dev_run:
             root = checkpoints_folder(settings.trainer.default_root_dir)
-            run = open_run_folder(root / settings.run_name, self._checkpoint_path)
+            folder, path = root / settings.run_name, self._checkpoint_path
+            run = open_run_folder(folder, path, begins_again=self._begins_again)
             self._ending.callback(run.close)
             self._run_folder = run.folder
+            if (own := settings.checkpoint.dirpath) is not None:
+                option = f"checkpoint.dirpath={own}"
+                self._ending.callback(open_named_folder(Path(own), path, option).close)
         settings.run_name = self._run_folder.name
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
@@ -286,14 +292,13 @@ class GPTLightningCLI(LightningCLI):
         if by_steps and not trainer.fast_dev_run:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
-        if self.subcommand == "fit":
-            trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
+        trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
-            # Curves of a killed run end after its last checkpoint: what comes again is shown once.
-            again_from = None if self._checkpoint is None else self._checkpoint["global_step"] + 1
+            # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
+            again_from = 1 + (0 if self._checkpoint is None else self._checkpoint["global_step"])
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
@@ -334,41 +339,17 @@ class GPTLightningCLI(LightningCLI):
             say(f"warning: {warning}")
 
     def after_fit(self) -> None:
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
-            return
-        self._log_hyperparameters()
-        for text in self._get(self.config_init, "samples").latest:
-            print(f"\n{text}\n")
-        say(f"to watch the curves, and to write more:\ntensorboard --logdir {self._run_folder.parent}")
-        callback = self.trainer.checkpoint_callback
-        if callback is not None and (callback.last_model_path or callback.best_model_path):
-            last = os.path.relpath(callback.last_model_path or callback.best_model_path)
-            say(f"{_program()} predict --ckpt_path {shlex.quote(last)} --data.prompts '[\"The \"]'")
-
-    def _log_hyperparameters(self) -> None:
-        """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
-        loss = self.trainer.callback_metrics.get("val/loss")
-        data = self._get(self.config, "data").as_dict()
-        chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and loss is not None:
-                settings = {**self.model.hparams, "data": chosen}
-                logger.log_hyperparams(settings, {"val/loss": float(loss)}, self.trainer.global_step)
-                logger.save()
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            data = self._get(self.config, "data").as_dict()
+            chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
+            log_hyperparameters(self.trainer, {**self.model.hparams, "data": chosen})
+            tell_how_to_go_on(self.trainer, self._run_folder, self._get(self.config_init, "samples").latest)
 
 
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _program() -> str:
-    """How this program was called, so that the line works when it is pasted."""
-    if Path(sys.argv[0]).name == "gpt-lightning":
-        return sys.argv[0]
-    on_path = shutil.which("python") == sys.executable
-    return f"{'python' if on_path else shlex.quote(os.path.relpath(sys.executable))} -m gpt_lightning"
 
 
 def run(words: list[str]) -> None:

@@ -69,36 +69,48 @@ class OpenRun:
                 folder.rmdir()
 
 
-def open_run_folder(folder: Path, resumed_from: Path | None) -> OpenRun:
+def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> OpenRun:
     """Choose the run's folder, make it, and keep others out; raise if it cannot be written.
 
-    What killed saves left in it is removed.
+    What killed saves left in it is removed. A run that `begins_again` was killed before its first checkpoint.
     """
     if _lies_in(folder, resumed_from):
         run = _opened(folder)
         if run is None:
-            raise ValueError(
-                f"run_name={folder.name}: another process is writing into {folder}; wait for it, or give "
-                "another --run_name"
-            )
+            raise _is_open(folder, f"run_name={folder.name}", "another --run_name")
         if goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
             return run
         run.close()
-    for candidate in _free_folders(folder):
+    for candidate in _free_folders(folder, begins_again):
         run = _opened(candidate)
-        if run is not None and _is_free(candidate):
+        if run is not None and _is_free(candidate, begins_again):
             return run
         if run is not None:
             run.close()
     raise AssertionError("there are always more numbers")
 
 
-def choose_run_folder(folder: Path, resumed_from: Path | None) -> Path:
+def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> OpenRun:
+    """Open just this folder; raise if another process has it open, or another run's checkpoints lie there."""
+    run = _opened(folder)
+    if run is None:
+        raise _is_open(folder, option, "another folder")
+    if checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
+        run.close()
+        raise ValueError(f"{option} holds checkpoints that this run would overwrite; give another folder")
+    return run
+
+
+def _is_open(folder: Path, option: str, other: str) -> ValueError:
+    return ValueError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
+
+
+def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... that holds no other run.
 
     A run that goes on from the newest checkpoint of `folder` goes on in it.
     """
-    return folder if goes_on_in(folder, resumed_from) else next(_free_folders(folder))
+    return folder if goes_on_in(folder, resumed_from) else next(_free_folders(folder, begins_again))
 
 
 def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
@@ -116,13 +128,16 @@ def _lies_in(folder: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
 
 
-def _free_folders(folder: Path) -> Iterator[Path]:
+def _free_folders(folder: Path, begins_again: bool) -> Iterator[Path]:
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return filter(_is_free, itertools.chain([folder], numbered))
+    return (path for path in itertools.chain([folder], numbered) if _is_free(path, begins_again))
 
 
-def _is_free(folder: Path) -> bool:
-    return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
+def _is_free(folder: Path, begins_again: bool) -> bool:
+    """Whether nothing is in it, or, for a run that begins again, no checkpoint."""
+    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+        return True
+    return begins_again and not checkpoints_below(folder)
 
 
 def _opened(folder: Path) -> OpenRun | None:

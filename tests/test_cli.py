@@ -355,3 +355,19 @@ def test_weights_alone_do_not_resume(
     assert exit.value.code == 2
     assert "holds weights alone" in capsys.readouterr().err.splitlines()[-1]
     main(["validate", "--ckpt_path", str(tmp_path / "checkpoints" / "tiny" / "last.ckpt")])
+
+
+def test_a_folder_for_checkpoints_is_not_written_over(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", str(tiny_config(checkpoint={"dirpath": "kept"}))]
+    main(words)
+    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 6
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+    assert "error: checkpoint.dirpath=kept holds checkpoints" in capsys.readouterr().err
+    main([*words, "--ckpt_path", "kept/last.ckpt", "--trainer.max_steps", "8"])
+    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 8

@@ -65,6 +65,7 @@ ORDER = [
     "run_folder",
     "cli_verbs",
     "cli_checks",
+    "cli_after_fit",
     "cli_noise",
     "cli_consolidate",
     "cli_tensor_parallel",

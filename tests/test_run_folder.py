@@ -166,3 +166,19 @@ def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
     for find in (newest_of_run, lambda folder: find_checkpoint("last", folder)):
         with pytest.raises(ValueError, match="no checkpoint is whole.*last.ckpt.*nor are 1 others"):
             find(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    torn = folder / ".last.ckpt.0123abcd.tmp"
+    torn.touch()
+    run = open_run_folder(folder, None)
+    assert run.folder == tmp_path / "run-2"
+    run.close()
+    run = open_run_folder(folder, None, begins_again=True)
+    assert run.folder == folder and not torn.exists()
+    run.close()
+    save(folder / "last.ckpt", 3)
+    assert choose_run_folder(folder, None, begins_again=True) == tmp_path / "run-2"

@@ -24,6 +24,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._validating = False
         self._random_state: dict[str, Any] | None = None
+        self._owes_last_validation = False
         self._samples_per_step = 0
 
     @override
@@ -33,6 +34,15 @@ class ExactResume(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validating = False
+        if self._owes_last_validation:
+            self._owes_last_validation = False
+            trainer.fit_loop.epoch_loop.max_steps -= 1
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._owes_last_validation:
+            # Else Lightning sees that all steps are done, and ends without the last one's validation.
+            trainer.fit_loop.epoch_loop.max_steps += 1
 
     @override
     def on_save_checkpoint(
@@ -59,12 +69,9 @@ class ExactResume(Callback):
         self._samples_per_step = saved["samples_per_step"]
         if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):
             trainer.datamodule.close_epoch_first()
-        _place_in_loops(
-            checkpoint["loops"]["fit_loop"],
-            checkpoint["global_step"],
-            due=saved["validation_is_due"],
-            done=saved["validation_is_done"],
-        )
+        due, done = saved["validation_is_due"], saved["validation_is_done"]
+        _place_in_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
+        self._owes_last_validation = due and not done and checkpoint["global_step"] == trainer.max_steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

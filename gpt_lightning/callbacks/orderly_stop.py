@@ -40,9 +40,10 @@ class OrderlyStop(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Without it a signal ends an evaluation or a prediction as it ends any process.
+        trainer._signal_connector.register_signal_handlers = lambda: None
         if stage != "fit":
             return
-        trainer._signal_connector.register_signal_handlers = lambda: None
         # With it goes a broadcast before every batch, which would make the host wait for the device.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if trainer.world_size > 1:

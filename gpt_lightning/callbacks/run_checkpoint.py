@@ -131,6 +131,10 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
+        if not trainer.enable_validation or not sum(trainer.num_val_batches):
+            # Nothing else would save before the end of training. Here, and not when the epoch has ended: of
+            # that moment Lightning ends the epoch again where it resumes.
+            due = due or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         if self._last_interval_seconds is not None:
             elapsed = time.monotonic() - self._saved_at_seconds
             # The first rank's clock decides for all: saving is collective.
@@ -147,12 +151,6 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             # A save at this very step came before the validation and could not judge.
             self._save(trainer, judge=True, again=True)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Without validation nothing else would save before the end of training.
-        if not trainer.enable_validation or not sum(trainer.num_val_batches):
-            self._save(trainer, judge=self.monitor is None)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

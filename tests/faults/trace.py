@@ -51,7 +51,9 @@ class Trace(Callback):
             self._write(trainer, {"at": f"validation {trainer.global_step}", "loss": loss})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._write(trainer, {"at": f"epoch end {trainer.current_epoch}", "step": trainer.global_step})
+        # Of an epoch that ends by itself: where the steps are over, a resumed run has nothing more to end.
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches:
+            self._write(trainer, {"at": f"epoch end {trainer.current_epoch}", "step": trainer.global_step})
 
 
 def read_trace(path: Path, rank: int = 0) -> list[dict[str, Any]]:

@@ -1,0 +1,42 @@
+"""What the program says and logs when a run has come to its end."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gpt_lightning.cli_checks import say
+
+
+def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
+    """The last samples, and the commands that show the curves and write more."""
+    for text in texts:
+        print(f"\n{text}\n")
+    say(f"to watch the curves, and to write more:\ntensorboard --logdir {run_folder.parent}")
+    callback: Any = trainer.checkpoint_callback
+    if callback is not None and (callback.last_model_path or callback.best_model_path):
+        last = os.path.relpath(callback.last_model_path or callback.best_model_path)
+        say(f"{_program()} predict --ckpt_path {shlex.quote(last)} --data.prompts '[\"The \"]'")
+
+
+def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
+    loss = trainer.callback_metrics.get("val/loss")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and loss is not None:
+            logger.log_hyperparams(dict(settings), {"val/loss": float(loss)}, trainer.global_step)
+            logger.save()
+
+
+def _program() -> str:
+    """How this program was called, so that the line works when it is pasted."""
+    if Path(sys.argv[0]).name == "gpt-lightning":
+        return sys.argv[0]
+    on_path = shutil.which("python") == sys.executable
+    return f"{'python' if on_path else shlex.quote(os.path.relpath(sys.executable))} -m gpt_lightning"
