@@ -136,14 +136,15 @@ def test_last_is_the_newest_file_that_is_whole(how: str, tmp_path: Path) -> None
     verify(last)
 
 
-def test_killed_while_saving_on_another_disk_than_tmpdir(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_top_k", [0, 1])
+def test_killed_while_saving_on_another_disk_than_tmpdir(save_top_k: int, tmp_path: Path) -> None:
     words = write_run(tmp_path, "whole")
     assert run(words, tmp_path)[0] == 0
-    words = write_run(tmp_path, "run", checkpoint={"every_n_train_steps": 1, "save_top_k": 0})
-    for number in range(6):
+    words = write_run(tmp_path, "run", checkpoint={"every_n_train_steps": 1, "save_top_k": save_top_k})
+    for number in range(10):
         process = Process(words, tmp_path, log=f"{number}.log", TMPDIR="/dev/shm")
         process.wait_until(lambda: process.phase == TRAINING)
-        for _ in range(number + 2):
+        for _ in range(1 + number % 3):
             process.wait_until(lambda: process.is_writing)
             process.wait_until(lambda: not process.is_writing)
         process.wait_until(lambda: process.is_writing)
