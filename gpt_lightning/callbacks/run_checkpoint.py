@@ -36,7 +36,7 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: The metric that says which is best; null keeps the newest instead, as often as `last.ckpt`.
         mode: min or max, which values of the metric are better.
         save_top_k: How many of the best to keep; 0 for none, -1 for all.
-        save_last: Whether to write last.ckpt.
+        save_last: Whether to write last.ckpt; a run that is stopped by a signal writes it in any case.
         every_n_train_steps: Write last.ckpt every so many optimizer steps, besides after each validation.
         train_time_interval: Write last.ckpt after so much time, besides after each validation.
         save_weights_only: Leave out the optimizer and all else that resuming needs.
@@ -83,14 +83,14 @@ class RunCheckpoint(ModelCheckpoint):
         self._targets: list[str] = []
         self._outdated: list[str] = []
         self._stop_asked = self._flush_due = False
-        self._saved_step = self._seen_step = 0
+        self._saved_step = self._last_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
     # ---- when
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = self._seen_step = trainer.global_step
+        self._saved_step = self._last_step = self._seen_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
         self._stop_asked = False
         if self._former_dirpath is not None:
@@ -160,9 +160,11 @@ class RunCheckpoint(ModelCheckpoint):
     def save_now(self, trainer: Trainer) -> None:
         """Write `last.ckpt`, unless it is of this step already, and wait until it is safe; all ranks call it.
 
-        Not inside an optimizer step, whose gathered gradients no checkpoint holds.
+        Also without `save_last`. Not inside an optimizer step, whose gathered gradients no checkpoint holds.
         """
-        self._save(trainer, judge=False)
+        if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
+            self._add_last(trainer)
+            self._write(trainer)
         self._wait(trainer)
 
     def _wait(self, trainer: Trainer) -> None:
@@ -176,17 +178,18 @@ class RunCheckpoint(ModelCheckpoint):
         """Write `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
-        self._targets, self._outdated = [], []
         if judge:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.save_last:
-            assert self.dirpath is not None
-            self.last_model_path = str(Path(self.dirpath) / LAST)
-            self._save_checkpoint(trainer, self.last_model_path)
+            self._add_last(trainer)
         if self._targets:
             self._write(trainer)
-        self._saved_step = trainer.global_step
-        self._saved_at_seconds = time.monotonic()
+
+    def _add_last(self, trainer: Trainer) -> None:
+        assert self.dirpath is not None
+        self.last_model_path = str(Path(self.dirpath) / LAST)
+        self._save_checkpoint(trainer, self.last_model_path)
+        self._last_step = trainer.global_step
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -198,17 +201,21 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _write(self, trainer: Trainer) -> None:
         first, *others = dict.fromkeys(self._targets)
+        outdated = self._outdated
+        self._targets, self._outdated = [], []
         if _writer(trainer) is not None and _writes_one_file(trainer.strategy):
-            also, outdated = (tuple(map(Path, paths)) for paths in (others, self._outdated))
-            options = SaveOptions(background=self._background, also=also, remove=outdated)
+            also, remove = (tuple(map(Path, paths)) for paths in (others, outdated))
+            options = SaveOptions(background=self._background, also=also, remove=remove)
             trainer.save_checkpoint(first, self.save_weights_only, options)
         else:
             for path in (first, *others):
                 trainer.save_checkpoint(path, self.save_weights_only)
-            for path in self._outdated:
+            for path in outdated:
                 trainer.strategy.remove_checkpoint(path)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
+        self._saved_step = trainer.global_step
+        self._saved_at_seconds = time.monotonic()
         _flush_curves(trainer)
         self._flush_due = True
 

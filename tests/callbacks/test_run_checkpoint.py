@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 import gpt_lightning.checkpoint as checkpoint_module
+from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.checkpoint import DurableCheckpointIO
 from gpt_lightning.checkpoint_file import CheckpointWriteError, verify, write
@@ -52,12 +53,11 @@ def fit(
     **checkpoint: Any,
 ) -> RunCheckpoint:
     callback = RunCheckpoint(dirpath=str(folder), **checkpoint)
-    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, "logger": False}
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None} if trainer is None else trainer
     fitting = pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
-        **(settings if trainer is None else {"logger": False, **trainer}),
-        num_sanity_val_steps=0,
+        **{"logger": False, "num_sanity_val_steps": 0, **settings},
         callbacks=[callback, *(others or [])],
         plugins=[plugin()],
         enable_progress_bar=False,
@@ -264,6 +264,29 @@ def test_save_now_is_safe_at_once_and_once_a_step(tmp_path: Path, monkeypatch: p
     settings = {"limit_val_batches": 0}
     fit(tmp_path, [], max_steps=5, trainer=settings, others=[SavingNow()], every_n_train_steps=4)
     assert written == [3, 4, 5]
+
+
+class StoppedWhileValidating(pl.Callback):
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.checkpoint_callback.save_now(trainer)
+        raise Stopped("by a signal", 0)
+
+
+@pytest.mark.parametrize("save_top_k", [0, 1])
+def test_save_now_writes_last_also_where_no_other_save_does(save_top_k: int, tmp_path: Path) -> None:
+    others = [SavingNow()]
+    callback = fit(tmp_path, [1.0, 2.0], 4, others=others, save_last=False, save_top_k=save_top_k)
+    assert len(others[0].written) == 2
+    assert callback.last_model_path == str(tmp_path / "last.ckpt") and step_of(tmp_path / "last.ckpt") == 4
+
+
+def test_a_run_stopped_while_its_first_weights_are_tried_goes_on(tmp_path: Path) -> None:
+    settings = {"num_sanity_val_steps": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    with pytest.raises(Stopped):
+        fit(tmp_path, [9.0], trainer=settings, others=[StoppedWhileValidating()])
+    assert step_of(tmp_path / "last.ckpt") == 0
+    fit(tmp_path, [9.0, 3.0, 1.0], 4, trainer=settings, resume_from=tmp_path / "last.ckpt")
+    assert names_in(tmp_path) == ["last.ckpt", "step000004.ckpt"]
 
 
 def test_a_moved_run_knows_its_best(tmp_path: Path) -> None:
