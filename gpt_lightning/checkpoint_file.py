@@ -6,6 +6,7 @@ A file is what torch.save writes, a zip archive, with the SHA-256 of all that st
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -24,6 +25,10 @@ LABEL = b"sha256:"
 COMMENT_BYTES = len(LABEL) + 2 * hashlib.sha256().digest_size
 CHUNK_BYTES = 1 << 22
 JUST_NOW_SECONDS = 2
+# What a killed save leaves: a file of `temporary_beside`, whose probe is an attempt to write into a folder at
+# all, or the folder of a sharded save.
+LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
+LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 CHANGED = "its bytes are not those that were written"
 REMEDIES = {
     errno.ENOSPC: "make room, or choose another folder (checkpoint.dirpath)",
@@ -147,14 +152,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what killed saves left below the folder, in which nobody else may be writing."""
-    stale = [path for path in folder.rglob(".*.tmp") if path.exists()]
+    """Remove what killed saves left in the folder, into which nobody else may be writing."""
+    stale = [path for path in folder.glob(".*.tmp") if _is_left_over(path)]
     for path in stale:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     return stale
+
+
+def _is_left_over(path: Path) -> bool:
+    pattern = LEFT_FOLDER if path.is_dir() else LEFT_FILE
+    return pattern.fullmatch(path.name) is not None and not path.is_symlink()
 
 
 # ---- reading

@@ -194,3 +194,19 @@ def test_what_a_killed_save_left_is_swept(written: Path) -> None:
     verify(written)
     assert sweep(written.parent) == [left]
     assert list(written.parent.iterdir()) == [written]
+
+
+def test_what_strangers_have_in_the_folder_is_not_swept(tmp_path: Path) -> None:
+    names = [
+        *(".notes.tmp", ".draft.0123abcd.tmp", "last.ckpt.0123abcd.tmp", ".last.ckpt.0123abcd.tmp.gz"),
+        *("sub/.last.ckpt.0123abcd.tmp", ".cache.tmp/file", "sub/.last.ckpt.tmp/file"),
+    ]
+    ours = [".last.ckpt.0123abcd.tmp", ".probe.0123abcd.tmp", ".last.ckpt.tmp/__0_0.distcp"]
+    for name in (*names, *ours):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".linked.ckpt.tmp").symlink_to(tmp_path / "sub")
+    sweep(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*names}
+    assert (tmp_path / ".linked.ckpt.tmp").is_symlink()
