@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -315,7 +315,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if self.save_sharded:
             sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
         elif self.is_global_zero:
-            with sharded_folder.replaced_by_a_file(Path(filepath)):
+            # A plugin that takes options may only begin to write, and makes way itself when it does.
+            waits = storage_options is None
+            with sharded_folder.replaced_by_a_file(Path(filepath)) if waits else nullcontext():
                 super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

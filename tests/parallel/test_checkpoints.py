@@ -3,6 +3,7 @@
 import errno
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 
+import gpt_lightning.checkpoint as checkpoint_module
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
 from gpt_lightning.checkpoint import (
@@ -281,6 +283,34 @@ def test_a_sharded_best_makes_way_for_a_file(saved: dict[str, Path], tmp_path: P
     plugin.teardown()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert (tmp_path / "last.ckpt").read_bytes() == (tmp_path / "best.ckpt").read_bytes()
+
+
+def save_in_the_background(run: Run, corpus: Path, folder: Path) -> tuple[bool, bool]:
+    """Whether a sharded checkpoint, set aside or not, is there before the file in its place is written."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.fit(module, datamodule)
+    written, original = threading.Event(), checkpoint_module.write
+
+    def waiting(checkpoint: Any, path: Path) -> None:
+        assert written.wait(30)
+        original(checkpoint, path)
+
+    checkpoint_module.write = waiting
+    trainer.save_checkpoint(folder, storage_options=SaveOptions(background=True))
+    before = any((path / "rest.pt").is_file() for path in (folder, folder.with_name(".last.ckpt.old")))
+    written.set()
+    trainer.strategy.checkpoint_io.teardown()
+    return before, folder.is_file()
+
+
+def test_a_sharded_checkpoint_stays_until_the_file_in_its_place_is_written(
+    saved: dict[str, Path], shared_corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved["sharded"], tmp_path / "last.ckpt")
+    run = Run(steps=1, strategy={"save_sharded": False}, plugins=lambda: [DurableCheckpointIO()])
+    assert run_ranks(save_in_the_background, 1, run, shared_corpus, tmp_path / "last.ckpt") == [(True, True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def timeouts(run: Run, corpus: Path) -> list[float]:
