@@ -1,7 +1,6 @@
 """Where a run lives, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from gpt_lightning.checkpoint_file import sweep, temporary_beside
 from gpt_lightning.parallel.sharded_folder import restore_set_aside
 
 CHECKPOINTS = "checkpoints"
+NUMBERED = ".numbered"  # holds the name that was asked for, in a folder that got a number to it
 
 
 def checkpoints_folder(default_root_dir: str | None) -> Path:
@@ -25,11 +25,9 @@ def checkpoints_folder(default_root_dir: str | None) -> Path:
 
 def newest_of_run(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
     """The newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
-    numbered = [
-        other
-        for other in folder.parent.glob(f"{folder.name}-*")
-        if re.fullmatch(r"\d+", other.name.removeprefix(f"{folder.name}-"))
-    ]
+    # Not those that only look like it: somebody may have named a run so.
+    numbered = [marker.parent for marker in folder.parent.glob(f"{folder.name}-*/{NUMBERED}")]
+    numbered = [other for other in numbered if (other / NUMBERED).read_text() == folder.name]
     return newest_of([path for run in (folder, *numbered) for path in checkpoints_below(run)], warn)
 
 
@@ -64,6 +62,9 @@ class OpenRun:
         with suppress(OSError):
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+        with suppress(OSError):  # it is gone already
+            if _is_empty(self.folder):
+                (self.folder / NUMBERED).unlink(missing_ok=True)
         for folder in self._made:
             with suppress(OSError):  # something is in it
                 folder.rmdir()
@@ -84,6 +85,8 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
     for candidate in _free_folders(folder, begins_again):
         run = _opened(candidate)
         if run is not None and _is_free(candidate, begins_again):
+            if candidate != folder:
+                (candidate / NUMBERED).write_text(folder.name)
             return run
         if run is not None:
             run.close()
@@ -135,9 +138,13 @@ def _free_folders(folder: Path, begins_again: bool) -> Iterator[Path]:
 
 def _is_free(folder: Path, begins_again: bool) -> bool:
     """Whether nothing is in it, or, for a run that begins again, no checkpoint."""
-    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or _is_empty(folder):
         return True
     return begins_again and not checkpoints_below(folder)
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name in (LOCK, NUMBERED) for path in folder.iterdir())
 
 
 def _opened(folder: Path) -> OpenRun | None:

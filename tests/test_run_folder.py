@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from gpt_lightning.checkpoint_file import write
-from gpt_lightning.run_folder import choose_run_folder, find_checkpoint, newest_of_run, open_run_folder
+from gpt_lightning.run_folder import (
+    NUMBERED,
+    choose_run_folder,
+    find_checkpoint,
+    newest_of_run,
+    open_run_folder,
+)
 
 fork = multiprocessing.get_context("fork")
 
@@ -143,6 +149,8 @@ def test_last_is_the_newest_that_is_whole(tmp_path: Path) -> None:
     old = save(tmp_path / "run" / "step000002.ckpt", 2, age_seconds=20)
     middle = save(tmp_path / "run-2" / "step000004.ckpt", 4, age_seconds=10)
     newest = save(tmp_path / "run-2" / "last.ckpt", 4)
+    (tmp_path / "run-2" / NUMBERED).write_text("run")
+    save(tmp_path / "run-3" / "last.ckpt", 4, age_seconds=-60)  # which somebody named so
     save(tmp_path / "run-other" / "last.ckpt", 9)
     lines: list[str] = []
     assert newest_of_run(tmp_path / "run", lines.append) == newest and lines == []
