@@ -81,7 +81,8 @@ class Peers:
         self._token = ""
         self._spoke_at = 0.0
         # Else a killed rank's connections would stay open for as long as its data workers live.
-        os.register_at_fork(after_in_child=self.close)
+        if hasattr(os, "register_at_fork"):  # where there are no forks, nobody inherits it
+            os.register_at_fork(after_in_child=self.close)
 
     def connect(self, broadcast: Callable[[Any], Any]) -> None:
         """On all ranks at once, when they can talk: `broadcast` gives everybody rank 0's argument."""

@@ -10,6 +10,7 @@ import gpt_lightning
 PACKAGE = Path(gpt_lightning.__file__).parent
 ORDER = [
     "exit_codes",
+    "ranks",
     "rank_peers",
     "rank_watch",
     "config",

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.ranks import gathered
 
 RESUME_KEY = "resume"
 
@@ -34,15 +35,18 @@ class ExactResume(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validating = False
-        if self._owes_last_validation:
-            self._owes_last_validation = False
-            trainer.fit_loop.epoch_loop.max_steps -= 1
+        self._end_at_the_last_step(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._owes_last_validation:
             # Else Lightning sees that all steps are done, and ends without the last one's validation.
             trainer.fit_loop.epoch_loop.max_steps += 1
+
+    def _end_at_the_last_step(self, trainer: Trainer) -> None:
+        if self._owes_last_validation:
+            self._owes_last_validation = False
+            trainer.fit_loop.epoch_loop.max_steps -= 1
 
     @override
     def on_save_checkpoint(
@@ -69,12 +73,17 @@ class ExactResume(Callback):
         self._samples_per_step = saved["samples_per_step"]
         if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):
             trainer.datamodule.close_epoch_first()
+        # The limit trainer.max_time is one of this process: a job that goes on has all of it again.
+        checkpoint["callbacks"].pop(Timer.__qualname__, None)
         due, done = saved["validation_is_due"], saved["validation_is_done"]
         _place_in_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
         self._owes_last_validation = due and not done and checkpoint["global_step"] == trainer.max_steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_that_all_go_on_alike(trainer)
+        if not _validation_is_due(trainer):  # by the schedule of this run
+            self._end_at_the_last_step(trainer)
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
             _set_random_state(self._random_state, pl_module.device)
@@ -91,6 +100,16 @@ class ExactResume(Callback):
             )
 
 
+def _check_that_all_go_on_alike(trainer: Trainer) -> None:
+    steps = gathered(trainer.global_step)
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise ValueError(
+                f"ckpt_path: rank 0 begins at step {steps[0]} and rank {rank} at step {step}; let all ranks "
+                "see the same files (trainer.default_root_dir)"
+            )
+
+
 def _samples_per_step(trainer: Trainer) -> int:
     return trainer.datamodule.samples_per_step if isinstance(trainer.datamodule, TextDataModule) else 0
 
@@ -104,7 +123,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
         "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
     }
 
 
@@ -113,16 +132,13 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
-    if device.type == "cuda" and state["device"] is not None:
-        torch.cuda.set_rng_state(state["device"], device)
+    if device.type != "cpu" and state["device"] is not None:
+        torch.get_device_module(device).set_rng_state(state["device"])
 
 
 def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     """By rank; a single one where all are equal, so that another number of ranks can go on from it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
+    states = gathered(state)
     return states[:1] if all(_equal(states[0], other) for other in states) else states
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.ranks import gathered, is_distributed
 
 _log = logging.getLogger("gpt_lightning")
 
@@ -57,7 +58,7 @@ class FiniteGuard(Callback):
         self._losses, self._sample_ids = [], []
         total = torch.stack(losses).sum().float() if losses else torch.zeros((), device=pl_module.device)
         finite = total.isfinite()
-        if not _has_scaler(trainer):  # which finds infinite gradients itself, and lowers its scale
+        if not _lowers_its_scale(trainer):
             finite = finite & _gradient_norm(pl_module).isfinite()
         if _any_rank(~finite):
             self._refuse(trainer, optimizer, losses, sample_ids)
@@ -88,9 +89,10 @@ class FiniteGuard(Callback):
         self.skipped_steps = state_dict["skipped_steps"]
 
 
-def _has_scaler(trainer: Trainer) -> bool:
+def _lowers_its_scale(trainer: Trainer) -> bool:
+    """Whether fp16's scaler leaves out steps of infinite gradients itself; at 1 the scale is not to blame."""
     plugin = trainer.precision_plugin
-    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.get_scale() > 1
 
 
 def _gradient_norm(module: LightningModule) -> Tensor:
@@ -99,13 +101,9 @@ def _gradient_norm(module: LightningModule) -> Tensor:
     return get_total_norm(gradients).float() if gradients else torch.zeros((), device=module.device)
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _any_rank(flag: Tensor) -> bool:
     flag = flag.to(torch.int32)
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -114,11 +112,9 @@ def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, 
     """What is not finite, and in which samples: those of the losses that are not, else all of the step."""
     bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
     ids = [[int(i) for i in ids if i >= 0] for ids in sample_ids]
-    found = (bool(bad), [i for index, own in enumerate(ids) if not bad or index in bad for i in own])
-    all_found = [found]
-    if _is_distributed():
-        all_found = [found] * dist.get_world_size()
-        dist.all_gather_object(all_found, found)
+    all_found = gathered(
+        (bool(bad), [i for index, own in enumerate(ids) if not bad or index in bad for i in own])
+    )
     in_loss = any(has_bad_loss for has_bad_loss, _ in all_found)
     named = {i for has_bad_loss, own in all_found if has_bad_loss == in_loss for i in own}
     return "loss" if in_loss else "gradient", f" (samples {_ranges(named)})" if named else ""

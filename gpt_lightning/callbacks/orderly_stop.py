@@ -1,7 +1,7 @@
 """A signal ends a run in order: after the optimizer step, with a checkpoint, on all ranks together."""
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -57,10 +57,11 @@ class OrderlyStop(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; a second SIGINT ends at once, as everywhere."""
         name = signal.Signals(number).name
-        if name == "SIGINT" and self._exit_code:
+        if name == "SIGINT" and self._exit_code == INTERRUPTED:
             raise KeyboardInterrupt
         self._exit_code = EXIT_CODES[name]
-        sys.stderr.write(f"{name}: ending after this step, with a checkpoint\n")
+        # Not through sys.stderr, in whose writing the signal may have come.
+        os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +87,7 @@ class OrderlyStop(Callback):
         if not code:
             return
         saved = ""
-        if isinstance(trainer.checkpoint_callback, RunCheckpoint):
+        if isinstance(trainer.checkpoint_callback, RunCheckpoint) and trainer.global_step:
             trainer.checkpoint_callback.save_now(trainer)
             saved = f"; go on with --ckpt_path {trainer.checkpoint_callback.last_model_path}"
         # Lightning hands them to the loggers after this hook.

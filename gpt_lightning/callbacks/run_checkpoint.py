@@ -95,10 +95,11 @@ class RunCheckpoint(ModelCheckpoint):
         self._stop_asked = False
         if self._former_dirpath is not None:
             self._keep_what_is_here(trainer)
-        # A checkpoint inside a step would lose the gradients gathered so far: validate at the step's end.
-        if trainer.val_check_batch != float("inf"):
-            accumulate = trainer.accumulate_grad_batches
-            trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
+        _validate_between_steps(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _validate_between_steps(trainer)  # Lightning reckons anew when it has reloaded the data
 
     @override
     def on_train_batch_start(
@@ -262,6 +263,13 @@ class RunCheckpoint(ModelCheckpoint):
 def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
     plugin = trainer.strategy.checkpoint_io
     return plugin if isinstance(plugin, DurableCheckpointIO) else None
+
+
+def _validate_between_steps(trainer: Trainer) -> None:
+    """A checkpoint inside a step would lose the gradients gathered so far."""
+    batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
+    if batches not in (None, float("inf")):  # else by the clock, or at the end of endless data
+        trainer.val_check_batch = -(-batches // accumulate) * accumulate
 
 
 def _flush_curves(trainer: Trainer) -> None:

@@ -160,7 +160,8 @@ def _belong_to_the_run(worker_id: int) -> None:
     parent = multiprocessing.parent_process()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent is not None and parent.pid != os.getppid():
+    is_child = multiprocessing.get_start_method(allow_none=True) != "forkserver"
+    if is_child and parent is not None and parent.pid != os.getppid():
         os._exit(1)
 
 
