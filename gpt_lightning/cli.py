@@ -30,6 +30,7 @@ from gpt_lightning.checkpoint import (
     check_not_sharded,
     checkpoint_config,
     checkpoint_tokenizer,
+    newest_checkpoint,
     read_checkpoint,
 )
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
@@ -73,7 +74,7 @@ class GPTLightningCLI(LightningCLI):
         self._rank_guard, self._ending = rank_guard, ending
         self._checkpoint: dict[str, Any] | None = None
         self._checkpoint_path: Path | None = None
-        self._begins_again = False  # asked for the last checkpoint of a run that has none
+        self._begins_again = False  # asked for the last checkpoint of a run whose folder has none
         self._run_folder = Path()
         super().__init__(
             GPTLightningModule,
@@ -92,6 +93,10 @@ class GPTLightningCLI(LightningCLI):
             load_from_checkpoint_support=False,
             args=args,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The strategies that spawn processes send the parser along, and with it this; the end stays here.
+        return {**self.__dict__, "_ending": None}
 
     # Options
 
@@ -182,10 +187,12 @@ class GPTLightningCLI(LightningCLI):
             return None
         if settings.ckpt_path != "last":
             return Path(settings.ckpt_path)
-        newest = newest_of_run(folder, say)
+        own = settings.checkpoint.dirpath
+        newest = newest_of_run(folder, say) if own is None else newest_checkpoint(Path(own), say)
         if newest is None:
-            say(f"no checkpoint in {folder} yet: starting from scratch")
+            say(f"no checkpoint in {own or folder} yet: starting from scratch")
             settings.ckpt_path = None
+        if newest is None or own is not None:
             self._begins_again = True
         else:
             settings.run_name = newest.parent.name

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
@@ -28,7 +29,7 @@ def in_order(rank_guard: RankGuard) -> Iterator[None]:
         _leave_together(rank_guard)
         sys.exit(error.exit_code if isinstance(error, Stopped) else NON_FINITE)
     except (CheckpointWriteError, NonFiniteCheckpointError) as error:  # on the rank that writes
-        say(f"error: {error}")
+        _complain(str(error))
         sys.exit(WRITE_FAILED if isinstance(error, CheckpointWriteError) else NON_FINITE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -40,7 +41,7 @@ def in_order(rank_guard: RankGuard) -> Iterator[None]:
         complaint = complaint_in(error)
         if complaint is None:
             raise
-        say(f"error: {shorten(str(complaint))}")
+        _complain(shorten(str(complaint)))
         sys.exit(2)
     except RuntimeError as error:
         rank_guard.explain(error)  # ends here if the error comes of a lost rank
@@ -48,8 +49,14 @@ def in_order(rank_guard: RankGuard) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; name a place that can be written", file=sys.stderr)
+        _complain(f"{error.filename}: {error.strerror}; name a place that can be written")
         sys.exit(2)
+
+
+def _complain(line: str) -> None:
+    """Of a rank on its own: the others may not know what it has met."""
+    rank = getattr(rank_zero_only, "rank", 0)
+    print(f"error of rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
 
 
 def _leave_together(rank_guard: RankGuard) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
 from gpt_lightning.checkpoint import newest_checkpoint
+from gpt_lightning.cli_checks import say
 from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 
 
@@ -31,7 +32,7 @@ def complete_words(words: list[str]) -> list[str]:
         return [verb, "--config", str(_default_config()), *rest]
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
-    path = find_checkpoint(given, folder)
+    path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
     config = path.parent / CONFIG_NAME
