@@ -266,9 +266,9 @@ def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
 
 
 def _validate_between_steps(trainer: Trainer) -> None:
-    """A checkpoint inside a step would lose the gradients gathered so far."""
+    """Where validation goes by batches; a checkpoint inside a step would lose the gradients gathered so far."""
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
-    if batches not in (None, float("inf")):  # else by the clock, or at the end of endless data
+    if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
 
 

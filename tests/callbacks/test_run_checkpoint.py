@@ -127,6 +127,20 @@ def test_no_checkpoint_stands_inside_an_optimizer_step(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("step*.ckpt"))) == 3
 
 
+def test_none_does_in_an_epoch_with_reloaded_data_either(tmp_path: Path) -> None:
+    # Half an epoch is 10 batches, in the second as in the first.
+    settings = {"val_check_interval": 0.5, "limit_train_batches": 21, "accumulate_grad_batches": 3}
+    settings["reload_dataloaders_every_n_epochs"] = 1
+    fit(tmp_path, [1.0] * 9, max_steps=14, trainer=settings, save_top_k=-1)
+    assert names_in(tmp_path) == ["last.ckpt", "step000004.ckpt", "step000011.ckpt"]
+
+
+def test_validation_may_go_by_the_clock(tmp_path: Path) -> None:
+    settings = {"val_check_interval": timedelta(0), "check_val_every_n_epoch": None}
+    fit(tmp_path, [3.0, 1.0, 2.0], max_steps=3, trainer=settings)
+    assert names_in(tmp_path) == ["last.ckpt", "step000002.ckpt"]
+
+
 NAN = float("nan")
 
 
