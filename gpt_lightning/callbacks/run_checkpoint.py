@@ -266,7 +266,7 @@ def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
 
 
 def _validate_between_steps(trainer: Trainer) -> None:
-    """Where validation goes by batches; a checkpoint inside a step would lose the gradients gathered so far."""
+    """A checkpoint inside a step would lose the gradients gathered so far; an interval of time is let be."""
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
