@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
@@ -369,5 +370,25 @@ def test_a_folder_for_checkpoints_is_not_written_over(
         main(words)
     assert exit.value.code == 2 and sorted(tmp_path.rglob("*")) == before
     assert "error: checkpoint.dirpath=kept holds checkpoints" in capsys.readouterr().err
-    main([*words, "--ckpt_path", "kept/last.ckpt", "--trainer.max_steps", "8"])
+    main([*words, "--ckpt_path", "last", "--trainer.max_steps", "8"])
     assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 8
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny"]
+
+
+def test_a_rank_that_is_not_the_first_says_what_it_has_met(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(tiny_config()), "--data.batch_size", "0"])
+    assert exit.value.code == 2
+    assert "error of rank 1: data.batch_size=0 is below 1" in capsys.readouterr().err
+
+
+def test_processes_may_be_spawned(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.strategy", "ddp_spawn", "--trainer.devices", "1", "--trainer.max_steps", "3"]
+    main(["fit", "--config", str(tiny_config()), *words])
+    assert read_checkpoint(tmp_path / "checkpoints" / "tiny" / "last.ckpt")["global_step"] == 3

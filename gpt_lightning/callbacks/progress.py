@@ -1,5 +1,6 @@
 """One progress bar over the whole run, in optimizer steps, and a line after each validation."""
 
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,9 +28,13 @@ class StepProgressBar(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._enabled = True
+
+    @cached_property
+    def _console(self) -> Console:
+        # At its first use, in the process that shows it: a console cannot be sent to one that is spawned.
+        return Console(stderr=True, highlight=False, soft_wrap=True)
 
     @override
     def disable(self) -> None:

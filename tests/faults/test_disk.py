@@ -134,6 +134,10 @@ def test_last_is_the_newest_file_that_is_whole(how: str, tmp_path: Path) -> None
     assert len(skipped) == 1 and "last.ckpt" in skipped[0]
     assert "resuming: checkpoints/run/step000010.ckpt" in output
     verify(last)
+    damage(last, how)
+    # With the configuration that lies beside the checkpoint, too.
+    code, output = run(["validate", "--allow_import", "tests"], tmp_path, log="third.log")
+    assert code == 0 and sum("skipped" in line for line in output.splitlines()) == 1, output
 
 
 @pytest.mark.parametrize("save_top_k", [0, 1])

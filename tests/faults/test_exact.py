@@ -148,3 +148,14 @@ def test_an_older_checkpoint_goes_on_in_a_folder_of_its_own(tmp_path: Path) -> N
     assert code == 0, output
     assert {path.name: weights_hash(path) for path in folder.glob("*.ckpt")} == kept
     assert read_checkpoint(folder.with_name("run-2") / "last.ckpt")["global_step"] == 10
+
+
+@pytest.mark.parametrize("other", ["--trainer.limit_val_batches=0", "--trainer.val_check_interval=7"])
+def test_with_another_schedule_too_the_run_ends_at_its_last_step(other: str, tmp_path: Path) -> None:
+    kill = [callback("KillAt", moment="validation_start 10", saved_first=True)]
+    code, output = run(write_run(tmp_path, "run", trainer={"max_steps": 10, "callbacks": kill}), tmp_path)
+    assert code == -signal.SIGKILL, output
+    code, output = run([*write_run(tmp_path, "run", trainer={"max_steps": 10}), other], tmp_path)
+    assert code == 0, output
+    assert read_checkpoint(newest_last(tmp_path, "run"))["global_step"] == 10
+    assert read_trace(tmp_path / "run")[-1]["at"] == "batch 10"

@@ -92,6 +92,16 @@ def test_a_signal_before_the_first_step_is_done_is_heeded_after_it(tmp_path: Pat
     assert process.exit_codes() == [143], process.output()
 
 
+def test_a_job_that_goes_on_has_all_of_its_time_limit_again(tmp_path: Path) -> None:
+    words = write_run(tmp_path, "run", trainer={"max_steps": -1, "max_epochs": -1, "limit_val_batches": 0})
+    steps = [0]
+    for number in range(2):
+        code, output = run([*words, "--trainer.max_time", "00:00:00:02"], tmp_path, log=f"{number}.log")
+        assert code == 0, output
+        steps.append(read_checkpoint(newest_last(tmp_path, "run"))["global_step"])
+    assert steps[0] < steps[1] < steps[2]
+
+
 def test_the_time_limit_ends_at_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     settings = {"data": {"batch_size": 2}, "trainer": {"accumulate_grad_batches": 4}}
     whole = run_whole(tmp_path, **settings)

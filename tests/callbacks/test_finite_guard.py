@@ -1,0 +1,53 @@
+"""When a gradient that is not finite is the scale's fault, and how samples are named."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from gpt_lightning.callbacks.finite_guard import FiniteGuard, NonFiniteError, _ranges
+
+
+def step(guard: FiniteGuard, scale: float | None, gradient: float) -> nn.Linear:
+    """One optimizer step of a layer, as the Trainer would announce it, with fp16's scaler or without."""
+    module: Any = nn.Linear(2, 2)
+    module.device = torch.device("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+    precision = MixedPrecision("16-mixed", "cpu", scaler) if scaler else MixedPrecision("bf16-mixed", "cpu")
+    trainer: Any = SimpleNamespace(precision_plugin=precision, global_step=4, is_global_zero=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    if scaler is not None:
+        scaler.scale(torch.ones(()))  # which makes the scale a tensor, as the first step does
+    guard.on_before_backward(trainer, module, torch.tensor(1.0))
+    guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=0.1))
+    return module
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_infinite_gradients_are_the_scalers_business_until_its_scale_is_1(value: float) -> None:
+    step(FiniteGuard(), scale=2.0, gradient=value)
+    for scale in (1.0, 0.5, None):
+        with pytest.raises(NonFiniteError, match="step 5: the gradient is not finite"):
+            step(FiniteGuard(), scale=scale, gradient=value)
+    step(FiniteGuard(), scale=0.5, gradient=1.0)
+
+
+def test_a_step_that_is_left_out_has_no_gradients() -> None:
+    guard = FiniteGuard(max_skipped_steps=1)
+    assert all(p.grad is None for p in step(guard, None, float("nan")).parameters())
+    assert all(p.grad is not None for p in step(guard, None, 1.0).parameters())
+    with pytest.raises(NonFiniteError):
+        step(guard, None, float("nan"))
+
+
+def test_samples_are_named_as_ranges() -> None:
+    assert _ranges({3, 4, 5, 9, 1000}) == "3-5, 9, 1,000"
+
+
+def test_a_negative_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="non_finite.max_skipped_steps=-1 is below 0"):
+        FiniteGuard(max_skipped_steps=-1)
