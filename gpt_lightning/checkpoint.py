@@ -139,21 +139,34 @@ def checkpoints_below(folder: Path) -> list[Path]:
 
 
 def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
-    ages = {path: (stat.st_mtime_ns, path.name == LAST) for path in paths if (stat := _stat(path))}
-    complaints = []
-    for path in sorted(ages, key=lambda path: ages[path], reverse=True):
-        try:
-            check_bytes_of(path)
-        except ValueError as error:
-            if path.exists():
-                complaints.append(str(error))
-        else:
+    """In the folder that was last written to, that of the latest step: a copy of an earlier one may be younger.
+
+    Where no step can be read, the time it was written counts.
+    """
+    times = {path: stat.st_mtime_ns for path in paths if (stat := _stat(path))}
+    complaints: list[str] = []
+    for among in _by_folder(times):
+        steps = {path: step_of(path) for path in among}
+        ranks = {path: (steps[path] or 0, times[path], path.name == LAST) for path in among}
+        for path in sorted(among, key=lambda path: ranks[path], reverse=True):
+            if not is_whole(path, complaints.append):
+                continue
+            for other in among:
+                if steps[other] is None and ranks[other] < ranks[path] and times[other] > times[path]:
+                    is_whole(other, complaints.append)
             for complaint in complaints:
                 warn(f"skipped: {complaint.removesuffix('; name another')}")
             return path
     if complaints:
         raise ValueError(f"no checkpoint is whole: {complaints[0]}" + _and_others(complaints))
     return None
+
+
+def _by_folder(times: dict[Path, int]) -> list[list[Path]]:
+    """The folder that was last written to first."""
+    newest_first = sorted(times, key=lambda path: times[path], reverse=True)
+    folders = dict.fromkeys(path.parent for path in newest_first)
+    return [[path for path in newest_first if path.parent == folder] for folder in folders]
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -206,14 +219,17 @@ def step_of(path: Path) -> int | None:
     try:
         checkpoint = read_rest(path) if is_sharded(path) else load_plain(path)
         return int(checkpoint["global_step"])
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # what a changed byte in a pickle leads to may be anything
         return None
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Path, complain: Callable[[str], None] = lambda line: None) -> bool:
+    """Tells `complain` what is wrong, unless the file is just gone."""
     try:
         check_bytes_of(path)
-    except ValueError:
+    except ValueError as error:
+        if path.exists():
+            complain(str(error))
         return False
     return True
 

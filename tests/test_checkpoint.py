@@ -212,6 +212,34 @@ def test_the_newest_is_the_last_written(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
+def saved(path: Path, step: int, seconds: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    write({"global_step": step}, path)
+    os.utime(path, (seconds, seconds))
+    return path
+
+
+def test_in_a_folder_the_latest_step_is_the_newest(tmp_path: Path) -> None:
+    saved(tmp_path / "a" / "best.ckpt", 4, seconds=1)
+    last = saved(tmp_path / "a" / "last.ckpt", 6, seconds=2)
+    saved(tmp_path / "a" / "copy.ckpt", 4, seconds=9)
+    saved(tmp_path / "b" / "last.ckpt", 8, seconds=8)
+    assert newest_checkpoint(tmp_path) == last
+    last.unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "a" / "copy.ckpt"
+
+
+@pytest.mark.parametrize("seconds, told", [(1, False), (9, True)])
+def test_a_younger_file_without_a_readable_step_is_told_of(seconds: int, told: bool, tmp_path: Path) -> None:
+    last = saved(tmp_path / "last.ckpt", 6, seconds=2)
+    saved(tmp_path / "torn.ckpt", 8, seconds=0)
+    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "torn.ckpt").read_bytes()[:300])
+    os.utime(tmp_path / "torn.ckpt", (seconds, seconds))
+    lines: list[str] = []
+    assert newest_checkpoint(tmp_path, lines.append) == last
+    assert ["torn.ckpt" in line for line in lines] == [True] * told
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 torn"])
 def test_unreadable_files_are_named_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "torn.ckpt"
