@@ -139,7 +139,7 @@ def checkpoints_below(folder: Path) -> list[Path]:
 
 
 def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
-    """In the folder that was last written to, that of the latest step: a copy of an earlier one may be younger.
+    """In the folder that was last written to, that of the latest step: copies of earlier ones may be younger.
 
     Where no step can be read, the time it was written counts.
     """

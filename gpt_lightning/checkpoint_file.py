@@ -30,6 +30,7 @@ JUST_NOW_SECONDS = 2
 LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
 LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 CHANGED = "its bytes are not those that were written"
+ELSEWHERE = "choose another folder (checkpoint.dirpath)"
 REMEDIES = {
     errno.ENOSPC: "make room, or choose another folder (checkpoint.dirpath)",
     errno.EDQUOT: "make room, or choose another folder (checkpoint.dirpath)",
@@ -40,7 +41,7 @@ _verified: set[tuple[int, ...]] = set()
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written; what stood under its name still does."""
+    """A checkpoint could not be written, or not safely: its text says what stands under its name."""
 
 
 # ---- writing
@@ -61,9 +62,9 @@ def write(checkpoint: Any, path: Path) -> None:
                 stream.finish()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error, size) from error
+    sync_name(path)
 
 
 @contextmanager
@@ -79,15 +80,17 @@ def temporary_beside(path: Path) -> Generator[Path, None, None]:
 
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
     """One line: what, why, how much room there is, what is left, what to do."""
-    reason = error.strerror or str(error).strip().split("\n")[-1][:120]
-    if error.filename is not None:
-        reason += f": {error.filename}"
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
     free = _in_units(shutil.disk_usage(folder).free)
     room = f"it needs {_in_units(size)} and {free} are free; " if size else ""
     left = "the former file is as it was" if os.path.lexists(path) else "no file was left behind"
-    remedy = REMEDIES.get(error.errno or 0, "choose another folder (checkpoint.dirpath)")
-    return CheckpointWriteError(f"{path} cannot be written ({reason}): {room}{left}; {remedy}")
+    remedy = REMEDIES.get(error.errno or 0, ELSEWHERE)
+    return CheckpointWriteError(f"{path} cannot be written ({_reason(error)}): {room}{left}; {remedy}")
+
+
+def _reason(error: OSError) -> str:
+    reason = error.strerror or str(error).strip().split("\n")[-1][:120]
+    return reason if error.filename is None else f"{reason}: {error.filename}"
 
 
 def _in_units(size: int) -> str:
@@ -139,8 +142,20 @@ class _HashingStream:
         self._file.write(data)
 
 
+def sync_name(path: Path) -> None:
+    """Make the name that a checkpoint has just got outlive a power failure."""
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"{path} is written, but may not outlive a power failure ({_reason(error)}); {ELSEWHERE}"
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder outlive a power failure."""
+    """Make what was created or renamed in the folder outlive a power failure."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

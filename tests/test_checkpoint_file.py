@@ -168,6 +168,30 @@ def test_a_folder_that_cannot_be_is_told_in_one_line(written: Path) -> None:
         write(contents(), written / "last.ckpt")
 
 
+def test_a_folder_that_cannot_be_synced_does_not_bring_back_the_former_file(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint_file, "sync_folder", failing)
+    with pytest.raises(CheckpointWriteError) as error:
+        write({"global_step": 4}, written)
+    expected = f"{written} is written, but may not outlive a power failure (Input/output error); choose"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+    assert torch.load(written, weights_only=True) == {"global_step": 4}
+
+
+def test_windows_opens_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*args: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setattr(os, "open", refusing)
+        checkpoint_file.sync_folder(tmp_path)
+
+
 def test_contents_that_nobody_could_read_are_an_error_of_their_own(written: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         write({"hook": lambda: None}, written)

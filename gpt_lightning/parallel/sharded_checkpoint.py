@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 
-from gpt_lightning.checkpoint_file import CheckpointWriteError, digest_of, sync_folder, write, write_error
+from gpt_lightning.checkpoint_file import (
+    CheckpointWriteError,
+    digest_of,
+    sync_folder,
+    sync_name,
+    write,
+    write_error,
+)
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 from gpt_lightning.parallel.sharded_folder import (
@@ -91,7 +98,7 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
             sync_folder(temporary)
             with set_aside(folder):
                 temporary.rename(folder)
-            sync_folder(folder.parent)
+            sync_name(folder)
 
 
 @contextmanager
