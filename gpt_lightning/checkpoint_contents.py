@@ -17,6 +17,8 @@ CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
 WEIGHTS_KEY = "state_dict"
+OPTIMIZERS_KEY = "optimizer_states"
+PROGRESS_KEYS = ("global_step", "loops")
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
 _HYPER_PARAMETERS = (
     *("hyper_parameters", "hparams_name", "hparams_type", "hparams", "module_arguments"),
@@ -60,6 +62,7 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
     if DATA_KEY in checkpoint:
         _check_data(path, checkpoint[DATA_KEY])
     if CONFIG_KEY in checkpoint:
+        _check_progress(path, checkpoint)
         config = _stored_config(path, checkpoint[CONFIG_KEY])
         # A sharded checkpoint keeps its weights in files of their own.
         if checkpoint.get(WEIGHTS_KEY):
@@ -73,11 +76,19 @@ def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def _check_progress(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Without the optimizer's state nobody goes on from it, and asks how far it came."""
+    for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
+        if key not in checkpoint:
+            raise ValueError(f"ckpt_path={path} lacks {key!r}, without which no run goes on; name another")
+
+
 def _check_data(path: str | Path, state: Any) -> None:
     """The state of a TextDataModule: a tokenizer of two texts, and the settings that a run must share."""
     state = state if isinstance(state, dict) else {}
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
-    texts = [key for key, value in dict(tokenizer or {}).items() if type(value) is str]
+    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
+    texts = [key for key, value in tokenizer.items() if type(value) is str]
     plain = isinstance(settings, dict) and not any(_problems(settings, DATA_KEY))
     if not plain or not {"tokenizer_json", "eos_token"} <= set(texts):
         raise ValueError(f"ckpt_path={path} holds no tokenizer and settings under {DATA_KEY}; name another")

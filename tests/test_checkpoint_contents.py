@@ -98,11 +98,24 @@ def test_a_type_for_hyper_parameters_is_refused(checkpoint: dict[str, Any]) -> N
         3,
         {},
         {"settings": 3, "tokenizer": {}},
+        {"settings": {}, "tokenizer": 3},
+        {"settings": {}, "tokenizer": "a text"},
+        {"settings": {}, "tokenizer": ["tokenizer_json", "eos_token"]},
         {"settings": {}, "tokenizer": {"tokenizer_json": 1, "eos_token": ""}},
     ],
 )
 def test_a_state_of_other_data_is_refused(state: Any, checkpoint: dict[str, Any]) -> None:
     assert "under TextDataModule" in complaint({**checkpoint, "TextDataModule": state})
+
+
+@pytest.mark.parametrize("key", ["global_step", "loops"])
+def test_what_a_run_needs_to_go_on_is_named(key: str, checkpoint: dict[str, Any]) -> None:
+    whole = {**checkpoint, "optimizer_states": [], "global_step": 3, "loops": {}}
+    check_contents("x.ckpt", whole)
+    del whole[key]
+    assert f"lacks '{key}'" in complaint(whole)
+    del whole["optimizer_states"]
+    check_contents("x.ckpt", whole)  # weights alone
 
 
 def test_all_that_differs_in_the_weights_is_named(checkpoint: dict[str, Any]) -> None:
