@@ -118,7 +118,8 @@ def work(rank: int, watch: RankWatch) -> None:
 def wait_outside_of_collectives(rank: int, watch: RankWatch) -> None:
     """As with NCCL, where nobody hears of a peer that has gone."""
     (Path(os.environ["FOLDER"]) / f"{rank}.working").touch()
-    signal.pause()
+    while True:
+        signal.pause()  # returns after any handled signal, such as that of a child's end
 
 
 @pytest.mark.parametrize("body", [work, wait_outside_of_collectives])
