@@ -24,30 +24,33 @@ class HostMemory:
 
     def snapshot(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint in memory of its own, the former snapshot's; what shares memory shares it here."""
-        taken: dict[int, torch.UntypedStorage] = {}
-        old, self._storages = self._storages, {}
-        copies = {id(tensor): self._copied(tensor, taken, old) for tensor in tensors_in(checkpoint)}
+        tensors = list(tensors_in(checkpoint))
+        sources = {source._cdata: source for tensor in tensors if (source := _memory_of(tensor)) is not None}
+        keys = {address: (n, source.nbytes()) for n, (address, source) in enumerate(sources.items())}
+        # What has no place in this one goes before anything is added: there is never more than one of them.
+        self._storages = {key: self._storages[key] for key in keys.values() if key in self._storages}
+        for address, source in sources.items():
+            if keys[address] not in self._storages:
+                self._storages[keys[address]] = torch.UntypedStorage(source.nbytes())
+            _copy_bytes(source, self._storages[keys[address]])
+        targets = {address: self._storages[key] for address, key in keys.items()}
+        copies = {id(tensor): _copied(tensor, targets) for tensor in tensors}
         return copy.deepcopy(checkpoint, copies)
 
-    def _copied(
-        self,
-        tensor: Tensor,
-        taken: dict[int, torch.UntypedStorage],
-        old: dict[tuple[int, int], torch.UntypedStorage],
-    ) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.layout != torch.strided or type(tensor) is not Tensor:
-            return tensor.cpu().clone()
-        source = tensor.untyped_storage()
-        if source._cdata not in taken:
-            key = (len(taken), source.nbytes())
-            target = old.pop(key, None)
-            if target is None:
-                target = torch.UntypedStorage(source.nbytes())
-            _copy_bytes(source, target)
-            taken[source._cdata] = self._storages[key] = target
-        view = torch.empty(0, dtype=tensor.dtype)
-        return view.set_(taken[source._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+def _memory_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """None for the kinds of tensors that are more than a view of some memory."""
+    plain = tensor.layout == torch.strided and type(tensor.detach()) is Tensor
+    return tensor.untyped_storage() if plain else None
+
+
+def _copied(tensor: Tensor, targets: Mapping[int, torch.UntypedStorage]) -> Tensor:
+    """The same view of the copied memory."""
+    tensor = tensor.detach()
+    if (source := _memory_of(tensor)) is None:
+        return tensor.cpu().clone()
+    view = torch.empty(0, dtype=tensor.dtype)
+    return view.set_(targets[source._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _copy_bytes(source: torch.UntypedStorage, target: torch.UntypedStorage) -> None:
