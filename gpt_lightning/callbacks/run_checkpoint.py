@@ -40,7 +40,8 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_train_steps: Write last.ckpt every so many optimizer steps, besides after each validation.
         train_time_interval: Write last.ckpt after so much time, besides after each validation.
         save_weights_only: Leave out the optimizer and all else that resuming needs.
-        background: Write while training goes on, for which host memory holds one copy of the checkpoint.
+        background: Write while training goes on, for which host memory holds one copy of the checkpoint. Only
+            where one process writes one file: not with trainer.strategy.save_sharded.
         verbose: Say when a checkpoint is written.
     """
 

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import gpt_lightning.callbacks.run_checkpoint as run_checkpoint_module
 import gpt_lightning.checkpoint as checkpoint_module
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
@@ -114,6 +115,29 @@ def test_a_checkpoint_by_time_waits_for_the_end_of_the_step(tmp_path: Path) -> N
     for path in paths:
         progress = torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         assert progress["total"]["processed"] == 3 * step_of(path)
+
+
+class Clock(pl.Callback):
+    """On which a batch takes a second."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seconds += 1
+
+
+def test_checkpoints_by_time_come_when_it_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(run_checkpoint_module, "time", clock)
+    settings = {"limit_val_batches": 0, "accumulate_grad_batches": 2}
+    checkpoint = {"monitor": None, "save_top_k": -1, "train_time_interval": timedelta(seconds=4.5)}
+    fit(tmp_path, [], max_steps=10, trainer=settings, others=[clock], **checkpoint)
+    steps = [step_of(path) for path in sorted(tmp_path.glob("step*.ckpt"))]
+    assert steps == [3, 6, 9, 10]  # after 6, 12 and 18 seconds, and in the end
 
 
 def test_no_checkpoint_stands_inside_an_optimizer_step(tmp_path: Path) -> None:
