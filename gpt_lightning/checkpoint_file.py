@@ -115,15 +115,19 @@ class _HashingStream:
         self.size += len(data)
         if self._error is None:
             try:
-                if len(data) < 2:
-                    data = self._held + data
-                else:
-                    self._pass_on(self._held)
-                self._pass_on(data[:-2])
-                self._held = bytes(data[-2:])
+                self._hold_back(data)
             except BaseException as error:
                 self._error = error
         return len(data)
+
+    def _hold_back(self, data: Any) -> None:
+        """Pass on all but the last two bytes."""
+        if len(data) < 2:
+            data = self._held + bytes(data)
+        else:
+            self._pass_on(self._held)
+        self._pass_on(data[:-2])
+        self._held = bytes(data[-2:])
 
     def flush(self) -> None:
         """torch.save asks for it; `finish` does it."""
@@ -198,30 +202,24 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 
 
-def check_bytes(path: Path) -> None:
-    """Raise what is wrong with a file, by its digest; by its records' checksums if another program wrote it.
+def check_bytes(path: Path, digest: str | None = None) -> None:
+    """Raise what is wrong with a file, by the digest of all its bytes or, without one, by that at its end.
 
-    A process reads a file for this once, as long as it does not change.
+    Where another program wrote it, its records' checksums have to do. A process reads a file for this once,
+    as long as it does not change.
     """
     with path.open("rb") as file:
         key = _identity(file)
         if key in _verified:
             return
-        if (written := _written_digest(file)) is None:
+        size = os.fstat(file.fileno()).st_size
+        if digest is None:
+            digest, size = _written_digest(file), size - COMMENT_BYTES
+        if digest is None:
             _check_records(file)
-        elif written != _digest(file, os.fstat(file.fileno()).st_size - COMMENT_BYTES):
+        elif digest != _digest(file, size):
             raise ValueError(CHANGED)
         _remember(key, file)
-
-
-def check_digest(path: Path, written: str) -> None:
-    """The same for a file whose digest stands elsewhere."""
-    with path.open("rb") as file:
-        key = _identity(file)
-        if key not in _verified:
-            if _digest(file, os.fstat(file.fileno()).st_size) != written:
-                raise ValueError(f"{path.name}: {CHANGED}")
-            _remember(key, file)
 
 
 def digest_of(path: Path) -> str:

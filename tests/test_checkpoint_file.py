@@ -55,6 +55,19 @@ def test_it_is_what_torch_save_writes_with_the_digest_of_it_behind(written: Path
     assert content[: -71 - 2][-20:] == plain.getvalue()[:-2][-20:]
 
 
+@pytest.mark.parametrize("sizes", [(1,) * 40, (2, 1, 1, 30, 0, 5), (39, 1), (3, 0, 1, 36)])
+def test_parts_of_any_size_are_hashed_in_their_order(sizes: tuple[int, ...]) -> None:
+    file, content = io.BytesIO(), bytes(range(1, 39)) + b"\0\0"
+    stream, rest = checkpoint_file._HashingStream(file), content
+    for size in sizes:
+        assert stream.write(rest[:size]) == size
+        rest = rest[size:]
+    stream.write(rest)
+    stream.finish()
+    expected = content[:-2] + (71).to_bytes(2, "little")
+    assert file.getvalue() == expected + b"sha256:" + hashlib.sha256(expected).hexdigest().encode()
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_anybody_can_open_it(mmap: bool, written: Path) -> None:
     verify(written)

@@ -76,9 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
                 f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
             )
         self._last_every_n_steps = every_n_train_steps
-        self._last_interval_seconds = (
-            train_time_interval.total_seconds() if train_time_interval is not None else None
-        )
+        self._last_interval = train_time_interval
         self._background = background
         self._former_dirpath: str | None = None
         self._targets: list[str] = []
@@ -137,10 +135,10 @@ class RunCheckpoint(ModelCheckpoint):
             # Nothing else would save before the end of training. Here, and not when the epoch has ended: of
             # that moment Lightning ends the epoch again where it resumes.
             due = due or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-        if self._last_interval_seconds is not None:
-            elapsed = time.monotonic() - self._saved_at_seconds
+        if self._last_interval is not None:
+            elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
             # The first rank's clock decides for all: saving is collective.
-            due = due or trainer.strategy.broadcast(elapsed >= self._last_interval_seconds)
+            due = due or trainer.strategy.broadcast(elapsed >= self._last_interval)
         return due
 
     def _is_last_step(self, trainer: Trainer) -> bool:

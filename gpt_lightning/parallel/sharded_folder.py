@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from typing_extensions import override
 
-from gpt_lightning.checkpoint_file import check_bytes, check_digest
+from gpt_lightning.checkpoint_file import check_bytes
 
 REST = "rest.pt"
 CONTENTS = ".metadata"
@@ -149,7 +149,10 @@ def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares
     if missing := missing_parts(folder):
         raise ValueError(f"{', '.join(missing)} missing")
     for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
-        check_digest(folder / name, digest)
+        try:
+            check_bytes(folder / name, digest)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
