@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from gpt_lightning.checkpoint import (
     read_checkpoint,
 )
 from gpt_lightning.checkpoint_file import CheckpointWriteError, write
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.snapshot import NonFiniteCheckpointError
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
@@ -285,32 +287,26 @@ def test_a_sharded_best_makes_way_for_a_file(saved: dict[str, Path], tmp_path: P
     assert (tmp_path / "last.ckpt").read_bytes() == (tmp_path / "best.ckpt").read_bytes()
 
 
-def save_in_the_background(run: Run, corpus: Path, folder: Path) -> tuple[bool, bool]:
-    """Whether a sharded checkpoint, set aside or not, is there before the file in its place is written."""
-    module, datamodule = build(corpus, run)
-    trainer = trainer_of(run, corpus.parent, Recorder(None))
-    trainer.fit(module, datamodule)
-    written, original = threading.Event(), checkpoint_module.write
-
-    def waiting(checkpoint: Any, path: Path) -> None:
-        assert written.wait(30)
-        original(checkpoint, path)
-
-    checkpoint_module.write = waiting
-    trainer.save_checkpoint(folder, storage_options=SaveOptions(background=True))
-    before = any((path / "rest.pt").is_file() for path in (folder, folder.with_name(".last.ckpt.old")))
-    written.set()
-    trainer.strategy.checkpoint_io.teardown()
-    return before, folder.is_file()
-
-
 def test_a_sharded_checkpoint_stays_until_the_file_in_its_place_is_written(
-    saved: dict[str, Path], shared_corpus: Path, tmp_path: Path
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(saved["sharded"], tmp_path / "last.ckpt")
-    run = Run(steps=1, strategy={"save_sharded": False}, plugins=lambda: [DurableCheckpointIO()])
-    assert run_ranks(save_in_the_background, 1, run, shared_corpus, tmp_path / "last.ckpt") == [(True, True)]
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    """Under its name or, while the file is being written, set aside."""
+    path, let_go = tmp_path / "last.ckpt", threading.Event()
+
+    def waiting(checkpoint: Any, target: Path) -> None:
+        assert let_go.wait(30)
+        write(checkpoint, target)
+
+    monkeypatch.setattr(checkpoint_module, "write", waiting)
+    shutil.copytree(saved["sharded"], path)
+    strategy = TensorParallelDDPStrategy(replica_check_every_n_steps=0)
+    strategy.checkpoint_io = DurableCheckpointIO()
+    strategy.connect(pl.LightningModule())
+    strategy.save_checkpoint({"state_dict": {}}, path, SaveOptions(background=True))
+    assert any((folder / "rest.pt").is_file() for folder in (path, tmp_path / ".last.ckpt.old"))
+    let_go.set()
+    strategy.checkpoint_io.teardown()
+    assert path.is_file() and list(tmp_path.iterdir()) == [path]
 
 
 def timeouts(run: Run, corpus: Path) -> list[float]:
