@@ -50,6 +50,15 @@ def _check_trainer(trainer: Any) -> None:
             raise ValueError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
     if trainer.val_check_interval == 0:
         raise ValueError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
+    by_the_clock = trainer.val_check_interval is not None and not isinstance(
+        trainer.val_check_interval, (int, float)
+    )
+    if by_the_clock and trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"trainer.val_check_interval={trainer.val_check_interval} could validate and save inside an "
+            f"optimizer step of trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}; give a "
+            "number of steps"
+        )
     _check_devices(trainer)
 
 

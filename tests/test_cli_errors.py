@@ -42,6 +42,10 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--model.optimizer.learning_rate", "-3"], ["model.optimizer.learning_rate=-3.0"]),
         (["--ckpt_path", "no/such.ckpt"], ["no/such.ckpt"]),
         (["--run_name", "a/b"], ["run_name='a/b'"]),
+        (
+            ["--trainer.val_check_interval", "00:00:01:00", "--trainer.accumulate_grad_batches", "2"],
+            ["trainer.val_check_interval=00:00:01:00", "trainer.accumulate_grad_batches=2"],
+        ),
         (["--trainer.precision", "bf16-mix"], ["trainer.precision=bf16-mix", "bf16-mixed"]),
         (["--trainer.devices", "99"], ["trainer.devices=99 is over", "cores"]),
         (["--trainer.devices", "99", "--trainer.accelerator", "auto"], ["trainer.devices=99 is over"]),
