@@ -10,7 +10,7 @@ from gpt_lightning.cli_verbs import HELP, VERBS
 def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())), end="")
+        print(HELP.format(verbs="\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())), end="")
     elif words[0] == "--version":
         print(f"gpt_lightning {__version__}")
     elif words[0] not in VERBS:

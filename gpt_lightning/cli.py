@@ -35,13 +35,13 @@ from gpt_lightning.checkpoint import (
 )
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
-from gpt_lightning.cli_consolidate import run_consolidate
 from gpt_lightning.cli_endings import in_order
 from gpt_lightning.cli_imports import limited_imports
 from gpt_lightning.cli_noise import quiet
 from gpt_lightning.cli_parser import Parser, shorten
 from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
+from gpt_lightning.cli_without_trainer import WITHOUT_TRAINER, run_without_trainer
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -366,7 +366,7 @@ def run(words: list[str]) -> None:
     quiet()
     rank_guard = RankGuard()
     with in_order(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        if words[0] == "consolidate":
-            run_consolidate(words[1:])
+        if words[0] in WITHOUT_TRAINER:
+            run_without_trainer(words[0], words[1:])
         else:
             GPTLightningCLI(complete_words(words), rank_guard, ending)

@@ -69,6 +69,7 @@ ORDER = [
     "cli_after_fit",
     "cli_noise",
     "cli_consolidate",
+    "cli_without_trainer",
     "cli_tensor_parallel",
     "cli_imports",
     "cli_parser",

@@ -1,0 +1,15 @@
+"""The verbs that need no Trainer: a module each, imported when its verb is used."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+# What each calls with the words after the verb.
+WITHOUT_TRAINER = {
+    "consolidate": ("gpt_lightning.cli_consolidate", "run_consolidate"),
+}
+
+
+def run_without_trainer(verb: str, words: list[str]) -> None:
+    module, name = WITHOUT_TRAINER[verb]
+    function: Callable[[list[str]], None] = getattr(import_module(module), name)
+    function(words)
