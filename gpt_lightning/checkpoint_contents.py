@@ -16,6 +16,8 @@ from gpt_lightning.model import GPTModel
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
+ORIGIN_KEY = "begun_from"  # what other model's weights a run began with, or were imported
+VALIDATION_KEY = "last_validation"  # its step and its loss
 WEIGHTS_KEY = "state_dict"
 OPTIMIZERS_KEY = "optimizer_states"
 PROGRESS_KEYS = ("global_step", "loops")

@@ -7,6 +7,8 @@ VERBS = {
     "predict": "continue prompts with a trained model",
     "prepare": "tokenize the texts into the cache, without training",
     "consolidate": "make one file of a sharded checkpoint",
+    "import-hf": "make a checkpoint of a Hugging Face GPT-2, by folder or hub name",
+    "export-hf": "make a Hugging Face folder of a checkpoint",
 }
 HELP = """usage: gpt-lightning VERB [--config FILE] [--option value ...]
 

@@ -6,6 +6,8 @@ from importlib import import_module
 # What each calls with the words after the verb.
 WITHOUT_TRAINER = {
     "consolidate": ("gpt_lightning.cli_consolidate", "run_consolidate"),
+    "import-hf": ("gpt_lightning.cli_huggingface", "run_import"),
+    "export-hf": ("gpt_lightning.cli_huggingface", "run_export"),
 }
 
 

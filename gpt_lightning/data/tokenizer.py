@@ -87,8 +87,11 @@ class TextTokenizer:
         """Equal for equal tokenizers, also after a save and load."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open."""
+    def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
+        """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open.
+
+        `max_length` is that of the texts that its model can see.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -96,6 +99,7 @@ class TextTokenizer:
             "eos_token": self._eos_token,
             "bos_token": self._eos_token,
             "clean_up_tokenization_spaces": False,
+            **({} if max_length is None else {"model_max_length": max_length}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -134,18 +138,23 @@ def default_vocab_size(n_bytes: int) -> int:
     return 2 ** min(15, max(9, round(math.log2(max(1, n_bytes) / 1000))))
 
 
-def load_tokenizer(name: str) -> TextTokenizer:
+def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
     """`bytes`, a folder, or the name of a tokenizer on the Hugging Face hub; code in either never runs."""
     if name == "bytes":
         return _bytes_tokenizer()
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return _from_folder(Path(folder), f"data.tokenizer={name}")
-    # Only what cannot be a path goes to the network: `texts/bpe` is one where there is a folder `texts`.
-    is_path = os.path.exists(folder) or os.path.isdir(os.path.dirname(folder))
-    if is_path or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"data.tokenizer={name} is not a folder; give the folder that holds tokenizer.json")
-    return _from_transformers(name, f"data.tokenizer={name}", local_files_only=False)
+        return _from_folder(Path(folder), f"{option}={name}")
+    if not is_hub_name(name):
+        raise ValueError(f"{option}={name} is not a folder; give the folder that holds tokenizer.json")
+    return _from_transformers(name, f"{option}={name}", local_files_only=False)
+
+
+def is_hub_name(name: str) -> bool:
+    """Only what cannot be a path goes to the network: `texts/bpe` is one where there is a folder `texts`."""
+    path = os.path.expanduser(name)
+    is_path = os.path.exists(path) or os.path.isdir(os.path.dirname(path))
+    return not is_path and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
 def _bytes_tokenizer() -> TextTokenizer:
@@ -203,7 +212,7 @@ def _from_transformers(name: str, option: str, *, local_files_only: bool) -> Tex
         loaded = AutoTokenizer.from_pretrained(
             name,
             trust_remote_code=False,
-            local_files_only=local_files_only or not _hub_is_reachable(),
+            local_files_only=local_files_only or not hub_is_reachable(),
             use_fast=True,
         )
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
@@ -216,7 +225,7 @@ def _from_transformers(name: str, option: str, *, local_files_only: bool) -> Tex
     return TextTokenizer(loaded.backend_tokenizer, loaded.eos_token)
 
 
-def _hub_is_reachable() -> bool:
+def hub_is_reachable() -> bool:
     """Whether a connection can be had at all; the hub's own client tries for minutes before it gives up."""
     from huggingface_hub import constants
 

@@ -1,0 +1,70 @@
+"""A checkpoint as the folder that transformers, and what is built on it, opens without this package."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpt_lightning.checkpoint import MODEL_PREFIX, checkpoint_config, checkpoint_tokenizer, read_checkpoint
+from gpt_lightning.checkpoint_file import sync_folder, write_error
+from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.model_card import model_card
+from gpt_lightning.parallel.sharded_checkpoint import read_whole
+from gpt_lightning.parallel.sharded_folder import is_sharded
+
+
+def export_gpt2(path: Path, folder: Path) -> None:
+    """Write configuration, weights, tokenizer and model card; the folder gets its name when it is whole."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"FOLDER={folder} exists already; name another, or remove it")
+    checkpoint = read_checkpoint(path)
+    if is_sharded(path):
+        checkpoint = read_whole(path)
+    try:
+        with _named_when_whole(folder) as temporary:
+            _write_model(checkpoint, temporary)
+            card = model_card(checkpoint, folder.resolve().name)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+@contextmanager
+def _named_when_whole(folder: Path) -> Generator[Path, None, None]:
+    """A folder beside it, which takes its place in the end, or is gone."""
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_model(checkpoint: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, GPT2Config
+
+    config, tokenizer = checkpoint_config(checkpoint), checkpoint_tokenizer(checkpoint)
+    ends: dict[str, Any] = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    names: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    GPT2Config(**config_to_gpt2(config), **ends, **names).save_pretrained(folder)
+    GenerationConfig(**ends, pad_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save(folder, max_length=config.max_position_embeddings)
+    ours = {
+        name.removeprefix(MODEL_PREFIX): tensor.float()
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    theirs = to_gpt2_state_dict(ours, config)
+    if config.tie_embeddings:  # transformers makes it of the token table
+        del theirs["lm_head.weight"]
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else its owner alone reads it

@@ -1,0 +1,224 @@
+"""A GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
+
+Everything is read as data: a .bin file with `weights_only`, and no code that a folder carries.
+"""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from gpt_lightning.checkpoint_contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.tokenizer import TextTokenizer, hub_is_reachable, is_hub_name, load_tokenizer
+from gpt_lightning.huggingface import config_from_gpt2, from_gpt2_state_dict, to_gpt2_state_dict
+from gpt_lightning.model import GPTModel
+from gpt_lightning.snapshot import first_non_finite
+
+CONFIG, SAFETENSORS, BIN, INDEX = "config.json", "model.safetensors", "pytorch_model.bin", ".index.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
+)
+SAFETENSORS_FILES = (SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors")
+BIN_FILES = (BIN, BIN + INDEX, "pytorch_model-*.bin")
+BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
+
+
+def import_gpt2(name: str, option: str) -> dict[str, Any]:
+    """The checkpoint of a run of no steps: architecture, weights, tokenizer; complaints name `option`."""
+    complaint = f"{option}={name}"
+    folder = _find(name, option)
+    config = _read_config(folder, complaint)
+    weights = _convert(_read_weights(folder, complaint), config, complaint)
+    tokenizer = _read_tokenizer(folder, config, complaint)
+    origin = name if is_hub_name(name) else folder.resolve().name
+    settings = {"tokenizer": origin}
+    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
+    data = {**position, "settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"config": asdict(config)},
+        "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in weights.items()},
+        CONFIG_KEY: asdict(config),
+        DATA_KEY: data,
+        ORIGIN_KEY: origin,
+    }
+
+
+# ---- where
+
+
+def _find(name: str, option: str) -> Path:
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if not is_hub_name(name):
+        kind = "is a file" if folder.exists() else "is not there"
+        raise ValueError(f"{option}={name} {kind}; give a folder that holds {CONFIG}, or a name on the hub")
+    return _download(name, option)
+
+
+def _download(name: str, option: str) -> Path:
+    """The files of one form of the weights, in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        reachable = hub_is_reachable()
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not reachable))
+
+    try:
+        folder = fetch((CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES))
+        return folder if _has(folder, SAFETENSORS) else fetch(BIN_FILES)
+    except Exception as error:  # network, hub and cache each raise their own kinds
+        reason = _first_line(error)
+        raise ValueError(
+            f"{option}={name} cannot be loaded ({reason}); check the name and the network, or give a folder"
+        ) from None
+
+
+# ---- what
+
+
+def _read_config(folder: Path, complaint: str) -> GPTConfig:
+    from transformers import GPT2Config
+
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{complaint} holds no {CONFIG}; give the folder of a Hugging Face model")
+    stored = _read_json(folder / CONFIG, complaint)
+    if stored.get("model_type") != "gpt2":
+        raise ValueError(
+            f"{complaint} is a model of the type {stored.get('model_type')!r}; only 'gpt2' can be imported"
+        )
+    try:
+        theirs = GPT2Config.from_dict(stored)
+    except Exception as error:  # huggingface_hub has error classes of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{complaint}: {CONFIG} is no GPT-2's ({reason}); mend it") from None
+    try:
+        return config_from_gpt2(theirs)
+    except ValueError as error:
+        raise ValueError(f"{complaint}: {error}") from None
+
+
+def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextTokenizer:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{complaint} holds no tokenizer; put the tokenizer.json that belongs to it there")
+    tokenizer = load_tokenizer(str(folder), complaint.partition("=")[0])
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{complaint}: its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
+            f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
+        )
+    return tokenizer
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file() or (folder / (name + INDEX)).is_file()
+
+
+def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
+    """Mapped from the files where their form allows it."""
+    if _has(folder, SAFETENSORS):
+        return _read_parts(folder, SAFETENSORS, _read_safetensors, complaint)
+    if _has(folder, BIN):
+        return _read_parts(folder, BIN, _read_bin, complaint)
+    raise ValueError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
+
+
+def _read_parts(
+    folder: Path, name: str, read: Callable[[Path], dict[str, Tensor]], complaint: str
+) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in [name] if (folder / name).is_file() else _files_of_index(folder / (name + INDEX), complaint):
+        if not (folder / file).is_file():
+            raise ValueError(f"{complaint} lacks {file}, a part of its weights; fetch it again")
+        try:
+            weights |= read(folder / file)
+        except Exception as error:  # what a changed byte leads to may be anything
+            raise ValueError(
+                f"{complaint}: {file} cannot be read as weights ({_first_line(error)}); fetch it again"
+            ) from None
+    return weights
+
+
+def _files_of_index(path: Path, complaint: str) -> list[str]:
+    files = _read_json(path, complaint).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{complaint}: {path.name} lists no files beside it; fetch it again")
+    return names
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    # Said outright: left out, an environment variable could turn it off.
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError("it holds other things than tensors")
+    return {str(name): tensor.detach() for name, tensor in loaded.items()}
+
+
+def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> dict[str, Tensor]:
+    """GPTModel's weights in float32, after a look at names, shapes, types and numbers."""
+    try:
+        _check_shapes(theirs, config)
+        ours = from_gpt2_state_dict(theirs, config)
+    except ValueError as error:
+        raise ValueError(f"{complaint}: {error}") from None
+    for name, tensor in ours.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{complaint}: weights of {tensor.dtype} ({name}); save the model in float32")
+    if (non_finite := first_non_finite(ours.items())) is not None:
+        raise ValueError(f"{complaint}: {non_finite} holds NaN or infinity; fetch the weights again")
+    converted = {name: tensor.float() for name, tensor in ours.items()}
+    if config.tie_embeddings:  # one tensor in the file, too
+        converted["lm_head.weight"] = converted["token_embedding.weight"]
+    return converted
+
+
+def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
+    # Before a model is built: a wrong number could be one of thousands of millions.
+    blocks = {match[1] for name in theirs if (match := BLOCK.match(name))}
+    if len(blocks) != config.n_layers:
+        raise ValueError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
+    with torch.device("meta"):
+        expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
+    for name, tensor in expected.items():
+        found = theirs.get(name, theirs.get(name.removeprefix("transformer.")))
+        if found is not None and found.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(found.shape)}, and by {CONFIG} {list(tensor.shape)}")
+
+
+# ---- files
+
+
+def _read_json(path: Path, complaint: str) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{complaint}: {path.name} is no JSON ({_first_line(error)}); mend it") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{complaint}: {path.name} holds no options; mend it")
+    return stored
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]

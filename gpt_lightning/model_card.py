@@ -1,0 +1,135 @@
+"""The README.md of an exported model: data, recipe and perplexity, as far as the checkpoint knows them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint_contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
+from gpt_lightning.model import GPTModel
+
+HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- text-generation
+- gpt_lightning
+---
+"""
+USE = """## Use
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", model="{name}")("The")[0]["generated_text"])
+```
+"""
+
+
+def model_card(checkpoint: dict[str, Any], name: str) -> str:
+    name = _in_a_line(name)
+    architecture = f"A language model of GPT-2's architecture with {_n_parameters(checkpoint):,} parameters"
+    parts = (
+        HEADER,
+        f"# {name}\n\n{architecture}, written by gpt_lightning's `export-hf`.\n",
+        "## Data\n\n" + _listed(_data(checkpoint)),
+        "## Recipe\n\n" + _listed(_recipe(checkpoint)),
+        "## Final perplexity\n\n" + _result(checkpoint) + "\n",
+        USE.format(name=name),
+    )
+    return "\n".join(parts)
+
+
+def _data(checkpoint: dict[str, Any]) -> dict[str, str]:
+    state = checkpoint[DATA_KEY]
+    text, settings = _mapping(state.get("text")), _mapping(state.get("settings"))
+    train, held_out = _file_names(text.get("train_files")), _file_names(text.get("val_files"))
+    if not held_out and train and "val_fraction" in settings:
+        held_out = f"{settings['val_fraction']} of it, held out before anything was cut into windows"
+    n_ids = checkpoint_tokenizer(checkpoint).vocab_size
+    return {
+        "training text": train or "not known to the checkpoint",
+        "validation text": held_out or "not known to the checkpoint",
+        "tokenizer": f"{_code(settings.get('tokenizer', 'unnamed'))}, {n_ids:,} ids",
+    }
+
+
+def _recipe(checkpoint: dict[str, Any]) -> dict[str, str]:
+    chosen = _mapping(checkpoint.get("hyper_parameters"))
+    steps = checkpoint["global_step"]
+    architecture = _options(vars(checkpoint_config(checkpoint)))
+    recipe = {"begun from": _begun_from(checkpoint), "architecture": architecture}
+    if steps:
+        recipe |= {
+            "AdamW": _options(_mapping(chosen.get("optimizer"))),
+            "learning rate over time": _options(_mapping(chosen.get("schedule"))),
+            "training": f"{steps:,} optimizer steps{_tokens_seen(checkpoint)}",
+        }
+    else:
+        recipe["training"] = "none since"
+    return recipe
+
+
+def _begun_from(checkpoint: dict[str, Any]) -> str:
+    origin = checkpoint.get(ORIGIN_KEY)
+    return "random weights" if origin is None else f"the weights of {_code(origin)}"
+
+
+def _tokens_seen(checkpoint: dict[str, Any]) -> str:
+    state = checkpoint[DATA_KEY]
+    windows, seq_len = state.get("consumed_samples"), _mapping(state.get("settings")).get("seq_len")
+    if type(windows) is not int or type(seq_len) is not int:
+        return ""
+    return f", {windows:,} windows of {seq_len:,} tokens ({windows * seq_len:,} tokens)"
+
+
+def _result(checkpoint: dict[str, Any]) -> str:
+    last = _mapping(checkpoint.get(VALIDATION_KEY))
+    loss, step = last.get("loss"), last.get("step")
+    if type(loss) is not float or type(step) is not int:
+        return "Not known: the checkpoint was saved before any validation."
+    return (
+        f"Perplexity **{_exp(loss):.4g}** (loss {loss:.4f} nats a token) over every token of the validation "
+        f"text, at step {step:,} of {checkpoint['global_step']:,}."
+    )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _n_parameters(checkpoint: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPTModel(checkpoint_config(checkpoint)).parameters())
+
+
+# ---- text
+
+
+def _listed(entries: Mapping[str, str]) -> str:
+    return "".join(f"- {name}: {text}\n" for name, text in entries.items() if text)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_in_a_line(name)} {_in_a_line(value)}" for name, value in options.items())
+
+
+def _file_names(files: Any) -> str:
+    pairs = files if isinstance(files, list) else []
+    names = [_code(pair[0]) for pair in pairs if isinstance(pair, list) and pair]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+
+
+def _code(value: Any) -> str:
+    return f"`{_in_a_line(value).replace('`', '')}`"
+
+
+def _in_a_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
