@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
+from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
@@ -27,17 +27,15 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import (
     DATA_KEY,
     DurableCheckpointIO,
-    check_not_sharded,
     checkpoint_config,
     checkpoint_tokenizer,
-    newest_checkpoint,
-    read_checkpoint,
 )
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_endings import in_order
 from gpt_lightning.cli_imports import limited_imports
 from gpt_lightning.cli_noise import quiet
+from gpt_lightning.cli_origin import Origin, find_origin, take_settings
 from gpt_lightning.cli_parser import Parser, shorten
 from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
@@ -48,15 +46,12 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.run_folder import (
     checkpoints_folder,
     choose_run_folder,
-    find_checkpoint,
-    newest_of_run,
     open_named_folder,
     open_run_folder,
 )
 from gpt_lightning.training.module import GPTLightningModule
 
 DEFAULT_MAX_STEPS = 2000
-NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
 
 
 class PreparingTrainer(Trainer):
@@ -72,9 +67,7 @@ class GPTLightningCLI(LightningCLI):
     def __init__(self, args: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
         self._words = args
         self._rank_guard, self._ending = rank_guard, ending
-        self._checkpoint: dict[str, Any] | None = None
-        self._checkpoint_path: Path | None = None
-        self._begins_again = False  # asked for the last checkpoint of a run whose folder has none
+        self._origin = Origin()
         self._run_folder = Path()
         super().__init__(
             GPTLightningModule,
@@ -112,6 +105,12 @@ class GPTLightningCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Folder under checkpoints/; by default the config's name.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FiniteGuard, "non_finite")
@@ -152,26 +151,16 @@ class GPTLightningCLI(LightningCLI):
         root = checkpoints_folder(settings.trainer.default_root_dir)
         if verb in ("fit", "prepare"):
             self._name_run(settings)
-            path = self._resume_path(settings, root / settings.run_name) if verb == "fit" else None
-        else:
-            path = find_checkpoint(settings.ckpt_path, root, say)
-        if path is not None:
-            if not is_tensor_parallel(settings):
-                check_not_sharded(path)
-            self._checkpoint_path, self._checkpoint = path, read_checkpoint(path)
-            if verb == "fit" and "optimizer_states" not in self._checkpoint:
-                raise ValueError(
-                    f"ckpt_path={path} holds weights alone (checkpoint.save_weights_only), from which no run "
-                    "can go on; name another"
-                )
-            say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
-            settings.ckpt_path = str(path)
-            self._take_settings(settings, self._checkpoint)
+        self._origin = find_origin(verb, settings, root)
+        if self._origin.contents is not None:
+            given = self.parser.parse_args(self._words, defaults=False)[verb]
+            take_settings(verb, settings, given, self._origin)
         if verb != "prepare":
             settings.weights_only = True
         if verb == "fit":
+            origin = self._origin
             folder = root / settings.run_name
-            self._run_folder = choose_run_folder(folder, path, begins_again=self._begins_again)
+            self._run_folder = choose_run_folder(folder, origin.path, begins_again=origin.begins_again)
 
     def _name_run(self, settings: Any) -> None:
         if settings.run_name is None:
@@ -181,42 +170,6 @@ class GPTLightningCLI(LightningCLI):
             raise ValueError(
                 f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes"
             )
-
-    def _resume_path(self, settings: Any, folder: Path) -> Path | None:
-        if settings.ckpt_path is None:
-            return None
-        if settings.ckpt_path != "last":
-            return Path(settings.ckpt_path)
-        own = settings.checkpoint.dirpath
-        newest = newest_of_run(folder, say) if own is None else newest_checkpoint(Path(own), say)
-        if newest is None:
-            say(f"no checkpoint in {own or folder} yet: starting from scratch")
-            settings.ckpt_path = None
-        if newest is None or own is not None:
-            self._begins_again = True
-        else:
-            settings.run_name = newest.parent.name
-        return newest
-
-    def _take_settings(self, settings: Any, checkpoint: dict[str, Any]) -> None:
-        """Take over what must be as the checkpoint has it, and refuse options that say otherwise."""
-        verb = self.config["subcommand"]
-        architecture = asdict(checkpoint_config(checkpoint))
-        saved = {
-            f"model.config.{name}": architecture[name] for name in architecture.keys() - NOT_ARCHITECTURE
-        }
-        data = checkpoint.get(DATA_KEY, {}).get("settings", {})
-        names = data if verb != "predict" else data.keys() & {"tokenizer"}
-        saved.update({f"data.{name}": data[name] for name in names})
-        explicit = self.parser.parse_args(self._words, defaults=False)[verb]
-        for key, value in saved.items():
-            given = explicit.get(key)
-            if given is not None and given != value:
-                raise ValueError(
-                    f"{key}={given} contradicts {self._checkpoint_path}, which has {value}; "
-                    "leave the option out, or train anew"
-                )
-            settings[key] = value
 
     # From options to objects
 
@@ -230,7 +183,9 @@ class GPTLightningCLI(LightningCLI):
             if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-            warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
+            if self._origin.initial is None:
+                positions = settings.model.config.max_position_embeddings
+                warn_of_untrained_positions(settings.data.seq_len, positions)
             self._open_run(settings)
 
     @rank_zero_only
@@ -238,8 +193,8 @@ class GPTLightningCLI(LightningCLI):
         """Keep other processes out of the run's folder; only the first rank writes into it."""
         if not settings.trainer.fast_dev_run:
             root = checkpoints_folder(settings.trainer.default_root_dir)
-            folder, path = root / settings.run_name, self._checkpoint_path
-            run = open_run_folder(folder, path, begins_again=self._begins_again)
+            folder, path = root / settings.run_name, self._origin.path
+            run = open_run_folder(folder, path, begins_again=self._origin.begins_again)
             self._ending.callback(run.close)
             self._run_folder = run.folder
             if (own := settings.checkpoint.dirpath) is not None:
@@ -248,16 +203,23 @@ class GPTLightningCLI(LightningCLI):
         settings.run_name = self._run_folder.name
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
-        """Of the checkpoint's own tokenizer if there is a checkpoint: no other fits its weights."""
-        if self._checkpoint is not None:
-            datamodule.use_tokenizer(checkpoint_tokenizer(self._checkpoint))
-        return datamodule.vocab_size
+        """A checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
+
+        Its model may know more ids than its tokenizer gives.
+        """
+        contents = self._origin.contents
+        if contents is None:
+            return datamodule.vocab_size
+        datamodule.use_tokenizer(checkpoint_tokenizer(contents))
+        return checkpoint_config(contents).vocab_size
 
     @override
     def instantiate_classes(self) -> None:
         if self.subcommand == "prepare":
             self.config_init = self.config
             self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
+            if self._origin.contents is not None:
+                self.datamodule.use_tokenizer(checkpoint_tokenizer(self._origin.contents))
             return
         if is_tensor_parallel(self.config[self.config["subcommand"]]):
             assert isinstance(self.parser, Parser)
@@ -305,7 +267,7 @@ class GPTLightningCLI(LightningCLI):
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
             # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
-            again_from = 1 + (0 if self._checkpoint is None else self._checkpoint["global_step"])
+            again_from = 1 + self._origin.restored.get("global_step", 0)
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
@@ -313,15 +275,16 @@ class GPTLightningCLI(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
         guard, samples = (self._get(self.config_init, name) for name in ("non_finite", "samples"))
-        callbacks = [guard, ExactResume(), Throughput(), samples]
+        initial = InitialWeights(self._origin.init_from, self._origin.initial)
+        callbacks = [initial, guard, ExactResume(), Throughput(), samples]
         return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
 
     def _output_path(self) -> Path:
-        assert self._checkpoint_path is not None
+        assert self._origin.path is not None
         given = self._get(self.config, "output")
         if given is not None and (not given or Path(given).is_dir()):
             raise ValueError(f"output={given!r} is no file; name one, such as predictions.jsonl")
-        output = Path(given) if given else self._checkpoint_path.parent / "predictions.jsonl"
+        output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
         return output
 
@@ -337,7 +300,7 @@ class GPTLightningCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _prepare_text(self, verb: str) -> None:
-        saved = (self._checkpoint or {}).get(DATA_KEY, {})
+        saved = self._origin.restored.get(DATA_KEY, {})
         if verb == "fit":
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():

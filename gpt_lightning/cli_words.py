@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
-from gpt_lightning.checkpoint import newest_checkpoint
+from gpt_lightning.checkpoint import newest_checkpoint, step_of
 from gpt_lightning.cli_checks import say
 from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 
@@ -15,10 +15,13 @@ from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 def complete_words(words: list[str]) -> list[str]:
     """The command line with the configuration file filled in that it leaves to us.
 
-    `fit` and `prepare` alone run the quickstart; `fit`, `validate` and `test` of a checkpoint run with the
-    configuration that was saved beside it. `predict` needs none.
+    `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
+    `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
     """
     words = _verbatim_prompts(words)
+    init_from = _last(_values(words, "--init_from"))
+    if init_from is not None and words[0] not in ("fit", "prepare"):
+        raise ValueError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
     files = _values(words, "--config", "-c")
     for file in files:
         check_config_file(Path(file))
@@ -28,13 +31,17 @@ def complete_words(words: list[str]) -> list[str]:
     given = _last(_values(words, "--ckpt_path"))
     folder = checkpoints_folder(_last(_values(words, "--trainer.default_root_dir")))
     resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
+    if init_from is not None:
+        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
     if verb in ("fit", "prepare") and not resumes:
-        return [verb, "--config", str(_default_config()), *rest]
+        return [verb, "--config", str(_shipped_config("quickstart.yaml")), *rest]
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
     path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
+    if verb == "fit" and step_of(path) == 0:  # an imported one
+        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
     config = path.parent / CONFIG_NAME
     if not config.is_file():
         raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
@@ -100,8 +107,8 @@ def _last(values: list[str]) -> str | None:
     return values[-1] if values else None
 
 
-def _default_config() -> Path:
-    """quickstart.yaml: inside the package where it is installed, beside it in a clone."""
+def _shipped_config(name: str) -> Path:
+    """Inside the package where it is installed, beside it in a clone."""
     package = Path(__file__).parent
-    candidates = (package / "configs" / "quickstart.yaml", package.parent / "configs" / "quickstart.yaml")
+    candidates = (package / "configs" / name, package.parent / "configs" / name)
     return next(path for path in candidates if path.is_file())

@@ -91,8 +91,9 @@ def _result(checkpoint: dict[str, Any]) -> str:
     loss, step = last.get("loss"), last.get("step")
     if type(loss) is not float or type(step) is not int:
         return "Not known: the checkpoint was saved before any validation."
+    part = "every token" if last.get("whole") is True else "a part"
     return (
-        f"Perplexity **{_exp(loss):.4g}** (loss {loss:.4f} nats a token) over every token of the validation "
+        f"Perplexity **{_exp(loss):,.2f}** (loss {loss:.4f} nats a token) over {part} of the validation "
         f"text, at step {step:,} of {checkpoint['global_step']:,}."
     )
 

@@ -11,6 +11,7 @@ from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.model import GPTModel
 from tests.distributed import run_ranks
+from tests.gpt2_folders import write_gpt2
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SHRUNK = {
@@ -29,14 +30,20 @@ SHRUNK = {
     "trainer.max_steps": "4",
     "trainer.val_check_interval": "2",
 }
+OF_THE_WEIGHTS = {"data.tokenizer", *(name for name in SHRUNK if name.startswith("model.config."))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    devices = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"].get("devices", 1)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    devices = settings["trainer"].get("devices", 1)
     options = {**SHRUNK, "data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
+    if "init_from" in settings:  # whose architecture and tokenizer it takes
+        write_gpt2(tmp_path / "gpt2")
+        options = {name: value for name, value in options.items() if name not in OF_THE_WEIGHTS}
+        options["init_from"] = str(tmp_path / "gpt2")
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
     command = ["fit", "--config", str(path), *words]
     main(command) if devices == 1 else run_ranks(main, devices, command)

@@ -16,6 +16,7 @@ from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint_contents import (
     CONFIG_KEY,
+    VALIDATION_KEY,
     check_own,
     check_same_architecture,
     read_checked,
@@ -86,6 +87,7 @@ class GPTLightningModule(LightningModule):
         self.held_out_loss = TokenLoss()
         self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
         self._step_tokens: Tensor | None = None
+        self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
         self._places = 0  # targets of one micro-batch, scored or not
 
     # Training
@@ -182,6 +184,9 @@ class GPTLightningModule(LightningModule):
         """Loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            whole = self.trainer.limit_val_batches == 1.0
+            self._last_validation = {"step": self.trainer.global_step, "loss": float(loss), "whole": whole}
         n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/ppl", loss.exp())
@@ -293,6 +298,7 @@ class GPTLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
+        self._last_validation = checkpoint.get(VALIDATION_KEY)
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["lr"] *= self.optimizer.learning_rate / group["initial_lr"]
@@ -305,6 +311,8 @@ class GPTLightningModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
+        if self._last_validation is not None:
+            checkpoint[VALIDATION_KEY] = self._last_validation
 
 
 def _stop_test(tokenizer: TextTokenizer, stop: list[str]) -> Callable[[list[int]], bool] | None:

@@ -1,0 +1,43 @@
+"""A run that begins with the weights of another model."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from gpt_lightning.checkpoint_contents import ORIGIN_KEY
+
+
+class InitialWeights(Callback):
+    """Loads them before the run begins; every checkpoint of the run names where they came from.
+
+    `contents` are a checkpoint's, of which the weights are taken, out of it too: their memory is given back.
+    """
+
+    def __init__(self, name: str | None = None, contents: dict[str, Any] | None = None) -> None:
+        self._contents = contents
+        self._origin = name and Path(name).name
+        if contents is not None:
+            self._origin = contents.get(ORIGIN_KEY, self._origin)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # The strategy may cut the model for it; that is why it cannot be done when the model is built.
+        if self._contents is not None:
+            trainer.strategy.load_model_state_dict(self._contents, strict=True)
+            del self._contents["state_dict"]
+            self._contents = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._origin is not None:
+            checkpoint[ORIGIN_KEY] = self._origin
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._origin = checkpoint.get(ORIGIN_KEY)
