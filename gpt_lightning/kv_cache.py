@@ -16,12 +16,11 @@ class KVCache:
 
     def __init__(self, batch_size: int, max_length: int) -> None:
         self.max_length = max_length
-        self.lengths = torch.zeros(
-            batch_size, dtype=torch.long
-        )  # on the host: reading it costs no device sync
+        # On the host: reading it costs no device sync.
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self._first_row = 0
         self._total_rows = batch_size
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, each [rows, H, max_length, K]
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """A view of some rows; it shares keys, values and lengths with the whole."""
@@ -36,54 +35,64 @@ class KVCache:
     def clear(self, row: int) -> None:
         self.lengths[row] = 0
 
-    def move_row(self, source: int, destination: int) -> None:
-        """Copy one row over another, so that the rows in use stay next to each other."""
-        length = int(self.lengths[source])
-        for keys, values in self._layers.values():
-            for tensor in (keys, values):
-                moved = tensor[self._first_row + source, :, :length]
-                tensor[self._first_row + destination, :, :length] = moved
+    def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
+        """Make one row hold the tokens of another, or the first `length` of them."""
+        length = int(self.lengths[source]) if length is None else length
+        for layer in self._layers.values():
+            for storage in layer:
+                copied = storage[self._first_row + source, :, :length]
+                storage[self._first_row + destination, :, :length] = copied
         self.lengths[destination] = length
+
+    def begin(self, n_tokens: int, device: torch.device) -> "CacheStep":
+        """What all layers of a forward pass over the next `n_tokens` of each row share."""
+        return CacheStep(self, n_tokens, device)
+
+    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of the rows in view; heads, width, dtype and device are those of `like`."""
+        if layer not in self._layers:
+            shape = (self._total_rows, like.shape[1], self.max_length, like.shape[3])
+            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        keys, values = self._layers[layer]
+        rows = slice(self._first_row, self._first_row + len(self.lengths))
+        return keys[rows], values[rows]
+
+
+class CacheStep:
+    """One forward pass: where its tokens go, and what they see. Worked out once, for all layers.
+
+    positions: [B, T], counted from each row's start.
+    mask: [B, 1, T, S], the cached tokens that each new token sees; None where causal attention does.
+    """
+
+    def __init__(self, cache: KVCache, n_tokens: int, device: torch.device) -> None:
+        lengths = cache.lengths
+        longest = int(lengths.max())
+        self._cache, self._n_tokens = cache, n_tokens
+        self._end = longest + n_tokens
+        assert self._end <= cache.max_length, "the engine slides the window before the cache is full"
+        self._is_even = bool((lengths == longest).all())
+        positions = lengths[:, None] + torch.arange(n_tokens)
+        self.mask: Tensor | None = None
+        if longest > 0 and not (n_tokens == 1 and self._is_even):
+            keys = torch.arange(self._end)
+            self.mask = (keys[None, None, :] <= positions[:, :, None])[:, None].to(device)
+        self.positions = positions.to(device)
+        self._row = torch.arange(len(lengths), device=device)[:, None]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, H, T, K] keys and values at each row's length; return all of them, [B, H, S, K].
 
         S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
-        and `attention_mask` hides it. The lengths themselves move on in `advance`, once per forward pass.
+        and `mask` hides it. The lengths themselves move on in `finish`, once per forward pass.
         """
-        B, H, T, K = keys.shape
-        if layer not in self._layers:
-            shape = (self._total_rows, H, self.max_length, K)
-            self._layers[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
-        end = int(self.lengths.max()) + T
-        assert end <= self.max_length, "the engine slides the window before the cache is full"
-        result = []
-        for storage, new in zip(self._layers[layer], (keys, values)):
-            own = storage[self._first_row : self._first_row + B]
-            if self.is_even:
-                own[:, :, end - T : end] = new
+        all_keys, all_values = self._cache.layer(layer, keys)
+        for storage, new in ((all_keys, keys), (all_values, values)):
+            if self._is_even:
+                storage[:, :, self._end - self._n_tokens : self._end] = new
             else:
-                row = torch.arange(B, device=new.device)[:, None]
-                own[row, :, self.positions(T).to(new.device)] = new.transpose(1, 2)  # indexed: [B, T, H, K]
-            result.append(own[:, :, :end])
-        return result[0], result[1]
+                storage[self._row, :, self.positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
+        return all_keys[:, :, : self._end], all_values[:, :, : self._end]
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all rows hold the same number of tokens."""
-        return bool((self.lengths == self.lengths[0]).all())
-
-    def positions(self, n_tokens: int) -> Tensor:
-        """Positions [B, T] of the next tokens, counted from each row's start."""
-        return self.lengths[:, None] + torch.arange(n_tokens)
-
-    def attention_mask(self, n_tokens: int) -> Tensor | None:
-        """Which cached tokens each new token sees, [B, 1, T, S]; None where causal attention does."""
-        if not self.lengths.any() or (n_tokens == 1 and self.is_even):
-            return None
-        positions = self.positions(n_tokens)
-        keys = torch.arange(int(positions.max()) + 1)
-        return (keys[None, None, :] <= positions[:, :, None])[:, None]
-
-    def advance(self, n_tokens: int) -> None:
-        self.lengths += n_tokens
+    def finish(self) -> None:
+        self._cache.lengths += self._n_tokens

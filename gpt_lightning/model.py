@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.kv_cache import CacheStep, KVCache
 from gpt_lightning.linear_cross_entropy import linear_cross_entropy
 
 INIT_STD = 0.02
@@ -60,12 +60,12 @@ class CausalSelfAttention(nn.Module):
             config.d_model, config.d_model, bias=config.bias, std=_residual_std(config)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cached: CacheStep | None, layer: int) -> Tensor:
         qkv = self.qkv_proj(x)
         B, T, _ = qkv.shape  # not of x, which may be a part of the sequence that qkv_proj gathers
         q, k, v = qkv.view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
-        if kv_cache is not None:
-            k, v = kv_cache.write(layer, k, v)  # each [B, H, S, K]
+        if cached is not None:
+            k, v = cached.write(layer, k, v)  # each [B, H, S, K]
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -102,8 +102,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, kv_cache, layer))
+    def forward(self, x: Tensor, mask: Tensor | None, cached: CacheStep | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cached, layer))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -160,24 +160,23 @@ class GPTModel(nn.Module):
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
         """The residual stream after the last layer norm, [B, T, D]: what `lm_head` reads."""
-        T = input_ids.shape[1]
+        T, device = input_ids.shape[1], input_ids.device
         mask: Tensor | None = None
-        if kv_cache is not None:
-            positions = kv_cache.positions(T).to(input_ids.device)
-            mask = kv_cache.attention_mask(T)
-            mask = mask.to(input_ids.device) if mask is not None else None
+        cached = kv_cache.begin(T, device) if kv_cache is not None else None
+        if cached is not None:
+            positions, mask = cached.positions, cached.mask
         elif document_ids is not None:
             positions, mask = _document_positions(document_ids), _document_mask(document_ids)
         else:
-            positions = torch.arange(T, device=input_ids.device)
+            positions = torch.arange(T, device=device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, kv_cache, layer, use_reentrant=False)
+                x = checkpoint(block, x, mask, cached, layer, use_reentrant=False)
             else:
-                x = block(x, mask, kv_cache, layer)
-        if kv_cache is not None:
-            kv_cache.advance(T)
+                x = block(x, mask, cached, layer)
+        if cached is not None:
+            cached.finish()
         return self.ln_f(x)
 
 

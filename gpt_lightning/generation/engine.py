@@ -1,25 +1,29 @@
 """Decoding many prompts together: token ids in, token ids out; it knows no tokenizer.
 
 Every row holds a sequence of its own. The cache holds a row's visible tokens but the last, which each step
-feeds to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1.
+feeds to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1; where one ends, the
+next prompt takes its place.
 Shapes: B rows in use, D d_model, V vocabulary.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.generation.sampling import GenerationConfig, next_token_probabilities, pick
+from gpt_lightning.generation.history import Histories
+from gpt_lightning.generation.prefill import fill, visible_start
+from gpt_lightning.generation.sampling import GenerationConfig, next_tokens
 from gpt_lightning.kv_cache import KVCache
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "exhausted"]
 
 
 class CausalLanguageModel(Protocol):
@@ -38,26 +42,106 @@ class CausalLanguageModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+class Options(TypedDict, total=False):
+    """How prompts are decoded, whatever is drawn.
+
+    prompt_numbers: What a prompt's random numbers follow from, beside the seed; its place in the list unless
+        given.
+    batch_size: Rows decoded together (8): more are faster and take more memory.
+    should_stop: Sees a row's new tokens after each of them, and ends the row, with that token, by True.
+    use_cache: False computes each text anew for each token: slow, and what the cache is judged by.
+    agree: For processes that run a model together: gives all of them one process's numbers.
+    """
+
+    prompt_numbers: list[int] | None
+    batch_size: int
+    should_stop: Callable[[list[int]], bool] | None
+    use_cache: bool
+    agree: Callable[[Tensor], Tensor] | None
+
+
+class Step(NamedTuple):
+    """A token of one completion, and why it is the last one, if it is.
+
+    There is none where the completion ends without it: at the eos, or where `no_repeat_ngram_size` leaves no
+    token ("exhausted"). `logprob` is the model's own, or None unless the settings ask for it.
+    """
+
+    prompt: int  # its place in the list
+    sample: int
+    token_id: int | None
+    logprob: float | None
+    finish_reason: FinishReason | None
+
+
 @dataclass(frozen=True)
 class Completion:
-    """The new tokens of one prompt, without the eos, and what ended them."""
+    """The new tokens of one prompt, without the eos, and what ended them.
+
+    `logprobs` are the tokens' own, if they were asked for.
+    """
 
     token_ids: list[int]
     finish_reason: FinishReason
+    logprobs: list[float] | None = None
 
 
 @dataclass
 class _Row:
-    """A prompt on its way to its completion."""
+    """A prompt on its way to one of its completions."""
 
-    index: int  # of the prompt among all prompts
+    prompt: int
+    sample: int
     tokens: list[int]  # the prompt and what followed
     uniforms: list[float]  # one for each new token
-    new_tokens: list[int] = field(default_factory=list)
+    n_prompt: int = field(init=False)
     cached_from: int | None = None  # the first of `tokens` in the cache; None before the row's first step
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def n_new(self) -> int:
+        return len(self.tokens) - self.n_prompt
 
 
 def generate(
+    model: CausalLanguageModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    *,
+    eos_token_id: int | None,
+    **options: Unpack[Options],
+) -> list[Completion]:
+    """The completions of each prompt, `settings.num_samples` of the first, then of the second, and so on."""
+    finished = completions(model, prompts, settings, eos_token_id=eos_token_id, **options)
+    ordered = sorted(finished, key=lambda item: item[:2])
+    return [completion for _, _, completion in ordered]
+
+
+def completions(
+    model: CausalLanguageModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    *,
+    eos_token_id: int | None,
+    **options: Unpack[Options],
+) -> Iterator[tuple[int, int, Completion]]:
+    """Prompt, sample and completion, in the order in which they end."""
+    under_way: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+    for step in stream(model, prompts, settings, eos_token_id=eos_token_id, **options):
+        token_ids, logprobs = under_way.setdefault((step.prompt, step.sample), ([], []))
+        if step.token_id is not None:
+            token_ids.append(step.token_id)
+            if step.logprob is not None:
+                logprobs.append(step.logprob)
+        if step.finish_reason is not None:
+            del under_way[step.prompt, step.sample]
+            given = logprobs if settings.logprobs else None
+            yield step.prompt, step.sample, Completion(token_ids, step.finish_reason, given)
+
+
+def stream(
     model: CausalLanguageModel,
     prompts: list[list[int]],
     settings: GenerationConfig,
@@ -68,51 +152,38 @@ def generate(
     should_stop: Callable[[list[int]], bool] | None = None,
     use_cache: bool = True,
     agree: Callable[[Tensor], Tensor] | None = None,
-) -> list[Completion]:
-    """Continue each prompt; what is drawn for one depends on the seed and its number, not on the others.
+) -> Iterator[Step]:
+    """Continue each prompt, token by token; `Options` says what the keyword arguments are.
 
-    `prompt_numbers` are the positions in the list unless given. `should_stop` sees a row's new tokens after
-    each of them and ends the row, with that token, by returning True. `batch_size` rows are decoded together:
-    more are faster and take more memory. A sequence that outgrows the context is read from `visible_start`.
-    Processes that run a model together pass `agree`, which gives all of them one process's tokens [B].
+    What is drawn for a prompt depends on the seed, its number and the sample's, not on other prompts, and not
+    on `batch_size`. Until the iterator ends or is closed, the model is in evaluation mode.
     """
     numbers = list(range(len(prompts))) if prompt_numbers is None else prompt_numbers
     _check(prompts, numbers, batch_size, model.config.vocab_size)
+    _check_stride(settings, model.config.max_position_embeddings)
     waiting = (
-        _Row(index, list(prompt), _uniforms(settings, number))
+        _Row(index, sample, list(prompt), _uniforms(settings, number, sample))
         for index, (prompt, number) in enumerate(zip(prompts, numbers))
+        for sample in range(settings.num_samples)
     )
     active = list(islice(waiting, batch_size))
     longest = max(map(len, prompts), default=0) + settings.max_new_tokens
     cache = KVCache(len(active), min(longest, model.config.max_position_embeddings)) if use_cache else None
-    completions: dict[int, Completion] = {}
+    histories = Histories(settings, len(active), model.config.vocab_size, _device(model))
+    for place, row in enumerate(active):
+        histories.begin(place, row.tokens)
     with _evaluating(model):
         while active:
-            drawn = _next_tokens(model, active, cache, settings)
-            tokens = (drawn if agree is None else agree(drawn)).tolist()
-            # Backwards, so that a row that moves into a gap already has its token.
+            chosen = _choose(model, active, cache, histories, settings)
+            chosen_numbers = (chosen if agree is None else agree(chosen)).tolist()
+            # Backwards, so that a row that moves into a gap has had its token.
             for place in reversed(range(len(active))):
-                row = active[place]
-                reason = _extend(row, tokens[place], settings.max_new_tokens, eos_token_id, should_stop)
-                if reason is not None:
-                    completions[row.index] = Completion(row.new_tokens, reason)
-                    _refill(active, place, next(waiting, None), cache)
-    return [completions[index] for index in range(len(prompts))]
-
-
-def visible_start(n_tokens: int, context_length: int) -> int:
-    """Where in a sequence of `n_tokens` the context begins that the next token is predicted from.
-
-    Up to `context_length` tokens it is all of them. A sequence that grows past that keeps its last half
-    context, encoded anew from position 0, and grows from there until the context is full again. The start
-    follows from the length alone, so a long prompt continues exactly as if its end had been generated.
-    """
-    if n_tokens <= context_length:
-        return 0
-    kept = max(1, context_length // 2)
-    stride = context_length + 1 - kept
-    slides = -(-(n_tokens - context_length) // stride)
-    return slides * stride
+                step = _extend(active[place], chosen_numbers[place], settings, eos_token_id, should_stop)
+                if step.token_id is not None:
+                    histories.append(place, step.token_id)
+                if step.finish_reason is not None:
+                    _refill(active, place, next(waiting, None), cache, histories)
+                yield step
 
 
 def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_size: int) -> None:
@@ -130,95 +201,131 @@ def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_
             )
 
 
-def _uniforms(settings: GenerationConfig, number: int) -> list[float]:
-    """The random numbers of one prompt, in [0, 1)."""
+def _check_stride(settings: GenerationConfig, context_length: int) -> None:
+    if settings.context_stride is not None and settings.context_stride > context_length:
+        raise ValueError(
+            f"generation.context_stride={settings.context_stride} is above the model's "
+            f"max_position_embeddings={context_length}; use at most that, or null for half of it"
+        )
+
+
+def _uniforms(settings: GenerationConfig, number: int, sample: int) -> list[float]:
+    """The random numbers of one completion, in [0, 1)."""
     # Hashed, so that neither neighbouring numbers nor neighbouring seeds share their text.
-    digest = hashlib.blake2b(f"{settings.seed} {number}".encode(), digest_size=8).digest()
+    key = f"{settings.seed} {number}" if sample == 0 else f"{settings.seed} {number} {sample}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(settings.max_new_tokens, generator=generator).tolist()
 
 
 @contextmanager
 def _evaluating(model: CausalLanguageModel) -> Iterator[None]:
-    """Without gradients and dropout; each module's mode is put back afterwards, since they may differ."""
+    """Without dropout; each module's mode is put back afterwards, since they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _next_tokens(
-    model: CausalLanguageModel, rows: list[_Row], cache: KVCache | None, settings: GenerationConfig
+@torch.inference_mode()
+def _choose(
+    model: CausalLanguageModel,
+    rows: list[_Row],
+    cache: KVCache | None,
+    histories: Histories,
+    settings: GenerationConfig,
 ) -> Tensor:
-    hidden = _recomputed_hidden(model, rows) if cache is None else _cached_hidden(model, rows, cache)
+    """Each row's next token, the greatest logits before and after they were adjusted, and its logprob.
+
+    In one tensor [B, 4], for one look from the host. float32 holds every token id below 2**24.
+    """
+    if cache is None:
+        hidden = _recomputed_hidden(model, rows, settings.context_stride)
+    else:
+        hidden = _cached_hidden(model, rows, cache, settings.context_stride)
     logits = model.lm_head(hidden).float()  # [B, V]
-    if not (logits < torch.inf).all():  # false for NaN too
-        raise ValueError("the model's logits are not finite: its weights diverged; use an earlier checkpoint")
-    seen = None
-    if settings.repetition_penalty != 1.0:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for place, row in enumerate(rows):
-            seen[place, row.tokens] = True
-    probabilities = next_token_probabilities(logits, settings, seen)
-    uniforms = torch.tensor([row.uniforms[len(row.new_tokens)] for row in rows], device=logits.device)
-    return pick(probabilities, uniforms)  # [B]
+    adjusted = histories.adjust(logits)
+    uniforms = torch.tensor([row.uniforms[row.n_new] for row in rows], device=logits.device)
+    tokens = next_tokens(adjusted, settings, uniforms)
+    columns = [tokens.float(), logits.amax(dim=-1), adjusted.amax(dim=-1)]
+    if settings.logprobs:
+        of_tokens = logits.gather(1, tokens[:, None])[:, 0]
+        columns.append(of_tokens - logits.logsumexp(dim=-1))
+    return torch.stack(columns, dim=1)
 
 
-def _cached_hidden(model: CausalLanguageModel, rows: list[_Row], cache: KVCache) -> Tensor:
+def _cached_hidden(
+    model: CausalLanguageModel, rows: list[_Row], cache: KVCache, stride: int | None
+) -> Tensor:
     """Hidden states [B, D] of the rows' last tokens, one step of all rows at once."""
+    missing: dict[int, list[int]] = {}
+    held: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
-        start = visible_start(len(row.tokens), model.config.max_position_embeddings)
-        if row.cached_from != start:
-            cache.clear(place)
-            row.cached_from = start
-            if earlier := row.tokens[start:-1]:
-                model.hidden_states(_ids([earlier], model), kv_cache=cache.rows(place, place + 1))
-    last = _ids([[row.tokens[-1]] for row in rows], model)  # [B, 1]
+        start = visible_start(len(row.tokens), model.config.max_position_embeddings, stride)
+        where = held if row.cached_from == start else missing
+        where[place] = row.tokens[start:-1]
+        row.cached_from = start
+    if missing:
+        fill(model, cache, missing, held, _device(model))
+    last = torch.tensor([[row.tokens[-1]] for row in rows], device=_device(model))  # [B, 1]
     return model.hidden_states(last, kv_cache=cache.rows(0, len(rows)))[:, -1]
 
 
-def _recomputed_hidden(model: CausalLanguageModel, rows: list[_Row]) -> Tensor:
-    """The same as `_cached_hidden` from nothing but the tokens: slow, and what the cache is judged by."""
+def _recomputed_hidden(model: CausalLanguageModel, rows: list[_Row], stride: int | None) -> Tensor:
+    """The same as `_cached_hidden` from nothing but the tokens."""
     last_hidden = []
     for row in rows:
-        start = visible_start(len(row.tokens), model.config.max_position_embeddings)
-        last_hidden.append(model.hidden_states(_ids([row.tokens[start:]], model))[:, -1])
+        start = visible_start(len(row.tokens), model.config.max_position_embeddings, stride)
+        ids = torch.tensor([row.tokens[start:]], device=_device(model))
+        last_hidden.append(model.hidden_states(ids)[:, -1])
     return torch.cat(last_hidden)
 
 
-def _ids(tokens: list[list[int]], model: CausalLanguageModel) -> Tensor:
-    return torch.tensor(tokens, device=next(model.parameters()).device)
+def _device(model: CausalLanguageModel) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _extend(
     row: _Row,
-    token: int,
-    max_new_tokens: int,
+    numbers: list[float],
+    settings: GenerationConfig,
     eos_token_id: int | None,
     should_stop: Callable[[list[int]], bool] | None,
-) -> FinishReason | None:
-    """Append a token to the row; returns why the row ends with it, or None when it goes on."""
+) -> Step:
+    """Append to the row what `_choose` gave for it, and see whether it ends."""
+    token, greatest, greatest_left, *logprobs = numbers
+    if not -math.inf < greatest < math.inf:  # NaN is not either
+        raise ValueError("the model's logits are not finite: its weights diverged; use an earlier checkpoint")
+    logprob = logprobs[0] if logprobs else None
+    reason: FinishReason | None = None
+    if greatest_left == -math.inf:
+        return Step(row.prompt, row.sample, None, None, "exhausted")
     if token == eos_token_id:
-        return "eos"
-    row.tokens.append(token)
-    row.new_tokens.append(token)
-    if should_stop is not None and should_stop(row.new_tokens):
-        return "stop"
-    return "length" if len(row.new_tokens) == max_new_tokens else None
+        return Step(row.prompt, row.sample, None, logprob, "eos")
+    row.tokens.append(int(token))
+    if should_stop is not None and should_stop(row.tokens[row.n_prompt :]):
+        reason = "stop"
+    elif row.n_new == settings.max_new_tokens:
+        reason = "length"
+    return Step(row.prompt, row.sample, int(token), logprob, reason)
 
 
-def _refill(active: list[_Row], place: int, successor: _Row | None, cache: KVCache | None) -> None:
+@torch.inference_mode()
+def _refill(
+    active: list[_Row], place: int, successor: _Row | None, cache: KVCache | None, histories: Histories
+) -> None:
     """Give a finished row's place to the next prompt or, when none waits, to the last row."""
     if successor is not None:
         active[place] = successor
+        histories.begin(place, successor.tokens)
         return
     last = active.pop()
     if place < len(active):
         active[place] = last
+        histories.move(len(active), place)
         if cache is not None:
-            cache.move_row(len(active), place)
+            cache.copy_row(len(active), place)

@@ -5,6 +5,7 @@ Shapes: B rows, V vocabulary. The filters keep exactly what those of Hugging Fac
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,15 @@ class GenerationConfig:
         top_p: Sample from the likeliest tokens that together hold this probability; 1 for all of them.
         min_p: Drop tokens less likely than this fraction of the likeliest one's probability; 0 drops none.
         repetition_penalty: Above 1, tokens that prompt or completion already hold become less likely.
+        no_repeat_ngram_size: No sequence of so many tokens comes twice in prompt and completion; null for any.
         do_sample: False always takes the likeliest token, whatever temperature, top_k, top_p and min_p say.
         seed: With a prompt's number, decides what is drawn for it; the same seed gives the same text.
         stop: Strings that end a completion where they appear; they are not part of it.
+        num_samples: Completions of each prompt.
+        logprobs: Give each chosen token's log-probability by the model alone, before temperature and filters.
+        context_stride: Tokens by which the window moves on when a text has filled the model's context. Null:
+            half of it; 1: each token is predicted from all that fits, which takes a whole pass a token.
+        quantize: `int8` keeps weights in a byte each: faster on a CPU, with slightly other probabilities.
     """
 
     max_new_tokens: int = 128
@@ -35,9 +42,14 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int | None = None
     do_sample: bool = True
     seed: int = 42
     stop: list[str] = field(default_factory=list)
+    num_samples: int = 1
+    logprobs: bool = False
+    context_stride: int | None = None
+    quantize: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,8 +66,16 @@ class GenerationConfig:
             raise _error("min_p", self.min_p, "is not in [0, 1]; use 0 for no limit or e.g. 0.05")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise _error("repetition_penalty", self.repetition_penalty, "is not above 0; use 1 for none")
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
+            raise _error("no_repeat_ngram_size", self.no_repeat_ngram_size, "is below 1; use null for any")
         if "" in self.stop:
             raise _error("stop", self.stop, "holds an empty string, which would stop at once; remove it")
+        if self.num_samples < 1:
+            raise _error("num_samples", self.num_samples, "is below 1; use e.g. 1")
+        if self.context_stride is not None and self.context_stride < 1:
+            raise _error("context_stride", self.context_stride, "is below 1; use null for half the context")
+        if self.quantize not in (None, "int8"):
+            raise _error("quantize", self.quantize, "is unknown; use int8 or null")
 
     @property
     def is_greedy(self) -> bool:
@@ -66,17 +86,19 @@ def _error(name: str, value: object, rule_and_remedy: str) -> ValueError:
     return ValueError(f"generation.{name}={value!r} {rule_and_remedy}")
 
 
-def next_token_probabilities(
-    logits: Tensor, settings: GenerationConfig, seen: Tensor | None = None
-) -> Tensor:
+def next_tokens(logits: Tensor, settings: GenerationConfig, uniforms: Tensor) -> Tensor:
+    """The tokens [B] that `uniforms` [B], each in [0, 1), choose from adjusted logits [B, V]."""
+    if settings.is_greedy:
+        return logits.argmax(dim=-1)
+    return pick(next_token_probabilities(logits, settings), uniforms)
+
+
+def next_token_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
     """The distribution [B, V], in float32, that the next token is drawn from; greedy has one token only.
 
-    `seen` [B, V] marks the tokens that each row holds already; only the repetition penalty reads it.
+    Of the settings it reads temperature and filters: what depends on the tokens so far is in the logits.
     """
     logits = logits.float()
-    if settings.repetition_penalty != 1.0:
-        assert seen is not None, "a repetition penalty needs the tokens seen so far"
-        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
     if settings.is_greedy:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     logits = logits / settings.temperature

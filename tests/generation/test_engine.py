@@ -9,8 +9,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.generation.engine import Completion, generate, visible_start
-from gpt_lightning.generation.sampling import GenerationConfig, next_token_probabilities, pick
+from gpt_lightning.generation.engine import Completion, generate
+from gpt_lightning.generation.prefill import visible_start
+from gpt_lightning.generation.sampling import (
+    GenerationConfig,
+    next_token_probabilities,
+    pick,
+    repetition_penalty,
+)
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model import GPTModel
 
@@ -97,7 +103,8 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
             logits = model.eval()(torch.tensor([tokens])).logits[:, -1]
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, tokens] = True
-        tokens.append(int(pick(next_token_probabilities(logits, SAMPLED, seen), uniform[None])))
+        adjusted = repetition_penalty(logits.float(), seen, SAMPLED.repetition_penalty)
+        tokens.append(int(pick(next_token_probabilities(adjusted, SAMPLED), uniform[None])))
     # In bfloat16 the cache may round differently than the loop above.
     exact = dtype == torch.float32
     completion = generate(model, [prompt], SAMPLED, eos_token_id=None, prompt_numbers=[5], use_cache=exact)[0]

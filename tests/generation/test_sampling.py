@@ -93,7 +93,7 @@ def test_all_settings_together_follow_the_order_of_transformers(dtype: torch.dty
             MinPLogitsWarper(0.02),
         ]
     )
-    actual = next_token_probabilities(logits, settings, seen)
+    actual = next_token_probabilities(repetition_penalty(logits.float(), seen, 1.2), settings)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, reference(ids, logits.float()).softmax(dim=-1))
 

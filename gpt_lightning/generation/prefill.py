@@ -1,0 +1,91 @@
+"""What of a text the model sees, and its way into the cache, in as few passes as possible."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpt_lightning.kv_cache import KVCache
+
+_MAX_PADDING = 0.25  # of the tokens that one pass is to compute
+
+
+class _Model(Protocol):
+    def hidden_states(self, input_ids: Tensor, *, kv_cache: KVCache | None = None) -> Tensor: ...
+
+
+def visible_start(n_tokens: int, context_length: int, stride: int | None = None) -> int:
+    """Where in a sequence of `n_tokens` the context begins that the next token is predicted from.
+
+    Up to `context_length` tokens it is all of them. A sequence that grows past that loses its first `stride`
+    tokens (None: about half a context), the rest is encoded anew from position 0, and grows from there until
+    the context is full again. With stride 1 it is always the last `context_length` tokens. The start follows
+    from the length alone, so a long prompt continues exactly as if its end had been generated.
+    """
+    if n_tokens <= context_length:
+        return 0
+    if stride is None:
+        stride = context_length + 1 - max(1, context_length // 2)
+    slides = -(-(n_tokens - context_length) // stride)
+    return slides * stride
+
+
+def fill(
+    model: _Model,
+    cache: KVCache,
+    missing: dict[int, list[int]],
+    held: dict[int, list[int]],
+    device: torch.device,
+) -> None:
+    """Make the cache's rows hold the tokens of `missing`; `held` are those that others hold already.
+
+    Texts that begin alike, such as samples of one prompt, are computed once.
+    """
+    computed: dict[int, list[int]] = {}
+    copies: list[tuple[int, int]] = []
+    for place, tokens in missing.items():
+        source = _holder(tokens, held | computed)
+        if source is None:
+            computed[place] = tokens
+        else:
+            copies.append((source, place))
+    for first, texts in _groups(computed):
+        _compute(model, cache, first, texts, device)
+    for source, place in copies:
+        cache.copy_row(source, place, len(missing[place]))
+
+
+def _holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
+    """A row that begins with these tokens."""
+    return next((place for place, others in rows.items() if others[: len(tokens)] == tokens), None)
+
+
+def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]:
+    """Neighbouring rows of similar length: the first one's place, and their tokens."""
+    group: list[list[int]] = []
+    first = 0
+    for place, tokens in sorted(rows.items()):
+        together = [*group, tokens]
+        padded = len(together) * max(map(len, together))
+        if group and (place != first + len(group) or padded > (1 + _MAX_PADDING) * sum(map(len, together))):
+            yield first, group
+            group = []
+        if not group:
+            first = place
+        group.append(tokens)
+    if group:
+        yield first, group
+
+
+def _compute(
+    model: _Model, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
+) -> None:
+    """One pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
+    rows = cache.rows(first, first + len(texts))
+    rows.lengths.zero_()
+    longest = max(map(len, texts))
+    if longest > 0:
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in texts]
+        model.hidden_states(torch.tensor(padded, device=device), kv_cache=rows)
+        rows.lengths.copy_(torch.tensor([len(tokens) for tokens in texts]))
