@@ -1,0 +1,213 @@
+"""What `export-hf` writes is what transformers opens: the same bits, logits, texts and token ids."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+
+import gpt_lightning.huggingface_export as huggingface_export
+from gpt_lightning.__main__ import main
+from gpt_lightning.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint_contents import CONFIG_KEY
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.model_card import model_card
+from tests.gpt2_folders import word_tokenizer, write_gpt2
+
+TEXT = "w1 w2 the cat sees a dog\nand the dög"
+TOKENIZERS: dict[str, Callable[[], TextTokenizer]] = {
+    "words": lambda: word_tokenizer(101),
+    "bytes": lambda: load_tokenizer("bytes"),
+    "bpe": lambda: train_bpe([TEXT * 20], 270),
+}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "words": ("words", {"n_positions": 256, "n_head": 3, "n_embd": 15}),
+    "padded words": ("words", {"vocab_size": 131, "n_positions": 220, "tie_word_embeddings": False}),
+    "bytes": ("bytes", {"n_positions": 220, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "bpe": ("bpe", {"n_positions": 220, "n_inner": None, "layer_norm_epsilon": 1e-6}),
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def trip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `theirs`, the checkpoint of it, and `back`, the folder of that."""
+    folder = tmp_path_factory.mktemp("trip")
+    tokenizer, options = OPTIONS[request.param]
+    write_gpt2(folder / "theirs", TOKENIZERS[tokenizer](), **options)
+    main(["import-hf", str(folder / "theirs"), str(folder / "x.ckpt")])
+    main(["export-hf", str(folder / "x.ckpt"), str(folder / "back")])
+    return folder
+
+
+def test_a_round_trip_is_exact(trip: Path) -> None:
+    theirs, back = (load_file(trip / name / "model.safetensors") for name in ("theirs", "back"))
+    assert back.keys() == theirs.keys()  # with a tied head stored once
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    with safe_open(trip / "back" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_configuration_says_all_that_it_said(trip: Path) -> None:
+    theirs, back = (GPT2LMHeadModel.from_pretrained(trip / name).config for name in ("theirs", "back"))
+    ends = ("bos_token_id", "eos_token_id")
+    assert {**back.to_dict(), **dict.fromkeys(ends)} == {
+        **theirs.to_dict(),
+        **dict.fromkeys(ends),
+        "_name_or_path": back._name_or_path,
+    }
+    _, tokenizer = load_model(trip / "x.ckpt")
+    assert back.eos_token_id == back.bos_token_id == tokenizer.eos_token_id
+    assert back.architectures == ["GPT2LMHeadModel"]
+
+
+def test_logits_are_equal(trip: Path) -> None:
+    model, tokenizer = load_model(trip / "x.ckpt")
+    ids = torch.randint(model.config.vocab_size, (3, 70), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(trip / "back")
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_200_greedy_tokens_are_identical(trip: Path) -> None:
+    model, tokenizer = load_model(trip / "x.ckpt")
+    prompt = tokenizer.encode(TEXT)[:12]
+    settings = GenerationConfig(max_new_tokens=200, do_sample=False)
+    (ours,) = generate(model, [prompt], settings, eos_token_id=None)
+    theirs = AutoModelForCausalLM.from_pretrained(trip / "back")
+    out = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200, do_sample=False, eos_token_id=None
+    )
+    assert len(ours.token_ids) == 200
+    assert ours.token_ids == out[0, len(prompt) :].tolist()
+    assert len(set(ours.token_ids)) >= 3, "a model that repeats itself shows little"
+
+
+def test_auto_tokenizer_gives_the_same_ids(trip: Path) -> None:
+    model, ours = load_model(trip / "x.ckpt")
+    theirs = AutoTokenizer.from_pretrained(trip / "back")
+    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT)
+    assert theirs.eos_token_id == ours.eos_token_id
+    assert theirs.model_max_length == model.config.max_position_embeddings
+
+
+def test_a_pipeline_opens_it_and_writes_the_same_text(trip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model, tokenizer = load_model(trip / "x.ckpt")
+    prompt = "w3 w4"
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False)
+    (ours,) = generate(model, [tokenizer.encode(prompt)], settings, eos_token_id=tokenizer.eos_token_id)
+    writer = pipeline("text-generation", model=str(trip / "back"))
+    (row,) = writer(prompt, max_new_tokens=8, do_sample=False, return_tensors=True)
+    new = row["generated_token_ids"][len(tokenizer.encode(prompt)) :]
+    ids = ours.token_ids + [tokenizer.eos_token_id] * (ours.finish_reason == "eos")
+    assert new in (ours.token_ids, ids)
+
+
+# ---- what is written, and where
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_gpt2(tmp_path / "theirs")
+    main(["import-hf", "theirs", "x.ckpt"])
+    return tmp_path / "x.ckpt"
+
+
+def test_it_writes_these_files_for_everybody_to_read(checkpoint: Path) -> None:
+    main(["export-hf", "x.ckpt", "new/back"])
+    files = {path.name: path.stat().st_mode & 0o777 for path in Path("new/back").iterdir()}
+    assert files.keys() == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert len(set(files.values())) == 1
+    assert json.loads(Path("new/back/generation_config.json").read_text())["eos_token_id"] == 256
+    assert [path.name for path in Path("new").iterdir()] == ["back"]
+
+
+def test_a_model_without_biases_gives_the_same_logits(checkpoint: Path) -> None:
+    contents = read_checkpoint(checkpoint)
+    weights = {name: t for name, t in contents["state_dict"].items() if not name.endswith(".bias")}
+    config = {**contents[CONFIG_KEY], "bias": False}
+    torch.save({**contents, "state_dict": weights, CONFIG_KEY: config}, "plain.ckpt")
+    main(["export-hf", "plain.ckpt", "back"])
+    model, _ = load_model(Path("plain.ckpt"))
+    ids = torch.randint(model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained("back")
+    assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_existing_folder_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target in ("theirs", "x.ckpt"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(["export-hf", "x.ckpt", target])
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == (
+            f"error: FOLDER={target} exists already; name another, or remove it\n"
+        )
+    Path("empty").mkdir()
+    main(["export-hf", "x.ckpt", "empty"])
+    AutoModelForCausalLM.from_pretrained("empty")
+
+
+def test_what_is_no_checkpoint_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("torn.ckpt").write_bytes(checkpoint.read_bytes()[:-9])
+    torch.save({"state_dict": {}}, "other.ckpt")
+    for name, message in (
+        ("none.ckpt", "is not a file"),
+        ("torn.ckpt", "cannot be read as a checkpoint"),
+        ("theirs", "is a folder and no whole sharded checkpoint"),
+        ("other.ckpt", "was not written by gpt_lightning"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(["export-hf", name, "back"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2 and message in line
+        assert not Path("back").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_export.os, "fsync", full)
+    before = sorted(path.name for path in Path().iterdir())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(["export-hf", "x.ckpt", "back"])
+    assert exit.value.code == 5 and "back cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+# ---- the model card
+
+
+def test_the_card_of_an_imported_model_invents_nothing(checkpoint: Path) -> None:
+    card = model_card(read_checkpoint(checkpoint), "back")
+    assert "begun from: the weights of `theirs`" in card
+    assert "training text: not known" in card and "training: none since" in card
+    assert "Not known: the checkpoint was saved before any validation." in card
+
+
+def test_the_card_of_a_stranger_stays_a_card(checkpoint: Path) -> None:
+    contents = read_checkpoint(checkpoint)
+    data = {**contents["TextDataModule"], "text": {"train_files": [["a`b\n# c", "0"], 3], "val_files": "x"}}
+    evil = {"TextDataModule": data, "begun_from": "x`\n\n# y", "last_validation": {"loss": "1", "step": None}}
+    card = model_card({**contents, **evil, "hyper_parameters": 7, "global_step": 3}, "back\n# z")
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == ["# back # z", "## Data", "## Recipe", "## Final perplexity", "## Use"]
+    assert "training text: `ab # c`" in card

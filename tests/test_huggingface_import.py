@@ -1,0 +1,251 @@
+"""Folders of Hugging Face's become ordinary checkpoints, in every form of the weights, and run no code."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.checkpoint import load_model, read_checkpoint
+from gpt_lightning.huggingface_import import import_gpt2
+from gpt_lightning.training.module import GPTLightningModule
+from tests.gpt2_folders import word_tokenizer, write_gpt2
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_gpt2(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(import_gpt2(str(folder), "NAME")["state_dict"])
+
+
+def split(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in names[start::2]} for start in (0, 1)]
+
+
+def write_index(folder: Path, whole: str, parts: dict[str, dict[str, Any]]) -> None:
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_sharded_safetensors(folder: Path, tensors: dict[str, Any]) -> None:
+    parts = {f"model-0000{n}-of-00002.safetensors": part for n, part in enumerate(split(tensors), 1)}
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    write_index(folder, WEIGHTS, parts)
+
+
+def as_bin(folder: Path, tensors: dict[str, Any]) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def as_bin_of_old(folder: Path, tensors: dict[str, Any]) -> None:
+    """As OpenAI's models lie on the hub."""
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_sharded_bin(folder: Path, tensors: dict[str, Any]) -> None:
+    parts = {f"pytorch_model-0000{n}-of-00002.bin": part for n, part in enumerate(split(tensors), 1)}
+    for file, part in parts.items():
+        torch.save(part, folder / file)
+    write_index(folder, "pytorch_model.bin", parts)
+
+
+@pytest.mark.parametrize("form", [as_sharded_safetensors, as_bin, as_bin_of_old, as_sharded_bin])
+def test_every_form_of_the_weights_gives_the_same(
+    form: Callable[[Path, dict[str, Any]], None], folder: Path
+) -> None:
+    expected = weights_of(folder)
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    form(folder, tensors)
+    found = weights_of(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32_exactly(dtype: torch.dtype, folder: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(folder).to(dtype)
+    model.save_pretrained(folder)
+    main(["import-hf", str(folder), "x.ckpt"])
+    ours, _ = load_model(Path("x.ckpt"))
+    ids = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert_close(ours(ids).logits, model.float()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.token_embedding.weight, model.transformer.wte.weight.float())
+
+
+def test_the_checkpoint_is_an_ordinary_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["import-hf", str(folder), "x.ckpt"])
+    assert capsys.readouterr().err == "checkpoint: x.ckpt\n"
+    checkpoint = read_checkpoint(Path("x.ckpt"))
+    assert checkpoint["global_step"] == 0 and "optimizer_states" not in checkpoint
+    assert Path("x.ckpt").read_bytes()[-71:-64] == b"sha256:"
+    model, tokenizer = load_model(Path("x.ckpt"))
+    module = GPTLightningModule.load_from_checkpoint("x.ckpt")
+    assert torch.equal(module.model.ln_f.bias, model.ln_f.bias)
+    assert model.lm_head.weight is model.token_embedding.weight
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+def test_ids_that_the_tokenizer_never_gives_are_kept(tmp_path: Path) -> None:
+    theirs = write_gpt2(tmp_path / "padded", word_tokenizer(60), vocab_size=101)
+    main(["import-hf", str(tmp_path / "padded"), str(tmp_path / "x.ckpt")])
+    model, tokenizer = load_model(tmp_path / "x.ckpt")
+    assert tokenizer.vocab_size == 60 and model.config.vocab_size == 101
+    assert torch.equal(model.token_embedding.weight, theirs.transformer.wte.weight)
+
+
+# ---- what is refused
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that must end with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == "", captured
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in captured.err
+    return line
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def drop_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def cut_short(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def lose_a_part(folder: Path) -> None:
+    as_sharded_safetensors(folder, load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def point_outside(folder: Path) -> None:
+    write_index(folder, WEIGHTS, {"../x.safetensors": {"wte.weight": 0}})
+    (folder / WEIGHTS).unlink()
+
+
+def hold_nan(tensors: dict[str, Any]) -> None:
+    tensors["transformer.ln_f.bias"][0] = torch.nan
+
+
+EMBEDDING = "transformer.wte.weight"
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "type": (lambda folder: change_config(folder, model_type="llama"), "of the type 'llama'; only 'gpt2'"),
+    "no type": (lambda folder: (folder / "config.json").write_text("{}"), "of the type None"),
+    "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no options"),
+    "no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "not a number": (lambda folder: change_config(folder, n_layer="two"), "config.json is no GPT-2's"),
+    "activation": (lambda folder: change_config(folder, activation_function="relu"), "activation_function"),
+    "heads": (lambda folder: change_config(folder, n_head=3), "model.config.d_model=16 is not divisible"),
+    "layers": (lambda folder: change_config(folder, n_layer=10**9), "1000000000 layers, and the weights"),
+    "shape": (lambda folder: change_config(folder, n_positions=64), "wpe.weight is [32, 16], and by"),
+    "vocabulary": (lambda folder: change_config(folder, vocab_size=300), "wte.weight is [257, 16]"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
+    "cut short": (cut_short, "model.safetensors cannot be read as weights"),
+    "lost part": (lose_a_part, "lacks model-00002-of-00002.safetensors"),
+    "outside": (point_outside, "lists no files beside it"),
+    "lost weight": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.pop(EMBEDDING)),
+        "the GPT-2 weights lack",
+    ),
+    "nan": (lambda folder: change_weights(folder, hold_nan), "ln_f.bias holds NaN or infinity"),
+    "type of numbers": (
+        lambda folder: change_weights(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING].double()})),
+        "weights of torch.float64",
+    ),
+    "no tokenizer": (drop_tokenizer, "holds no tokenizer"),
+    "other tokenizer": (
+        lambda folder: word_tokenizer(300).save(folder),
+        "its tokenizer has 300 ids, and its model knows 257",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_bad_folder_is_refused_in_one_line(
+    what: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = REFUSED[what]
+    spoil(folder)
+    line = fails(["import-hf", str(folder), "x.ckpt"], capsys)
+    assert line.startswith(f"error: NAME_OR_FOLDER={folder}") and message in line, line
+    assert not Path("x.ckpt").exists()
+
+
+def test_no_folder_and_a_file_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not there; give a folder" in fails(["import-hf", "./none", "x.ckpt"], capsys)
+    assert "is a file; give a folder" in fails(["import-hf", str(folder / WEIGHTS), "x.ckpt"], capsys)
+    Path("x.ckpt").touch()
+    assert "OUT=x.ckpt exists already" in fails(["import-hf", str(folder), "x.ckpt"], capsys)
+    assert Path("x.ckpt").stat().st_size == 0
+
+
+class Payload:
+    """Pickled, a call of Path.touch."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_a_bin_file_with_code_is_refused_and_never_runs(
+    form: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    canary = folder / "canary"
+    weights = {**load_file(folder / WEIGHTS), "transformer.wte.weight": Payload(canary)}
+    (folder / WEIGHTS).unlink()
+    file = folder / "pytorch_model.bin"
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(Payload(canary)))
+    else:
+        torch.save(weights, file, _use_new_zipfile_serialization=form == "zip")
+        torch.load(file)
+        canary.unlink()  # it would have run
+    line = fails(["import-hf", str(folder), "x.ckpt"], capsys)
+    assert "pytorch_model.bin cannot be read as weights" in line
+    assert not canary.exists() and not Path("x.ckpt").exists()
+
+
+def test_code_beside_the_weights_does_not_run(folder: Path) -> None:
+    (folder / "own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    change_config(folder, auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    import_gpt2(str(folder), "NAME")
+    assert not (folder / "ran").exists()
