@@ -50,6 +50,7 @@ ORDER = [
     "generation.prefill",
     "generation.engine",
     "checkpoint_contents",
+    "training.completion_callback",
     "training.metrics",
     "training.optim",
     "training.module",

@@ -1,6 +1,6 @@
 """TextDataModule: from text files and prompts to the batches that Lightning asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from gpt_lightning.data.batches import (
     batch_loader,
     rank_and_ranks,
 )
-from gpt_lightning.data.prompts import PromptBatch, prompt_batches, read_prompts
+from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
 from gpt_lightning.data.same_text import TrainedText
 from gpt_lightning.data.token_cache import (
     Corpus,
@@ -45,7 +45,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: `bpe` (trained on the training text), `bpe:8192` (of that size), `bytes`, a folder, or a
             name on the Hugging Face hub.
         seq_len: Tokens in a training window, at most the model's max_position_embeddings.
-        batch_size: Windows per data-parallel rank and step.
+        batch_size: Windows per data-parallel rank and step; in `predict`, completions generated at a time.
         num_workers: Processes that load batches; they change the speed and never the order.
         cache_dir: Where tokenized text is kept for the next run.
         document_mask: Keep attention within a document and count positions from its start.
@@ -85,6 +85,8 @@ class TextDataModule(LightningDataModule):
         self.text_key, self.document_separator = text_key, document_separator
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
+        self.all_prompts: list[str] = []  # once set up to predict
+        self.finished_prompts: Set[int] = frozenset()  # places in it of those that are not to be run again
         self._check_options()
         self._text_tokenizer: TextTokenizer | None = None
         self._splits: dict[str, TokenSplit] | None = None
@@ -184,6 +186,8 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         # Not in prepare_data, which is not told the stage: predict needs a tokenizer and no corpus.
         if stage == "predict":
+            self.all_prompts = read_prompts(self.prompts, self.prompts_file)
+            self.finished_prompts = frozenset()
             return
         self.prepare()
         if stage == "fit":
@@ -216,12 +220,12 @@ class TextDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        """One batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        prompts = read_prompts(self.prompts, self.prompts_file)
-        batches = prompt_batches(
-            prompts, self.text_tokenizer, batch_size=self.batch_size, rank=rank, ranks=ranks
+        share = share_of_prompts(
+            self.all_prompts, self.finished_prompts, self.text_tokenizer, rank=rank, ranks=ranks
         )
-        return batch_loader(batches, lambda: BatchNumbers(range(len(batches)), len(batches)))
+        return batch_loader([share], lambda: BatchNumbers(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)

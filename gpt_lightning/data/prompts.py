@@ -1,6 +1,7 @@
-"""Prompts from options and files, in the batches that `predict` generates from."""
+"""Prompts from options and files, and the share of them that a rank of `predict` continues."""
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,19 +29,18 @@ def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> l
     return given or [""]
 
 
-def prompt_batches(
-    prompts: list[str], tokenizer: TextTokenizer, *, batch_size: int, rank: int, ranks: int
-) -> list[PromptBatch]:
-    """One data-parallel rank's share. An empty prompt becomes the eos that stands before every document."""
-    # A rank without a share repeats the first prompt (written once): Lightning refuses an empty loader.
-    mine = list(range(rank, len(prompts), ranks)) or [0]
-    batches = []
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        texts = [prompts[index] for index in indices]
-        token_ids = [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(texts)]
-        batches.append(PromptBatch(indices, texts, token_ids))
-    return batches
+def share_of_prompts(
+    prompts: list[str], finished: Set[int], tokenizer: TextTokenizer, *, rank: int, ranks: int
+) -> PromptBatch:
+    """What one data-parallel rank has to continue, dealt out of those that are not finished.
+
+    An empty prompt becomes the eos that stands before every document.
+    """
+    remaining = [index for index in range(len(prompts)) if index not in finished]
+    indices = remaining[rank::ranks]
+    texts = [prompts[index] for index in indices]
+    token_ids = [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(texts)]
+    return PromptBatch(indices, texts, token_ids)
 
 
 def _read_file(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import Completion, generate
+from gpt_lightning.generation.engine import Completion, completions, generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
@@ -196,37 +197,38 @@ class GPTLightningModule(LightningModule):
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A dictionary each: number, prompt, completion, their token counts, why it ended."""
-        tokenizer = self.trainer.datamodule.text_tokenizer
-        completions = self.complete(tokenizer, batch.token_ids, prompt_numbers=batch.indices)
-        return [
-            {
-                "index": index,
-                "prompt": prompt,
-                "completion": _cut_at_stop(tokenizer.decode(completion.token_ids), self.generation.stop),
-                "prompt_tokens": len(token_ids),
-                "completion_tokens": len(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-            }
-            for index, prompt, token_ids, completion in zip(
-                batch.indices, batch.prompts, batch.token_ids, completions
-            )
-        ]
-
-    def complete(
-        self, tokenizer: TextTokenizer, prompts: list[list[int]], prompt_numbers: list[int] | None = None
-    ) -> list[Completion]:
-        """Continue tokenized prompts by the `generation` settings."""
+        """A dictionary a completion, in prompt order; a CompletionCallback is told of each when it ends."""
+        datamodule = self.trainer.datamodule
+        tokenizer: TextTokenizer = datamodule.text_tokenizer
+        listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
+        rows = []
         # Lengths change with every token, and each would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            for place, sample, completion in completions(
+                self.model,
+                batch.token_ids,
+                self.generation,
+                eos_token_id=tokenizer.eos_token_id,
+                prompt_numbers=batch.indices,
+                batch_size=datamodule.batch_size,
+                should_stop=_after_token(tokenizer, self.generation.stop, listeners),
+                agree=self._agree,
+            ):
+                rows.append(_row(batch, place, sample, completion, tokenizer, self.generation))
+                for listener in listeners:
+                    listener.on_completion(rows[-1])
+        return sorted(rows, key=lambda row: (row["index"], row.get("sample", 0)))
+
+    def complete(self, tokenizer: TextTokenizer, prompts: list[list[int]]) -> list[Completion]:
+        """One completion of each tokenized prompt by the `generation` settings."""
         with torch.compiler.set_stance("force_eager"):
             return generate(
                 self.model,
                 prompts,
-                self.generation,
+                replace(self.generation, num_samples=1),
                 eos_token_id=tokenizer.eos_token_id,
-                prompt_numbers=prompt_numbers,
                 batch_size=len(prompts),
-                should_stop=_stop_test(tokenizer, self.generation.stop),
+                should_stop=_after_token(tokenizer, self.generation.stop, []),
                 agree=self._agree,
             )
 
@@ -315,13 +317,43 @@ class GPTLightningModule(LightningModule):
             checkpoint[VALIDATION_KEY] = self._last_validation
 
 
-def _stop_test(tokenizer: TextTokenizer, stop: list[str]) -> Callable[[list[int]], bool] | None:
-    """Whether the text so far holds a stop string; it may begin and end inside tokens."""
-    if not stop:
-        return None
+def _after_token(
+    tokenizer: TextTokenizer, stop: list[str], listeners: list[CompletionCallback]
+) -> Callable[[list[int]], bool]:
+    """Tells of a new token, and whether the text so far holds a stop string, maybe within tokens."""
     # A token is at least one byte, so the last token can only complete a stop string within these many.
-    reach = max(len(text.encode()) for text in stop) + 8
-    return lambda token_ids: any(text in tokenizer.decode(token_ids[-reach:]) for text in stop)
+    reach = max((len(text.encode()) for text in stop), default=0) + 8
+
+    def after_token(token_ids: list[int]) -> bool:
+        for listener in listeners:
+            listener.on_new_token()
+        return any(text in tokenizer.decode(token_ids[-reach:]) for text in stop)
+
+    return after_token
+
+
+def _row(
+    batch: PromptBatch,
+    place: int,
+    sample: int,
+    completion: Completion,
+    tokenizer: TextTokenizer,
+    settings: GenerationConfig,
+) -> dict[str, Any]:
+    """What is written of a completion, after the number of its prompt."""
+    row: dict[str, Any] = {
+        "index": batch.indices[place],
+        "prompt": batch.prompts[place],
+        "completion": _cut_at_stop(tokenizer.decode(completion.token_ids), settings.stop),
+        "prompt_tokens": len(batch.token_ids[place]),
+        "completion_tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if settings.num_samples > 1:
+        row["sample"] = sample
+    if completion.logprobs is not None:
+        row["logprobs"] = [round(logprob, 6) for logprob in completion.logprobs]
+    return row
 
 
 def _cut_at_stop(text: str, stop: list[str]) -> str:

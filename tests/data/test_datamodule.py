@@ -173,10 +173,10 @@ def test_prediction_touches_no_corpus() -> None:
     data = TextDataModule(train_files="/none.txt", prompts=["ab", "", "c"], batch_size=2)
     data.use_tokenizer(load_tokenizer("bytes"))
     data.setup("predict")
-    batches = list(data.predict_dataloader())
-    assert [batch.indices for batch in batches] == [[0, 1], [2]]
-    assert [batch.token_ids for batch in batches] == [[[97, 98], [256]], [[99]]]
-    assert [batch.prompts for batch in batches] == [["ab", ""], ["c"]]
+    (share,) = data.predict_dataloader()
+    assert share.indices == [0, 1, 2]
+    assert share.token_ids == [[97, 98], [256], [99]]
+    assert share.prompts == ["ab", "", "c"]
 
 
 def test_state_carries_position_and_tokenizer(source: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_lightning.data.prompts import prompt_batches, read_prompts
+from gpt_lightning.data.prompts import read_prompts, share_of_prompts
 from gpt_lightning.data.tokenizer import load_tokenizer
 
 
@@ -16,23 +16,22 @@ def test_prompts_come_from_both_places_in_order(tmp_path: Path) -> None:
     assert read_prompts(None, None) == [""] and read_prompts([], None) == [""]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_prompt_is_in_one_batch_of_one_rank(ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 12])
+def test_every_prompt_that_is_not_finished_is_in_the_share_of_one_rank(ranks: int) -> None:
     tokenizer = load_tokenizer("bytes")
     prompts = [f"p{index}" * (index > 0) for index in range(11)]
-    batches = [
-        batch
-        for rank in range(ranks)
-        for batch in prompt_batches(prompts, tokenizer, batch_size=2, rank=rank, ranks=ranks)
+    shares = [
+        share_of_prompts(prompts, {1, 2, 9}, tokenizer, rank=rank, ranks=ranks) for rank in range(ranks)
     ]
-    assert all(1 <= len(batch.prompts) <= 2 for batch in batches)
+    sizes = [len(share.prompts) for share in shares]
+    assert sum(sizes) == 8 and max(sizes) - min(sizes) <= 1
     seen = {
         index: (prompt, ids)
-        for batch in batches
-        for index, prompt, ids in zip(batch.indices, batch.prompts, batch.token_ids, strict=True)
+        for share in shares
+        for index, prompt, ids in zip(share.indices, share.prompts, share.token_ids, strict=True)
     }
     expected = {index: (prompt, list(prompt.encode()) or [256]) for index, prompt in enumerate(prompts)}
-    assert seen == expected and sum(len(batch.indices) for batch in batches) == 11
+    assert seen == {index: expected[index] for index in (0, 3, 4, 5, 6, 7, 8, 10)}
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,10 @@ def test_predictions_of_a_trainer_are_in_prompt_order(source: Path) -> None:
 
     data = TextDataModule(train_files="/none.txt", tokenizer="bytes", prompts=["a", "b", "c"], batch_size=2)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    batches: Any = trainer.predict(Echo(), datamodule=data)
-    assert [batch.prompts for batch in batches] == [["a", "b"], ["c"]]
-    assert [batch.token_ids for batch in batches] == [[[97], [98]], [[99]]]
+    share: Any
+    (share,) = trainer.predict(Echo(), datamodule=data)
+    assert share.prompts == ["a", "b", "c"]
+    assert share.token_ids == [[97], [98], [99]]
 
 
 def test_some_batches_can_be_overfitted(source: Path) -> None:
