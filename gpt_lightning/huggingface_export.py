@@ -57,7 +57,7 @@ def _write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     names: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     GPT2Config(**config_to_gpt2(config), **ends, **names).save_pretrained(folder)
     GenerationConfig(**ends, pad_token_id=tokenizer.eos_token_id).save_pretrained(folder)
-    tokenizer.save(folder, max_length=config.max_position_embeddings)
+    tokenizer.padded(config.vocab_size).save(folder, max_length=config.max_position_embeddings)
     ours = {
         name.removeprefix(MODEL_PREFIX): tensor.float()
         for name, tensor in checkpoint["state_dict"].items()

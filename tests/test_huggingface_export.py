@@ -76,7 +76,6 @@ def test_logits_are_equal(trip: Path) -> None:
         assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_200_greedy_tokens_are_identical(trip: Path) -> None:
     model, tokenizer = load_model(trip / "x.ckpt")
     prompt = tokenizer.encode(TEXT)[:12]
@@ -96,6 +95,8 @@ def test_auto_tokenizer_gives_the_same_ids(trip: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(trip / "back")
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT)
     assert theirs.eos_token_id == ours.eos_token_id
+    assert len(theirs) == model.config.vocab_size  # a token for each id that the model can write
+    assert theirs.decode(range(ours.vocab_size, len(theirs)), skip_special_tokens=True) == ""
     assert theirs.model_max_length == model.config.max_position_embeddings
 
 

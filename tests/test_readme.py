@@ -25,7 +25,8 @@ def test_continuous_integration_installs_what_the_readme_installs() -> None:
     first = COMMANDS[0]
     assert "python3 -m venv .venv" in first and "python3 -m venv .venv" in script
     assert "--constraint constraints.txt --editable '.[dev]'" in first
-    assert "--constraint constraints.txt --editable '.[dev]'" in script
+    # And what an export is proved with.
+    assert "--constraint constraints.txt --editable '.[dev,ecosystem]'" in script
 
 
 def program_commands() -> list[str]:

@@ -14,6 +14,8 @@ from urllib.request import getproxies
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gpt_lightning.data.incremental import ByteFallback, ByteLevel, InContext
+
 END_OF_TEXT = "<|endoftext|>"
 
 # Endings of a document in the tokenizers of the world, for folders that do not name theirs.
@@ -48,10 +50,33 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Whole characters only: bytes that make none, as at a cut end, are left out, special tokens too."""
-        if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
-            return self._tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+        if not self._is_byte_level:
+            fallback = ByteFallback(self._fallback_bytes)
+            return self._decode_whole([index for given in ids for index in fallback.add(given)])
         text = b"".join(self._token_bytes.get(index, b"") for index in ids)
         return text.decode("utf-8", errors="ignore")
+
+    def pieces(self) -> Callable[[int], str]:
+        """A function of one id after the other; what it gives is, together, what `decode` makes of all."""
+        if self._is_byte_level:
+            return ByteLevel(self._token_bytes).add
+        return InContext(self._decode_whole, ByteFallback(self._fallback_bytes)).add
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+
+    def _decode_whole(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+
+    @cached_property
+    def _fallback_bytes(self) -> dict[int, int]:
+        """The byte of each id that stands for one, as <0x0A> does, if the decoder reads them so."""
+        if "ByteFallback" not in json.dumps(json.loads(self._tokenizer.to_str())["decoder"]):
+            return {}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        ids = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
+        return {index: byte for byte, index in ids.items() if index is not None}
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
@@ -87,6 +112,16 @@ class TextTokenizer:
         """Equal for equal tokenizers, also after a save and load."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
+    def padded(self, n_ids: int) -> "TextTokenizer":
+        """The same, with special tokens for the ids up to `n_ids` that a model knows and no text has.
+
+        Some readers want a token for each of a model's ids.
+        """
+        padded = self.from_dict(self.to_dict())
+        unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
+        padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
+        return self.from_dict(padded.to_dict())
+
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open.
 
@@ -98,6 +133,7 @@ class TextTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._eos_token,
             "bos_token": self._eos_token,
+            "unk_token": self._eos_token,  # as GPT-2's own has it; some readers insist on one
             "clean_up_tokenization_spaces": False,
             **({} if max_length is None else {"model_max_length": max_length}),
         }

@@ -1,0 +1,112 @@
+"""What others run GPT-2s with runs an exported folder: lm_eval scores it, CTranslate2 writes its tokens."""
+
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.checkpoint import load_model
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.sampling import GenerationConfig
+from tests.gpt2_folders import word_tokenizer, write_gpt2
+
+pytestmark = pytest.mark.slow
+DOCUMENTS = ["The cat sees a red house.", "A döner.\nOver the river, under it."]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError("no network in this test")
+
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def exported(folder: Path, *options: Any, **sizes: Any) -> tuple[Path, Path]:
+    """A checkpoint, and its folder of Hugging Face's."""
+    write_gpt2(folder / "theirs", *options, **{"n_positions": 64, "tie_word_embeddings": False, **sizes})
+    main(["import-hf", str(folder / "theirs"), str(folder / "x.ckpt")])
+    main(["export-hf", str(folder / "x.ckpt"), str(folder / "back")])
+    return folder / "x.ckpt", folder / "back"
+
+
+def write_task(folder: Path) -> None:
+    """A task of lm_eval's: the perplexity of these documents."""
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS]
+    (folder / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    task = {
+        "task": "own_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "own.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}, {"metric": "word_perplexity"}],
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.mark.usefixtures("offline")
+def test_lm_eval_gives_the_perplexity_of_our_model(tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.tasks import TaskManager
+
+    checkpoint, folder = exported(tmp_path)
+    write_task(tmp_path / "task")
+    scores = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "device": "cpu", "dtype": "float32"},
+        tasks=["own_text"],
+        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
+        batch_size=1,
+        bootstrap_iters=0,
+    )["results"]["own_text"]
+    nll, n_bytes, n_words = 0.0, 0, 0
+    model, tokenizer = load_model(checkpoint)
+    for text in DOCUMENTS:
+        ids = [tokenizer.eos_token_id, *tokenizer.encode(text)]
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        nll -= sum(float(log_probabilities[place, token]) for place, token in enumerate(ids[1:]))
+        n_bytes += len(text.encode())
+        n_words += len(text.split())
+    assert scores["byte_perplexity,none"] == pytest.approx(math.exp(nll / n_bytes), rel=1e-5)
+    assert scores["word_perplexity,none"] == pytest.approx(math.exp(nll / n_words), rel=1e-5)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("padded", [False, True])
+def test_ctranslate2_writes_the_same_greedy_tokens(padded: bool, tmp_path: Path) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"vocab_size": 128, "scale": 0.8, "n_embd": 24} if padded else {}
+    checkpoint, folder = exported(tmp_path, *([word_tokenizer(101)] if padded else []), **options)
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "converted"))
+    generator = ctranslate2.Generator(str(tmp_path / "converted"), device="cpu", compute_type="float32")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    prompt = theirs("w1 w2 w3")["input_ids"]
+    (result,) = generator.generate_batch(
+        [theirs.convert_ids_to_tokens(prompt)],
+        max_length=40,
+        sampling_topk=1,
+        include_prompt_in_result=False,
+    )
+    model, tokenizer = load_model(checkpoint)
+    settings = GenerationConfig(max_new_tokens=40, do_sample=False)
+    (ours,) = generate(model, [prompt], settings, eos_token_id=tokenizer.eos_token_id)
+    assert result.sequences_ids[0] == ours.token_ids
+    assert len(ours.token_ids) == 40 and len(set(ours.token_ids)) >= 3
