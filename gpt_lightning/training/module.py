@@ -31,6 +31,7 @@ from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.text_stream import cut_at_stop, stop_test
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.optim import (
@@ -321,13 +322,12 @@ def _after_token(
     tokenizer: TextTokenizer, stop: list[str], listeners: list[CompletionCallback]
 ) -> Callable[[list[int]], bool]:
     """Tells of a new token, and whether the text so far holds a stop string, maybe within tokens."""
-    # A token is at least one byte, so the last token can only complete a stop string within these many.
-    reach = max((len(text.encode()) for text in stop), default=0) + 8
+    has_stopped = stop_test(tokenizer, stop)
 
     def after_token(token_ids: list[int]) -> bool:
         for listener in listeners:
             listener.on_new_token()
-        return any(text in tokenizer.decode(token_ids[-reach:]) for text in stop)
+        return has_stopped(token_ids)
 
     return after_token
 
@@ -344,7 +344,7 @@ def _row(
     row: dict[str, Any] = {
         "index": batch.indices[place],
         "prompt": batch.prompts[place],
-        "completion": _cut_at_stop(tokenizer.decode(completion.token_ids), settings.stop),
+        "completion": cut_at_stop(tokenizer.decode(completion.token_ids), settings.stop),
         "prompt_tokens": len(batch.token_ids[place]),
         "completion_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
@@ -354,7 +354,3 @@ def _row(
     if completion.logprobs is not None:
         row["logprobs"] = [round(logprob, 6) for logprob in completion.logprobs]
     return row
-
-
-def _cut_at_stop(text: str, stop: list[str]) -> str:
-    return text[: min((text.find(end) for end in stop if end in text), default=len(text))]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.training.module import GPTLightningModule, _cut_at_stop
+from gpt_lightning.text_stream import cut_at_stop
+from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
 
 pytestmark = pytest.mark.slow
@@ -159,7 +160,7 @@ def test_the_module_reloads_from_plain_scalars(corpus: Path, tmp_path: Path) -> 
     ],
 )
 def test_a_completion_ends_before_its_stop_string(text: str, stop: list[str], kept: str) -> None:
-    assert _cut_at_stop(text, stop) == kept
+    assert cut_at_stop(text, stop) == kept
 
 
 def test_an_unknown_compiler_is_refused() -> None:
