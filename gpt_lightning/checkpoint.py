@@ -21,12 +21,13 @@ from gpt_lightning.checkpoint_contents import (
     load_plain,
     read_checked,
 )
-from gpt_lightning.checkpoint_file import verify, write
+from gpt_lightning.checkpoint_file import known_digest, verify, write
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.sharded_checkpoint import read_whole
 from gpt_lightning.parallel.sharded_folder import (
+    REST,
     check_whole,
     is_sharded,
     read_rest,
@@ -240,6 +241,12 @@ def check_bytes_of(path: Path) -> None:
         check_whole(path)
     else:
         verify(path)
+
+
+def checkpoint_digest(path: Path) -> str:
+    """Another checkpoint has another."""
+    # It holds the digests of the others in its folder.
+    return known_digest(path / REST if is_sharded(path) else path)
 
 
 def check_not_sharded(path: Path) -> None:

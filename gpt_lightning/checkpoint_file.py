@@ -227,6 +227,12 @@ def digest_of(path: Path) -> str:
         return _digest(file, os.fstat(file.fileno()).st_size)
 
 
+def known_digest(path: Path) -> str:
+    """What the file says of itself, or else what its bytes say."""
+    with path.open("rb") as file:
+        return _written_digest(file) or _digest(file, os.fstat(file.fileno()).st_size)
+
+
 def _written_digest(file: BinaryIO) -> str | None:
     """What the comment says; None without a comment."""
     size = file.seek(0, os.SEEK_END)

@@ -34,15 +34,16 @@ from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_endings import in_order
 from gpt_lightning.cli_imports import limited_imports
+from gpt_lightning.cli_manners import shorten
 from gpt_lightning.cli_noise import quiet
 from gpt_lightning.cli_origin import Origin, find_origin, take_settings
-from gpt_lightning.cli_parser import Parser, shorten
+from gpt_lightning.cli_parser import Parser
 from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
 from gpt_lightning.cli_verbs import VERBS
-from gpt_lightning.cli_without_trainer import WITHOUT_TRAINER, run_without_trainer
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.prediction_journal import lock_output
 from gpt_lightning.run_folder import (
     checkpoints_folder,
     choose_run_folder,
@@ -249,7 +250,7 @@ class GPTLightningCLI(LightningCLI):
             settings["enable_checkpointing"] = False
             if self.subcommand == "predict":
                 settings["logger"] = False
-                callbacks.append(PredictionWriter(self._output_path(), sys.stdout))
+                callbacks.append(PredictionWriter(self._open_output(), sys.stdout, self._origin.path))
         by_steps = type(settings["val_check_interval"]) is int
         if by_steps:
             settings["check_val_every_n_epoch"] = None
@@ -279,14 +280,19 @@ class GPTLightningCLI(LightningCLI):
         callbacks = [initial, guard, ExactResume(), Throughput(), samples]
         return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
 
-    def _output_path(self) -> Path:
+    def _open_output(self) -> Path:
         assert self._origin.path is not None
         given = self._get(self.config, "output")
         if given is not None and (not given or Path(given).is_dir()):
             raise ValueError(f"output={given!r} is no file; name one, such as predictions.jsonl")
         output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
+        self._lock(output)
         return output
+
+    @rank_zero_only
+    def _lock(self, output: Path) -> None:
+        self._ending.callback(lock_output(output))
 
     # Verbs
 
@@ -329,7 +335,4 @@ def run(words: list[str]) -> None:
     quiet()
     rank_guard = RankGuard()
     with in_order(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        if words[0] in WITHOUT_TRAINER:
-            run_without_trainer(words[0], words[1:])
-        else:
-            GPTLightningCLI(complete_words(words), rank_guard, ending)
+        GPTLightningCLI(complete_words(words), rank_guard, ending)

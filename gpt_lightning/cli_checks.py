@@ -1,13 +1,10 @@
-"""What the options alone show to be wrong, and whose fault an error is."""
+"""What the options alone show to be wrong."""
 
 import os
 import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.config import GPTConfig
@@ -50,6 +47,11 @@ def _check_trainer(trainer: Any) -> None:
             raise ValueError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
     if trainer.val_check_interval == 0:
         raise ValueError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
+    if trainer.limit_predict_batches not in (None, 1.0):
+        raise ValueError(
+            f"trainer.limit_predict_batches={trainer.limit_predict_batches}: all prompts are one batch of "
+            "predict; leave the option out, and give fewer prompts"
+        )
     by_the_clock = trainer.val_check_interval is not None and not isinstance(
         trainer.val_check_interval, (int, float)
     )
@@ -87,20 +89,6 @@ def warn_of_untrained_positions(seq_len: int, positions: int) -> None:
             f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
             "comes trained from a checkpoint"
         )
-
-
-def complaint_in(error: BaseException | None) -> BaseException | None:
-    """The error in this chain that was raised on purpose: by this package, or by Lightning on the options.
-
-    None means that it is a fault of the program, whose traceback somebody will want to read.
-    """
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-        if ours or isinstance(error, MisconfigurationException):
-            return error
-        error = error.__cause__
-    return None
 
 
 @rank_zero_only

@@ -1,54 +1,121 @@
-"""Where predictions go: one JSON line a prompt in prompt order, and the texts for people to read."""
+"""Where predictions go: one JSON line a completion in prompt order, and the texts for people to read."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch.distributed
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from gpt_lightning.checkpoint import checkpoint_digest
+from gpt_lightning.checkpoint_file import sync_folder, temporary_beside
+from gpt_lightning.data.batches import is_first_of_replica
+from gpt_lightning.prediction_journal import (
+    Basis,
+    Journal,
+    basis_of,
+    finished_prompts,
+    read_journals,
+    remove_journals,
+)
+from gpt_lightning.ranks import gathered
+from gpt_lightning.training.completion_callback import CompletionCallback
+from gpt_lightning.training.module import GPTLightningModule
 
-class PredictionWriter(Callback):
-    """Gathers the predictions of all ranks and writes each prompt's once: `output` and the text `stream`."""
+_log = logging.getLogger("gpt_lightning")
 
-    def __init__(self, output: Path, stream: TextIO) -> None:
+
+class PredictionWriter(CompletionCallback):
+    """Writes the completions of all ranks, each once: into `output`, and as text to `stream`.
+
+    `checkpoint` is where the weights are from. With it, what is finished is kept in journals beside `output`,
+    and a run with the same weights, prompts and settings goes on from there, on however many ranks.
+    """
+
+    def __init__(self, output: Path, stream: TextIO, checkpoint: Path | None = None) -> None:
         self.output = output
         self.stream = stream
+        self.checkpoint = checkpoint
+        self._is_keeping = True
+        self._journal: Journal | None = None
         self._rows: list[dict[str, Any]] = []
 
     @override
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._rows.extend(outputs)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        self._rows = []
+        # Tensor-parallel peers have the same rows.
+        self._is_keeping = is_first_of_replica(trainer)
+        if self.checkpoint is not None:
+            assert isinstance(pl_module, GPTLightningModule)
+            # Of one rank, since they must agree, and others need not see the same files.
+            basis = gathered(self._basis(trainer, pl_module) if trainer.is_global_zero else None)[0]
+            self._go_on(trainer, basis, pl_module.generation.num_samples)
+            if self._is_keeping:
+                self._journal = Journal(self.output, trainer.global_rank, basis)
+
+    def _basis(self, trainer: Trainer, module: GPTLightningModule) -> Basis:
+        assert self.checkpoint is not None
+        settings = {f"generation.{name}": value for name, value in asdict(module.generation).items()}
+        settings["trainer.precision"] = trainer.precision
+        return basis_of(checkpoint_digest(self.checkpoint), trainer.datamodule.all_prompts, settings)
+
+    def _go_on(self, trainer: Trainer, basis: Basis, num_samples: int) -> None:
+        """Take over what earlier runs have finished, from the disks of all nodes."""
+        found = gathered(read_journals(self.output, basis) if trainer.local_rank == 0 else ([], []))
+        finished = finished_prompts((row for rows, _ in found for row in rows), num_samples)
+        trainer.datamodule.finished_prompts = finished.keys()
+        if not trainer.is_global_zero:
+            return
+        self._rows = [row for rows in finished.values() for row in rows]
+        differences = sorted({difference for _, others in found for difference in others})
+        if differences:
+            _log.info(f"beginning anew, not with what an earlier run had finished: {'; '.join(differences)}")
+        if finished:
+            total = len(trainer.datamodule.all_prompts) * num_samples
+            _log.info(f"resuming: {len(self._rows):,} of {total:,} completions were finished")
+
+    @override
+    def on_completion(self, row: dict[str, Any]) -> None:
+        if self._is_keeping:
+            self._rows.append(row)
+            if self._journal is not None:
+                self._journal.append(row)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts: list[list[dict[str, Any]]] = [self._rows]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, self._rows)
+        rows = [row for part in gathered(self._rows) for row in part]
+        rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
         if trainer.is_global_zero:
-            by_index = {row["index"]: row for part in parts for row in part}
-            self._write([by_index[index] for index in sorted(by_index)])
+            self._write(rows)
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self.checkpoint is not None:
+            trainer.strategy.barrier("predictions written")
+            if trainer.local_rank == 0:
+                remove_journals(self.output)
+        if trainer.is_global_zero:
+            self.stream.write("\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n")
+            self.stream.flush()
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Whole or not at all, also if the machine crashes."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.output.with_name(f".{self.output.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                line = {key: value for key, value in row.items() if key != "index"}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(temporary, self.output)
-        texts = [row["prompt"] + row["completion"] for row in rows]
-        self.stream.write("\n\n".join(texts) + "\n")
-        self.stream.flush()
+        with temporary_beside(self.output) as temporary:
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for row in rows:
+                        line = {key: value for key, value in row.items() if key != "index"}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.output)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.output)) from error
+        sync_folder(self.output.parent)

@@ -1,5 +1,6 @@
 """One progress bar over the whole run, in optimizer steps, and a line after each validation."""
 
+import time
 from functools import cached_property
 from typing import Any
 
@@ -17,19 +18,25 @@ from rich.progress import (
 )
 from typing_extensions import override
 
+from gpt_lightning.data.batches import is_first_of_replica, rank_and_ranks
+from gpt_lightning.data.prompts import PromptBatch
+from gpt_lightning.ranks import gathered
+from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
 
 
-class StepProgressBar(ProgressBar):
+class StepProgressBar(ProgressBar, CompletionCallback):
     """Lightning's bars count batches of an epoch; a GPT is trained by steps, a few epochs or part of one.
 
-    Everything goes to stderr. Where that is no terminal, only the lines after validations are written.
+    Everything goes to stderr. Where that is no terminal, only the lines after validations are written,
+    and one when all prompts are continued.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._progress: Progress | None = None
         self._enabled = True
+        self._rate = TokenRate()
 
     @cached_property
     def _console(self) -> Console:
@@ -108,18 +115,36 @@ class StepProgressBar(ProgressBar):
         self._stop()
 
     @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start("generating", sum(trainer.num_predict_batches))
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
+        self._rate = TokenRate()
+        ranks = rank_and_ranks(trainer)[1]
+        what = "generating" if ranks == 1 else f"generating, one share of {ranks}"
+        self._start(what, len(batch.indices) * pl_module.generation.num_samples)
 
     @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._advance(batch_idx + 1)
+    def on_new_token(self) -> None:
+        if self._rate.count():
+            self._advance(self._rate.completions, f"{self._rate.recent:,.0f} tokens/s")
+
+    @override
+    def on_completion(self, row: dict[str, Any]) -> None:
+        self._rate.completions += 1
+        self._advance(self._rate.completions)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
+        counts = (self._rate.tokens, self._rate.completions) if is_first_of_replica(trainer) else (0, 0)
+        tokens, completions = (sum(column) for column in zip(*gathered(counts)))
+        if completions:
+            seconds = self._rate.seconds
+            self._say(
+                f"generated {tokens:,} tokens of {completions:,} completions in {seconds:,.1f} s: "
+                f"{tokens / seconds:,.0f} tokens/s"
+            )
 
     def _end_evaluation(self) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:
@@ -155,6 +180,30 @@ class StepProgressBar(ProgressBar):
     def _say(self, line: str) -> None:
         if self._enabled and self.trainer.is_global_zero:
             self._console.print(line)
+
+
+class TokenRate:
+    """What one rank has generated since this was made, and how fast it does."""
+
+    def __init__(self) -> None:
+        self.tokens = self.completions = 0
+        self.recent = 0.0  # tokens a second
+        self._begun = time.perf_counter()
+        self._mark = (self._begun, 0)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def count(self) -> bool:
+        """One more token; whether `recent` is new, which it is about every second."""
+        self.tokens += 1
+        now, (then, tokens) = time.perf_counter(), self._mark
+        if now - then < 1:
+            return False
+        self.recent = (self.tokens - tokens) / (now - then)
+        self._mark = (now, self.tokens)
+        return True
 
 
 def _describe(trainer: Trainer, *names: str) -> str:

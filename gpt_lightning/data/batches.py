@@ -176,3 +176,8 @@ def rank_and_ranks(trainer: Any) -> tuple[int, int]:
     """
     kwargs = trainer.distributed_sampler_kwargs
     return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])
+
+
+def is_first_of_replica(trainer: Any) -> bool:
+    """Whether this process speaks for its tensor-parallel peers, which have adjacent ranks."""
+    return bool(trainer.global_rank % (trainer.world_size // rank_and_ranks(trainer)[1]) == 0)

@@ -1,0 +1,139 @@
+"""What `predict` has finished so far, kept beside its output for a run that goes on after a kill.
+
+Each data-parallel rank appends to a journal of its own: one line of what the completions depend on, then one
+line a completion. How many ranks there were does not matter to the run that goes on.
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+Basis = dict[str, Any]  # what the completions depend on, by the names of the options
+Row = dict[str, Any]
+
+FORMAT = 1
+CHECKPOINT, PROMPTS = "ckpt_path", "data.prompts"  # of which the basis holds a digest
+
+
+def basis_of(checkpoint_digest: str, prompts: list[str], settings: dict[str, Any]) -> Basis:
+    """`settings` are those that change what is generated."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    basis = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **settings}
+    as_read_back: Basis = json.loads(json.dumps(basis))
+    return as_read_back
+
+
+class Journal:
+    """One rank's, to which it alone appends. What was appended outlives the process, however it ends."""
+
+    def __init__(self, output: Path, rank: int, basis: Basis) -> None:
+        self._path = output.with_name(f".{output.name}.part-{rank}")
+        self._basis = basis
+        self._file: FileIO | None = None  # until there is a row
+
+    def append(self, row: Row) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            _write_line(self._file, row)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> FileIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("ab", buffering=0)
+        whole = self._path.read_bytes().rfind(b"\n") + 1
+        file.truncate(whole)  # a line that a kill has torn
+        if not whole:
+            _write_line(file, self._basis)
+        return file
+
+
+def _write_line(file: FileIO, value: dict[str, Any]) -> None:
+    line = memoryview(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    while line:
+        line = line[file.write(line) :]
+
+
+def read_journals(output: Path, basis: Basis) -> tuple[list[Row], list[str]]:
+    """The rows of the journals of this basis, and what is another in those of others, which are removed."""
+    rows: list[Row] = []
+    differences: list[str] = []
+    for path in _journals(output):
+        with suppress(FileNotFoundError):  # removed by another node of the run, on a disk they share
+            lines = _lines(path)
+            if lines and lines[0] == basis:
+                rows += lines[1:]
+            else:
+                differences += _differences(lines[0], basis) if lines else []
+                path.unlink()
+    return rows, sorted(set(differences))
+
+
+def remove_journals(output: Path) -> None:
+    """And what a kill has left of an output that was just being written."""
+    for path in (*_journals(output), *output.parent.glob(f".{glob.escape(output.name)}.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def finished_prompts(rows: Iterable[Row], num_samples: int) -> dict[int, list[Row]]:
+    """The rows of each prompt that has all its samples, in their order."""
+    by_prompt: dict[int, dict[int, Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["index"], {})[row.get("sample", 0)] = row
+    return {
+        index: [samples[number] for number in sorted(samples)]
+        for index, samples in sorted(by_prompt.items())
+        if len(samples) == num_samples
+    }
+
+
+def lock_output(output: Path) -> Callable[[], None]:
+    """Keep other processes from writing it, until the function is called that this gives, or the end."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"output={output}: another process is writing it; wait for it, or give another --output"
+        ) from None
+
+    def release() -> None:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+    return release
+
+
+def _journals(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f".{glob.escape(output.name)}.part-*"))
+
+
+def _lines(path: Path) -> list[Row]:
+    """Whole lines; one that a crash of the machine has spoiled is left out."""
+    lines: list[Row] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _differences(found: Basis, basis: Basis) -> list[str]:
+    """In words."""
+    return [
+        f"{name} is another" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
+        for name, value in basis.items()
+        if found.get(name) != value
+    ]
