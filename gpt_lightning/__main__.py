@@ -5,6 +5,7 @@ import sys
 
 from gpt_lightning import __version__
 from gpt_lightning.cli_verbs import HELP, VERBS
+from gpt_lightning.exit_codes import INTERRUPTED
 
 
 def main(words: list[str] | None = None) -> None:
@@ -16,9 +17,21 @@ def main(words: list[str] | None = None) -> None:
     elif words[0] not in VERBS:
         _refuse(words)
     else:
-        from gpt_lightning.cli import run
+        _run(words)
 
-        run(words)
+
+def _run(words: list[str]) -> None:
+    try:
+        from gpt_lightning.cli_without_trainer import WITHOUT_TRAINER, run_without_trainer
+
+        if words[0] in WITHOUT_TRAINER:
+            run_without_trainer(words[0], words[1:])
+        else:
+            from gpt_lightning.cli import run
+
+            run(words)
+    except KeyboardInterrupt:  # during the imports
+        sys.exit(INTERRUPTED)
 
 
 def _refuse(words: list[str]) -> None:

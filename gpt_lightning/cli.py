@@ -24,12 +24,8 @@ from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint import (
-    DATA_KEY,
-    DurableCheckpointIO,
-    checkpoint_config,
-    checkpoint_tokenizer,
-)
+from gpt_lightning.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint_io import DurableCheckpointIO
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
 from gpt_lightning.cli_endings import in_order

@@ -12,8 +12,8 @@ from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.checkpoint_file import CheckpointWriteError
-from gpt_lightning.cli_checks import complaint_in, say
-from gpt_lightning.cli_parser import shorten
+from gpt_lightning.cli_checks import say
+from gpt_lightning.cli_manners import complaint_in, shorten
 from gpt_lightning.exit_codes import INTERRUPTED, NON_FINITE, WRITE_FAILED
 from gpt_lightning.snapshot import NonFiniteCheckpointError
 
@@ -38,7 +38,7 @@ def in_order(rank_guard: RankGuard) -> Iterator[None]:
         interrupted = isinstance(error.__context__, KeyboardInterrupt)
         sys.exit(INTERRUPTED if interrupted else error.code)
     except (ValueError, MisconfigurationException) as error:
-        complaint = complaint_in(error)
+        complaint = complaint_in(error, MisconfigurationException)
         if complaint is None:
             raise
         _complain(shorten(str(complaint)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_lightning.cli import run
+from gpt_lightning.__main__ import main
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_without_trainer import WITHOUT_TRAINER
 
@@ -51,5 +51,5 @@ def test_every_command_parses(
     # Either parses all that stands before it.
     last = "--help" if words[0] in WITHOUT_TRAINER else "--print_config"
     with pytest.raises(SystemExit) as exit:
-        run([*words, last])
+        main([*words, last])
     assert exit.value.code == 0, capsys.readouterr().err

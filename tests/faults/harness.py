@@ -117,7 +117,7 @@ def _run(
 
 def _show_phase(phase: mmap.mmap) -> None:
     """Have the callbacks that each run has show what is going on."""
-    from gpt_lightning import checkpoint
+    from gpt_lightning import checkpoint_io as checkpoint
     from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 
     def showing(name: str, number: int) -> None:

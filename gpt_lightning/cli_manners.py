@@ -1,0 +1,138 @@
+"""The command line's manners, without Lightning: exact option names, errors of two lines, short help pages."""
+
+import argparse
+import difflib
+import re
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from typing_extensions import override
+
+from gpt_lightning import cli_imports
+
+QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
+UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
+
+
+class PlainParser(ArgumentParser):
+    """Options are never abbreviated: `--model.config.n_layer` would quietly set n_layers."""
+
+    arguments = "[--option value ...]"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Without a name, the parser of a class inside the options would be called after sys.argv[0].
+        super().__init__(*args, allow_abbrev=False, **{"prog": "gpt-lightning", **kwargs})
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [f"error: {shorten(message)}", *self._suggestion(message)]
+        if self.prog:
+            lines.append(f"try: {self.prog.split(' [')[0]} --help")
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.exit(2)
+
+    def _suggestion(self, message: str) -> list[str]:
+        """The known option that is closest to the unknown one, if one is close."""
+        if not UNKNOWN.search(message):
+            return []
+        known = [action.dest for parser in self._all_parsers() for action in parser._actions]
+        for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or _same_last_name(
+                    name, known
+                )
+                if close:
+                    return [f"did you mean {close[0]}?"]
+        return []
+
+    def _all_parsers(self) -> list["PlainParser"]:
+        parsers: list[PlainParser] = [self]
+        for action in self._actions:
+            choices = getattr(action, "choices", None)
+            if isinstance(choices, dict):
+                parsers.extend(parser for parser in choices.values() if isinstance(parser, PlainParser))
+        return parsers
+
+    @override
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} {self.arguments}\n"
+
+    @override
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """One or two lines an option."""
+        lines = [self.format_usage(), f"{self.description}\n"]
+        for group in self._action_groups:
+            lines.extend(_option_lines([action for action in group._group_actions if self._is_shown(action)]))
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _is_shown(self, action: argparse.Action) -> bool:
+        return bool(action.option_strings) and action.option_strings[0].startswith("-")
+
+
+def _option_lines(actions: list[argparse.Action]) -> list[str]:
+    lines = []
+    for action in actions:
+        name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
+        default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
+        lines.append(option_line(name, _first_sentence(str(action.help)) + default))
+    return [*lines, ""] if lines else []
+
+
+def option_line(name: str, text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41)
+
+
+def _first_sentence(help: str) -> str:
+    text = " ".join(help.replace("``", "").split())
+    return re.split(r"(?<=[a-z)])\. | Default: ", text)[0].rstrip(".").replace("%%", "%")
+
+
+def _same_last_name(name: str, known: list[str]) -> list[str]:
+    """`model.n_layers` for `model.config.n_layers`: the right word under the wrong group."""
+    last_names = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
+    return [last_names[match] for match in close]
+
+
+def shorten(message: str) -> str:
+    """A parser's message in one line: option, value and what would do, without the nested types tried."""
+    denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
+    if denied:
+        return (
+            f"class_path={denied[1]} is not imported: only {', '.join(cli_imports.TRUSTED)} are trusted; "
+            f"if you trust it, add {cli_imports.OPTION} {denied[1].split('.')[0]} to the command line"
+        )
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Given value: (.*)|Got value: (.*)", message)
+    expected = re.findall(
+        r"Expected an? (<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
+    )
+    if key and given and expected:
+        kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
+        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
+    text = " ".join(message.split())
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _plain_type(kind: str) -> str:
+    """`int` for <class 'int'>, `null` for NoneType, the words themselves for a Literal."""
+    text = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
+    return text.replace("NoneType", "null").replace("'", "").replace("dot import path string", "a class path")
+
+
+def complaint_in(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
+    """The error in this chain that was raised on purpose: by this package, or one of these `kinds`.
+
+    None means that it is a fault of the program, whose traceback somebody will want to read.
+    """
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        if ours or isinstance(error, kinds):
+            return error
+        error = error.__cause__
+    return None
