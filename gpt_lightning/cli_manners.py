@@ -1,4 +1,4 @@
-"""The command line's manners, without Lightning: exact option names, errors of two lines, short help pages."""
+"""The command line's manners, without Lightning's: exact option names, short errors and help pages."""
 
 import argparse
 import difflib
@@ -70,7 +70,8 @@ class PlainParser(ArgumentParser):
         return "\n".join(lines).rstrip() + "\n"
 
     def _is_shown(self, action: argparse.Action) -> bool:
-        return bool(action.option_strings) and action.option_strings[0].startswith("-")
+        is_option = bool(action.option_strings) and action.option_strings[0].startswith("-")
+        return is_option and action.help not in (argparse.SUPPRESS, "Path to a configuration file.")
 
 
 def _option_lines(actions: list[argparse.Action]) -> list[str]:

@@ -44,7 +44,7 @@ class Parser(PlainParser, LightningArgumentParser):
 
     @override
     def _is_shown(self, action: argparse.Action) -> bool:
-        name, help = action.dest, str(action.help)
+        name = action.dest
         if name.startswith("trainer.") and name not in COMMON_TRAINER_OPTIONS:
             return False
-        return super()._is_shown(action) and name not in HIDDEN and help != "Path to a configuration file."
+        return super()._is_shown(action) and name not in HIDDEN

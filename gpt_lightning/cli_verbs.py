@@ -5,6 +5,7 @@ VERBS = {
     "validate": "loss and perplexity on the validation split",
     "test": "the same on the test files",
     "predict": "continue prompts with a trained model",
+    "generate": "print text as it is written; interactive without a prompt",
     "prepare": "tokenize the texts into the cache, without training",
     "consolidate": "make one file of a sharded checkpoint",
     "import-hf": "make a checkpoint of a Hugging Face GPT-2, by folder or hub name",

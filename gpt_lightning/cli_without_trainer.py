@@ -11,6 +11,7 @@ from gpt_lightning.exit_codes import INTERRUPTED, WRITE_FAILED
 
 # What each calls with the words after the verb.
 WITHOUT_TRAINER = {
+    "generate": ("gpt_lightning.cli_generate", "run_generate"),
     "consolidate": ("gpt_lightning.cli_consolidate", "run_consolidate"),
     "import-hf": ("gpt_lightning.cli_huggingface", "run_import"),
     "export-hf": ("gpt_lightning.cli_huggingface", "run_export"),

@@ -1,0 +1,180 @@
+"""`gpt-lightning generate`: text written as it is drawn, of one prompt or of one after the other."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TextIO
+
+import torch
+
+from gpt_lightning.checkpoint import load_model
+from gpt_lightning.cli_manners import PlainParser
+from gpt_lightning.cli_verbs import VERBS
+from gpt_lightning.conversation import HELP, Conversation, check_shown, check_utf8
+from gpt_lightning.exit_codes import TERMINATED
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
+from gpt_lightning.text_writer import TextWriter
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run_generate(words: list[str]) -> None:
+    options = _parser().parse_args(_with_joined_prompt(words))
+    settings = check_shown(GenerationConfig(**options.generation.as_dict()))
+    device = _device(options.device)
+    with _ending_on_sigterm(), _ending_without_readers():
+        prompt = options.prompt if options.prompt != "-" else _read_all()
+        if prompt is not None:
+            check_utf8(prompt)
+        writer = _writer(options, device)
+        if prompt is not None:
+            writer.write(prompt, settings)
+        else:
+            _talk(writer, settings)
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(prog="gpt-lightning generate", description=VERBS["generate"])
+    parser.add_argument("--prompt", type=str, help="The text to continue; - reads it from standard input.")
+    parser.add_argument("--ckpt_path", type=str, help="The checkpoint; the newest one by default.")
+    parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")
+    parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1 or mps; the fastest there by default.")
+    parser.add_argument(
+        "--precision",
+        type=Literal["float32", "bfloat16"],
+        default="float32",
+        help="Of weights and arithmetic.",
+    )
+    parser.add_class_arguments(GenerationConfig, "generation")
+    return parser
+
+
+def _with_joined_prompt(words: list[str]) -> list[str]:
+    """A prompt is a text even where it begins as an option does, with one dash."""
+    joined: list[str] = []
+    for word in words:
+        is_text = word.startswith("-") and not word.startswith("--")
+        if joined and joined[-1] == "--prompt" and is_text:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _device(name: str | None) -> torch.device:
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = [kind for kind, count in counts.items() if count]
+    if name is None:
+        return torch.device(there[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name} is unknown; choose {', '.join(there)}") from None
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ValueError(f"device={name} is not there; choose {', '.join(there)}, or leave it out")
+    return device
+
+
+def _writer(options: Any, device: torch.device) -> TextWriter:
+    path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), _say)
+    model, tokenizer = load_model(path)
+    _say(f"checkpoint: {path}")
+    output = sys.stdout
+    if isinstance(output, io.TextIOWrapper):
+        output.reconfigure(errors="replace")  # of characters that the terminal does not have
+    return TextWriter(model.to(device, _PRECISIONS[options.precision]), tokenizer, output, _say)
+
+
+def _talk(writer: TextWriter, settings: GenerationConfig) -> None:
+    stdin = _stdin()
+    conversation = Conversation(writer.write, settings, _say)
+    if stdin.isatty():
+        _say(f"{HELP}\n")
+        conversation.talk(_line_editor(stdin), at_terminal=True)
+        return
+    n_lines = 0
+
+    def read() -> str | None:
+        nonlocal n_lines
+        line = stdin.readline()
+        n_lines += bool(line)
+        return line.removesuffix("\n") if line else None
+
+    conversation.talk(read, at_terminal=False)
+    if not n_lines:
+        raise ValueError("standard input holds no line to continue; give --prompt TEXT")
+    if conversation.n_refused:
+        sys.exit(2)
+
+
+def _line_editor(stdin: TextIO) -> Callable[[], str | None]:
+    """Lines from a terminal, edited and remembered where Python can."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # which `input` then uses
+
+    def read() -> str | None:
+        try:
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            if line := stdin.readline():
+                return line.removesuffix("\n")
+        except EOFError:
+            pass
+        print(file=sys.stderr)
+        return None
+
+    return read
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:
+        raise ValueError("there is neither a prompt nor a standard input; give --prompt TEXT")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is no UTF-8 is found when a prompt is checked.
+        encoding = None if sys.stdin.isatty() else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+    return sys.stdin
+
+
+def _read_all() -> str:
+    """Without the newline that ends the last line of any text."""
+    return _stdin().read().removesuffix("\n")
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _ending_without_readers() -> Iterator[None]:
+    """Quietly, when nobody reads any more, as after `| head`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if not isinstance(error, BrokenPipeError):
+            raise ValueError(f"the text cannot be written ({error.strerror}); name another place") from error
+        # What is still buffered goes nowhere; Python would try it again, and complain, at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        sys.exit(0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
