@@ -15,7 +15,9 @@ from gpt_lightning.generation.sampling import GenerationConfig, repetition_penal
 class Histories:
     """The tokens of each row in use, in the form that adjusting the next logits needs."""
 
-    def __init__(self, settings: GenerationConfig, n_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, settings: GenerationConfig, n_rows: int, vocab_size: int, device: torch.device
+    ) -> None:
         self._penalty = settings.repetition_penalty
         self._ngram_size = settings.no_repeat_ngram_size
         self._seen: Tensor | None = None

@@ -25,7 +25,7 @@ class GenerationConfig:
         top_p: Sample from the likeliest tokens that together hold this probability; 1 for all of them.
         min_p: Drop tokens less likely than this fraction of the likeliest one's probability; 0 drops none.
         repetition_penalty: Above 1, tokens that prompt or completion already hold become less likely.
-        no_repeat_ngram_size: No sequence of so many tokens comes twice in prompt and completion; null for any.
+        no_repeat_ngram_size: So many tokens in a row never come twice in prompt and completion; null for any.
         do_sample: False always takes the likeliest token, whatever temperature, top_k, top_p and min_p say.
         seed: With a prompt's number, decides what is drawn for it; the same seed gives the same text.
         stop: Strings that end a completion where they appear; they are not part of it.

@@ -26,6 +26,7 @@ from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Completion, completions, generate
+from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
@@ -206,7 +207,7 @@ class GPTLightningModule(LightningModule):
         # Lengths change with every token, and each would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             for place, sample, completion in completions(
-                self.model,
+                packed(self.model, quantize=self.generation.quantize, n_rows=datamodule.batch_size),
                 batch.token_ids,
                 self.generation,
                 eos_token_id=tokenizer.eos_token_id,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.generation.engine import Completion, generate
 from gpt_lightning.generation.prefill import visible_start
 from gpt_lightning.generation.sampling import (
@@ -19,33 +18,10 @@ from gpt_lightning.generation.sampling import (
 )
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model import GPTModel
+from tests.generation.models import make_model, make_prompts
 
 SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
 GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False)
-
-
-def make_model(max_position_embeddings: int = 64, seed: int = 0, dropout: float = 0.0) -> GPTModel:
-    """Odd sizes and weights large enough that every token, position and bias matters."""
-    config = GPTConfig(
-        vocab_size=101,
-        max_position_embeddings=max_position_embeddings,
-        n_layers=2,
-        n_heads=3,
-        d_model=36,
-        dropout=dropout,
-        tie_embeddings=False,  # a tied model of random weights repeats its last token
-    )
-    model = GPTModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
-
-
-def make_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(101, (length,), generator=generator).tolist() for length in lengths]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,137 @@
+"""A copy of a model whose linear layers are laid out for decoding on a CPU, or hold their weights in 8 bits.
+
+A step of decoding multiplies every weight with a few rows only, so what it costs is reading the weights.
+PyTorch's own layout reads them at less than half of the speed that the memory has.
+Shapes: M rows of all sequences, D input features, N output features.
+"""
+
+import platform
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.model import GPTModel, LMHead, Projection
+
+_TINY = torch.finfo(torch.float32).tiny  # for rows of zeros
+
+
+def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> GPTModel:
+    """The model for decoding `n_rows` at a time on a CPU; itself where nothing can be gained, as on a GPU.
+
+    The copy shares embeddings and norms with the model and holds the linear layers' weights once more, in
+    the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    is_whole = bool(linear) and all(type(module) in (Projection, LMHead) for module in linear)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if quantize is not None:
+        if not (is_whole and on_cpu):
+            raise ValueError(
+                f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and "
+                "with tensor parallelism"
+            )
+        scratch = _Scratch()
+        return _with_linear(model, lambda layer: Int8Linear(layer, scratch))
+    if not (is_whole and on_cpu):
+        return model
+    dtype = _compute_dtype(linear[0].weight.dtype)
+    return _with_linear(model, lambda layer: PackedLinear(layer, dtype, n_rows)) if _packs(dtype) else model
+
+
+def _with_linear(model: GPTModel, make: Callable[[nn.Linear], nn.Module]) -> GPTModel:
+    """The same network with other linear layers, made from its own one by one."""
+    with torch.device("meta"):
+        copy = GPTModel(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.requires_grad_(False)
+    for name, module in list(copy.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, own_name = name.rpartition(".")
+            setattr(copy.get_submodule(parent), own_name, make(module))
+    return copy.eval()
+
+
+def _compute_dtype(stored: torch.dtype) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stored
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a layout of its own for these weights on this machine."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    supports_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weight in the blocks that oneDNN multiplies fastest for so many rows."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype, n_rows: int) -> None:
+        super().__init__()
+        self.dtype = dtype
+        # What PyTorch's own compiler does with constant weights; there is no public name for it.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(dtype), n_rows)
+        self.bias = None if layer.bias is None else layer.bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, "none", [], ""
+        )  # [..., N]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of 8-bit weights with a scale an output feature, times 8-bit inputs with one a row.
+
+    PyTorch's kernel finds one scale for all rows, so that a row would be rounded by its batch mates' greatest
+    value. Every row is therefore scaled into [-1, 1], and two columns without weight hold these ends.
+    """
+
+    def __init__(self, layer: nn.Linear, scratch: "_Scratch") -> None:
+        super().__init__()
+        self._weight = _pack_int8(layer.weight.float())
+        self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float()
+        self._scratch = scratch
+        # Without these instructions the kernel's sums of two products overflow at the full range.
+        self._reduce_range = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).float()  # [M, D]
+        greatest = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)
+        scaled, inside = self._scratch.rows(*rows.shape)
+        torch.div(rows, greatest, out=inside)
+        product = torch.ops.quantized.linear_dynamic(scaled, self._weight, self._reduce_range)  # [M, N]
+        return torch.addcmul(self._bias, product, greatest).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _pack_int8(weight: Tensor) -> torch.ScriptObject:
+    """A weight [N, D] in 8 bits, in the kernel's own layout, with the two columns that hold no weight."""
+    if not weight.isfinite().all():
+        raise ValueError("the model's weights are not finite: they diverged; use an earlier checkpoint")
+    scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
+    integers = nn.functional.pad((weight / scales).round_().to(torch.int8), (0, 2))
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():
+        # PyTorch 2.13 says that quantized tensors will go; the kernel takes its weight in no other form.
+        warnings.filterwarnings("ignore", message=".*quantize", category=UserWarning)
+        quantized = torch._make_per_channel_quantized_tensor(integers, scales[:, 0].double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+class _Scratch:
+    """Room for the scaled rows, which all layers use in turn."""
+
+    def __init__(self) -> None:
+        self._of_width: dict[int, Tensor] = {}
+
+    def rows(self, n_rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """[M, D + 2] whose last columns hold -1 and 1, and its first D columns."""
+        room = self._of_width.get(width)
+        if room is None or len(room) < n_rows:
+            room = torch.zeros(n_rows, width + 2)
+            room[:, -2] = -1.0
+            room[:, -1] = 1.0
+            self._of_width[width] = room
+        scaled = room[:n_rows]
+        return scaled, scaled[:, :width]

@@ -1,0 +1,127 @@
+"""The copies of a model that a CPU decodes with: the same numbers, or the numbers of 8 bits, row by row."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.packing import Int8Linear, PackedLinear, _Scratch, packed
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.model import GPTModel, Projection
+from tests.generation.models import make_model, make_prompts
+
+GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)
+SAMPLED = GenerationConfig(max_new_tokens=25, temperature=1.0, top_p=0.95)
+IDS = torch.tensor(make_prompts(19, 19, 19))
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTModel:
+    return make_model()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_packed_logits_equal_the_models(tie: bool, bias: bool, n_rows: int) -> None:
+    model = make_model(tie_embeddings=tie, bias=bias)
+    copy = packed(model, quantize=None, n_rows=n_rows)
+    assert any(isinstance(module, PackedLinear) for module in copy.modules())
+    with torch.no_grad():
+        assert_close(copy(IDS).logits, model.eval()(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_packed_text_equals_the_models(model: GPTModel, settings: GenerationConfig, batch_size: int) -> None:
+    prompts = make_prompts(3, 1, 20, 7, 16)
+    copy = packed(model, quantize=None, n_rows=batch_size)
+    expected = generate(model, prompts, settings, eos_token_id=7, use_cache=False)
+    assert generate(copy, prompts, settings, eos_token_id=7, batch_size=batch_size) == expected
+
+
+def test_bfloat16_and_autocast_pack_in_their_dtype(model: GPTModel) -> None:
+    half = make_model().to(torch.bfloat16).eval()
+    with torch.no_grad():
+        actual = packed(half, quantize=None, n_rows=2)(IDS).logits
+        assert actual.dtype == torch.bfloat16
+        assert_close(actual, half(IDS).logits, atol=0.2, rtol=0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            copy = packed(model, quantize=None, n_rows=2)
+            assert copy.lm_head.weight.dtype == torch.bfloat16
+            assert_close(copy(IDS).logits, model.eval()(IDS).logits, atol=0.2, rtol=0.05)
+
+
+def test_the_model_itself_is_left_as_it_was() -> None:
+    model = make_model().train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for quantize in (None, "int8"):
+        packed(model, quantize=quantize, n_rows=2)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert type(model.blocks[0].attn.qkv_proj) is Projection
+
+
+def quantized_by_hand(layer: Projection, x: Tensor) -> Tensor:
+    """Weights in 127 steps a side and output feature, inputs in 127.5 steps a side and row."""
+    weight_scales = layer.weight.abs().amax(1, keepdim=True) / 127
+    weight = (layer.weight / weight_scales).round() * weight_scales
+    input_scales = x.abs().amax(-1, keepdim=True) * 2 / 255
+    return (x / input_scales).round() * input_scales @ weight.t() + layer.bias
+
+
+def make_layer() -> Projection:
+    layer = Projection(36, 50, bias=True)
+    torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
+    return layer.requires_grad_(False)
+
+
+def test_int8_equals_the_product_of_rounded_numbers() -> None:
+    layer = make_layer()
+    x = torch.randn(3, 5, 36, generator=torch.Generator().manual_seed(2))
+    exact, rounded = layer(x), quantized_by_hand(layer, x)
+    actual = Int8Linear(layer, _Scratch())(x)
+    assert_close(actual, rounded, atol=2e-3, rtol=0)  # a tie may round the other way
+    assert 1e-4 < (exact - actual).abs().max() < 0.02
+
+
+def test_int8_rows_do_not_see_each_other() -> None:
+    """To the bit, also next to a row a thousand times as large, and one of zeros."""
+    layer = Int8Linear(make_layer(), _Scratch())
+    x = torch.randn(6, 36, generator=torch.Generator().manual_seed(3))
+    x[2] *= 1000
+    x[4] = 0
+    together = layer(x)
+    for row in range(6):
+        assert torch.equal(together[row], layer(x[row : row + 1])[0])
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_int8_text_does_not_depend_on_the_batch(settings: GenerationConfig) -> None:
+    prompts = make_prompts(3, 1, 20, 7, 16, 2, 11)
+    copy = packed(make_model(max_position_embeddings=16), quantize="int8", n_rows=3)
+    alone = generate(copy, prompts, settings, eos_token_id=7, batch_size=1)
+    assert generate(copy, prompts, settings, eos_token_id=7, batch_size=3) == alone
+    assert alone != generate(
+        copy, prompts, dataclasses.replace(settings, repetition_penalty=2.0), eos_token_id=7
+    )
+
+
+def test_diverged_weights_are_an_error_in_int8_too() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite.*; use an earlier checkpoint"):
+        packed(model, quantize="int8", n_rows=1)
+
+
+def test_int8_is_refused_where_it_does_not_run() -> None:
+    with torch.device("meta"):
+        model = GPTModel(make_model().config)
+    assert packed(model, quantize=None, n_rows=1) is model
+    with pytest.raises(ValueError, match="generation.quantize=int8 is for a whole model on a CPU; leave"):
+        packed(model, quantize="int8", n_rows=1)
