@@ -9,10 +9,10 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     return {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": lightning.__version__,
+        "pytorch-lightning_version": version("lightning"),
         "hparams_name": "kwargs",
         "hyper_parameters": {"config": asdict(config)},
         "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in weights.items()},
