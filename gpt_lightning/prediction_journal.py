@@ -15,11 +15,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gpt_lightning.checkpoint_file import temporary_beside
+
 Basis = dict[str, Any]  # what the completions depend on, by the names of the options
 Row = dict[str, Any]
 
 FORMAT = 1
-CHECKPOINT, PROMPTS = "ckpt_path", "data.prompts"  # of which the basis holds a digest
+CHECKPOINT, PROMPTS = "checkpoint", "prompts"  # of which the basis holds a digest
 
 
 def basis_of(checkpoint_digest: str, prompts: list[str], settings: dict[str, Any]) -> Basis:
@@ -101,6 +103,8 @@ def finished_prompts(rows: Iterable[Row], num_samples: int) -> dict[int, list[Ro
 
 def lock_output(output: Path) -> Callable[[], None]:
     """Keep other processes from writing it, until the function is called that this gives, or the end."""
+    with temporary_beside(output) as probe:
+        probe.touch()
     lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
     try:
         lock.acquire(blocking=False)
@@ -131,9 +135,9 @@ def _lines(path: Path) -> list[Row]:
 
 
 def _differences(found: Basis, basis: Basis) -> list[str]:
-    """In words."""
+    """For a sentence that says why the one is not taken for the other."""
     return [
-        f"{name} is another" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
+        f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
         for name, value in basis.items()
         if found.get(name) != value
     ]
