@@ -167,7 +167,11 @@ def test_sampled_tokens_follow_the_distribution() -> None:
         ("top_p", 1.1, "is not in (0, 1]"),
         ("min_p", -0.1, "is not in [0, 1]"),
         ("repetition_penalty", 0.0, "is not above 0"),
+        ("no_repeat_ngram_size", 0, "is below 1"),
         ("stop", ["\n", ""], "empty string"),
+        ("num_samples", 0, "is below 1"),
+        ("context_stride", 0, "is below 1"),
+        ("quantize", "int4", "is unknown"),
     ],
 )
 def test_errors_name_option_value_rule_and_remedy(option: str, value: object, rule: str) -> None:

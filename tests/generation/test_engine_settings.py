@@ -1,0 +1,213 @@
+"""Samples, log-probabilities, n-grams and the stride of the window, against loops written without the engine."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, NoRepeatNGramLogitsProcessor
+
+from gpt_lightning.generation.engine import Completion, generate, stream
+from gpt_lightning.generation.history import Histories
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.model import GPTModel
+from tests.generation.models import make_model, make_prompts
+
+SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=40, top_p=0.95)
+GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTModel:
+    return make_model().eval()
+
+
+def next_logits(model: GPTModel, tokens: list[int]) -> Tensor:
+    """[V], without a cache."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0, -1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_ngrams_that_would_come_again_are_those_of_transformers(size: int) -> None:
+    """Of random texts of five tokens, begun as prompts and grown; some are shorter than an n-gram."""
+    generator = torch.Generator().manual_seed(size)
+    texts = torch.randint(5, (6, 30), generator=generator)
+    histories = Histories(GenerationConfig(no_repeat_ngram_size=size), 6, 5, torch.device("cpu"))
+    for row in range(6):
+        histories.begin(row, texts[row, : 1 + row].tolist())
+        for token in texts[row, 1 + row : 20 + row].tolist():
+            histories.append(row, token)
+    logits = torch.randn(6, 5, generator=generator)
+    expected = [
+        NoRepeatNGramLogitsProcessor(size)(texts[row : row + 1, : 20 + row], logits[row : row + 1])
+        for row in range(6)
+    ]
+    assert torch.equal(histories.adjust(logits), torch.cat(expected))
+    assert logits.isfinite().all()
+
+
+def test_greedy_text_without_repeated_ngrams_equals_that_of_transformers() -> None:
+    model = make_model(tie_embeddings=True)  # of random weights, it repeats itself
+    reference = GPT2LMHeadModel(GPT2Config(**config_to_gpt2(model.config), eos_token_id=None)).eval()
+    reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
+    settings = dataclasses.replace(GREEDY, max_new_tokens=30, no_repeat_ngram_size=2, repetition_penalty=1.1)
+    prompts = make_prompts(1, 9, 4)
+    free = generate(model, prompts, dataclasses.replace(settings, no_repeat_ngram_size=None), eos_token_id=None)
+    completions = generate(model, prompts, settings, eos_token_id=None, batch_size=2)
+    assert completions != free
+    for prompt, completion in zip(prompts, completions):
+        ids = torch.tensor([prompt])
+        expected = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            no_repeat_ngram_size=2,
+            repetition_penalty=1.1,
+            pad_token_id=0,
+        )
+        assert prompt + completion.token_ids == expected[0].tolist()
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_text_without_a_token_left_ends(settings: GenerationConfig) -> None:
+    model = make_model(vocab_size=7)
+    settings = dataclasses.replace(settings, max_new_tokens=20, no_repeat_ngram_size=1, top_k=None, top_p=1.0)
+    short, long = generate(model, [[3], [0, 1, 2, 5]], settings, eos_token_id=None)
+    assert sorted(short.token_ids) == [0, 1, 2, 4, 5, 6]
+    assert sorted(long.token_ids) == [3, 4, 6]
+    assert short.finish_reason == long.finish_reason == "exhausted"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_samples_are_those_of_any_batch_and_the_first_is_the_only_one(
+    model: GPTModel, batch_size: int
+) -> None:
+    prompts = make_prompts(5, 1, 9)
+    settings = dataclasses.replace(SAMPLED, num_samples=3)
+    samples = generate(model, prompts, settings, eos_token_id=7, batch_size=batch_size)
+    assert samples == generate(model, prompts, settings, eos_token_id=7, use_cache=False)
+    assert samples[::3] == generate(model, prompts, SAMPLED, eos_token_id=7)
+    assert len({tuple(completion.token_ids) for completion in samples}) == 9
+    alone = generate(model, prompts[2:], settings, eos_token_id=7, prompt_numbers=[2])
+    assert alone == samples[6:]
+
+
+class Counting:
+    """A model that counts its passes, and the tokens of each."""
+
+    def __init__(self, model: GPTModel) -> None:
+        self.model, self.config, self.lm_head = model, model.config, model.lm_head
+        self.modules, self.parameters = model.modules, model.parameters
+        self.shapes: list[tuple[int, int]] = []
+
+    def hidden_states(self, input_ids: Tensor, *, kv_cache: KVCache | None = None) -> Tensor:
+        self.shapes.append(tuple(input_ids.shape))
+        return self.model.hidden_states(input_ids, kv_cache=kv_cache)
+
+
+def test_samples_of_a_prompt_are_computed_from_one_pass_over_it(model: GPTModel) -> None:
+    counting = Counting(model)
+    settings = dataclasses.replace(GREEDY, max_new_tokens=2, num_samples=4)
+    generate(counting, make_prompts(9), settings, eos_token_id=None, batch_size=3)
+    # The fourth sample comes when the first three are done, and finds the prompt in a row that is going on.
+    assert counting.shapes[:3] == [(1, 8), (3, 1), (3, 1)]
+    assert sum(rows * length for rows, length in counting.shapes) == 8 + 2 * 3 + 8 + 2 * 1
+
+
+def test_prompts_of_similar_length_are_computed_together(model: GPTModel) -> None:
+    counting = Counting(model)
+    settings = dataclasses.replace(GREEDY, max_new_tokens=1)
+    prompts = make_prompts(10, 9, 11, 30, 2)
+    expected = [generate(model, [prompt], settings, eos_token_id=None)[0] for prompt in prompts]
+    assert generate(counting, prompts, settings, eos_token_id=None) == expected
+    assert counting.shapes == [(3, 10), (1, 29), (1, 1), (5, 1)]
+
+
+def test_a_waiting_prompt_takes_the_place_of_a_finished_one(model: GPTModel) -> None:
+    """Each step computes rows that go on, and four of them until the last prompts are under way."""
+    prompts = make_prompts(*[3] * 20)
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=9)
+
+    def stop(new_tokens: list[int]) -> bool:
+        return sum(new_tokens) % 5 == 0
+
+    alone = [
+        generate(model, [prompt], settings, eos_token_id=None, should_stop=stop, prompt_numbers=[number])
+        for number, prompt in enumerate(prompts)
+    ]
+    lengths = [len(completion.token_ids) for (completion,) in alone]
+    assert len(set(lengths)) > 4
+    counting = Counting(model)
+    generate(counting, prompts, settings, eos_token_id=None, should_stop=stop, batch_size=4)
+    rows_of_steps = [rows for rows, length in counting.shapes if length == 1]
+    assert sum(rows_of_steps) == sum(lengths)
+    assert sum(rows < 4 for rows in rows_of_steps) < max(lengths)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_logprobs_are_the_models_own(model: GPTModel, settings: GenerationConfig) -> None:
+    settings = dataclasses.replace(settings, logprobs=True, repetition_penalty=1.3)
+    prompts = make_prompts(6, 2)
+    for prompt, completion in zip(prompts, generate(model, prompts, settings, eos_token_id=None)):
+        tokens = list(prompt)
+        for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
+            expected = next_logits(model, tokens).log_softmax(dim=0)[token]
+            assert_close(torch.tensor(logprob), expected, atol=1e-4, rtol=1e-4)
+            tokens.append(token)
+    without = dataclasses.replace(settings, logprobs=False)
+    assert all(c.logprobs is None for c in generate(model, prompts, without, eos_token_id=None))
+
+
+def test_stride_one_sees_the_last_tokens_that_fit_at_each_step() -> None:
+    """As a loop that cuts the text to the context before each token, the way of the first GPT scripts."""
+    model = make_model(max_position_embeddings=8).eval()
+    settings = dataclasses.replace(GREEDY, max_new_tokens=20, context_stride=1)
+    for prompt in make_prompts(3, 8, 21):
+        tokens = list(prompt)
+        for _ in range(20):
+            tokens.append(int(next_logits(model, tokens[-8:]).argmax()))
+        assert generate(model, [prompt], settings, eos_token_id=None)[0].token_ids == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_cached_decoding_equals_uncached_at_every_stride(stride: int) -> None:
+    model = make_model(max_position_embeddings=8)
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=21, context_stride=stride)
+    prompts = make_prompts(1, 8, 9, 30)
+    cached = generate(model, prompts, settings, eos_token_id=None, batch_size=3)
+    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+    assert all(len(completion.token_ids) == 21 for completion in cached)
+
+
+def test_a_stride_above_the_context_is_an_error(model: GPTModel) -> None:
+    settings = dataclasses.replace(GREEDY, context_stride=65)
+    with pytest.raises(ValueError, match="context_stride=65 is above .*=64; use at most that"):
+        generate(model, [[1]], settings, eos_token_id=None)
+
+
+def test_a_stream_gives_each_token_when_it_is_drawn(model: GPTModel) -> None:
+    counting = Counting(model)
+    prompts = make_prompts(4, 4)
+    steps = stream(counting, prompts, SAMPLED, eos_token_id=None)
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    for number, step in enumerate(steps):
+        assert step.token_id is not None
+        tokens[step.prompt].append(step.token_id)
+        assert len(counting.shapes) == 2 + number // 2  # one pass over the prompts, then one a step
+    assert [Completion(tokens[row], "length") for row in (0, 1)] == generate(
+        model, prompts, SAMPLED, eos_token_id=None
+    )
+
+
+def test_a_stream_that_is_closed_leaves_the_model_as_it_was() -> None:
+    model = make_model(dropout=0.5).train()
+    steps = stream(model, make_prompts(4), SAMPLED, eos_token_id=None)
+    next(steps)
+    assert not model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    steps.close()  # type: ignore[attr-defined]
+    assert model.training
