@@ -1,11 +1,11 @@
 """`gpt-lightning consolidate`: a sharded checkpoint into one file."""
 
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.checkpoint import consolidate
-from gpt_lightning.cli_checks import say
 from gpt_lightning.cli_verbs import VERBS
 
 
@@ -15,4 +15,4 @@ def run_consolidate(words: list[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="The file to write.")
     options = parser.parse_args(words)
     consolidate(Path(options.ckpt_path), Path(options.output))
-    say(f"checkpoint: {options.output}")
+    print(f"checkpoint: {options.output}", file=sys.stderr)

@@ -1,32 +1,40 @@
 """`gpt-lightning import-hf` and `export-hf`: a Hugging Face folder into a checkpoint, and back."""
 
+import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from gpt_lightning.checkpoint_file import write
-from gpt_lightning.cli_checks import say
+from gpt_lightning.cli_manners import PlainParser, option_line
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.huggingface_export import export_gpt2
 from gpt_lightning.huggingface_import import import_gpt2
 
 
 def run_import(words: list[str]) -> None:
-    parser = ArgumentParser(prog="gpt-lightning import-hf", description=VERBS["import-hf"])
-    parser.add_argument("name", metavar="NAME_OR_FOLDER", help="A folder, or a name on the hub such as gpt2.")
-    parser.add_argument("output", metavar="OUT", help="The checkpoint to write, such as gpt2.ckpt.")
-    options = parser.parse_args(words)
-    output = Path(options.output)
-    if output.exists():
+    places = {
+        "NAME_OR_FOLDER": "A folder that holds config.json, or a name on the hub such as gpt2.",
+        "OUT": "The checkpoint to write, such as gpt2.ckpt.",
+    }
+    name, output = _two_words("import-hf", words, places)
+    if Path(output).exists():
         raise ValueError(f"OUT={output} exists already; name another file, or remove it")
-    write(import_gpt2(options.name, "NAME_OR_FOLDER"), output)
-    say(f"checkpoint: {output}")
+    write(import_gpt2(name, "NAME_OR_FOLDER"), Path(output))
+    print(f"checkpoint: {output}", file=sys.stderr)
 
 
 def run_export(words: list[str]) -> None:
-    parser = ArgumentParser(prog="gpt-lightning export-hf", description=VERBS["export-hf"])
-    parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint, also a sharded one.")
-    parser.add_argument("folder", metavar="FOLDER", help="The folder to make.")
+    places = {"CKPT": "A checkpoint, also a sharded one.", "FOLDER": "The folder to make."}
+    checkpoint, folder = _two_words("export-hf", words, places)
+    export_gpt2(Path(checkpoint), Path(folder))
+    print(f"model: {folder}", file=sys.stderr)
+
+
+def _two_words(verb: str, words: list[str], places: dict[str, str]) -> tuple[str, str]:
+    lines = [f"{VERBS[verb]}\n", *(option_line(name, help) for name, help in places.items())]
+    parser = PlainParser(prog=f"gpt-lightning {verb}", description="\n".join(lines))
+    parser.arguments = " ".join(places)
+    names = [place.lower() for place in places]
+    for name in names:
+        parser.add_argument(name)
     options = parser.parse_args(words)
-    export_gpt2(Path(options.checkpoint), Path(options.folder))
-    say(f"model: {options.folder}")
+    return options[names[0]], options[names[1]]
