@@ -1,0 +1,83 @@
+"""Journals of finished completions: what a kill leaves in them, whose they are, and who else may write."""
+
+from pathlib import Path
+
+import pytest
+
+from gpt_lightning.prediction_journal import (
+    Journal,
+    basis_of,
+    finished_prompts,
+    lock_output,
+    read_journals,
+    remove_journals,
+)
+
+BASIS = basis_of("digest", ["a", "b"], {"generation.stop": ["é"], "generation.temperature": 0.7})
+ROWS = [{"index": index, "completion": f"é\n\u2028{index}"} for index in range(3)]
+
+
+def keep(output: Path, rank: int, *rows: int) -> Path:
+    journal = Journal(output, rank, BASIS)
+    for row in rows:
+        journal.append(ROWS[row])
+    journal.close()
+    return output.with_name(f".{output.name}.part-{rank}")
+
+
+def test_rows_come_back_from_the_journals_of_all_ranks(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "a[1].jsonl"
+    for rank in (0, 1, 11):
+        keep(output, rank, rank % 3)
+    keep(output, 3)  # has finished nothing, and leaves nothing
+    assert read_journals(output, BASIS) == ([ROWS[0], ROWS[1], ROWS[2]], [])
+    assert read_journals(output.with_name("a1.jsonl"), BASIS) == ([], [])
+    (tmp_path / "new" / f".{output.name}.0123abcd.tmp").touch()
+    remove_journals(output)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_torn_line_is_left_out_and_written_over(cut: int, tmp_path: Path) -> None:
+    output = tmp_path / "p.jsonl"
+    path = keep(output, 0, 0, 1)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_journals(output, BASIS) == ([ROWS[0]], [])
+    keep(output, 0, 2)
+    assert read_journals(output, BASIS) == ([ROWS[0], ROWS[2]], [])
+
+
+def test_a_journal_that_was_torn_at_its_beginning_is_begun_anew(tmp_path: Path) -> None:
+    output = tmp_path / "p.jsonl"
+    path = keep(output, 0, 0)
+    path.write_bytes(path.read_bytes()[:20])
+    keep(output, 0, 1)
+    assert read_journals(output, BASIS) == ([ROWS[1]], [])
+    path.write_bytes(b"")
+    assert read_journals(output, BASIS) == ([], []) and not path.exists()
+
+
+def test_what_differs_is_named_and_removed(tmp_path: Path) -> None:
+    output = tmp_path / "p.jsonl"
+    paths = [keep(output, rank, rank) for rank in range(2)]
+    other = basis_of("another", ["a", "c"], {"generation.stop": [], "generation.temperature": 0.7})
+    expected = ["generation.stop was ['é'], is []", "other checkpoint", "other prompts"]
+    assert read_journals(output, other) == ([], expected)
+    assert not any(path.exists() for path in paths)
+
+
+def test_a_prompt_is_finished_with_all_its_samples() -> None:
+    rows = [{"index": index, "sample": sample} for index, sample in [(2, 1), (1, 0), (0, 1), (2, 0), (2, 1)]]
+    assert finished_prompts(rows, 2) == {2: [{"index": 2, "sample": 0}, {"index": 2, "sample": 1}]}
+    assert list(finished_prompts(ROWS[::-1], 1)) == [0, 1, 2]
+
+
+def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
+    output = tmp_path / "p.jsonl"
+    release = lock_output(output)
+    with pytest.raises(ValueError, match=f"output={output}: another process is writing it; wait"):
+        lock_output(output)
+    lock_output(tmp_path / "other.jsonl")()
+    release()
+    lock_output(output)()
+    assert list(tmp_path.iterdir()) == []
