@@ -1,4 +1,4 @@
-"""Samples, log-probabilities, n-grams and the stride of the window, against loops written without the engine."""
+"""Samples, log-probabilities, n-grams and the stride of the window, against loops without the engine."""
 
 import dataclasses
 
@@ -56,7 +56,8 @@ def test_greedy_text_without_repeated_ngrams_equals_that_of_transformers() -> No
     reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
     settings = dataclasses.replace(GREEDY, max_new_tokens=30, no_repeat_ngram_size=2, repetition_penalty=1.1)
     prompts = make_prompts(1, 9, 4)
-    free = generate(model, prompts, dataclasses.replace(settings, no_repeat_ngram_size=None), eos_token_id=None)
+    unlimited = dataclasses.replace(settings, no_repeat_ngram_size=None)
+    free = generate(model, prompts, unlimited, eos_token_id=None)
     completions = generate(model, prompts, settings, eos_token_id=None, batch_size=2)
     assert completions != free
     for prompt, completion in zip(prompts, completions):

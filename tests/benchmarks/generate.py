@@ -1,0 +1,237 @@
+"""Tokens a second of generation, beside transformers, nanoGPT, CTranslate2 and what the memory allows.
+
+    python tests/benchmarks/generate.py                              ours and transformers
+    python tests/benchmarks/generate.py --nanogpt PATH               also nanoGPT, from a checkout
+    pip install 'gpt_lightning[ecosystem]'                           also CTranslate2, float32 and int8
+
+GPT-2 small with the same random weights everywhere, a prompt of 32 tokens, 128 new ones, greedy, batch 1 and
+8.
+The contenders take turns, and medians are shown. The limit is the time that reading every weight once a step
+takes, at the rate at which the same threads sum an array larger than any cache, measured in every round.
+nanoGPT has no cache: a new token is timed at five lengths of the text, and their mean stands for all 128.
+The ratios of all precisions are to transformers and CTranslate2 in float32; int8 is compared with their int8.
+The last line is the result as JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.packing import packed
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface import config_from_gpt2, from_gpt2_state_dict
+from gpt_lightning.model import GPTModel
+
+PROMPT, BYTES_READ = 32, 512 * 2**20
+OURS = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "int8": (torch.float32, "int8")}
+Contender = Callable[[list[list[int]]], list[list[int]]]  # prompts to new tokens
+
+
+def our_contenders(reference: GPT2LMHeadModel, batch: int, n_new: int) -> dict[str, Contender]:
+    model = GPTModel(config_from_gpt2(reference.config)).eval()
+    model.load_state_dict(from_gpt2_state_dict(reference.state_dict(), model.config))
+    settings = GenerationConfig(max_new_tokens=n_new, do_sample=False)
+
+    def contender(dtype: torch.dtype, quantize: str | None) -> Contender:
+        of_dtype = GPTModel(model.config).to(dtype)
+        of_dtype.load_state_dict(model.state_dict())
+        copy = packed(of_dtype, quantize=quantize, n_rows=batch)
+
+        def run(prompts: list[list[int]]) -> list[list[int]]:
+            done = generate(copy, prompts, settings, eos_token_id=None, batch_size=batch)
+            return [completion.token_ids for completion in done]
+
+        return run
+
+    return {f"ours {name}": contender(*kind) for name, kind in OURS.items()}
+
+
+def transformers_contenders(reference: GPT2LMHeadModel, n_new: int) -> dict[str, Contender]:
+    """float32 and bfloat16, with its dynamic cache: the static one needs minutes of compilation to pay."""
+
+    def contender(model: GPT2LMHeadModel) -> Contender:
+        def run(prompts: list[list[int]]) -> list[list[int]]:
+            ids = torch.tensor(prompts)
+            texts = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n_new,
+                min_new_tokens=n_new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            return texts[:, PROMPT:].tolist()
+
+        return run
+
+    half = GPT2LMHeadModel(reference.config).to(torch.bfloat16).eval()
+    half.load_state_dict(reference.state_dict())
+    return {"transformers float32": contender(reference), "transformers bfloat16": contender(half)}
+
+
+def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int, n_new: int) -> dict[str, Contender]:
+    if importlib.util.find_spec("ctranslate2") is None:
+        return {}
+    import ctranslate2
+
+    folder = Path(tempfile.mkdtemp())
+    reference.save_pretrained(folder / "hf")
+    vocabulary = {str(token): token for token in range(reference.config.vocab_size)}
+    _word_tokenizer(vocabulary).save_pretrained(folder / "hf")
+    contenders: dict[str, Contender] = {}
+    for kind in ("float32", "int8"):
+        converter = ctranslate2.converters.TransformersConverter(str(folder / "hf"))
+        converter.convert(str(folder / kind), quantization=kind)
+        generator = ctranslate2.Generator(
+            str(folder / kind), compute_type=kind, inter_threads=1, intra_threads=threads
+        )
+
+        def run(prompts: list[list[int]], generator: Any = generator) -> list[list[int]]:
+            results = generator.generate_batch(
+                [[str(token) for token in prompt] for prompt in prompts],
+                max_length=n_new,
+                min_length=n_new,
+                sampling_topk=1,
+                include_prompt_in_result=False,
+            )
+            return [result.sequences_ids[0] for result in results]
+
+        contenders[f"CTranslate2 {kind}"] = run
+    return contenders
+
+
+def _word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    last = max(vocabulary, key=lambda word: vocabulary[word])
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=last))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=last, eos_token=last, unk_token=last)
+
+
+def nanogpt_seconds(path: str, reference: GPT2LMHeadModel, prompts: list[list[int]], n_new: int) -> float:
+    module = _load(Path(path) / "model.py")
+    config = reference.config
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    model = module.GPT(module.GPTConfig(**sizes, block_size=config.n_positions, dropout=0.0)).eval()
+    lengths = [PROMPT + n_new * part // 4 for part in range(5)]
+    seconds = []
+    for length in lengths:
+        ids = torch.randint(config.vocab_size, (len(prompts), length))
+        model.generate(ids[:, :2], 1, top_k=1)
+        begin = time.perf_counter()
+        model.generate(ids, 1, top_k=1)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.mean(seconds) * n_new
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_rate() -> float:
+    """Bytes a second, the best of five."""
+    array = torch.ones(BYTES_READ // 4)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        array.sum()
+        seconds.append(time.perf_counter() - begin)
+    return BYTES_READ / min(seconds)
+
+
+def weight_bytes(reference: GPT2LMHeadModel, kind: str) -> int:
+    """What a step reads: the blocks and the head, which is the token table, but no rows of the two tables."""
+    n_weights = sum(weight.numel() for weight in reference.parameters())
+    n_weights -= reference.transformer.wpe.weight.numel()
+    return n_weights * {"float32": 4, "bfloat16": 2, "int8": 1}[kind]
+
+
+def measure(
+    batch: int, reference: GPT2LMHeadModel, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """A line each contender; case -> ratios and share of ours."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(reference.config.vocab_size, (batch, PROMPT), generator=generator).tolist()
+    contenders = transformers_contenders(reference, options.new)
+    contenders |= ctranslate2_contenders(reference, options.threads, options.new)
+    contenders |= our_contenders(reference, batch, options.new)
+    for name, run in contenders.items():  # once to warm up, and to see that it writes the same text
+        same = run(prompts) == contenders["transformers float32"](prompts)
+        print(f"batch {batch} {name:22} {'the text of transformers' if same else 'another text'}", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    rates = []
+    for _ in range(options.rounds):
+        rates.append(read_rate())
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            run(prompts)
+            seconds[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    if options.nanogpt is not None:
+        medians["nanoGPT float32"] = nanogpt_seconds(options.nanogpt, reference, prompts, options.new)
+    for name, median in sorted(medians.items(), key=lambda item: -item[1]):
+        per_second, step = batch * options.new / median, 1e3 * median / options.new
+        print(f"batch {batch} {name:22} {per_second:7.1f} tokens/s  {step:6.1f} ms a step")
+    rate = statistics.median(rates)
+    listed = ", ".join(f"{rate / 1e9:.1f}" for rate in sorted(rates))
+    print(f"batch {batch} read rate {rate / 1e9:.1f} GB/s (rounds: {listed})")
+    return {f"{kind} batch {batch}": _case(kind, medians, reference, rate, options.new) for kind in OURS}
+
+
+def _case(
+    kind: str, medians: dict[str, float], reference: GPT2LMHeadModel, rate: float, n_new: int
+) -> dict[str, float]:
+    ours = medians[f"ours {kind}"]
+    case = {"vs_transformers": medians["transformers float32"] / ours}
+    if kind == "bfloat16":
+        case["vs_transformers_bfloat16"] = medians["transformers bfloat16"] / ours
+    peer = "CTranslate2 int8" if kind == "int8" else "CTranslate2 float32"
+    if peer in medians:
+        case["vs_ctranslate2"] = medians[peer] / ours
+    if "nanoGPT float32" in medians:
+        case["vs_nanogpt"] = medians["nanoGPT float32"] / ours
+    case["share_of_limit"] = weight_bytes(reference, kind) / rate / (ours / n_new)
+    return {name: round(value, 2) for name, value in case.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--layers", type=int, default=12, help="fewer, to try the benchmark itself")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--nanogpt", help="path of a checkout")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    reference = GPT2LMHeadModel(GPT2Config(n_layer=options.layers)).eval()
+    cases: dict[str, dict[str, float]] = {}
+    for batch in options.batch:
+        cases |= measure(batch, reference, options)
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()
