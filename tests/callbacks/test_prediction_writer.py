@@ -53,7 +53,7 @@ def random_module() -> GPTLightningModule:
 
 
 def alphabet_module() -> GPTLightningModule:
-    """Its likeliest token is always the next byte: of each token, the head knows the hidden state before it."""
+    """Its likeliest token is always the next byte: the head knows each token by the one before it."""
     sizes: dict[str, Any] = {"n_layers": 1, "n_heads": 1, "d_model": 64, "tie_embeddings": False}
     module = GPTLightningModule(GPTConfig(vocab_size=257, max_position_embeddings=32, **sizes))
     model = module.model
