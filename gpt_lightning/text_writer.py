@@ -6,6 +6,7 @@ from typing import TextIO
 
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Step, stream
+from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model import GPTModel
 from gpt_lightning.text_stream import TextStream, stop_test
@@ -28,6 +29,7 @@ class TextWriter:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._output, self._say = output, say
+        self._packed: dict[tuple[str | None, int], GPTModel] = {}  # the last one used
 
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
@@ -54,8 +56,11 @@ class TextWriter:
         samples.end(time.perf_counter() - start)
 
     def _ready(self, settings: GenerationConfig) -> GPTModel:
-        """The model that decodes by these settings."""
-        return self._model
+        """The model that decodes by these settings, kept for the next prompt."""
+        key = (settings.quantize, min(_ROWS, settings.num_samples))
+        if key not in self._packed:
+            self._packed = {key: packed(self._model, quantize=settings.quantize, n_rows=key[1])}
+        return self._packed[key]
 
 
 class _InTurn:

@@ -204,15 +204,16 @@ class GPTLightningModule(LightningModule):
         tokenizer: TextTokenizer = datamodule.text_tokenizer
         listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
         rows = []
+        n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * self.generation.num_samples))
         # Lengths change with every token, and each would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             for place, sample, completion in completions(
-                packed(self.model, quantize=self.generation.quantize, n_rows=datamodule.batch_size),
+                packed(self.model, quantize=self.generation.quantize, n_rows=n_rows),
                 batch.token_ids,
                 self.generation,
                 eos_token_id=tokenizer.eos_token_id,
                 prompt_numbers=batch.indices,
-                batch_size=datamodule.batch_size,
+                batch_size=n_rows,
                 should_stop=_after_token(tokenizer, self.generation.stop, listeners),
                 agree=self._agree,
             ):
