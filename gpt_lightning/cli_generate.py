@@ -25,6 +25,8 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def run_generate(words: list[str]) -> None:
     options = _parser().parse_args(_with_joined_prompt(words))
+    if sys.stdout is None:
+        raise ValueError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
     device = _device(options.device)
     with _ending_on_sigterm(), _ending_without_readers():
