@@ -279,7 +279,7 @@ class GPTLightningCLI(LightningCLI):
     def _open_output(self) -> Path:
         assert self._origin.path is not None
         given = self._get(self.config, "output")
-        if given is not None and (not given or Path(given).is_dir()):
+        if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
             raise ValueError(f"output={given!r} is no file; name one, such as predictions.jsonl")
         output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation

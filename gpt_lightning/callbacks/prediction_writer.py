@@ -104,6 +104,13 @@ class PredictionWriter(CompletionCallback):
             self.stream.write("\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n")
             self.stream.flush()
 
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            if trainer.is_global_zero and self._rows:
+                _log.info("what was finished is kept: the same command goes on with the rest")
+
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Whole or not at all, also if the machine crashes."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
