@@ -75,17 +75,18 @@ def _download(name: str, option: str) -> Path:
     """The files of one form of the weights, in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    def fetch(patterns: tuple[str, ...]) -> Path:
-        reachable = hub_is_reachable()
+    def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not reachable))
 
+    reachable = hub_is_reachable()
     try:
-        folder = fetch((CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES))
-        return folder if _has(folder, SAFETENSORS) else fetch(BIN_FILES)
+        folder = fetch(CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES)
+        return folder if _has(folder, SAFETENSORS) else fetch(*BIN_FILES)
     except Exception as error:  # network, hub and cache each raise their own kinds
-        reason = _first_line(error)
+        reason = _first_line(error) if reachable else "it cannot be reached"
         raise ValueError(
-            f"{option}={name} cannot be loaded ({reason}); check the name and the network, or give a folder"
+            f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
+            "or give a folder"
         ) from None
 
 

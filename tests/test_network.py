@@ -11,6 +11,8 @@ import torch
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint import read_checkpoint
 from gpt_lightning.data.tokenizer import load_tokenizer
+from gpt_lightning.huggingface_import import import_gpt2
+from tests.gpt2_folders import write_gpt2
 
 Config = Callable[..., Path]
 
@@ -79,6 +81,22 @@ def test_a_name_on_the_hub_does(connections: list[object], monkeypatch: pytest.M
     monkeypatch.setattr("gpt_lightning.data.tokenizer.getproxies", lambda: {})
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer("nobody/no-such-tokenizer")
+    assert connections
+
+
+def test_a_model_on_the_hub_is_asked_for_and_one_in_a_folder_is_not(
+    connections: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_lightning.data.tokenizer.getproxies", lambda: {})
+    write_gpt2(tmp_path / "gpt2")
+    for name in ("gpt2", "./gpt2", str(tmp_path / "gpt2")):
+        import_gpt2(name, "NAME")
+    for name in ("./none", "gpt2/none", "none/"):
+        with pytest.raises(ValueError, match="is not there"):
+            import_gpt2(name, "NAME")
+    assert not connections
+    with pytest.raises(ValueError, match="cannot be had from the hub .it cannot be reached."):
+        import_gpt2("nobody/no-such-model", "NAME")
     assert connections
 
 
