@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer, load_model, read_checkpoint
+from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from tests.distributed import run_ranks
 from tests.gpt2_folders import write_gpt2
@@ -99,6 +100,13 @@ def test_the_same_line_begins_a_run_and_goes_on_with_it(
     assert read_checkpoint(Path("checkpoints/tiny/last.ckpt"))["global_step"] == 6
 
 
+def test_without_a_configuration_given_weights_are_fine_tuned(config: str) -> None:
+    for words in (["--init_from", "theirs"], ["--ckpt_path", "x.ckpt"]):
+        verb, option, file, *rest = complete_words(["fit", *words])
+        assert (verb, option, rest) == ("fit", "--config", words)
+        assert Path(file).name == "finetune_gpt2.yaml"
+
+
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
@@ -152,9 +160,12 @@ def test_perplexity_of_a_text_is_that_of_the_exported_model(
     assert math.exp(float(line.split("│")[2])) == pytest.approx(math.exp(nll / scored), rel=1e-5)
 
 
-def test_tensor_parallelism_begins_alike_and_its_checkpoint_is_exported(config: str) -> None:
+def test_several_processes_begin_alike_and_a_sharded_checkpoint_is_exported(config: str) -> None:
     fit = ["fit", "--config", config, "--init_from", "x.ckpt", "--run_name"]
     main([*fit, "one"])
+    ddp = "--trainer.strategy ddp --trainer.devices 2 --data.batch_size 2".split()
+    run_ranks(main, 2, [*fit, "ddp", *ddp])
+    assert losses("ddp") == pytest.approx(losses("one"), abs=2e-6)
     strategy = ["--trainer.strategy", "gpt_lightning.TensorParallelDDPStrategy", "--trainer.devices", "2"]
     strategy += ["--trainer.strategy.tensor_parallel_size", "2", "--trainer.strategy.save_sharded", "true"]
     run_ranks(main, 2, [*fit, "two", *strategy])
