@@ -186,6 +186,7 @@ def test_what_depends_on_something_else_is_not_taken(
     with pytest.raises(Killed):
         settings = former["settings"]
         predict(module, output, settings, Counter(4))
+    caplog.clear()
     now = {**former, **change}
     settings = now.pop("settings")
     counter = Counter()
