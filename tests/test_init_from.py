@@ -173,6 +173,10 @@ def test_several_processes_begin_alike_and_a_sharded_checkpoint_is_exported(conf
     assert losses("two", "val/loss") == pytest.approx(losses("one", "val/loss"), abs=1e-6)
     main(["export-hf", "checkpoints/two/last.ckpt", "two"])
     main(["consolidate", "--ckpt_path", "checkpoints/two/last.ckpt", "--output", "two.ckpt"])
+    fit = ["fit", "--config", config, "--init_from"]
+    main([*fit, "two.ckpt", "--run_name", "whole"])
+    run_ranks(main, 2, [*fit, "checkpoints/two/last.ckpt", "--run_name", "parts", *strategy])
+    assert losses("parts") == pytest.approx(losses("whole"), abs=2e-6)
     ids = torch.randint(301, (2, 30), generator=torch.Generator().manual_seed(0))
     theirs, (ours, _) = AutoModelForCausalLM.from_pretrained("two"), load_model(Path("two.ckpt"))
     assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)

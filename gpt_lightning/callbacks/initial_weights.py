@@ -26,7 +26,7 @@ class InitialWeights(Callback):
         # The strategy may cut the model for it; that is why it cannot be done when the model is built.
         if self._contents is not None:
             trainer.strategy.load_model_state_dict(self._contents, strict=True)
-            del self._contents["state_dict"]
+            self._contents.pop("state_dict", None)  # a sharded checkpoint's is in files of its own
             self._contents = None
 
     @override
