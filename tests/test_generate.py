@@ -36,7 +36,8 @@ def write_checkpoint(path: Path) -> TextTokenizer:
         vocab_size=tokenizer.vocab_size, max_position_embeddings=32, n_layers=2, n_heads=2, d_model=16
     )
     weights = {f"model.{name}": tensor for name, tensor in GPTModel(config).state_dict().items()}
-    data = {"tokenizer": tokenizer.to_dict(), "settings": {"tokenizer": "bpe:330"}}
+    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
+    data = {**position, "tokenizer": tokenizer.to_dict(), "settings": {"tokenizer": "bpe:330"}, "text": {}}
     path.parent.mkdir(parents=True)
     contents = {"state_dict": weights, "gpt_config": asdict(config), "TextDataModule": data}
     write({**contents, "pytorch-lightning_version": lightning.__version__, "global_step": 0}, path)
@@ -73,9 +74,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("prompt", ["The cat", "", "从前", "naïve e\u0301 👍🏽"])
 @pytest.mark.parametrize("stop", [[], ["e"], ["a\n", "一个"]])
 def test_the_text_is_that_of_predict(checkpoint: Path, run: Run, prompt: str, stop: list[str]) -> None:
-    settings = ["--generation.temperature", "3", "--generation.seed", "3", "--generation.max_new_tokens", "60"]
-    settings += ["--generation.stop", json.dumps(stop, ensure_ascii=False)]
-    main(["predict", "--ckpt_path", str(checkpoint), "--data.prompts", json.dumps([prompt]), *settings])
+    prompts, stops = (json.dumps(texts, ensure_ascii=False) for texts in ([prompt], stop))
+    settings = ["--generation.temperature", "3", "--generation.max_new_tokens", "60"]
+    settings += ["--generation.stop", stops]
+    main(["predict", "--ckpt_path", str(checkpoint), "--data.prompts", prompts, *settings])
     (row,) = map(json.loads, (checkpoint.parent / "predictions.jsonl").read_text("utf-8").splitlines())
     text, messages, code = run("--prompt", prompt, *settings)
     assert text == row["prompt"] + row["completion"] + "\n" and code == 0
@@ -230,13 +232,24 @@ class Terminal:
         os.write(self._descriptor, text.encode())
 
     def exit_code(self) -> int:
-        while True:
-            try:
-                if not os.read(self._descriptor, 65536):
-                    break
-            except OSError:  # how Linux says that the other end is closed
-                break
+        """After the rest of what it shows."""
+        self._read_to_the_end()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def end_by(self, number: signal.Signals) -> int:
+        # Again and again: Python does not see a signal that comes just before it waits for a key.
+        while not self._read_to_the_end(timeout=5.0):
+            os.kill(self.pid, number)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def _read_to_the_end(self, timeout: float = 60.0) -> bool:
+        """Whether the program closes the terminal before it is quiet for so long."""
+        while select.select([self._descriptor], [], [], timeout)[0]:
+            try:
+                os.read(self._descriptor, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                return True
+        return False
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -278,7 +291,7 @@ def test_sigterm_ends_the_program(terminal: Terminal, when: str) -> None:
         terminal.type("The cat\n")
         terminal.wait_for("(?s)The cat.*The cat.{20}")
     os.kill(terminal.pid, signal.SIGTERM)
-    assert terminal.exit_code() == 143
+    assert terminal.end_by(signal.SIGTERM) == 143
 
 
 @pytest.mark.slow
