@@ -85,7 +85,8 @@ def read_journals(output: Path, basis: Basis) -> tuple[list[Row], list[str]]:
 
 def remove_journals(output: Path) -> None:
     """And what a kill has left of an output that was just being written."""
-    for path in (*_journals(output), *output.parent.glob(f".{glob.escape(output.name)}.*.tmp")):
+    left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
+    for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)
 
 

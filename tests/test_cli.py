@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint import load_model, read_checkpoint
+from gpt_lightning.prediction_journal import lock_output
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -105,7 +107,7 @@ def test_the_command_line_wins_over_the_checkpoint_in_sampling(
 
 
 def test_a_prompts_file_in_order_whatever_the_batch_size(fitted: Path, tmp_path: Path) -> None:
-    prompts = [f"The {word}" for word in "cat dog house garden river".split()]
+    prompts = [f"The {word} " * length for length, word in enumerate("cat dog house garden river".split(), 1)]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n")
     outputs = []
     for batch_size in (1, 3):
@@ -114,6 +116,19 @@ def test_a_prompts_file_in_order_whatever_the_batch_size(fitted: Path, tmp_path:
         outputs.append(Path(f"{batch_size}.jsonl").read_text())
     assert outputs[0] == outputs[1]
     assert [json.loads(line)["prompt"] for line in outputs[0].splitlines()] == prompts
+
+
+def test_an_output_that_another_writes_or_that_is_no_file_is_refused(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = lock_output(Path("p.jsonl"))
+    for output, message in (("p.jsonl", "another process is writing it"), (os.devnull, "is no file")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main(["predict", "--data.prompts", "x", "--output", output])
+        assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    release()
+    assert not list(Path().glob("*p.jsonl*"))
 
 
 def test_an_architecture_flag_against_the_checkpoint_is_refused(
