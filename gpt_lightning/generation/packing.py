@@ -5,6 +5,7 @@ PyTorch's own layout reads them at less than half of the speed that the memory h
 Shapes: M rows of all sequences, D input features, N output features.
 """
 
+import math
 import platform
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gpt_lightning.model import GPTModel, LMHead, Projection
 
-_TINY = torch.finfo(torch.float32).tiny  # for rows of zeros
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> GPTModel:
@@ -47,9 +48,11 @@ def _with_linear(model: GPTModel, make: Callable[[nn.Linear], nn.Module]) -> GPT
     copy.load_state_dict(model.state_dict(), assign=True)
     copy.requires_grad_(False)
     for name, module in list(copy.named_modules()):
+        parent, _, own_name = name.rpartition(".")
         if isinstance(module, nn.Linear):
-            parent, _, own_name = name.rpartition(".")
             setattr(copy.get_submodule(parent), own_name, make(module))
+        elif isinstance(module, nn.Dropout):
+            setattr(copy.get_submodule(parent), own_name, nn.Identity())
     return copy.eval()
 
 
@@ -74,11 +77,10 @@ class PackedLinear(nn.Module):
         # What PyTorch's own compiler does with constant weights; there is no public name for it.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(dtype), n_rows)
         self.bias = None if layer.bias is None else layer.bias.to(dtype)
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.weight, self.bias, "none", [], ""
-        )  # [..., N]
+        return self._multiply(x.to(self.dtype), self.weight, self.bias, "none", [], "")  # [..., N]
 
 
 class Int8Linear(nn.Module):
@@ -93,16 +95,18 @@ class Int8Linear(nn.Module):
         self._weight = _pack_int8(layer.weight.float())
         self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float()
         self._scratch = scratch
+        self._multiply = torch.ops.quantized.linear_dynamic.default
         # Without these instructions the kernel's sums of two products overflow at the full range.
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).float()  # [M, D]
-        greatest = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)
-        scaled, inside = self._scratch.rows(*rows.shape)
-        torch.div(rows, greatest, out=inside)
-        product = torch.ops.quantized.linear_dynamic(scaled, self._weight, self._reduce_range)  # [M, N]
-        return torch.addcmul(self._bias, product, greatest).view(*x.shape[:-1], -1).to(x.dtype)
+        x32 = x.float()
+        magnitudes, scaled, inside = self._scratch.like(x32)
+        torch.abs(x32, out=magnitudes[..., :-1])
+        greatest = magnitudes.amax(dim=-1, keepdim=True)  # [..., 1]
+        torch.div(x32, greatest, out=inside)
+        product = self._multiply(scaled, self._weight, self._reduce_range)  # [..., N]
+        return torch.addcmul(self._bias, product, greatest).to(x.dtype)
 
 
 def _pack_int8(weight: Tensor) -> torch.ScriptObject:
@@ -123,15 +127,21 @@ class _Scratch:
     """Room for the scaled rows, which all layers use in turn."""
 
     def __init__(self) -> None:
-        self._of_width: dict[int, Tensor] = {}
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by width: [M, D + 1] and [M, D + 2]
+        self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def rows(self, n_rows: int, width: int) -> tuple[Tensor, Tensor]:
-        """[M, D + 2] whose last columns hold -1 and 1, and its first D columns."""
-        room = self._of_width.get(width)
-        if room is None or len(room) < n_rows:
-            room = torch.zeros(n_rows, width + 2)
-            room[:, -2] = -1.0
-            room[:, -1] = 1.0
-            self._of_width[width] = room
-        scaled = room[:n_rows]
-        return scaled, scaled[:, :width]
+    def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For [..., D]: [..., D + 1] ending with a number above 0, [..., D + 2] with -1 and 1, its first D."""
+        if x.shape not in self._views:
+            self._views[x.shape] = self._cut(x.shape)
+        return self._views[x.shape]
+
+    def _cut(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        *rows, width = shape
+        n_rows = math.prod(rows)
+        if width not in self._rooms or len(self._rooms[width][0]) < n_rows:
+            self._views = {key: views for key, views in self._views.items() if key[-1] != width}
+            self._rooms[width] = (torch.full((n_rows, width + 1), _TINY), torch.zeros(n_rows, width + 2))
+            self._rooms[width][1][:, -2:] = torch.tensor([-1.0, 1.0])
+        magnitudes, scaled = (room[:n_rows].unflatten(0, rows) for room in self._rooms[width])
+        return magnitudes, scaled, scaled[..., :width]
