@@ -38,7 +38,8 @@ def _in_order() -> Iterator[None]:
         from gpt_lightning.checkpoint_file import CheckpointWriteError
 
         is_write_error = isinstance(error, CheckpointWriteError)
-        line = str(error) if is_write_error else _line_of(error)
+        # Of the remedies, the option is one of runs alone.
+        line = str(error).replace(" (checkpoint.dirpath)", "") if is_write_error else _line_of(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)

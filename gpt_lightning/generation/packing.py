@@ -131,7 +131,7 @@ class _Scratch:
         self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For [..., D]: [..., D + 1] ending with a number above 0, [..., D + 2] with -1 and 1, its first D."""
+        """For [..., D]: [..., D + 1] that ends with a number above 0, [..., D + 2] with -1, 1, its first D."""
         if x.shape not in self._views:
             self._views[x.shape] = self._cut(x.shape)
         return self._views[x.shape]
