@@ -11,6 +11,7 @@ from gpt_lightning.checkpoint_contents import (
     CONFIG_KEY,
     DATA_KEY,
     MODEL_PREFIX,
+    Uninitialized,
     check_contents,
     check_own,
     load_plain,
@@ -200,7 +201,8 @@ def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
     """A trained model, ready for inference, and its tokenizer: all that generation needs."""
     check_not_sharded(path)
     checkpoint = read_checkpoint(path)
-    model = GPTModel(checkpoint_config(checkpoint))
+    with Uninitialized():
+        model = GPTModel(checkpoint_config(checkpoint))
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()

@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from gpt_lightning.checkpoint_file import unreadable, verify
 from gpt_lightning.config import GPTConfig
@@ -29,6 +31,20 @@ _HYPER_PARAMETERS = (
 # Names by which Lightning and jsonargparse are told what to import and call.
 _CALLING_KEYS = {"class_path", "_class_path", "_instantiator", "init_args", "dict_kwargs"}
 _SHOWN = 3
+
+
+class Uninitialized(TorchFunctionMode):
+    """Builds a model whose weights will be replaced, without drawing any.
+
+    On the meta device, where there are none, the drawing would import half a second of torch.compile.
+    """
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def load_plain(path: str | Path) -> Any:
@@ -159,7 +175,7 @@ def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str,
             f"ckpt_path={path} does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds "
             f"the weights of {n_blocks} blocks; name another"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
     other_shape = [
         f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
