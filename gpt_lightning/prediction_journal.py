@@ -128,11 +128,11 @@ def _journals(output: Path) -> list[Path]:
 
 def _lines(path: Path) -> list[Row]:
     """Whole lines; one that a crash of the machine has spoiled is left out."""
-    lines: list[Row] = []
+    lines: list[Any] = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         with suppress(ValueError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _differences(found: Basis, basis: Basis) -> list[str]:

@@ -57,6 +57,19 @@ def test_a_journal_that_was_torn_at_its_beginning_is_begun_anew(tmp_path: Path) 
     assert read_journals(output, BASIS) == ([], []) and not path.exists()
 
 
+@pytest.mark.parametrize("content", [b"\0\0\0\n", b"[1]\n5\n", b"\xff\n{"])
+def test_a_file_that_is_no_journal_is_none(content: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "p.jsonl"
+    keep(output, 0, 0)
+    path = keep(output, 1, 1)
+    path.write_bytes(content)
+    rows, differences = read_journals(output, BASIS)
+    assert rows == [ROWS[0]] and not path.exists()
+    path = keep(output, 1, 1)
+    path.write_bytes(path.read_bytes() + content[:3] + b"\n")
+    assert read_journals(output, BASIS)[0] == ROWS[:2]
+
+
 def test_what_differs_is_named_and_removed(tmp_path: Path) -> None:
     output = tmp_path / "p.jsonl"
     paths = [keep(output, rank, rank) for rank in range(2)]
