@@ -11,7 +11,6 @@ from gpt_lightning.checkpoint_contents import (
     CONFIG_KEY,
     DATA_KEY,
     MODEL_PREFIX,
-    Uninitialized,
     check_contents,
     check_own,
     load_plain,
@@ -29,6 +28,7 @@ from gpt_lightning.parallel.sharded_folder import (
     read_rest,
     restore_set_aside,
 )
+from gpt_lightning.uninitialized import Uninitialized
 
 LAST = "last.ckpt"
 LOCK = ".lock"  # held by the process that writes into a folder

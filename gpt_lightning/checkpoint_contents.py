@@ -8,12 +8,11 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from gpt_lightning.checkpoint_file import unreadable, verify
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.model import GPTModel
+from gpt_lightning.uninitialized import Uninitialized
 
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
@@ -31,20 +30,6 @@ _HYPER_PARAMETERS = (
 # Names by which Lightning and jsonargparse are told what to import and call.
 _CALLING_KEYS = {"class_path", "_class_path", "_instantiator", "init_args", "dict_kwargs"}
 _SHOWN = 3
-
-
-class Uninitialized(TorchFunctionMode):
-    """Builds a model whose weights will be replaced, without drawing any.
-
-    On the meta device, where there are none, the drawing would import half a second of torch.compile.
-    """
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def load_plain(path: str | Path) -> Any:

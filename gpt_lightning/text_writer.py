@@ -40,10 +40,11 @@ class TextWriter:
         """
         token_ids = self._tokenizer.encode(prompt) or [self._tokenizer.eos_token_id]
         samples = _InTurn(prompt, self._tokenizer, settings, self._output, self._say)
+        model = self._ready(settings)
         start = time.perf_counter()
         samples.begin()
         for step in stream(
-            self._ready(settings),
+            model,
             [token_ids],
             settings,
             eos_token_id=self._tokenizer.eos_token_id,

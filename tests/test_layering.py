@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "kv_cache",
     "linear_cross_entropy",
+    "uninitialized",
     "model",
     "checkpoint_file",
     "snapshot",
@@ -96,7 +97,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-MODEL = {"config", "kv_cache", "linear_cross_entropy", "model"}
+MODEL = {"config", "kv_cache", "linear_cross_entropy", "uninitialized", "model"}
 FILES = {"checkpoint_file", "snapshot"}
 ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", *FILES}}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.model import GPTModel, LMHead, Projection
+from gpt_lightning.uninitialized import Uninitialized
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -43,7 +44,7 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> GPTModel:
 
 def _with_linear(model: GPTModel, make: Callable[[nn.Linear], nn.Module]) -> GPTModel:
     """The same network with other linear layers, made from its own one by one."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         copy = GPTModel(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     copy.requires_grad_(False)
