@@ -6,7 +6,7 @@
 
 GPT-2 small with the same random weights everywhere, a prompt of 32 tokens, 128 new ones, greedy, batch 1 and
 8.
-The contenders take turns, and medians are shown. The limit is the time that reading every weight once a step
+The contenders take turns, each project in a process of its own, and medians are shown. The limit is the time that reading every weight once a step
 takes, at the rate at which the same threads sum an array larger than any cache, measured in every round.
 nanoGPT has no cache: a new token is timed at five lengths of the text, and their mean stands for all 128.
 The ratios of all precisions are to transformers and CTranslate2 in float32; int8 is compared with their int8.
@@ -22,6 +22,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,22 +39,22 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface import config_from_gpt2, from_gpt2_state_dict
 from gpt_lightning.model import GPTModel
 
-PROMPT, BYTES_READ = 32, 512 * 2**20
+PROMPT, WARM_UP, BYTES_READ = 32, 8, 512 * 2**20
 OURS = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "int8": (torch.float32, "int8")}
-Contender = Callable[[list[list[int]]], list[list[int]]]  # prompts to new tokens
+Contender = Callable[[list[list[int]], int], list[list[int]]]  # prompts to so many new tokens
 
 
-def our_contenders(reference: GPT2LMHeadModel, batch: int, n_new: int) -> dict[str, Contender]:
+def our_contenders(reference: GPT2LMHeadModel, batch: int) -> dict[str, Contender]:
     model = GPTModel(config_from_gpt2(reference.config)).eval()
     model.load_state_dict(from_gpt2_state_dict(reference.state_dict(), model.config))
-    settings = GenerationConfig(max_new_tokens=n_new, do_sample=False)
 
     def contender(dtype: torch.dtype, quantize: str | None) -> Contender:
         of_dtype = GPTModel(model.config).to(dtype)
         of_dtype.load_state_dict(model.state_dict())
         copy = packed(of_dtype, quantize=quantize, n_rows=batch)
 
-        def run(prompts: list[list[int]]) -> list[list[int]]:
+        def run(prompts: list[list[int]], n_new: int) -> list[list[int]]:
+            settings = GenerationConfig(max_new_tokens=n_new, do_sample=False)
             done = generate(copy, prompts, settings, eos_token_id=None, batch_size=batch)
             return [completion.token_ids for completion in done]
 
@@ -60,11 +63,11 @@ def our_contenders(reference: GPT2LMHeadModel, batch: int, n_new: int) -> dict[s
     return {f"ours {name}": contender(*kind) for name, kind in OURS.items()}
 
 
-def transformers_contenders(reference: GPT2LMHeadModel, n_new: int) -> dict[str, Contender]:
+def transformers_contenders(reference: GPT2LMHeadModel) -> dict[str, Contender]:
     """float32 and bfloat16, with its dynamic cache: the static one needs minutes of compilation to pay."""
 
     def contender(model: GPT2LMHeadModel) -> Contender:
-        def run(prompts: list[list[int]]) -> list[list[int]]:
+        def run(prompts: list[list[int]], n_new: int) -> list[list[int]]:
             ids = torch.tensor(prompts)
             texts = model.generate(
                 ids,
@@ -83,9 +86,7 @@ def transformers_contenders(reference: GPT2LMHeadModel, n_new: int) -> dict[str,
     return {"transformers float32": contender(reference), "transformers bfloat16": contender(half)}
 
 
-def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int, n_new: int) -> dict[str, Contender]:
-    if importlib.util.find_spec("ctranslate2") is None:
-        return {}
+def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int) -> dict[str, Contender]:
     import ctranslate2
 
     folder = Path(tempfile.mkdtemp())
@@ -100,7 +101,7 @@ def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int, n_new: int)
             str(folder / kind), compute_type=kind, inter_threads=1, intra_threads=threads
         )
 
-        def run(prompts: list[list[int]], generator: Any = generator) -> list[list[int]]:
+        def run(prompts: list[list[int]], n_new: int, generator: Any = generator) -> list[list[int]]:
             results = generator.generate_batch(
                 [[str(token) for token in prompt] for prompt in prompts],
                 max_length=n_new,
@@ -165,36 +166,92 @@ def weight_bytes(reference: GPT2LMHeadModel, kind: str) -> int:
     return n_weights * {"float32": 4, "bfloat16": 2, "int8": 1}[kind]
 
 
-def measure(
-    batch: int, reference: GPT2LMHeadModel, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """A line each contender; case -> ratios and share of ours."""
+_contenders: dict[str, Contender] = {}  # of this process
+_prompts: list[list[int]] = []
+
+
+def _begin(project: str, batch: int, layers: int, threads: int) -> None:
+    """Build one project's contenders, in a process of its own: OpenMP threads of two would wait for another."""
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    reference = make_reference(layers)
     generator = torch.Generator().manual_seed(batch)
-    prompts = torch.randint(reference.config.vocab_size, (batch, PROMPT), generator=generator).tolist()
-    contenders = transformers_contenders(reference, options.new)
-    contenders |= ctranslate2_contenders(reference, options.threads, options.new)
-    contenders |= our_contenders(reference, batch, options.new)
-    for name, run in contenders.items():  # once to warm up, and to see that it writes the same text
-        same = run(prompts) == contenders["transformers float32"](prompts)
-        print(f"batch {batch} {name:22} {'the text of transformers' if same else 'another text'}", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    rates = []
-    for _ in range(options.rounds):
-        rates.append(read_rate())
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            run(prompts)
-            seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    _prompts.extend(
+        torch.randint(reference.config.vocab_size, (batch, PROMPT), generator=generator).tolist()
+    )
+    if project == "ours":
+        _contenders.update(our_contenders(reference, batch))
+    elif project == "transformers":
+        _contenders.update(transformers_contenders(reference))
+    else:
+        _contenders.update(ctranslate2_contenders(reference, threads))
+
+
+def _names() -> list[str]:
+    return list(_contenders)
+
+
+def _turn(name: str, n_new: int) -> tuple[float, list[list[int]]]:
+    """Seconds, and the text."""
+    _contenders[name](_prompts, WARM_UP)  # what was not used for a while may have left the caches
+    begin = time.perf_counter()
+    text = _contenders[name](_prompts, n_new)
+    return time.perf_counter() - begin, text
+
+
+def make_reference(layers: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers)).eval()
+
+
+def measure(batch: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """A line each contender; case -> ratios and share of ours."""
+    reference = make_reference(options.layers)
+    projects = ["transformers", "ours"]
+    if importlib.util.find_spec("ctranslate2") is not None:
+        projects.insert(1, "CTranslate2")
+    with ExitStack() as stack:
+        contenders: dict[str, ProcessPoolExecutor] = {}
+        for project in projects:
+            process = ProcessPoolExecutor(
+                max_workers=1,
+                mp_context=get_context("spawn"),
+                initializer=_begin,
+                initargs=(project, batch, options.layers, options.threads),
+            )
+            stack.enter_context(process)
+            contenders |= {name: process for name in process.submit(_names).result()}
+        medians, rate = _rounds(contenders, batch, options)
     if options.nanogpt is not None:
+        generator = torch.Generator().manual_seed(batch)
+        prompts = torch.randint(reference.config.vocab_size, (batch, PROMPT), generator=generator).tolist()
         medians["nanoGPT float32"] = nanogpt_seconds(options.nanogpt, reference, prompts, options.new)
     for name, median in sorted(medians.items(), key=lambda item: -item[1]):
         per_second, step = batch * options.new / median, 1e3 * median / options.new
         print(f"batch {batch} {name:22} {per_second:7.1f} tokens/s  {step:6.1f} ms a step")
+    return {f"{kind} batch {batch}": _case(kind, medians, reference, rate, options.new) for kind in OURS}
+
+
+def _rounds(
+    contenders: dict[str, ProcessPoolExecutor], batch: int, options: argparse.Namespace
+) -> tuple[dict[str, float], float]:
+    """Median seconds, and the median rate of reading."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    texts = {}
+    rates = []
+    for _ in range(options.rounds):
+        rates.append(read_rate())
+        for name, process in contenders.items():
+            took, texts[name] = process.submit(_turn, name, options.new).result()
+            seconds[name].append(took)
+    for name, text in texts.items():
+        same = "the" if text == texts["transformers float32"] else "not the"
+        print(f"batch {batch} {name:22} writes {same} text of transformers float32")
     rate = statistics.median(rates)
     listed = ", ".join(f"{rate / 1e9:.1f}" for rate in sorted(rates))
     print(f"batch {batch} read rate {rate / 1e9:.1f} GB/s (rounds: {listed})")
-    return {f"{kind} batch {batch}": _case(kind, medians, reference, rate, options.new) for kind in OURS}
+    return {name: statistics.median(times) for name, times in seconds.items()}, rate
 
 
 def _case(
@@ -222,14 +279,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--nanogpt", help="path of a checkout")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    reference = GPT2LMHeadModel(GPT2Config(n_layer=options.layers)).eval()
     cases: dict[str, dict[str, float]] = {}
     for batch in options.batch:
-        cases |= measure(batch, reference, options)
+        cases |= measure(batch, options)
     print(json.dumps(cases))
 
 
