@@ -54,6 +54,8 @@ class KVCache:
             shape = (self._total_rows, like.shape[1], self.max_length, like.shape[3])
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         keys, values = self._layers[layer]
+        if len(self.lengths) == self._total_rows:
+            return keys, values
         rows = slice(self._first_row, self._first_row + len(self.lengths))
         return keys[rows], values[rows]
 

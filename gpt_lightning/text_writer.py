@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import Step, stream
+from gpt_lightning.generation.engine import CausalLanguageModel, Step, stream
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model import GPTModel
@@ -29,7 +29,7 @@ class TextWriter:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._output, self._say = output, say
-        self._packed: dict[tuple[str | None, int], GPTModel] = {}  # the last one used
+        self._packed: dict[tuple[str | None, int], CausalLanguageModel] = {}  # the last one used
 
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
@@ -56,7 +56,7 @@ class TextWriter:
                 break
         samples.end(time.perf_counter() - start)
 
-    def _ready(self, settings: GenerationConfig) -> GPTModel:
+    def _ready(self, settings: GenerationConfig) -> CausalLanguageModel:
         """The model that decodes by these settings, kept for the next prompt."""
         key = (settings.quantize, min(_ROWS, settings.num_samples))
         if key not in self._packed:

@@ -27,7 +27,7 @@ FinishReason = Literal["eos", "stop", "length", "exhausted"]
 
 
 class CausalLanguageModel(Protocol):
-    """What the engine asks of a model, which is an nn.Module beside."""
+    """What the engine asks of a model."""
 
     @property
     def config(self) -> GPTConfig: ...
@@ -39,7 +39,7 @@ class CausalLanguageModel(Protocol):
 
     def modules(self) -> Iterator[nn.Module]: ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[Tensor]: ...
 
 
 class Options(TypedDict, total=False):

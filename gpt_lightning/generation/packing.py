@@ -1,4 +1,4 @@
-"""A copy of a model whose linear layers are laid out for decoding on a CPU, or hold their weights in 8 bits.
+"""A model whose linear layers are laid out for decoding on a CPU, or hold their weights in 8 bits.
 
 A step of decoding multiplies every weight with a few rows only, so what it costs is reading the weights.
 PyTorch's own layout reads them at less than half of the speed that the memory has.
@@ -8,21 +8,21 @@ Shapes: M rows of all sequences, D input features, N output features.
 import math
 import platform
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from gpt_lightning.generation.decoder import Decoder
+from gpt_lightning.generation.engine import CausalLanguageModel
 from gpt_lightning.model import GPTModel, LMHead, Projection
-from gpt_lightning.uninitialized import Uninitialized
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> GPTModel:
+def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLanguageModel:
     """The model for decoding `n_rows` at a time on a CPU; itself where nothing can be gained, as on a GPU.
 
-    The copy shares embeddings and norms with the model and holds the linear layers' weights once more, in
+    What is made shares embeddings and norms with the model and holds the linear layers' weights once more, in
     the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -35,26 +35,11 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> GPTModel:
                 "with tensor parallelism"
             )
         scratch = _Scratch()
-        return _with_linear(model, lambda layer: Int8Linear(layer, scratch))
+        return Decoder(model, lambda layer: Int8Linear(layer, scratch))
     if not (is_whole and on_cpu):
         return model
     dtype = _compute_dtype(linear[0].weight.dtype)
-    return _with_linear(model, lambda layer: PackedLinear(layer, dtype, n_rows)) if _packs(dtype) else model
-
-
-def _with_linear(model: GPTModel, make: Callable[[nn.Linear], nn.Module]) -> GPTModel:
-    """The same network with other linear layers, made from its own one by one."""
-    with torch.device("meta"), Uninitialized():
-        copy = GPTModel(model.config)
-    copy.load_state_dict(model.state_dict(), assign=True)
-    copy.requires_grad_(False)
-    for name, module in list(copy.named_modules()):
-        parent, _, own_name = name.rpartition(".")
-        if isinstance(module, nn.Linear):
-            setattr(copy.get_submodule(parent), own_name, make(module))
-        elif isinstance(module, nn.Dropout):
-            setattr(copy.get_submodule(parent), own_name, nn.Identity())
-    return copy.eval()
+    return Decoder(model, lambda layer: PackedLinear(layer, dtype, n_rows)) if _packs(dtype) else model
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -69,22 +54,21 @@ def _packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """A linear layer with its weight in the blocks that oneDNN multiplies fastest for so many rows."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, n_rows: int) -> None:
-        super().__init__()
         self.dtype = dtype
         # What PyTorch's own compiler does with constant weights; there is no public name for it.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(dtype), n_rows)
-        self.bias = None if layer.bias is None else layer.bias.to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), n_rows)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x.to(self.dtype), self.weight, self.bias, "none", [], "")  # [..., N]
 
 
-class Int8Linear(nn.Module):
+class Int8Linear:
     """A linear layer of 8-bit weights with a scale an output feature, times 8-bit inputs with one a row.
 
     PyTorch's kernel finds one scale for all rows, so that a row would be rounded by its batch mates' greatest
@@ -92,15 +76,14 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, layer: nn.Linear, scratch: "_Scratch") -> None:
-        super().__init__()
-        self._weight = _pack_int8(layer.weight.float())
-        self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float()
+        self._weight = _pack_int8(layer.weight.detach().float())
+        self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float()
         self._scratch = scratch
         self._multiply = torch.ops.quantized.linear_dynamic.default
         # Without these instructions the kernel's sums of two products overflow at the full range.
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         x32 = x.float()
         magnitudes, scaled, inside = self._scratch.like(x32)
         torch.abs(x32, out=magnitudes[..., :-1])
@@ -132,7 +115,7 @@ class _Scratch:
         self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For [..., D]: [..., D + 1] that ends with a number above 0, [..., D + 2] with -1, 1, its first D."""
+        """For [..., D]: [..., D + 1] that ends in a number above 0, [..., D + 2] in -1 and 1, its first D."""
         if x.shape not in self._views:
             self._views[x.shape] = self._cut(x.shape)
         return self._views[x.shape]

@@ -17,13 +17,14 @@ import torch
 from gpt_lightning.checkpoint import load_model, read_checkpoint
 from gpt_lightning.checkpoint_contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.generation.engine import CausalLanguageModel
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.model import GPTModel
 
 BATCH = 8
 
 
-def perplexity(model: GPTModel, datamodule: TextDataModule) -> float:
+def perplexity(model: CausalLanguageModel, datamodule: TextDataModule) -> float:
     nll, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in datamodule.val_dataloader():
