@@ -1,6 +1,7 @@
 """The command line before Lightning sees it: which configuration file a verb runs with."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,21 @@ def _verbatim_prompts(words: list[str]) -> list[str]:
 
 
 def _as_list_of_prompts(word: str) -> str:
+    prompts = _list_in(word, yaml.safe_load, yaml.YAMLError)
+    if prompts is not None:
+        return word
+    # YAML has no pairs of surrogates, by which JSON writes an emoji in ASCII.
+    prompts = _list_in(word, json.loads, ValueError)
+    return json.dumps([word] if prompts is None else prompts, ensure_ascii=False)
+
+
+def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> list[str] | None:
     try:
-        prompts = yaml.safe_load(word)
-    except yaml.YAMLError:
-        prompts = None
+        prompts = load(word)
+    except error:
+        return None
     is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
-    return word if is_list else json.dumps([word], ensure_ascii=False)
+    return prompts if is_list else None
 
 
 def check_config_file(path: Path) -> None:

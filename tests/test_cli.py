@@ -74,14 +74,14 @@ def test_predict_needs_only_a_checkpoint_and_prompts(
     corpus.unlink()
     before = {path for path in tmp_path.rglob("*")}
     capsys.readouterr()
-    main(["predict", "--data.prompts", '["The cat", "", "A dog"]'])
+    main(["predict", "--data.prompts", '["The cat", "", "A \\ud83d\\udc15"]'])  # as JSON in ASCII has a dog
     captured = capsys.readouterr()
     written = {path for path in tmp_path.rglob("*")} - before
     assert written == {fitted / "predictions.jsonl"}
     rows = [
         json.loads(line) for line in (fitted / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert [row["prompt"] for row in rows] == ["The cat", "", "A dog"]
+    assert [row["prompt"] for row in rows] == ["The cat", "", "A \U0001f415"]
     keys = ["prompt", "completion", "prompt_tokens", "completion_tokens", "finish_reason"]
     assert all(list(row) == keys for row in rows)
     assert captured.out == "\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n"
