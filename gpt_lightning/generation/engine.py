@@ -215,7 +215,7 @@ def _uniforms(settings: GenerationConfig, number: int, sample: int) -> list[floa
     key = f"{settings.seed} {number}" if sample == 0 else f"{settings.seed} {number} {sample}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(settings.max_new_tokens, generator=generator).tolist()
+    return torch.rand(settings.max_new_tokens, generator=generator, dtype=torch.float32).tolist()
 
 
 @contextmanager
@@ -249,7 +249,9 @@ def _choose(
         hidden = _cached_hidden(model, rows, cache, settings.context_stride)
     logits = model.lm_head(hidden).float()  # [B, V]
     adjusted = histories.adjust(logits)
-    uniforms = torch.tensor([row.uniforms[row.n_new] for row in rows], device=logits.device)
+    # Said outright: within a step, bf16-true makes half precision the default.
+    next_uniforms = [row.uniforms[row.n_new] for row in rows]
+    uniforms = torch.tensor(next_uniforms, device=logits.device, dtype=torch.float32)
     tokens = next_tokens(adjusted, settings, uniforms)
     columns = [tokens.float(), logits.amax(dim=-1), adjusted.amax(dim=-1)]
     if settings.logprobs:

@@ -77,7 +77,8 @@ class Int8Linear:
 
     def __init__(self, layer: nn.Linear, scratch: "_Scratch") -> None:
         self._weight = _pack_int8(layer.weight.detach().float())
-        self._bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float()
+        bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        self._bias = bias.detach().float()
         self._scratch = scratch
         self._multiply = torch.ops.quantized.linear_dynamic.default
         # Without these instructions the kernel's sums of two products overflow at the full range.
@@ -125,7 +126,10 @@ class _Scratch:
         n_rows = math.prod(rows)
         if width not in self._rooms or len(self._rooms[width][0]) < n_rows:
             self._views = {key: views for key, views in self._views.items() if key[-1] != width}
-            self._rooms[width] = (torch.full((n_rows, width + 1), _TINY), torch.zeros(n_rows, width + 2))
-            self._rooms[width][1][:, -2:] = torch.tensor([-1.0, 1.0])
+            # The dtype is said outright: within a step, bf16-true makes half precision the default.
+            magnitudes = torch.full((n_rows, width + 1), _TINY, dtype=torch.float32)
+            scaled = torch.zeros(n_rows, width + 2, dtype=torch.float32)
+            scaled[:, -2], scaled[:, -1] = -1.0, 1.0
+            self._rooms[width] = (magnitudes, scaled)
         magnitudes, scaled = (room[:n_rows].unflatten(0, rows) for room in self._rooms[width])
         return magnitudes, scaled, scaled[..., :width]

@@ -1,6 +1,7 @@
 """Samples, log-probabilities, n-grams and the stride of the window, against loops without the engine."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -212,3 +213,21 @@ def test_a_stream_that_is_closed_leaves_the_model_as_it_was() -> None:
     assert not model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     steps.close()  # type: ignore[attr-defined]
     assert model.training
+
+
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    """As Lightning's bf16-true has it around each step."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_random_numbers_keep_their_precision_where_half_is_the_default(
+    model: GPTModel, half_by_default: None
+) -> None:
+    prompts = make_prompts(4, 2, 9)
+    settings = dataclasses.replace(SAMPLED, max_new_tokens=40, temperature=2.0)
+    actual = generate(model, prompts, settings, eos_token_id=None)
+    torch.set_default_dtype(torch.float32)
+    assert actual == generate(model, prompts, settings, eos_token_id=None)

@@ -131,3 +131,13 @@ def test_int8_is_refused_where_it_does_not_run() -> None:
     assert packed(model, quantize=None, n_rows=1) is model
     with pytest.raises(ValueError, match="generation.quantize=int8 is for a whole model on a CPU; leave"):
         packed(model, quantize="int8", n_rows=1)
+
+
+def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
+    layer, x = make_layer(), torch.randn(3, 36)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = Int8Linear(layer, _Scratch())(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, Int8Linear(layer, _Scratch())(x))
