@@ -141,8 +141,9 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         tokens, completions = (sum(column) for column in zip(*gathered(counts)))
         if completions:
             seconds = self._rate.seconds
+            texts = f"{completions:,} completion{'s' if completions != 1 else ''}"
             self._say(
-                f"generated {tokens:,} tokens of {completions:,} completions in {seconds:,.1f} s: "
+                f"generated {tokens:,} tokens of {texts} in {seconds:,.1f} s: "
                 f"{tokens / seconds:,.0f} tokens/s"
             )
 
