@@ -5,12 +5,11 @@
     pip install 'gpt_lightning[ecosystem]'                           also CTranslate2, float32 and int8
 
 GPT-2 small with the same random weights everywhere, a prompt of 32 tokens, 128 new ones, greedy, batch 1 and
-8. The contenders take turns, each project in a process of its own, and medians are shown. The limit is the time
-that reading every weight once a step takes, at the rate at which the same threads sum an array larger than any
-cache, measured in every round. nanoGPT has no cache: a new token is timed at five lengths of the text, and
-their mean stands for all 128. The ratios of all precisions are to transformers and CTranslate2 in float32;
-int8 is compared with CTranslate2's int8.
-The last line is the result as JSON.
+8. The contenders take turns, each project in a process of its own, and medians are shown. The limit is the
+time that reading every weight once a step takes, at the rate at which the same threads sum an array larger
+than any cache, measured in every round. nanoGPT has no cache: a new token is timed at five lengths of the
+text, and their mean stands for all 128. The ratios of all precisions are to transformers and CTranslate2 in
+float32; int8 is compared with CTranslate2's int8. The last line is the result as JSON.
 """
 
 import argparse
@@ -171,7 +170,7 @@ _prompts: list[list[int]] = []
 
 
 def _begin(project: str, batch: int, layers: int, threads: int) -> None:
-    """Build one project's contenders, in a process of its own: two sets of OpenMP threads hinder each other."""
+    """Build one project's contenders, in a process of its own: the OpenMP threads of two hinder each other."""
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
