@@ -170,7 +170,7 @@ _prompts: list[list[int]] = []
 
 
 def _begin(project: str, batch: int, layers: int, threads: int) -> None:
-    """Build one project's contenders, in a process of its own: the OpenMP threads of two hinder each other."""
+    """Build one project's contenders, in a process of its own: OpenMP threads of two hinder each other."""
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
