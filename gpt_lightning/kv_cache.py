@@ -32,9 +32,6 @@ class KVCache:
         view._layers = self._layers
         return view
 
-    def clear(self, row: int) -> None:
-        self.lengths[row] = 0
-
     def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
         """Make one row hold the tokens of another, or the first `length` of them."""
         length = int(self.lengths[source]) if length is None else length

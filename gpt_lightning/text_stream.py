@@ -44,9 +44,15 @@ class TextStream:
 
 def stop_test(tokenizer: TextTokenizer, stop: list[str]) -> Callable[[list[int]], bool]:
     """Whether the text so far holds a stop string; it may begin and end inside tokens."""
-    # A token is at least one byte, so the last token can only complete a stop string within these many.
+    # A token with text is at least one byte, so the last token can only complete a stop string within these
+    # many, unless more tokens without text than the eight lie among them.
     reach = max((len(text.encode()) for text in stop), default=0) + 8
-    return lambda token_ids: any(text in tokenizer.decode(token_ids[-reach:]) for text in stop)
+
+    def has_stopped(token_ids: list[int]) -> bool:
+        end = tokenizer.decode(token_ids[-reach:])
+        return any(text in end for text in stop)
+
+    return has_stopped if stop else lambda token_ids: False
 
 
 def cut_at_stop(text: str, stop: list[str]) -> str:

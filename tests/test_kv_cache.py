@@ -70,7 +70,7 @@ def test_a_cleared_row_forgets_its_tokens(model: GPTModel) -> None:
     ids = make_ids(2, 12)
     cache = KVCache(2, 20)
     model.hidden_states(ids, kv_cache=cache)
-    cache.clear(0)
+    cache.lengths[0] = 0
     assert cache.lengths.tolist() == [0, 12]
     model.hidden_states(ids[1:, :5], kv_cache=cache.rows(0, 1))
     hidden = model.hidden_states(torch.stack([ids[1, 5], ids[0, 0]])[:, None], kv_cache=cache)
@@ -96,7 +96,7 @@ def test_row_views_nest_and_share_their_lengths(model: GPTModel) -> None:
     inner = cache.rows(1, 4).rows(1, 2)
     model.hidden_states(ids, kv_cache=inner)
     assert cache.lengths.tolist() == [0, 0, 4, 0]
-    inner.clear(0)
+    inner.lengths[0] = 0
     assert cache.lengths.tolist() == [0, 0, 0, 0]
 
 

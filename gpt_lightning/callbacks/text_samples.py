@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
 
 
@@ -29,7 +30,7 @@ class TextSamples(Callback):
         token_ids = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in self.prompts]
         completions = pl_module.complete(tokenizer, token_ids)
         self.latest = [
-            prompt + tokenizer.decode(completion.token_ids)
+            prompt + cut_at_stop(tokenizer.decode(completion.token_ids), pl_module.generation.stop)
             for prompt, completion in zip(self.prompts, completions)
         ]
         for logger in trainer.loggers:

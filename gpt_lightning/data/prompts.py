@@ -19,14 +19,18 @@ class PromptBatch(NamedTuple):
 def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
     """The given prompts, then those of the file; without any, one empty prompt: the start of a document."""
     given = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    for prompt in given:
+        _check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
     if prompts_file is not None:
         given += _read_file(Path(prompts_file).expanduser())
-    for prompt in given:
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"data.prompts={prompt!r} is not UTF-8; use data.prompts_file") from None
     return given or [""]
+
+
+def _check_utf8(prompt: str, place: str, remedy: str) -> None:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} is not UTF-8; {remedy}") from None
 
 
 def share_of_prompts(
@@ -68,4 +72,5 @@ def _json_prompt(line: str, place: str) -> str:
         raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
+    _check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")
     return row["prompt"]

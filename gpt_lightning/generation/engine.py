@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
@@ -24,6 +24,8 @@ from gpt_lightning.generation.sampling import GenerationConfig, next_tokens
 from gpt_lightning.kv_cache import KVCache
 
 FinishReason = Literal["eos", "stop", "length", "exhausted"]
+
+_BLOCK = 1024  # random numbers drawn at once
 
 
 class CausalLanguageModel(Protocol):
@@ -93,7 +95,7 @@ class _Row:
     prompt: int
     sample: int
     tokens: list[int]  # the prompt and what followed
-    uniforms: list[float]  # one for each new token
+    uniforms: Iterator[float]  # one for each new token
     n_prompt: int = field(init=False)
     cached_from: int | None = None  # the first of `tokens` in the cache; None before the row's first step
 
@@ -209,13 +211,18 @@ def _check_stride(settings: GenerationConfig, context_length: int) -> None:
         )
 
 
-def _uniforms(settings: GenerationConfig, number: int, sample: int) -> list[float]:
+def _uniforms(settings: GenerationConfig, number: int, sample: int) -> Iterator[float]:
     """The random numbers of one completion, in [0, 1)."""
+    if settings.is_greedy:
+        return repeat(0.0)
     # Hashed, so that neither neighbouring numbers nor neighbouring seeds share their text.
     key = f"{settings.seed} {number}" if sample == 0 else f"{settings.seed} {number} {sample}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(settings.max_new_tokens, generator=generator, dtype=torch.float32).tolist()
+    # In blocks, since max_new_tokens may be as large as a text should ever be. The dtype is said outright:
+    # within a step, bf16-true makes half precision the default.
+    blocks = (torch.rand(_BLOCK, generator=generator, dtype=torch.float32).tolist() for _ in repeat(None))
+    return chain.from_iterable(blocks)
 
 
 @contextmanager
@@ -249,8 +256,7 @@ def _choose(
         hidden = _cached_hidden(model, rows, cache, settings.context_stride)
     logits = model.lm_head(hidden).float()  # [B, V]
     adjusted = histories.adjust(logits)
-    # Said outright: within a step, bf16-true makes half precision the default.
-    next_uniforms = [row.uniforms[row.n_new] for row in rows]
+    next_uniforms = [next(row.uniforms) for row in rows]
     uniforms = torch.tensor(next_uniforms, device=logits.device, dtype=torch.float32)
     tokens = next_tokens(adjusted, settings, uniforms)
     columns = [tokens.float(), logits.amax(dim=-1), adjusted.amax(dim=-1)]
@@ -264,15 +270,15 @@ def _cached_hidden(
     model: CausalLanguageModel, rows: list[_Row], cache: KVCache, stride: int | None
 ) -> Tensor:
     """Hidden states [B, D] of the rows' last tokens, one step of all rows at once."""
-    missing: dict[int, list[int]] = {}
-    held: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        start = visible_start(len(row.tokens), model.config.max_position_embeddings, stride)
-        where = held if row.cached_from == start else missing
-        where[place] = row.tokens[start:-1]
-        row.cached_from = start
-    if missing:
-        fill(model, cache, missing, held, _device(model))
+    starts = [
+        visible_start(len(row.tokens), model.config.max_position_embeddings, stride) for row in rows
+    ]
+    if any(row.cached_from != start for row, start in zip(rows, starts)):
+        visible = {place: rows[place].tokens[start:-1] for place, start in enumerate(starts)}
+        missing = {place for place, start in enumerate(starts) if rows[place].cached_from != start}
+        fill(model, cache, visible, missing, _device(model))
+        for row, start in zip(rows, starts):
+            row.cached_from = start
     last = torch.tensor([[row.tokens[-1]] for row in rows], device=_device(model))  # [B, 1]
     return model.hidden_states(last, kv_cache=cache.rows(0, len(rows)))[:, -1]
 

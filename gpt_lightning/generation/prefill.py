@@ -32,33 +32,33 @@ def visible_start(n_tokens: int, context_length: int, stride: int | None = None)
 
 
 def fill(
-    model: _Model,
-    cache: KVCache,
-    missing: dict[int, list[int]],
-    held: dict[int, list[int]],
-    device: torch.device,
+    model: _Model, cache: KVCache, texts: dict[int, list[int]], missing: set[int], device: torch.device
 ) -> None:
-    """Make the cache's rows hold the tokens of `missing`; `held` are those that others hold already.
+    """Make the cache's rows hold their `texts`, which all but those of `missing` do already.
 
     Texts that begin alike, such as samples of one prompt, are computed once.
     """
+    held = {place: tokens for place, tokens in texts.items() if place not in missing}
     computed: dict[int, list[int]] = {}
     copies: list[tuple[int, int]] = []
-    for place, tokens in missing.items():
-        source = _holder(tokens, held | computed)
+    for place in sorted(missing):
+        source = _holder(texts[place], held)
         if source is None:
-            computed[place] = tokens
+            computed[place] = held[place] = texts[place]
         else:
             copies.append((source, place))
-    for first, texts in _groups(computed):
-        _compute(model, cache, first, texts, device)
+    for first, group in _groups(computed):
+        _compute(model, cache, first, group, device)
     for source, place in copies:
-        cache.copy_row(source, place, len(missing[place]))
+        cache.copy_row(source, place, len(texts[place]))
 
 
 def _holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
     """A row that begins with these tokens."""
-    return next((place for place, others in rows.items() if others[: len(tokens)] == tokens), None)
+    n = len(tokens)
+    # The last token first: of texts that begin alike, comparing all of them would take the longest.
+    alike = (place for place, others in rows.items() if others[n - 1 : n] == tokens[-1:])
+    return next((place for place in alike if rows[place][:n] == tokens), None)
 
 
 def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]:

@@ -201,6 +201,8 @@ class GPTLightningModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A dictionary a completion, in prompt order; a CompletionCallback is told of each when it ends."""
         datamodule = self.trainer.datamodule
+        if datamodule is None:
+            raise ValueError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
         tokenizer: TextTokenizer = datamodule.text_tokenizer
         listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
         rows = []
@@ -343,13 +345,16 @@ def _row(
     settings: GenerationConfig,
 ) -> dict[str, Any]:
     """What is written of a completion, after the number of its prompt."""
+    whole = tokenizer.decode(completion.token_ids)
+    text = cut_at_stop(whole, settings.stop)
     row: dict[str, Any] = {
         "index": batch.indices[place],
         "prompt": batch.prompts[place],
-        "completion": cut_at_stop(tokenizer.decode(completion.token_ids), settings.stop),
+        "completion": text,
         "prompt_tokens": len(batch.token_ids[place]),
         "completion_tokens": len(completion.token_ids),
-        "finish_reason": completion.finish_reason,
+        # Where tokens without text lie within a stop string, its end may have been overlooked.
+        "finish_reason": completion.finish_reason if text == whole else "stop",
     }
     if settings.num_samples > 1:
         row["sample"] = sample
