@@ -7,6 +7,7 @@ line a completion. How many ranks there were does not matter to the run that goe
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import FileIO
@@ -36,7 +37,8 @@ class Journal:
     """One rank's, to which it alone appends. What was appended outlives the process, however it ends."""
 
     def __init__(self, output: Path, rank: int, basis: Basis) -> None:
-        self._path = output.with_name(f".{output.name}.part-{rank}")
+        # Each basis has journals of its own: what an interrupted run has finished outlives a try of another.
+        self._path = output.with_name(f".{output.name}.part-{_digest(basis)}-{rank}")
         self._basis = basis
         self._file: FileIO | None = None  # until there is a row
 
@@ -55,9 +57,10 @@ class Journal:
     def _open(self) -> FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("ab", buffering=0)
-        whole = self._path.read_bytes().rfind(b"\n") + 1
-        file.truncate(whole)  # a line that a kill has torn
-        if not whole:
+        if _lines(self._path)[:1] == [self._basis]:
+            file.truncate(self._path.read_bytes().rfind(b"\n") + 1)  # a line that a kill has torn
+        else:
+            file.truncate(0)
             _write_line(file, self._basis)
         return file
 
@@ -69,22 +72,20 @@ def _write_line(file: FileIO, value: dict[str, Any]) -> None:
 
 
 def read_journals(output: Path, basis: Basis) -> tuple[list[Row], list[str]]:
-    """The rows of the journals of this basis, and what is another in those of others, which are removed."""
+    """The rows of the journals of this basis, and what is another in those of others, which stay."""
     rows: list[Row] = []
     differences: list[str] = []
     for path in _journals(output):
-        with suppress(FileNotFoundError):  # removed by another node of the run, on a disk they share
-            lines = _lines(path)
-            if lines and lines[0] == basis:
-                rows += lines[1:]
-            else:
-                differences += _differences(lines[0], basis) if lines else []
-                path.unlink()
+        lines = _lines(path)
+        if lines and lines[0] == basis:
+            rows += lines[1:]
+        elif lines:
+            differences += _differences(lines[0], basis)
     return rows, sorted(set(differences))
 
 
 def remove_journals(output: Path) -> None:
-    """And what a kill has left of an output that was just being written."""
+    """Those of every basis, and what a kill has left of an output that was just being written."""
     left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
     for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)
@@ -122,8 +123,15 @@ def lock_output(output: Path) -> Callable[[], None]:
     return release
 
 
+def _digest(basis: Basis) -> str:
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _journals(output: Path) -> list[Path]:
-    return sorted(output.parent.glob(f".{glob.escape(output.name)}.part-*"))
+    """Its own alone: another output's name may begin with this one's."""
+    own = re.compile(re.escape(f".{output.name}.part-") + r"[0-9a-f]{8}-\d+")
+    found = output.parent.glob(f".{glob.escape(output.name)}.part-*")
+    return sorted(path for path in found if own.fullmatch(path.name))
 
 
 def _lines(path: Path) -> list[Row]:
@@ -137,6 +145,8 @@ def _lines(path: Path) -> list[Row]:
 
 def _differences(found: Basis, basis: Basis) -> list[str]:
     """For a sentence that says why the one is not taken for the other."""
+    if not isinstance(found, dict):
+        return []
     return [
         f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
         for name, value in basis.items()

@@ -22,7 +22,8 @@ def keep(output: Path, rank: int, *rows: int) -> Path:
     for row in rows:
         journal.append(ROWS[row])
     journal.close()
-    return output.with_name(f".{output.name}.part-{rank}")
+    (path,) = [path for path in output.parent.iterdir() if path.name.endswith(f"-{rank}")] or [Path()]
+    return path
 
 
 def test_rows_come_back_from_the_journals_of_all_ranks(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_journal_that_was_torn_at_its_beginning_is_begun_anew(tmp_path: Path) 
     keep(output, 0, 1)
     assert read_journals(output, BASIS) == ([ROWS[1]], [])
     path.write_bytes(b"")
-    assert read_journals(output, BASIS) == ([], []) and not path.exists()
+    assert read_journals(output, BASIS) == ([], [])
 
 
 @pytest.mark.parametrize("content", [b"\0\0\0\n", b"[1]\n5\n", b"\xff\n{"])
@@ -64,19 +65,32 @@ def test_a_file_that_is_no_journal_is_none(content: bytes, tmp_path: Path) -> No
     path = keep(output, 1, 1)
     path.write_bytes(content)
     rows, differences = read_journals(output, BASIS)
-    assert rows == [ROWS[0]] and not path.exists()
+    assert rows == [ROWS[0]]
     path = keep(output, 1, 1)
     path.write_bytes(path.read_bytes() + content[:3] + b"\n")
     assert read_journals(output, BASIS)[0] == ROWS[:2]
 
 
-def test_what_differs_is_named_and_removed(tmp_path: Path) -> None:
+def test_what_differs_is_named_and_kept(tmp_path: Path) -> None:
     output = tmp_path / "p.jsonl"
-    paths = [keep(output, rank, rank) for rank in range(2)]
+    for rank in range(2):
+        keep(output, rank, rank)
     other = basis_of("another", ["a", "c"], {"generation.stop": [], "generation.temperature": 0.7})
     expected = ["generation.stop was ['é'], is []", "other checkpoint", "other prompts"]
     assert read_journals(output, other) == ([], expected)
-    assert not any(path.exists() for path in paths)
+    Journal(output, 0, other).append(ROWS[2])
+    assert read_journals(output, BASIS)[0] == ROWS[:2]
+    assert read_journals(output, other)[0] == ROWS[2:]
+
+
+def test_journals_of_an_output_whose_name_begins_alike_are_left_alone(tmp_path: Path) -> None:
+    keep(tmp_path / "out.part-1", 0, 0)
+    release = lock_output(tmp_path / "out.part-1")
+    before = sorted(tmp_path.iterdir())
+    assert read_journals(tmp_path / "out", BASIS) == ([], [])
+    remove_journals(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    release()
 
 
 def test_a_prompt_is_finished_with_all_its_samples() -> None:

@@ -1,8 +1,10 @@
 """Where predictions go: one JSON line a completion in prompt order, and the texts for people to read."""
 
+import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,13 +44,14 @@ class PredictionWriter(CompletionCallback):
         self.checkpoint = checkpoint
         self._is_keeping = True
         self._journal: Journal | None = None
+        self._finished: list[dict[str, Any]] = []  # by earlier runs; on the rank that writes
         self._rows: list[dict[str, Any]] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
-        self._rows = []
+        self._finished, self._rows = [], []
         # Tensor-parallel peers have the same rows.
         self._is_keeping = is_first_of_replica(trainer)
         if self.checkpoint is not None:
@@ -72,13 +75,13 @@ class PredictionWriter(CompletionCallback):
         trainer.datamodule.finished_prompts = finished.keys()
         if not trainer.is_global_zero:
             return
-        self._rows = [row for rows in finished.values() for row in rows]
+        self._finished = [row for rows in finished.values() for row in rows]
         differences = sorted({difference for _, others in found for difference in others})
         if differences:
             _log.info(f"beginning anew, not with what an earlier run had finished: {'; '.join(differences)}")
         if finished:
             total = len(trainer.datamodule.all_prompts) * num_samples
-            _log.info(f"resuming: {len(self._rows):,} of {total:,} completions were finished")
+            _log.info(f"resuming: {len(self._finished):,} of {total:,} completions were finished")
 
     @override
     def on_completion(self, row: dict[str, Any]) -> None:
@@ -89,7 +92,7 @@ class PredictionWriter(CompletionCallback):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = [row for part in gathered(self._rows) for row in part]
+        rows = self._finished + [row for part in gathered(self._rows) for row in part]
         rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
         if trainer.is_global_zero:
             self._write(rows)
@@ -101,8 +104,21 @@ class PredictionWriter(CompletionCallback):
             if trainer.local_rank == 0:
                 remove_journals(self.output)
         if trainer.is_global_zero:
-            self.stream.write("\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n")
+            self._show("\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n")
+
+    def _show(self, text: str) -> None:
+        """The output is written by now: a reader that left, as `head` does, changes nothing."""
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="replace")  # of characters that the terminal does not have
+        try:
+            self.stream.write(text)
             self.stream.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                _log.info(f"the texts cannot be shown ({error.strerror}); they are in {self.output}")
+            if self.stream is sys.stdout:
+                # Python would try what is still buffered again, and complain, at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

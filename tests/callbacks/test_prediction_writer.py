@@ -1,5 +1,6 @@
 """All prompts in one call of the engine, in one file, and none run twice."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.prompts import PromptBatch
+from gpt_lightning.generation.engine import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.completion_callback import CompletionCallback
-from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.module import GPTLightningModule, _row
 
 PROMPTS = ["The cat", "", "A dog sees the river and the old house", "x", "and", "The", "né 🙂", "with a small"]
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=None)
@@ -138,7 +141,7 @@ def test_a_run_goes_on_where_another_ended(
         killed = Counter(limit)
         with pytest.raises(Killed):
             predict(module, output, settings, killed, batch_size=limit)
-        assert ".p.jsonl.part-0" in names(tmp_path) and not output.exists()
+        assert any(name.startswith(".p.jsonl.part-") for name in names(tmp_path)) and not output.exists()
         ran += killed.ran
     last = Counter()
     predict(module, output, settings, last)
@@ -220,3 +223,27 @@ def test_samples_and_log_probabilities(tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.tensor(row["logprobs"]), expected[places, ids[0, len(prompt) :]], atol=1e-5, rtol=0
         )
+
+
+class Leaving(io.StringIO):
+    """A reader that has left, as `head` does."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_leaves_changes_nothing(tmp_path: Path) -> None:
+    module, output = random_module(), tmp_path / "p.jsonl"
+    rows = predict(module, output, SAMPLED)
+    with_leaving = PredictionWriter(tmp_path / "q.jsonl", Leaving())
+    predict(module, output, SAMPLED, with_leaving)
+    assert (tmp_path / "q.jsonl").read_bytes() == output.read_bytes()
+    assert len(rows) == len(PROMPTS)
+
+
+def test_a_stop_string_over_many_tokens_without_text_is_a_stop(tmp_path: Path) -> None:
+    tokenizer = TextDataModule(tokenizer="bytes").text_tokenizer
+    ids = [*tokenizer.encode("aS"), *[0xC3] * 12, *tokenizer.encode("TOP and more")]
+    batch = PromptBatch([0], ["p"], [[1]])
+    row = _row(batch, 0, 0, Completion(ids, "length"), tokenizer, GenerationConfig(stop=["STOP"]))
+    assert (row["completion"], row["finish_reason"]) == ("a", "stop")

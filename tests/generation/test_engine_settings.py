@@ -1,7 +1,9 @@
 """Samples, log-probabilities, n-grams and the stride of the window, against loops without the engine."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, NoRepeatNGramLogitsProcessor
 
-from gpt_lightning.generation.engine import Completion, generate, stream
+from gpt_lightning.generation.engine import Completion, _uniforms, generate, stream
 from gpt_lightning.generation.history import Histories
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
@@ -231,3 +233,11 @@ def test_random_numbers_keep_their_precision_where_half_is_the_default(
     actual = generate(model, prompts, settings, eos_token_id=None)
     torch.set_default_dtype(torch.float32)
     assert actual == generate(model, prompts, settings, eos_token_id=None)
+
+
+def test_random_numbers_in_blocks_are_those_of_one_draw() -> None:
+    settings = GenerationConfig(max_new_tokens=10**12, seed=3)
+    digest = hashlib.blake2b(b"3 5 2", digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    expected = torch.rand(3000, generator=generator).tolist()
+    assert list(islice(_uniforms(settings, 5, 2), 3000)) == expected
