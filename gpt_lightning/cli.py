@@ -25,9 +25,16 @@ from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint_contents import ORIGIN_KEY
 from gpt_lightning.checkpoint_io import DurableCheckpointIO
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
-from gpt_lightning.cli_checks import check_before_seeding, check_before_work, say, warn_of_untrained_positions
+from gpt_lightning.cli_checks import (
+    check_before_seeding,
+    check_before_work,
+    check_only_sampled,
+    say,
+    warn_of_untrained_positions,
+)
 from gpt_lightning.cli_endings import in_order
 from gpt_lightning.cli_imports import limited_imports
 from gpt_lightning.cli_manners import shorten
@@ -180,7 +187,8 @@ class GPTLightningCLI(LightningCLI):
             if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-            if self._origin.initial is None:
+            check_only_sampled(settings.generation)
+            if self._origin.initial is None and ORIGIN_KEY not in self._origin.restored:
                 positions = settings.model.config.max_position_embeddings
                 warn_of_untrained_positions(settings.data.seq_len, positions)
             self._open_run(settings)

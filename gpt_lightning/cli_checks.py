@@ -25,8 +25,17 @@ def check_before_work(settings: Any, *, needs_data: bool) -> None:
         raise ValueError(
             f"data.seq_len={settings.data.seq_len} is over "
             f"model.config.max_position_embeddings={config.max_position_embeddings}; "
-            "lower the one or raise the other"
+            f"{'lower it' if settings.get('init_from') else 'lower the one or raise the other'}"
         )
+
+
+def check_only_sampled(generation: Any) -> None:
+    """Raise what has no meaning for the samples that `fit` shows."""
+    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
+        if generation[name] != default:
+            raise ValueError(
+                f"generation.{name}={generation[name]} is for predict and generate; leave it out of fit"
+            )
 
 
 def check_before_seeding(settings: Any) -> None:

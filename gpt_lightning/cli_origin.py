@@ -1,5 +1,6 @@
 """What a verb's model comes from: a checkpoint to go on from or to judge, or weights to begin a run with."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _is_untrained(path: Path, contents: dict[str, Any]) -> bool:
 
 def _contents_of(init_from: str, settings: Any) -> dict[str, Any]:
     """Those of a checkpoint, or of what would be imported."""
-    path = Path(init_from).expanduser()
+    path = Path(os.path.expanduser(init_from))
     if path.is_file() or path.suffix == ".ckpt":
         try:
             return _read(path, settings)

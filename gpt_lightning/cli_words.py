@@ -23,13 +23,17 @@ def complete_words(words: list[str]) -> list[str]:
     init_from = _last(_values(words, "--init_from"))
     if init_from is not None and words[0] not in ("fit", "prepare"):
         raise ValueError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
+    given = _last(_values(words, "--ckpt_path"))
+    if init_from is not None and given not in (None, "last", "null"):
+        raise ValueError(
+            f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
+        )
     files = _values(words, "--config", "-c")
     for file in files:
         check_config_file(Path(file))
     if files:
         return words
     verb, rest = words[0], words[1:]
-    given = _last(_values(words, "--ckpt_path"))
     folder = checkpoints_folder(_last(_values(words, "--trainer.default_root_dir")))
     resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
     if init_from is not None:
@@ -41,9 +45,9 @@ def complete_words(words: list[str]) -> list[str]:
     path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
-    if verb == "fit" and step_of(path) == 0:  # an imported one
-        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
     config = path.parent / CONFIG_NAME
+    if verb == "fit" and step_of(path) == 0 and not config.is_file():  # an imported one
+        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest, "--ckpt_path", str(path)]
     if not config.is_file():
         raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
     # The path again: the configuration may name another folder to look for checkpoints in.
@@ -63,7 +67,7 @@ def _as_list_of_prompts(word: str) -> str:
     prompts = _list_in(word, yaml.safe_load, yaml.YAMLError)
     if prompts is not None:
         return word
-    # YAML has no pairs of surrogates, by which JSON writes an emoji in ASCII.
+    # YAML takes the two surrogates by which JSON writes an emoji in ASCII for two characters, or for none.
     prompts = _list_in(word, json.loads, ValueError)
     return json.dumps([word] if prompts is None else prompts, ensure_ascii=False)
 
@@ -71,9 +75,11 @@ def _as_list_of_prompts(word: str) -> str:
 def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> list[str] | None:
     try:
         prompts = load(word)
-    except error:
+        is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+        if is_list:
+            "".join(prompts).encode()
+    except (error, UnicodeEncodeError):
         return None
-    is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
     return prompts if is_list else None
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class Conversation:
         self._write(prompt, self.settings, self._is_interrupted)
 
     def _set(self, words: str) -> None:
-        name, _, value = words.partition(" ")
+        name, value, *_ = [*re.split(r"[\s=]+", words, maxsplit=1), ""]
         self.settings = changed(self.settings, name.removeprefix("generation."), value.strip())
 
     def _show_settings(self, _: str) -> None:

@@ -42,15 +42,16 @@ class TextWriter:
         samples = _InTurn(prompt, self._tokenizer, settings, self._output, self._say)
         model = self._ready(settings)
         start = time.perf_counter()
-        samples.begin()
-        for step in stream(
+        steps = stream(
             model,
             [token_ids],
             settings,
             eos_token_id=self._tokenizer.eos_token_id,
             batch_size=_ROWS,
             should_stop=stop_test(self._tokenizer, settings.stop),
-        ):
+        )
+        samples.begin()  # not before the settings were found to fit the model
+        for step in steps:
             samples.add(step)
             if is_interrupted():
                 break

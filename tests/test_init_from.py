@@ -3,17 +3,20 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from gpt_lightning.__main__ import main
+from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer, load_model, read_checkpoint
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
@@ -90,7 +93,7 @@ def test_the_same_line_begins_a_run_and_goes_on_with_it(
     assert "starting from the weights of x.ckpt" in capsys.readouterr().err
     main([*words, "--trainer.max_steps", "5"])
     captured = capsys.readouterr().err
-    assert "resuming: " in captured and "starting from" not in captured
+    assert "resuming: " in captured and "starting from" not in captured and "trains only" not in captured
     checkpoint = read_checkpoint(Path("checkpoints/tiny/last.ckpt"))
     assert checkpoint["global_step"] == 5 and checkpoint["begun_from"] == "theirs"
     # The configuration beside the checkpoint names x.ckpt; what goes on, or is judged, is the checkpoint.
@@ -103,8 +106,12 @@ def test_the_same_line_begins_a_run_and_goes_on_with_it(
 def test_without_a_configuration_given_weights_are_fine_tuned(config: str) -> None:
     for words in (["--init_from", "theirs"], ["--ckpt_path", "x.ckpt"]):
         verb, option, file, *rest = complete_words(["fit", *words])
-        assert (verb, option, rest) == ("fit", "--config", words)
+        assert (verb, option, rest[:2]) == ("fit", "--config", words)
         assert Path(file).name == "finetune_gpt2.yaml"
+    # The newest one may be an imported one, of which the fine-tuning's own name of weights must not win.
+    Path("checkpoints").mkdir()
+    Path("x.ckpt").rename("checkpoints/x.ckpt")
+    assert complete_words(["fit", "--ckpt_path", "last"])[-2:] == ["--ckpt_path", "checkpoints/x.ckpt"]
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -126,6 +133,12 @@ def test_what_contradicts_the_weights_is_refused(config: str, capsys: pytest.Cap
     assert "data.seq_len=64 is over model.config.max_position_embeddings=32" in message
     assert "init_from=none.ckpt is not a file" in fails([*fit, "--init_from", "none.ckpt"], capsys)
     assert "init_from=./none is not there" in fails([*fit, "--init_from", "./none"], capsys)
+    assert "init_from=~nosuchuser/x is not there" in fails([*fit, "--init_from", "~nosuchuser/x"], capsys)
+    message = fails([*fit, "--init_from", "theirs", "--ckpt_path", "x.ckpt"], capsys)
+    assert "init_from=theirs begins a run, and ckpt_path=x.ckpt goes on with one; leave one out" in message
+    for name, value in (("quantize", "int8"), ("num_samples", "2"), ("logprobs", "true")):
+        message = fails([*fit, "--init_from", "x.ckpt", f"--generation.{name}", value], capsys)
+        assert f"generation.{name}=" in message and "is for predict and generate" in message
     message = fails(["validate", "--init_from", "x.ckpt"], capsys)
     assert "init_from=x.ckpt begins a fit; for validate give --ckpt_path" in message
     assert not Path("checkpoints").exists()
@@ -185,3 +198,11 @@ def test_several_processes_begin_alike_and_a_sharded_checkpoint_is_exported(conf
     assert f"Perplexity **{math.exp(loss):,.2f}**" in card and "at step 3 of 3" in card
     assert "begun from: the weights of `theirs`" in card and "training text: `corpus.jsonl`" in card
     assert "3 optimizer steps, 12 windows of 16 tokens (192 tokens)" in card
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_would_load_nothing_are_refused(strategy: type[Strategy]) -> None:
+    trainer = SimpleNamespace(strategy=strategy())
+    callback = InitialWeights("gpt2", {"state_dict": {}})
+    with pytest.raises(ValueError, match=f"trainer.strategy={strategy.__name__} cannot .*=gpt2; use ddp"):
+        callback.setup(trainer, None, "fit")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from typing_extensions import override
 
 from gpt_lightning.checkpoint_contents import ORIGIN_KEY
@@ -25,6 +26,11 @@ class InitialWeights(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The strategy may cut the model for it; that is why it cannot be done when the model is built.
         if self._contents is not None:
+            if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+                raise ValueError(  # they would load nothing here, without a word
+                    f"trainer.strategy={type(trainer.strategy).__name__} cannot begin with init_from="
+                    f"{self._origin}; use ddp or gpt_lightning.TensorParallelDDPStrategy"
+                )
             trainer.strategy.load_model_state_dict(self._contents, strict=True)
             self._contents.pop("state_dict", None)  # a sharded checkpoint's is in files of its own
             self._contents = None

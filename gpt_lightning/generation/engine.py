@@ -174,18 +174,22 @@ def stream(
     histories = Histories(settings, len(active), model.config.vocab_size, _device(model))
     for place, row in enumerate(active):
         histories.begin(place, row.tokens)
-    with _evaluating(model):
-        while active:
-            chosen = _choose(model, active, cache, histories, settings)
-            chosen_numbers = (chosen if agree is None else agree(chosen)).tolist()
-            # Backwards, so that a row that moves into a gap has had its token.
-            for place in reversed(range(len(active))):
-                step = _extend(active[place], chosen_numbers[place], settings, eos_token_id, should_stop)
-                if step.token_id is not None:
-                    histories.append(place, step.token_id)
-                if step.finish_reason is not None:
-                    _refill(active, place, next(waiting, None), cache, histories)
-                yield step
+
+    def steps() -> Iterator[Step]:
+        with _evaluating(model):
+            while active:
+                chosen = _choose(model, active, cache, histories, settings)
+                chosen_numbers = (chosen if agree is None else agree(chosen)).tolist()
+                # Backwards, so that a row that moves into a gap has had its token.
+                for place in reversed(range(len(active))):
+                    step = _extend(active[place], chosen_numbers[place], settings, eos_token_id, should_stop)
+                    if step.token_id is not None:
+                        histories.append(place, step.token_id)
+                    if step.finish_reason is not None:
+                        _refill(active, place, next(waiting, None), cache, histories)
+                    yield step
+
+    return steps()  # a generator of its own, so that a mistake is found here and not at its first step
 
 
 def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_size: int) -> None:
