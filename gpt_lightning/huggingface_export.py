@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gpt_lightning.checkpoint import MODEL_PREFIX, checkpoint_config, checkpoint_tokenizer, read_checkpoint
 from gpt_lightning.checkpoint_file import sync_folder, write_error
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model_card import model_card
 from gpt_lightning.parallel.sharded_checkpoint import read_whole
@@ -23,10 +27,12 @@ def export_gpt2(path: Path, folder: Path) -> None:
     checkpoint = read_checkpoint(path)
     if is_sharded(path):
         checkpoint = read_whole(path)
+    config, tokenizer = checkpoint_config(checkpoint), checkpoint_tokenizer(checkpoint)
     try:
-        with _named_when_whole(folder) as temporary:
-            _write_model(checkpoint, temporary)
-            card = model_card(checkpoint, folder.resolve().name)
+        place = folder.resolve()  # of "." or a link, that which has a name
+        with _named_when_whole(place) as temporary:
+            _write_model(checkpoint["state_dict"], config, tokenizer, temporary)
+            card = model_card(checkpoint, place.name)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise write_error(folder, error) from error
@@ -34,25 +40,35 @@ def export_gpt2(path: Path, folder: Path) -> None:
 
 @contextmanager
 def _named_when_whole(folder: Path) -> Generator[Path, None, None]:
-    """A folder beside it, which takes its place in the end, or is gone."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    """A folder beside it, which takes its place in the end, or is gone.
+
+    One that exists is filled, config.json last: somebody may stand in it.
+    """
+    exists = folder.exists()
+    temporary = (folder if exists else folder.parent) / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        os.replace(temporary, folder)
+        if exists:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, folder / file.name)
+            sync_folder(folder)
+        else:
+            os.replace(temporary, folder)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(checkpoint: dict[str, Any], folder: Path) -> None:
+def _write_model(
+    state_dict: dict[str, Tensor], config: GPTConfig, tokenizer: TextTokenizer, folder: Path
+) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPT2Config
 
-    config, tokenizer = checkpoint_config(checkpoint), checkpoint_tokenizer(checkpoint)
     ends: dict[str, Any] = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     names: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     GPT2Config(**config_to_gpt2(config), **ends, **names).save_pretrained(folder)
@@ -60,7 +76,7 @@ def _write_model(checkpoint: dict[str, Any], folder: Path) -> None:
     tokenizer.padded(config.vocab_size).save(folder, max_length=config.max_position_embeddings)
     ours = {
         name.removeprefix(MODEL_PREFIX): tensor.float()
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in state_dict.items()
         if name.startswith(MODEL_PREFIX)
     }
     theirs = to_gpt2_state_dict(ours, config)

@@ -162,6 +162,33 @@ def test_an_existing_folder_is_refused(checkpoint: Path, capsys: pytest.CaptureF
     AutoModelForCausalLM.from_pretrained("empty")
 
 
+@pytest.mark.parametrize("target", [".", "link"])
+def test_an_empty_folder_may_have_any_name(
+    target: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    if target == ".":
+        monkeypatch.chdir("empty")
+    main(["export-hf", str(checkpoint), target])
+    AutoModelForCausalLM.from_pretrained(target)
+    written = checkpoint.parent / "empty"
+    assert {path.suffix for path in written.iterdir()} == {".md", ".json", ".safetensors"}
+    assert (checkpoint.parent / "link").is_symlink()
+
+
+def test_a_checkpoint_without_a_tokenizer_leaves_nothing_behind(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = read_checkpoint(checkpoint)
+    del contents["TextDataModule"]
+    torch.save(contents, "bare.ckpt")
+    with pytest.raises(SystemExit):
+        main(["export-hf", "bare.ckpt", "new/deep/back"])
+    assert "the checkpoint holds no tokenizer" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 def test_what_is_no_checkpoint_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("torn.ckpt").write_bytes(checkpoint.read_bytes()[:-9])
     torch.save({"state_dict": {}}, "other.ckpt")
