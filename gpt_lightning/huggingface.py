@@ -6,10 +6,11 @@ of old carry constant mask buffers, which hold no weights.
 Shapes: D d_model, H heads, K head_dim.
 """
 
+import logging
 import re
-import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gpt_lightning.config import GPTConfig
@@ -17,8 +18,12 @@ from gpt_lightning.config import GPTConfig
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
+_log = logging.getLogger("gpt_lightning")
+
 ACTIVATION_FROM_GPT2 = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 ACTIVATION_TO_GPT2 = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+
+ATTENTION = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what ours does
 
 BLOCK_LAYERS = {  # ours -> GPT-2's
     "ln_1": "ln_1",
@@ -38,17 +43,13 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
             f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not known "
             f"to GPTModel; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
         )
-    for name, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+    for name, needed in ATTENTION.items():
         if getattr(hf_config, name) is not needed:
             raise ValueError(
                 f"{name}={not needed} of the Hugging Face model changes its attention; "
                 f"import a model with {name}={needed}"
             )
-    dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if len(set(dropouts.values())) > 1:
-        listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
-        warnings.warn(f"{listing} become one dropout={hf_config.resid_pdrop}; or set model.config.dropout")
-    return GPTConfig(
+    config = GPTConfig(
         vocab_size=hf_config.vocab_size,
         max_position_embeddings=hf_config.n_positions,
         n_layers=hf_config.n_layer,
@@ -61,6 +62,11 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
         tie_embeddings=hf_config.tie_word_embeddings,
         layer_norm_eps=hf_config.layer_norm_epsilon,
     )
+    dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(set(dropouts.values())) > 1:
+        listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
+        _log.warning("%s become one dropout=%s", listing, config.dropout)
+    return config
 
 
 def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
@@ -86,7 +92,11 @@ def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> di
     theirs = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
     if config.tie_embeddings and "wte.weight" in theirs:
-        theirs["lm_head.weight"] = theirs["wte.weight"]
+        if not torch.equal(theirs.setdefault("lm_head.weight", theirs["wte.weight"]), theirs["wte.weight"]):
+            raise ValueError(
+                "tie_word_embeddings=True, but lm_head.weight differs from wte.weight; "
+                "set it to false in config.json"
+            )
     names = _gpt2_names(config)
     if missing := sorted(set(names.values()) - theirs.keys()):
         raise ValueError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")

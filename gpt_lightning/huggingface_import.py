@@ -4,6 +4,7 @@ Everything is read as data: a .bin file with `weights_only`, and no code that a 
 """
 
 import json
+import logging
 import os
 import re
 import zipfile
@@ -18,12 +19,27 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint_contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.data.tokenizer import TextTokenizer, hub_is_reachable, is_hub_name, load_tokenizer
-from gpt_lightning.huggingface import config_from_gpt2, from_gpt2_state_dict, to_gpt2_state_dict
+from gpt_lightning.data.tokenizer import (
+    TextTokenizer,
+    hub_is_reachable,
+    is_hub_name,
+    is_trained_here,
+    load_tokenizer_folder,
+)
+from gpt_lightning.huggingface import (
+    ATTENTION,
+    config_from_gpt2,
+    config_to_gpt2,
+    from_gpt2_state_dict,
+    to_gpt2_state_dict,
+)
 from gpt_lightning.model import GPTModel
 from gpt_lightning.snapshot import first_non_finite
 
+_log = logging.getLogger("gpt_lightning")
+
 CONFIG, SAFETENSORS, BIN, INDEX = "config.json", "model.safetensors", "pytorch_model.bin", ".index.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
@@ -42,7 +58,9 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     weights = _convert(_read_weights(folder, complaint), config, complaint)
     tokenizer = _read_tokenizer(folder, config, complaint)
     origin = name if is_hub_name(name) else folder.resolve().name
-    settings = {"tokenizer": origin}
+    # As data.tokenizer, the bare name would mean one of ours.
+    is_ours = origin == "bytes" or is_trained_here(origin)
+    settings = {"tokenizer": f"./{origin}" if is_ours else origin}
     position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     data = {**position, "settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
     return {
@@ -51,7 +69,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
         "pytorch-lightning_version": version("lightning"),
         "hparams_name": "kwargs",
         "hyper_parameters": {"config": asdict(config)},
-        "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in weights.items()},
+        "state_dict": {MODEL_PREFIX + key: tensor for key, tensor in weights.items()},
         CONFIG_KEY: asdict(config),
         DATA_KEY: data,
         ORIGIN_KEY: origin,
@@ -80,7 +98,7 @@ def _download(name: str, option: str) -> Path:
 
     reachable = hub_is_reachable()
     try:
-        folder = fetch(CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES)
+        folder = fetch(CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES)
         return folder if _has(folder, SAFETENSORS) else fetch(*BIN_FILES)
     except Exception as error:  # network, hub and cache each raise their own kinds
         reason = _first_line(error) if reachable else "it cannot be reached"
@@ -104,7 +122,10 @@ def _read_config(folder: Path, complaint: str) -> GPTConfig:
             f"{complaint} is a model of the type {stored.get('model_type')!r}; only 'gpt2' can be imported"
         )
     try:
-        theirs = GPT2Config.from_dict(stored)
+        # The others, of which some cost memory or make noise, have no meaning here.
+        known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
+        options = {key: value for key, value in stored.items() if key in known}
+        theirs = GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None})
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
         raise ValueError(f"{complaint}: {CONFIG} is no GPT-2's ({reason}); mend it") from None
@@ -112,18 +133,36 @@ def _read_config(folder: Path, complaint: str) -> GPTConfig:
         return config_from_gpt2(theirs)
     except ValueError as error:
         raise ValueError(f"{complaint}: {error}") from None
+    except OverflowError as error:
+        raise ValueError(f"{complaint}: {CONFIG} is no GPT-2's ({error}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextTokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{complaint} holds no tokenizer; put the tokenizer.json that belongs to it there")
-    tokenizer = load_tokenizer(str(folder), complaint.partition("=")[0])
+    eos_token_id = _stored_eos(folder, config, complaint)
+    tokenizer = load_tokenizer_folder(folder, complaint, eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{complaint}: its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
             f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
         )
+    if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
+        _log.warning(
+            "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept",
+            *(complaint, eos_token_id, tokenizer.eos_token_id),
+        )
     return tokenizer
+
+
+def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
+    """What the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
+    for name in (CONFIG, GENERATION_CONFIG):
+        stored = _read_json(folder / name, complaint) if (folder / name).is_file() else {}
+        index = stored.get("eos_token_id")
+        if type(index) is int and 0 <= index < config.vocab_size:
+            return index
+    return None
 
 
 def _has(folder: Path, name: str) -> bool:
@@ -200,8 +239,11 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
     blocks = {match[1] for name in theirs if (match := BLOCK.match(name))}
     if len(blocks) != config.n_layers:
         raise ValueError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
-    with torch.device("meta"):
-        expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
+    try:
+        with torch.device("meta"):
+            expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
+    except (TypeError, RuntimeError) as error:  # beyond 64 bits
+        raise ValueError(f"{CONFIG} gives sizes of no weights ({_first_line(error)}); mend it") from None
     for name, tensor in expected.items():
         found = theirs.get(name, theirs.get(name.removeprefix("transformer.")))
         if found is not None and found.shape != tensor.shape:

@@ -1,6 +1,7 @@
 """Weights and configuration to and from transformers' GPT-2."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import pytest
@@ -89,9 +90,10 @@ def test_configuration_round_trip(options: dict[str, Any]) -> None:
     assert config_from_gpt2(GPT2Config(**config_to_gpt2(config))) == config
 
 
-def test_different_dropouts_are_named_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match="resid_pdrop=0.2, embd_pdrop=0.1, .* become one dropout=0.2"):
+def test_different_dropouts_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "gpt_lightning"):
         assert config_from_gpt2(GPT2Config(resid_pdrop=0.2)).dropout == 0.2
+    assert caplog.messages == ["resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1 become one dropout=0.2"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,12 @@ def test_different_dropouts_are_named_in_a_warning() -> None:
 def test_networks_that_differ_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_gpt2(GPT2Config(**changes))
+
+
+def test_a_head_of_its_own_is_not_dropped_for_a_tied_one() -> None:
+    state_dict = make_reference(tie_word_embeddings=False).state_dict()
+    with pytest.raises(ValueError, match="^tie_word_embeddings=True, but lm_head.weight differs .*; set it"):
+        from_gpt2_state_dict(state_dict, CONFIG)
 
 
 def test_missing_and_unknown_weights_are_named() -> None:

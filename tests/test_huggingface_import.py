@@ -110,6 +110,53 @@ def test_ids_that_the_tokenizer_never_gives_are_kept(tmp_path: Path) -> None:
     assert torch.equal(model.token_embedding.weight, theirs.transformer.wte.weight)
 
 
+def test_what_no_import_reads_does_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change_config(folder, num_labels=10**9, id2label={"x": 3}, bos_token_id=50256, eos_token_id=-7)
+    main(["import-hf", str(folder), "x.ckpt"])
+    assert capfd.readouterr().err == "checkpoint: x.ckpt\n"
+
+
+def test_different_dropouts_are_told_in_one_plain_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(folder, resid_pdrop=0.2)
+    main(["import-hf", str(folder), "x.ckpt"])
+    assert capsys.readouterr().err.splitlines() == [
+        "resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1 become one dropout=0.2",
+        "checkpoint: x.ckpt",
+    ]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_tokenizer_that_names_no_end_takes_the_models(file: str, folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    for name in ("config.json", "generation_config.json"):
+        change_json(folder / name, eos_token_id=65 if name == file else None)
+    main(["import-hf", str(folder), "x.ckpt"])
+    _, tokenizer = load_model(Path("x.ckpt"))
+    assert tokenizer.eos_token_id == 65
+
+
+def test_another_end_than_the_tokenizers_is_told_and_left(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(folder, eos_token_id=65)
+    main(["import-hf", str(folder), "x.ckpt"])
+    line, _ = capsys.readouterr().err.splitlines()
+    assert "eos_token_id=65" in line and "256" in line
+    _, tokenizer = load_model(Path("x.ckpt"))
+    assert tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "bpe:300"])
+def test_a_folder_may_be_called_like_a_tokenizer_of_ours(name: str, folder: Path) -> None:
+    write_gpt2(Path(name), word_tokenizer(60))
+    main(["import-hf", name, "x.ckpt"])
+    _, tokenizer = load_model(Path("x.ckpt"))
+    assert tokenizer.vocab_size == 60 and tokenizer.encode("w3 w4") == [3, 4]
+    assert read_checkpoint(Path("x.ckpt"))["TextDataModule"]["settings"]["tokenizer"] == f"./{name}"
+
+
 # ---- what is refused
 
 
@@ -126,8 +173,11 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    change_json(folder / "config.json", **changes)
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -173,6 +223,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads": (lambda folder: change_config(folder, n_head=3), "model.config.d_model=16 is not divisible"),
     "layers": (lambda folder: change_config(folder, n_layer=10**9), "1000000000 layers, and the weights"),
     "shape": (lambda folder: change_config(folder, n_positions=64), "wpe.weight is [32, 16], and by"),
+    "width": (lambda folder: change_config(folder, n_embd=2**63), "config.json gives sizes of no weights"),
+    "positions": (lambda folder: change_config(folder, n_positions=2**62), "sizes of no weights"),
+    "dropout": (lambda folder: change_config(folder, resid_pdrop=10**400), "config.json is no GPT-2's"),
+    "head": (
+        lambda folder: change_weights(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})),
+        "tie_word_embeddings=True, but lm_head.weight differs from wte.weight; set it to false in",
+    ),
     "vocabulary": (lambda folder: change_config(folder, vocab_size=300), "wte.weight is [257, 16]"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
     "cut short": (cut_short, "model.safetensors cannot be read as weights"),

@@ -180,7 +180,7 @@ def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
         return _bytes_tokenizer()
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return _from_folder(Path(folder), f"{option}={name}")
+        return load_tokenizer_folder(Path(folder), f"{option}={name}")
     if not is_hub_name(name):
         raise ValueError(f"{option}={name} is not a folder; give the folder that holds tokenizer.json")
     return _from_transformers(name, f"{option}={name}", local_files_only=False)
@@ -205,24 +205,42 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _from_folder(folder: Path, option: str) -> TextTokenizer:
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
+    """Complaints begin with `option`; `eos_token_id` is its model's, taken where the folder names no end."""
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif vocabulary.is_file() and merges.is_file():
-            tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+        elif _is_plain_bpe(folder):
+            vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+            tokenizer = _byte_level(models.BPE.from_file(vocabulary, merges))
         else:
             tokenizer = None
         named = _named_eos(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise ValueError(f"{option} cannot be read ({_first_line(error)}); save it anew") from None
+    if named is not None:
+        eos_token_id = None
     if tokenizer is None:
-        return _from_transformers(str(folder), option, local_files_only=True)
+        return _from_transformers(str(folder), option, local_files_only=True, eos_token_id=eos_token_id)
     usual = [token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None]
-    if named is None and not usual:
+    eos_token = named or _token(tokenizer, eos_token_id) or next(iter(usual), None)
+    if eos_token is None:
         raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(tokenizer, named or usual[0])
+    return TextTokenizer(tokenizer, eos_token)
+
+
+def _is_plain_bpe(folder: Path) -> bool:
+    """Whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
+    path = folder / "tokenizer_config.json"
+    options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changes = options.get("added_tokens_decoder") or options.get("add_prefix_space")
+    if changes or (folder / "added_tokens.json").is_file():
+        return False
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _token(tokenizer: Tokenizer, index: int | None) -> str | None:
+    return None if index is None else tokenizer.id_to_token(index)
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -241,7 +259,9 @@ def _named_eos(folder: Path) -> str | None:
     return None
 
 
-def _from_transformers(name: str, option: str, *, local_files_only: bool) -> TextTokenizer:
+def _from_transformers(
+    name: str, option: str, *, local_files_only: bool, eos_token_id: int | None = None
+) -> TextTokenizer:
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
@@ -256,9 +276,10 @@ def _from_transformers(name: str, option: str, *, local_files_only: bool) -> Tex
         raise ValueError(f"{option} cannot be loaded ({_first_line(error)}); {remedy}") from None
     if not loaded.is_fast:
         raise ValueError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
-    if loaded.eos_token is None:
+    eos_token = _token(loaded.backend_tokenizer, eos_token_id) or loaded.eos_token
+    if eos_token is None:
         raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(loaded.backend_tokenizer, loaded.eos_token)
+    return TextTokenizer(loaded.backend_tokenizer, eos_token)
 
 
 def hub_is_reachable() -> bool:

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt_lightning.data.tokenizer import (
@@ -13,6 +14,7 @@ from gpt_lightning.data.tokenizer import (
     default_vocab_size,
     is_trained_here,
     load_tokenizer,
+    load_tokenizer_folder,
     requested_vocab_size,
     train_bpe,
 )
@@ -94,14 +96,63 @@ def test_saved_folder_opens_in_transformers(bpe: TextTokenizer, tmp_path: Path) 
     assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", bpe.eos_token_id)
 
 
-def test_vocabulary_and_merges_files_give_the_same_ids(bpe: TextTokenizer, tmp_path: Path) -> None:
-    model = json.loads(bpe.to_dict()["tokenizer_json"])["model"]
+def write_vocabulary_and_merges(tokenizer: TextTokenizer, folder: Path) -> None:
+    model = json.loads(tokenizer.to_dict()["tokenizer_json"])["model"]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+
+
+def test_vocabulary_and_merges_files_give_the_same_ids(bpe: TextTokenizer, tmp_path: Path) -> None:
+    write_vocabulary_and_merges(bpe, tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.encode(TEXT) == bpe.encode(TEXT)
     assert loaded.eos_token_id == bpe.eos_token_id
+
+
+ADDED = {"<|pad|>": 300, "<|end|>": 301}
+
+
+@pytest.mark.parametrize(
+    ("added", "options"),
+    [
+        (ADDED, {"eos_token": "<|end|>"}),
+        (
+            None,
+            {
+                "eos_token": "<|end|>",
+                "added_tokens_decoder": {id: {"content": token} for token, id in ADDED.items()},
+            },
+        ),
+        (None, {"add_prefix_space": True}),
+    ],
+)
+def test_what_lies_beside_vocabulary_and_merges_counts(
+    added: dict[str, int] | None, options: dict[str, object], bpe: TextTokenizer, tmp_path: Path
+) -> None:
+    write_vocabulary_and_merges(bpe, tmp_path)
+    if added is not None:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    options = {"tokenizer_class": "GPT2Tokenizer", **options}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.eos_token_id == theirs.eos_token_id
+    assert loaded.encode("The cat") == theirs.encode("The cat", add_special_tokens=False)
+
+
+def test_the_end_that_a_model_names_is_taken_where_the_folder_names_none(
+    bpe: TextTokenizer, tmp_path: Path
+) -> None:
+    write_vocabulary_and_merges(bpe, tmp_path)
+    assert load_tokenizer_folder(tmp_path, "x", 7).eos_token_id == 7
+    assert load_tokenizer_folder(tmp_path, "x", 50256).eos_token_id == bpe.eos_token_id
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ADDED))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert load_tokenizer_folder(tmp_path, "x", 301).eos_token_id == 301
+    assert load_tokenizer_folder(tmp_path, "x", 50256).eos_token_id == bpe.eos_token_id
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|pad|>"}')
+    assert load_tokenizer_folder(tmp_path, "x", 301).eos_token_id == 300
 
 
 def test_truncation_padding_and_code_in_a_folder_are_ignored(bpe: TextTokenizer, tmp_path: Path) -> None:
