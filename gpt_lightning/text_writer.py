@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import CausalLanguageModel, Step, stream
+from gpt_lightning.generation.engine import stream
+from gpt_lightning.generation.interface import CausalLanguageModel, Step
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model import GPTModel

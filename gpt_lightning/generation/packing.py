@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.generation.decoder import Decoder
-from gpt_lightning.generation.engine import CausalLanguageModel
+from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.model import GPTModel, LMHead, Projection
 
 _TINY = torch.finfo(torch.float32).tiny

@@ -1,18 +1,13 @@
 """What of a text the model sees, and its way into the cache, in as few passes as possible."""
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.kv_cache import KVCache
 
 _MAX_PADDING = 0.25  # of the tokens that one pass is to compute
-
-
-class _Model(Protocol):
-    def hidden_states(self, input_ids: Tensor, *, kv_cache: KVCache | None = None) -> Tensor: ...
 
 
 def visible_start(n_tokens: int, context_length: int, stride: int | None = None) -> int:
@@ -32,7 +27,11 @@ def visible_start(n_tokens: int, context_length: int, stride: int | None = None)
 
 
 def fill(
-    model: _Model, cache: KVCache, texts: dict[int, list[int]], missing: set[int], device: torch.device
+    model: CausalLanguageModel,
+    cache: KVCache,
+    texts: dict[int, list[int]],
+    missing: set[int],
+    device: torch.device,
 ) -> None:
     """Make the cache's rows hold their `texts`, which all but those of `missing` do already.
 
@@ -79,7 +78,7 @@ def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]
 
 
 def _compute(
-    model: _Model, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
+    model: CausalLanguageModel, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
 ) -> None:
     """One pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
     rows = cache.rows(first, first + len(texts))

@@ -1,7 +1,6 @@
 """The LightningModule: what a step of training, validation and prediction does with a batch."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,14 +24,14 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import Completion, completions, generate
+from gpt_lightning.generation.engine import completions, generate
+from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from gpt_lightning.text_stream import cut_at_stop, stop_test
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.optim import (
@@ -41,6 +40,7 @@ from gpt_lightning.training.optim import (
     build_optimizer,
     learning_rate_factor,
 )
+from gpt_lightning.training.prediction_rows import after_token, prediction_row
 
 
 class GPTLightningModule(LightningModule):
@@ -216,10 +216,10 @@ class GPTLightningModule(LightningModule):
                 eos_token_id=tokenizer.eos_token_id,
                 prompt_numbers=batch.indices,
                 batch_size=n_rows,
-                should_stop=_after_token(tokenizer, self.generation.stop, listeners),
+                should_stop=after_token(tokenizer, self.generation.stop, listeners),
                 agree=self._agree,
             ):
-                rows.append(_row(batch, place, sample, completion, tokenizer, self.generation))
+                rows.append(prediction_row(batch, place, sample, completion, tokenizer, self.generation))
                 for listener in listeners:
                     listener.on_completion(rows[-1])
         return sorted(rows, key=lambda row: (row["index"], row.get("sample", 0)))
@@ -233,7 +233,7 @@ class GPTLightningModule(LightningModule):
                 replace(self.generation, num_samples=1),
                 eos_token_id=tokenizer.eos_token_id,
                 batch_size=len(prompts),
-                should_stop=_after_token(tokenizer, self.generation.stop, []),
+                should_stop=after_token(tokenizer, self.generation.stop, []),
                 agree=self._agree,
             )
 
@@ -320,44 +320,3 @@ class GPTLightningModule(LightningModule):
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
         if self._last_validation is not None:
             checkpoint[VALIDATION_KEY] = self._last_validation
-
-
-def _after_token(
-    tokenizer: TextTokenizer, stop: list[str], listeners: list[CompletionCallback]
-) -> Callable[[list[int]], bool]:
-    """Tells of a new token, and whether the text so far holds a stop string, maybe within tokens."""
-    has_stopped = stop_test(tokenizer, stop)
-
-    def after_token(token_ids: list[int]) -> bool:
-        for listener in listeners:
-            listener.on_new_token()
-        return has_stopped(token_ids)
-
-    return after_token
-
-
-def _row(
-    batch: PromptBatch,
-    place: int,
-    sample: int,
-    completion: Completion,
-    tokenizer: TextTokenizer,
-    settings: GenerationConfig,
-) -> dict[str, Any]:
-    """What is written of a completion, after the number of its prompt."""
-    whole = tokenizer.decode(completion.token_ids)
-    text = cut_at_stop(whole, settings.stop)
-    row: dict[str, Any] = {
-        "index": batch.indices[place],
-        "prompt": batch.prompts[place],
-        "completion": text,
-        "prompt_tokens": len(batch.token_ids[place]),
-        "completion_tokens": len(completion.token_ids),
-        # Where tokens without text lie within a stop string, its end may have been overlooked.
-        "finish_reason": completion.finish_reason if text == whole else "stop",
-    }
-    if settings.num_samples > 1:
-        row["sample"] = sample
-    if completion.logprobs is not None:
-        row["logprobs"] = [round(logprob, 6) for logprob in completion.logprobs]
-    return row

@@ -17,7 +17,7 @@ import torch
 from gpt_lightning.checkpoint import load_model, read_checkpoint
 from gpt_lightning.checkpoint_contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.generation.engine import CausalLanguageModel
+from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.model import GPTModel
 

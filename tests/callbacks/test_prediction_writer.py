@@ -15,10 +15,11 @@ from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import PromptBatch
-from gpt_lightning.generation.engine import Completion
+from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.completion_callback import CompletionCallback
-from gpt_lightning.training.module import GPTLightningModule, _row
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.prediction_rows import prediction_row
 
 PROMPTS = ["The cat", "", "A dog sees the river and the old house", "x", "and", "The", "né 🙂", "with a small"]
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=None)
@@ -245,5 +246,5 @@ def test_a_stop_string_over_many_tokens_without_text_is_a_stop(tmp_path: Path) -
     tokenizer = TextDataModule(tokenizer="bytes").text_tokenizer
     ids = [*tokenizer.encode("aS"), *[0xC3] * 12, *tokenizer.encode("TOP and more")]
     batch = PromptBatch([0], ["p"], [[1]])
-    row = _row(batch, 0, 0, Completion(ids, "length"), tokenizer, GenerationConfig(stop=["STOP"]))
+    row = prediction_row(batch, 0, 0, Completion(ids, "length"), tokenizer, GenerationConfig(stop=["STOP"]))
     assert (row["completion"], row["finish_reason"]) == ("a", "stop")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.generation.engine import Completion, generate
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.prefill import visible_start
 from gpt_lightning.generation.sampling import (
     GenerationConfig,

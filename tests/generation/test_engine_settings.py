@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, NoRepeatNGramLogitsProcessor
 
-from gpt_lightning.generation.engine import Completion, _uniforms, generate, stream
+from gpt_lightning.generation.engine import _uniforms, generate, stream
 from gpt_lightning.generation.history import Histories
+from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.kv_cache import KVCache

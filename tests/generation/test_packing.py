@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.generation.engine import CausalLanguageModel, generate
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.generation.packing import Int8Linear, PackedLinear, _Scratch, packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model import GPTModel, Projection
