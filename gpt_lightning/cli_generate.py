@@ -14,7 +14,8 @@ import torch
 from gpt_lightning.checkpoint import load_model
 from gpt_lightning.cli_manners import PlainParser
 from gpt_lightning.cli_verbs import VERBS
-from gpt_lightning.conversation import HELP, Conversation, check_shown, check_utf8
+from gpt_lightning.conversation import HELP, Conversation, check_shown
+from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import TERMINATED
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
@@ -32,7 +33,7 @@ def run_generate(words: list[str]) -> None:
     with _ending_on_sigterm(), _ending_without_readers():
         prompt = options.prompt if options.prompt != "-" else _read_all()
         if prompt is not None:
-            check_utf8(prompt)
+            check_utf8(prompt, f"prompt={prompt!r}", "convert it")
         writer = _writer(options, device)
         if prompt is not None:
             writer.write(prompt, settings)

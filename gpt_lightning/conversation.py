@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gpt_lightning.cli_manners import complaint_in, shorten
+from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.generation.sampling import GenerationConfig
 
 HELP = """\
@@ -81,7 +82,7 @@ class Conversation:
         self._commands[name](rest.strip())
 
     def _continue(self, prompt: str) -> None:
-        check_utf8(prompt)
+        check_utf8(prompt, f"prompt={prompt!r}", "convert it")
         self._last_prompt = prompt
         self._write(prompt, self.settings, self._is_interrupted)
 
@@ -126,13 +127,6 @@ def check_shown(settings: GenerationConfig) -> GenerationConfig:
     if settings.logprobs:
         raise ValueError("generation.logprobs=True is not seen in a text; use gpt-lightning predict")
     return settings
-
-
-def check_utf8(prompt: str) -> None:
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"prompt={prompt!r} is not UTF-8; convert it") from None
 
 
 @contextmanager

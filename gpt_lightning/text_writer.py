@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import stream
 from gpt_lightning.generation.interface import CausalLanguageModel, Step
@@ -39,13 +40,12 @@ class TextWriter:
 
         The texts are those of `predict` for this prompt alone.
         """
-        token_ids = self._tokenizer.encode(prompt) or [self._tokenizer.eos_token_id]
         samples = _InTurn(prompt, self._tokenizer, settings, self._output, self._say)
         model = self._ready(settings)
         start = time.perf_counter()
         steps = stream(
             model,
-            [token_ids],
+            encode_prompts([prompt], self._tokenizer),
             settings,
             eos_token_id=self._tokenizer.eos_token_id,
             batch_size=_ROWS,

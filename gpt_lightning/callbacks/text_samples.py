@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -27,8 +28,7 @@ class TextSamples(Callback):
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
         tokenizer = trainer.datamodule.text_tokenizer
-        token_ids = [tokenizer.encode(prompt) or [tokenizer.eos_token_id] for prompt in self.prompts]
-        completions = pl_module.complete(tokenizer, token_ids)
+        completions = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
         self.latest = [
             prompt + cut_at_stop(tokenizer.decode(completion.token_ids), pl_module.generation.stop)
             for prompt, completion in zip(self.prompts, completions)

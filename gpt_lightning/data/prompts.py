@@ -20,13 +20,13 @@ def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> l
     """The given prompts, then those of the file; without any, one empty prompt: the start of a document."""
     given = [prompts] if isinstance(prompts, str) else list(prompts or [])
     for prompt in given:
-        _check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
+        check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
     if prompts_file is not None:
         given += _read_file(Path(prompts_file).expanduser())
     return given or [""]
 
 
-def _check_utf8(prompt: str, place: str, remedy: str) -> None:
+def check_utf8(prompt: str, place: str, remedy: str) -> None:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -36,15 +36,16 @@ def _check_utf8(prompt: str, place: str, remedy: str) -> None:
 def share_of_prompts(
     prompts: list[str], finished: Set[int], tokenizer: TextTokenizer, *, rank: int, ranks: int
 ) -> PromptBatch:
-    """What one data-parallel rank has to continue, dealt out of those that are not finished.
-
-    An empty prompt becomes the eos that stands before every document.
-    """
+    """What one data-parallel rank has to continue, dealt out of those that are not finished."""
     remaining = [index for index in range(len(prompts)) if index not in finished]
     indices = remaining[rank::ranks]
     texts = [prompts[index] for index in indices]
-    token_ids = [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(texts)]
-    return PromptBatch(indices, texts, token_ids)
+    return PromptBatch(indices, texts, encode_prompts(texts, tokenizer))
+
+
+def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
+    """An empty prompt becomes the eos that stands before every document."""
+    return [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(prompts)]
 
 
 def _read_file(path: Path) -> list[str]:
@@ -72,5 +73,5 @@ def _json_prompt(line: str, place: str) -> str:
         raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
-    _check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")
+    check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")
     return row["prompt"]

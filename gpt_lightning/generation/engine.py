@@ -188,9 +188,9 @@ def _choose(
     histories: Histories,
     settings: GenerationConfig,
 ) -> Tensor:
-    """Each row's next token, the greatest logits before and after they were adjusted, and its logprob.
+    """Each row's next token, the greatest logits before and after they were adjusted, and maybe its logprob.
 
-    In one tensor [B, 4], for one look from the host. float32 holds every token id below 2**24.
+    In one tensor, a column each, for one look from the host. float32 holds every token id below 2**24.
     """
     if cache is None:
         hidden = _recomputed_hidden(model, rows, settings.context_stride)

@@ -1,10 +1,12 @@
-"""Small models of random weights, and prompts for them."""
+"""Small models of random weights, prompts for them, and what transformers makes of both."""
 
 from typing import Any
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model import GPTModel
 
 
@@ -24,3 +26,23 @@ def make_model(seed: int = 0, **changes: Any) -> GPTModel:
 def make_prompts(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(101, (length,), generator=generator).tolist() for length in lengths]
+
+
+def transformers_model(model: GPTModel) -> GPT2LMHeadModel:
+    """The same network, of transformers; no token of its ends a text."""
+    config = GPT2Config(**config_to_gpt2(model.config), bos_token_id=None, eos_token_id=None)
+    reference = GPT2LMHeadModel(config).eval()
+    reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
+    return reference
+
+
+def greedy_of_transformers(
+    reference: GPT2LMHeadModel, prompt: list[int], n_new: int, **options: Any
+) -> list[int]:
+    """The prompt and its continuation."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    text = reference.generate(
+        ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=0, **options
+    )
+    return text[0].tolist()

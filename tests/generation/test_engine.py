@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.interface import Completion
@@ -17,9 +16,8 @@ from gpt_lightning.generation.sampling import (
     pick,
     repetition_penalty,
 )
-from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model import GPTModel
-from tests.generation.models import make_model, make_prompts
+from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
 
 SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
 GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False)
@@ -90,23 +88,13 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_equals_transformers_generate(model: GPTModel, penalty: float) -> None:
-    hf_config = GPT2Config(**config_to_gpt2(model.config), bos_token_id=None, eos_token_id=None)
-    reference = GPT2LMHeadModel(hf_config).eval()
-    reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
+    reference = transformers_model(model)
     settings = dataclasses.replace(GREEDY, max_new_tokens=25, repetition_penalty=penalty)
     prompts = make_prompts(1, 4, 13)
     completions = generate(model, prompts, settings, eos_token_id=None)
     for prompt, completion in zip(prompts, completions):
-        ids = torch.tensor([prompt])
-        expected = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=25,
-            do_sample=False,
-            repetition_penalty=penalty,
-            pad_token_id=0,
-        )
-        assert prompt + completion.token_ids == expected[0].tolist()
+        expected = greedy_of_transformers(reference, prompt, 25, repetition_penalty=penalty)
+        assert prompt + completion.token_ids == expected
 
 
 def test_text_depends_on_the_seed_and_the_prompts_number_alone(model: GPTModel) -> None:

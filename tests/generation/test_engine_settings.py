@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, NoRepeatNGramLogitsProcessor
+from transformers import NoRepeatNGramLogitsProcessor
 
 from gpt_lightning.generation.engine import _uniforms, generate, stream
 from gpt_lightning.generation.history import Histories
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.kv_cache import KVCache
 from gpt_lightning.model import GPTModel
-from tests.generation.models import make_model, make_prompts
+from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
 
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=40, top_p=0.95)
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
@@ -56,8 +55,7 @@ def test_ngrams_that_would_come_again_are_those_of_transformers(size: int) -> No
 
 def test_greedy_text_without_repeated_ngrams_equals_that_of_transformers() -> None:
     model = make_model(tie_embeddings=True)  # of random weights, it repeats itself
-    reference = GPT2LMHeadModel(GPT2Config(**config_to_gpt2(model.config), eos_token_id=None)).eval()
-    reference.load_state_dict(to_gpt2_state_dict(model.state_dict(), model.config))
+    reference = transformers_model(model)
     settings = dataclasses.replace(GREEDY, max_new_tokens=30, no_repeat_ngram_size=2, repetition_penalty=1.1)
     prompts = make_prompts(1, 9, 4)
     unlimited = dataclasses.replace(settings, no_repeat_ngram_size=None)
@@ -65,17 +63,8 @@ def test_greedy_text_without_repeated_ngrams_equals_that_of_transformers() -> No
     completions = generate(model, prompts, settings, eos_token_id=None, batch_size=2)
     assert completions != free
     for prompt, completion in zip(prompts, completions):
-        ids = torch.tensor([prompt])
-        expected = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=30,
-            do_sample=False,
-            no_repeat_ngram_size=2,
-            repetition_penalty=1.1,
-            pad_token_id=0,
-        )
-        assert prompt + completion.token_ids == expected[0].tolist()
+        options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.1}
+        assert prompt + completion.token_ids == greedy_of_transformers(reference, prompt, 30, **options)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
