@@ -13,9 +13,12 @@ ORDER = [
     "ranks",
     "rank_peers",
     "rank_watch",
+    "device",
+    "device_peak",
     "config",
     "kv_cache",
     "linear_cross_entropy",
+    "document_mask",
     "uninitialized",
     "model",
     "checkpoint_file",
@@ -60,6 +63,8 @@ ORDER = [
     "training.prediction_rows",
     "training.metrics",
     "training.optim",
+    "training.flops",
+    "training.step_metrics",
     "training.module",
     "checkpoint",
     "checkpoint_io",
@@ -68,6 +73,7 @@ ORDER = [
     "model_card",
     "huggingface_export",
     "callbacks.rank_guard",
+    "callbacks.saves",
     "callbacks.run_checkpoint",
     "callbacks.exact_resume",
     "callbacks.finite_guard",
@@ -100,7 +106,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-MODEL = {"config", "kv_cache", "linear_cross_entropy", "uninitialized", "model"}
+MODEL = {"config", "kv_cache", "document_mask", "linear_cross_entropy", "uninitialized", "model"}
 FILES = {"checkpoint_file", "snapshot"}
 ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", *FILES}}
 

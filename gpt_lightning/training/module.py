@@ -24,6 +24,7 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.device import runs_ahead
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
@@ -41,6 +42,7 @@ from gpt_lightning.training.optim import (
     learning_rate_factor,
 )
 from gpt_lightning.training.prediction_rows import after_token, prediction_row
+from gpt_lightning.training.step_metrics import is_logging_step, log_step
 
 
 class GPTLightningModule(LightningModule):
@@ -114,7 +116,7 @@ class GPTLightningModule(LightningModule):
             nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
         self._rescale_gradients(tokens)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if is_logging_step(self.trainer, self.trainer.global_step + 1):
             self._log_step(nll / tokens, optimizer)
 
     def _rescale_gradients(self, tokens: Tensor) -> None:
@@ -125,32 +127,37 @@ class GPTLightningModule(LightningModule):
         """
         factor = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches / tokens
         # Reading the factor on an accelerator would make the host wait for it; multiplying by one is cheaper.
-        if factor.device.type == "cpu" and factor == 1:
+        if not runs_ahead(factor.device) and factor == 1:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:  # else the step is left out
             torch._foreach_mul_(gradients, factor.float())
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/ppl", loss.exp())
-        self.log("train/grad_norm", self._gradient_norm())
-        self.log("lr-AdamW", optimizer.param_groups[0]["lr"])
-        self._log_position(self.trainer.global_step + 1)
+        values = {
+            "train/loss": loss,
+            "train/ppl": loss.exp(),
+            "train/grad_norm": self._gradient_norm(),
+            "lr-AdamW": optimizer.param_groups[0]["lr"],
+            "epoch": self._epoch(),
+        }
+        log_step(self.trainer, self.trainer.global_step + 1, values, progress_bar=("train/loss",))
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
+        # What others log with `self.log` would be put one step early.
+        if self.trainer._results and is_logging_step(self.trainer, self.trainer.global_step):
+            self.log("step", float(self.trainer.global_step))
 
     def _gradient_norm(self) -> Tensor:
         if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
             return self.trainer.strategy.gradient_norm(self.parameters())
         return get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
-    def _log_position(self, step: int) -> None:
-        """Put the metrics of this moment at their optimizer step, and the epoch as a fraction of the corpus.
-
-        Lightning would put them one step early and log whole epochs under the same name.
-        """
+    def _epoch(self) -> float:
+        """As a fraction of the corpus, where Lightning would log whole ones."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        self.log("step", float(step))
-        self.log("epoch", self.trainer.current_epoch + done / self.trainer.num_training_batches)
+        return self.trainer.current_epoch + done / self.trainer.num_training_batches
 
     @property
     def _data_parallel_size(self) -> int:
@@ -177,7 +184,8 @@ class GPTLightningModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_held_out("val")
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._log_position(self.trainer.global_step)
+            self.log("step", float(self.trainer.global_step))  # where Lightning would put them one step early
+            self.log("epoch", self._epoch())
 
     @override
     def on_test_epoch_end(self) -> None:
