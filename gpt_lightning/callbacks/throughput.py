@@ -1,43 +1,74 @@
-"""How fast a run trains, in tokens a second over all devices."""
+"""How fast a run trains, what of the devices it uses, and what its time goes to."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
+from gpt_lightning.device import finish_queue, peak_memory_gib
+from gpt_lightning.device_peak import peak_flops
 from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
+from gpt_lightning.ranks import gathered
+from gpt_lightning.training.flops import training_flops_per_token
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.step_metrics import is_logging_step, log_step
+
+PARTS = ("data", "step", "validation", "checkpoint", "other")
 
 
 class Throughput(Callback):
-    """Logs `throughput/tokens_per_second` at logging steps.
+    """Logs, at logging steps and of the time since the last one, under `throughput/`:
 
-    Counted are scored tokens of all data-parallel ranks (tensor-parallel peers see the same tokens, and
-    Lightning's ThroughputMonitor counts them again), over the time of the steps and of waiting for data.
-    Validation and the writing of checkpoints are left out.
+    - `tokens_per_second`: scored tokens of all data-parallel ranks (tensor-parallel peers see the same
+      tokens) over the time that is neither validation nor the writing of checkpoints.
+    - `step_seconds`: that time for one optimizer step, with all its micro-batches and the waiting for data.
+    - `mfu`: the share of the peak arithmetic of all devices, tensor-parallel peers too, that
+      `tokens_per_second` needs. Rows that pad an epoch's last batch count for nothing; the convention for
+      attention is that of `training_flops_per_token`.
+    - `data_share`, `step_share`, `validation_share`, `checkpoint_share`, `other_share`: of the wall time of
+      the first rank; they add up to 1. Data is waiting for batches and moving them to the device. What
+      follows a validation, such as samples, counts with it; of a checkpoint, what training waits for. A
+      device that is still busy while the host waits for data is a step's work under the name of data.
+    - `peak_memory_gib`: of the first rank since its start: tensors on the device, or the process on a CPU.
     """
 
     def __init__(self) -> None:
-        self._reset()
-        self._last_end: float | None = None
-        self._logged_step = 0
-
-    def _reset(self) -> None:
-        self._seconds = 0.0
+        self._clock = Stopwatch()
         self._tokens: Tensor | int = 0
+        self._logged_step = 0
+        self._peak_flops: float | None = None  # of all devices
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._logged_step = trainer.global_step
+        self._device = pl_module.device
+        if isinstance(pl_module, GPTLightningModule) and self._peak_flops is None:
+            trainer.strategy.barrier()  # to measure at the same time where it has to be measured
+            self._peak_flops = sum(gathered(peak_flops(self._device, str(trainer.precision))))
+        loop = trainer.fit_loop.epoch_loop
+        before_fetch = loop._on_before_fetch
+
+        def note_fetch() -> None:  # there is no hook for it
+            self._clock.turn_to("data")
+            before_fetch()
+
+        loop._on_before_fetch = note_fetch  # type: ignore[method-assign]
+        surround_saves(trainer, self._saving)
+        self._logged_step, self._tokens = trainer.global_step, 0
+        self._clock = Stopwatch()
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._start = time.perf_counter() if self._last_end is None else self._last_end
+        self._clock.turn_to("step")
 
     @override
     def on_train_batch_end(
@@ -46,31 +77,72 @@ class Throughput(Callback):
         # Summed on the device: reading it every step would make the host wait.
         self._tokens = self._tokens + (batch.targets != IGNORE_INDEX).sum()
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0 and step != self._logged_step:
-            self._log(trainer, pl_module)
-        else:
-            self._add_time()
+        if step != self._logged_step and is_logging_step(trainer, step):
+            tokens = torch.as_tensor(self._tokens)
+            if rank_and_ranks(trainer)[1] > 1:
+                tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
+            n_tokens = int(tokens)  # waits for the device, so the clock is read after it
+            self._clock.turn_to("other")
+            log_step(trainer, step, self._measured(n_tokens, batch.targets.shape[1], step, pl_module))
+            self._logged_step, self._tokens = step, 0
+            self._clock.seconds = dict.fromkeys(PARTS, 0.0)
+        self._clock.turn_to("other")
 
-    def _add_time(self) -> None:
-        self._last_end = time.perf_counter()
-        self._seconds += self._last_end - self._start
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tokens = torch.as_tensor(self._tokens, device=pl_module.device)
-        if rank_and_ranks(trainer)[1] > 1:
-            tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
-        n_tokens = int(tokens)  # waits for the device, so the clock is read after it
-        self._add_time()
-        pl_module.log("throughput/tokens_per_second", n_tokens / self._seconds)
-        self._logged_step = trainer.global_step
-        self._reset()
+    def _measured(
+        self, n_tokens: int, seq_len: int, step: int, pl_module: LightningModule
+    ) -> dict[str, float]:
+        seconds = self._clock.seconds
+        total = sum(seconds.values())
+        training = total - seconds["validation"] - seconds["checkpoint"]
+        values = {
+            "tokens_per_second": n_tokens / training,
+            "step_seconds": training / (step - self._logged_step),
+            **{f"{part}_share": seconds[part] / total for part in PARTS},
+        }
+        if isinstance(pl_module, GPTLightningModule) and self._peak_flops is not None:
+            per_token = training_flops_per_token(pl_module.model.config, seq_len)
+            values["mfu"] = values["tokens_per_second"] * per_token / self._peak_flops
+        if (peak_memory := peak_memory_gib(self._device)) is not None:
+            values["peak_memory_gib"] = peak_memory
+        return {f"throughput/{name}": value for name, value in values.items()}
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_end = None
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            finish_queue(self._device)  # of steps that are to be counted as such
+            self._clock.turn_to("validation")
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        finish_queue(self._device)
+        interrupted = self._clock.turn_to("checkpoint")
+        yield
+        self._clock.turn_to(interrupted)
 
     @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._last_end = None
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        leave_saves(trainer)
+        trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
+
+
+class Stopwatch:
+    """Every moment belongs to the part that was turned to last."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._part = "other"
+        self._since = time.perf_counter()
+
+    def turn_to(self, part: str) -> str:
+        """The part that was on before."""
+        now = time.perf_counter()
+        self.seconds[self._part] += now - self._since
+        former, self._part, self._since = self._part, part, now
+        return former
