@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.document_mask import (
+    Mask,
+    attend_within_documents,
+    document_mask,
+    document_positions,
+)
 from gpt_lightning.kv_cache import CacheStep, KVCache
 from gpt_lightning.linear_cross_entropy import linear_cross_entropy
 
@@ -60,20 +66,19 @@ class CausalSelfAttention(nn.Module):
             config.d_model, config.d_model, bias=config.bias, std=_residual_std(config)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None, cached: CacheStep | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cached: CacheStep | None, layer: int) -> Tensor:
         qkv = self.qkv_proj(x)
         B, T, _ = qkv.shape  # not of x, which may be a part of the sequence that qkv_proj gathers
         q, k, v = qkv.view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
         if cached is not None:
             k, v = cached.write(layer, k, v)  # each [B, H, S, K]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        dropout_p = self.dropout if self.training else 0.0
+        if mask is None or isinstance(mask, Tensor):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and T > 1
+            )
+        else:
+            y = attend_within_documents(q, k, v, mask, dropout_p)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.out_proj(y)
 
@@ -102,7 +107,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cached: CacheStep | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cached: CacheStep | None, layer: int) -> Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), mask, cached, layer))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -161,12 +166,14 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """The residual stream after the last layer norm, [B, T, D]: what `lm_head` reads."""
         T, device = input_ids.shape[1], input_ids.device
-        mask: Tensor | None = None
+        mask: Mask = None
         cached = kv_cache.begin(T, device) if kv_cache is not None else None
         if cached is not None:
             positions, mask = cached.positions, cached.mask
         elif document_ids is not None:
-            positions, mask = _document_positions(document_ids), _document_mask(document_ids)
+            positions = document_positions(document_ids)
+            dropout_p = self.config.dropout if self.training else 0.0
+            mask = document_mask(positions, self.config.head_dim, dropout_p)
         else:
             positions = torch.arange(T, device=device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
@@ -183,17 +190,3 @@ class GPTModel(nn.Module):
 def _residual_std(config: GPTConfig) -> float:
     """For the two projections a block that write to the residual stream, whose variance adds up."""
     return INIT_STD / math.sqrt(2 * config.n_layers)
-
-
-def _document_mask(document_ids: Tensor) -> Tensor:
-    """Causal and within the own document, [B, 1, T, T]."""
-    T = document_ids.shape[1]
-    same_document = document_ids[:, :, None] == document_ids[:, None, :]
-    return (same_document & torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril())[:, None]
-
-
-def _document_positions(document_ids: Tensor) -> Tensor:
-    """Positions [B, T] counted from the start of each run of equal document ids."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    return index - torch.cummax(index * starts, dim=1).values

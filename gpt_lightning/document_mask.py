@@ -1,0 +1,135 @@
+"""Attention within documents that are packed into one row, without a mask of T x T wherever it can be had.
+
+A document is a run of equal ids. Shapes: B batch, T time, H heads, K head_dim.
+
+- On CUDA with Triton, without dropout: FlexAttention, which skips the blocks that no document reaches.
+- On a CPU, in long rows: causal attention document by document, which makes no mask at all.
+- Else a mask [B, 1, T, T] for the usual attention. FlexAttention knows no dropout and, on a CPU, no backward
+  pass; and short rows are so little work on a CPU that a call a document costs more than it spares.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+FLEX_BLOCK = 128  # FlexAttention's own default
+MIN_HEAD_DIM = 16  # of FlexAttention's kernels
+LONG_ROW = 512
+
+
+class Documents(NamedTuple):
+    """Tokens of each document, a tuple a row."""
+
+    lengths: tuple[tuple[int, ...], ...]
+
+
+Mask = Tensor | Documents | BlockMask | None  # None: causal
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Positions [B, T] counted from the start of each document."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return index - torch.cummax(index * starts, dim=1).values
+
+
+def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> Tensor | Documents | BlockMask:
+    """What keeps attention within documents, made once for all layers of a batch."""
+    device, T = positions.device.type, positions.shape[1]
+    way = choose_way(device, T, head_dim, dropout_p, has_triton=device == "cuda" and _has_triton())
+    if way == "flex":
+        return block_mask(positions)
+    return documents(positions) if way == "documents" else dense_mask(positions)
+
+
+def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, has_triton: bool) -> str:
+    if device == "cuda" and has_triton and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0:
+        return "flex"
+    if device == "cpu" and T >= LONG_ROW:
+        return "documents"
+    return "dense"
+
+
+def attend_within_documents(
+    q: Tensor, k: Tensor, v: Tensor, mask: Documents | BlockMask, dropout_p: float
+) -> Tensor:
+    """Causal attention of [B, H, T, K] by a mask that is no tensor."""
+    if isinstance(mask, Documents):
+        return _one_by_one(q, k, v, mask, dropout_p)
+    # Within a compiled block it is compiled with it; on a CPU, where tests call it, it computes as it is.
+    flex = flex_attention if torch.compiler.is_compiling() or q.device.type == "cpu" else _compiled_flex()
+    return flex(q, k, v, block_mask=mask)
+
+
+def dense_mask(positions: Tensor) -> Tensor:
+    """Whether a token attends to another, [B, 1, T, T]."""
+    index = torch.arange(positions.shape[1], device=positions.device)
+    begins = (index - positions)[:, :, None]
+    return ((begins <= index) & (index <= index[:, None]))[:, None]
+
+
+def documents(positions: Tensor) -> Documents:
+    rows = []
+    for row in positions.cpu():
+        starts = [*(row == 0).nonzero().flatten().tolist(), len(row)]
+        rows.append(tuple(end - start for start, end in zip(starts, starts[1:])))
+    return Documents(tuple(rows))
+
+
+def block_mask(positions: Tensor) -> BlockMask:
+    """FlexAttention's mask, from the first token that each token sees; `create_block_mask` makes T x T first.
+
+    A row of blocks sees the blocks from the one where its first token's document begins to the diagonal, and
+    all of those that begin no earlier than its last token's document, the diagonal's excepted.
+    """
+    T, device = positions.shape[1], positions.device
+    begins = torch.arange(T, device=device) - positions  # [B, T], never falling along a row
+    blocks = torch.arange(-(-T // FLEX_BLOCK), device=device)
+    firsts = blocks * FLEX_BLOCK
+    lasts = (firsts + FLEX_BLOCK - 1).clamp(max=T - 1)
+    before = blocks < blocks[:, None]  # [T / 128, T / 128], as all that follows per row
+    seen = (begins[:, firsts, None] < firsts + FLEX_BLOCK) & (blocks <= blocks[:, None])
+    whole = (begins[:, lasts, None] <= firsts) & before
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (begins[batch, query] <= key) & (key <= query)
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(seen & ~whole), *_ordered(whole), FLEX_BLOCK, mask_mod=sees, seq_lengths=(T, T)
+    )
+
+
+def _ordered(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row marks and, marked ones first, which; with an axis for the heads."""
+    order = marks.int().argsort(dim=-1, descending=True, stable=True)
+    return marks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
+# Lengths change with every batch: compiled, it would be compiled for each anew.
+@torch.compiler.disable
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Documents, dropout_p: float) -> Tensor:
+    rows = []
+    for *of_row, lengths in zip(q, k, v, mask.lengths, strict=True):
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+            for q, k, v in zip(*(x[None].split(lengths, dim=2) for x in of_row))  # each [1, H, length, K]
+        ]
+        rows.append(torch.cat(attended, dim=2))
+    return torch.cat(rows)
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Not compiled, it would hold all the scores."""
+    return torch.compile(flex_attention)
+
+
+@cache
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()
