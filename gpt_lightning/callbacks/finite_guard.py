@@ -1,18 +1,28 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
+from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.ranks import gathered, is_distributed
+from gpt_lightning.training.step_metrics import is_logging_step
+
+# Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
+DEVICES_THAT_SKIP = ("cuda",)
+MOST_STEPS_UNSEEN = 100
 
 _log = logging.getLogger("gpt_lightning")
 
@@ -21,8 +31,21 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient that is NaN or infinite, with the step and the samples."""
 
 
+@dataclass
+class _Step:
+    """What has to be told of an optimizer step if it is refused: its micro-batches."""
+
+    number: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    sample_ids: list[Tensor] = field(default_factory=list)
+
+
 class FiniteGuard(Callback):
     """Looks at loss and gradient before each optimizer step, on all ranks together.
+
+    On a GPU the device itself leaves out a refused step, and all that would follow one too many; the host
+    looks at logging steps and before validations and checkpoints, and waits for the device only then. (With
+    fp16's scaler, which waits at every step, it looks at every step.)
 
     Args:
         max_skipped_steps: Leave out up to so many optimizer steps whose loss or gradient is NaN or infinite,
@@ -36,38 +59,85 @@ class FiniteGuard(Callback):
             )
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
-        self._sample_ids: list[Tensor] = []  # of the micro-batches of this step
-        self._losses: list[Tensor] = []
+        self._step = _Step()
+        self._unseen: list[tuple[_Step, Tensor]] = []  # steps, and whether they are refused, on the device
+        self._refused: Tensor | None = None  # how many are, on the device
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._unseen, self._refused = _Step(), [], None
+        surround_saves(trainer, lambda: self._looking(trainer))
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TokenBatch, batch_idx: int
     ) -> None:
         if batch.sample_ids is not None:
-            self._sample_ids.append(batch.sample_ids)
+            self._step.sample_ids.append(batch.sample_ids)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._losses.append(loss.detach())
+        self._step.losses.append(loss.detach())
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        losses, sample_ids = self._losses, self._sample_ids
-        self._losses, self._sample_ids = [], []
-        total = torch.stack(losses).sum().float() if losses else torch.zeros((), device=pl_module.device)
-        finite = total.isfinite()
-        if not _lowers_its_scale(trainer):
-            finite = finite & _gradient_norm(pl_module).isfinite()
-        if _any_rank(~finite):
-            self._refuse(trainer, optimizer, losses, sample_ids)
+        step, self._step = self._step, _Step()
+        step.number = trainer.global_step + 1
+        refused = _on_any_rank(~_is_finite(step.losses, trainer, pl_module))
+        if _skips_by_itself(optimizer, pl_module.device, trainer):
+            self._leave_out_on_device(optimizer, refused)
+            self._unseen.append((step, refused))
+            if is_logging_step(trainer, step.number) or len(self._unseen) == MOST_STEPS_UNSEEN:
+                self._look(trainer)
+        elif refused:
+            self._refuse(trainer, step)
+            # Without gradients no optimizer changes anything: no weight, no moment, no decay.
+            optimizer.zero_grad(set_to_none=True)
 
-    def _refuse(
-        self, trainer: Trainer, optimizer: Optimizer, losses: list[Tensor], sample_ids: list[Tensor]
-    ) -> None:
-        what, where = _of_all_ranks(losses, sample_ids)
-        found = f"step {trainer.global_step + 1:,}: the {what} is not finite{where}"
+    def _leave_out_on_device(self, optimizer: Optimizer, refused: Tensor) -> None:
+        if self._refused is None:
+            self._refused = torch.full_like(refused, self.skipped_steps)
+        self._refused = self._refused + refused
+        leave_out = (refused > 0) | (self._refused > self.max_skipped_steps)
+        optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]
+
+    def _look(self, trainer: Trainer) -> None:
+        """At the steps that the device has decided about, which is to wait for it."""
+        unseen, self._unseen = self._unseen, []
+        if unseen:
+            refused = torch.stack([flag for _, flag in unseen]).tolist()
+            for step in (step for (step, _), is_refused in zip(unseen, refused) if is_refused):
+                self._refuse(trainer, step)
+
+    @contextmanager
+    def _looking(self, trainer: Trainer) -> Iterator[None]:
+        self._look(trainer)
+        yield
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._look(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer)
+        self._leave(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        leave_saves(trainer)
+        for optimizer in trainer.optimizers:
+            optimizer.__dict__.pop("found_inf", None)
+
+    def _refuse(self, trainer: Trainer, step: _Step) -> None:
+        what, where = _of_all_ranks(step.losses, step.sample_ids)
+        found = f"step {step.number:,}: the {what} is not finite{where}"
         self.skipped_steps += 1
         if self.skipped_steps > self.max_skipped_steps:
             raise NonFiniteError(
@@ -77,8 +147,6 @@ class FiniteGuard(Callback):
             )
         if trainer.is_global_zero:
             _log.warning("%s; left out, %s of at most %s", found, self.skipped_steps, self.max_skipped_steps)
-        # Without gradients no optimizer changes anything: no weight, no moment, no decay.
-        optimizer.zero_grad(set_to_none=True)
 
     @override
     def state_dict(self) -> dict[str, int]:
@@ -87,6 +155,21 @@ class FiniteGuard(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Trainer) -> bool:
+    """Whether its step, on the device, does nothing where `found_inf` is 1; fp16's scaler sets that itself."""
+    if device.type not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return False
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
+
+
+def _is_finite(losses: list[Tensor], trainer: Trainer, module: LightningModule) -> Tensor:
+    total = torch.stack(losses).sum().float() if losses else torch.zeros((), device=module.device)
+    if _lowers_its_scale(trainer):
+        return total.isfinite()
+    return total.isfinite() & _gradient_norm(module).isfinite()
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:
@@ -101,11 +184,11 @@ def _gradient_norm(module: LightningModule) -> Tensor:
     return get_total_norm(gradients).float() if gradients else torch.zeros((), device=module.device)
 
 
-def _any_rank(flag: Tensor) -> bool:
+def _on_any_rank(flag: Tensor) -> Tensor:
     flag = flag.to(torch.int32)
     if is_distributed():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+    return flag
 
 
 def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, str]:
