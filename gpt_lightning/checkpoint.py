@@ -20,7 +20,6 @@ from gpt_lightning.checkpoint_file import known_digest, verify, write
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.model import GPTModel
-from gpt_lightning.parallel.sharded_checkpoint import read_whole
 from gpt_lightning.parallel.sharded_folder import (
     REST,
     check_whole,
@@ -176,6 +175,8 @@ def consolidate(folder: Path, output: Path) -> None:
         )
     if output.exists():
         raise ValueError(f"output={output} exists already; name another file, or remove it")
+    from gpt_lightning.parallel.sharded_checkpoint import read_whole  # slow to import
+
     read_checkpoint(folder)
     write(read_whole(folder), output)
 

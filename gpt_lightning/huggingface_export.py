@@ -16,7 +16,6 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model_card import model_card
-from gpt_lightning.parallel.sharded_checkpoint import read_whole
 from gpt_lightning.parallel.sharded_folder import is_sharded
 
 
@@ -26,6 +25,8 @@ def export_gpt2(path: Path, folder: Path) -> None:
         raise ValueError(f"FOLDER={folder} exists already; name another, or remove it")
     checkpoint = read_checkpoint(path)
     if is_sharded(path):
+        from gpt_lightning.parallel.sharded_checkpoint import read_whole  # slow to import
+
         checkpoint = read_whole(path)
     config, tokenizer = checkpoint_config(checkpoint), checkpoint_tokenizer(checkpoint)
     try:

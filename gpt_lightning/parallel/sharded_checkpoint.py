@@ -26,12 +26,10 @@ from gpt_lightning.checkpoint_file import (
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 from gpt_lightning.parallel.sharded_folder import (
-    CONTENTS,
     DIGESTS_KEY,
     FOLDER_KEY,
     REST,
     TIED_KEY,
-    Reader,
     check_files,
     complaining,
     missing_parts,
@@ -39,6 +37,7 @@ from gpt_lightning.parallel.sharded_folder import (
     remove,
     set_aside,
 )
+from gpt_lightning.parallel.sharded_reader import CONTENTS, Reader
 from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
 from gpt_lightning.snapshot import first_non_finite, refuse_non_finite
 

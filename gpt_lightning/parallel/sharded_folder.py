@@ -1,7 +1,8 @@
 """The folder of a sharded checkpoint: what it is made of, whether it is whole, and how it gets its name.
 
 It holds tensors in the files of torch.distributed.checkpoint, `.metadata`, their table of contents, and
-`rest.pt`, all else that a checkpoint has, with the digests of the other files.
+`rest.pt`, all else that a checkpoint has, with the digests of the other files. Whether a checkpoint is such a
+folder is asked of every one: torch.distributed.checkpoint, slow to import, waits for the first that is.
 """
 
 import pickle
@@ -12,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from typing_extensions import override
 
 from gpt_lightning.checkpoint_file import check_bytes
 
 REST = "rest.pt"
-CONTENTS = ".metadata"
 FOLDER_KEY = "sharded_folder"
 TIED_KEY = "tied_parameters"
 DIGESTS_KEY = "digests"
@@ -74,50 +70,19 @@ def remove(folder: Path) -> None:
 # ---- contents
 
 
-class Reader(dcp.FileSystemReader):
-    """Reads the folder's table of contents without running what a stranger may have put into it."""
+def _unreadable() -> tuple[type[BaseException], ...]:
+    """What a torn folder leads to."""
+    from torch.distributed.checkpoint import CheckpointException
 
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / CONTENTS).open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        # What FileSystemReader does beside unpickling.
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    @override
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) in HARMLESS:
-            return super().find_class(module_name, global_name)
-        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
-            return getattr(torch, global_name)
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
-
-
-METADATA = "torch.distributed.checkpoint.metadata"
-HARMLESS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
-}
-
-
-UNREADABLE = (
-    CheckpointException,
-    OSError,
-    EOFError,
-    RuntimeError,
-    KeyError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+    return (
+        CheckpointException,
+        OSError,
+        EOFError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        pickle.UnpicklingError,
+    )
 
 
 @contextmanager
@@ -125,13 +90,15 @@ def complaining(folder: Path) -> Generator[None, None, None]:
     """One line for whatever a torn folder leads to."""
     try:
         yield
-    except UNREADABLE as error:
+    except _unreadable() as error:
         reason = str(error).strip().split("\n")[-1][:120]
         raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
 
 
 def missing_parts(folder: Path) -> list[str]:
     """The files that the folder's table of contents names and that are not there."""
+    from gpt_lightning.parallel.sharded_reader import Reader
+
     storage = Reader(folder).read_metadata().storage_data or {}
     names = {place.relative_path for place in storage.values()}
     return sorted(name for name in names if not (folder / name).is_file())

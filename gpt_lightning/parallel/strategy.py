@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.sharded_folder as sharded_folder
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
@@ -291,20 +290,24 @@ class TensorParallelDDPStrategy(DDPStrategy):
         dist.all_reduce(votes)
         return int(votes) == self.world_size if all else bool(votes)
 
-    # ---- checkpoints
+    # ---- checkpoints; what only sharded ones need is slow to import, and imported when one is met
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         if self.save_sharded:
-            return sharded_checkpoint.sharded_state_dict(self.lightning_module, self.mesh)
+            from gpt_lightning.parallel.sharded_checkpoint import sharded_state_dict
+
+            return sharded_state_dict(self.lightning_module, self.mesh)
         return full_state_dict(self.lightning_module, self.mesh) if self.mesh.dp_rank == 0 else {}
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
         if self.save_sharded:
-            return sharded_checkpoint.sharded_optimizer_state(optimizer, self._shards(), self.mesh)
+            from gpt_lightning.parallel.sharded_checkpoint import sharded_optimizer_state
+
+            return sharded_optimizer_state(optimizer, self._shards(), self.mesh)
         return full_optimizer_state(optimizer, self._shards(), self.mesh) if self.mesh.dp_rank == 0 else {}
 
     @override
@@ -313,7 +316,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     ) -> None:
         self._check_replicas("before a checkpoint is written")
         if self.save_sharded:
-            sharded_checkpoint.save(checkpoint, Path(self.broadcast(str(filepath))))
+            from gpt_lightning.parallel.sharded_checkpoint import save
+
+            save(checkpoint, Path(self.broadcast(str(filepath))))
         elif self.is_global_zero:
             # A plugin that takes options may only begin to write, and makes way itself when it does.
             waits = storage_options is None
@@ -331,7 +336,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
         if sharded_folder.is_sharded(Path(checkpoint_path)):
-            return sharded_checkpoint.read_rest_together(Path(checkpoint_path))
+            from gpt_lightning.parallel.sharded_checkpoint import read_rest_together
+
+            return read_rest_together(Path(checkpoint_path))
         if Path(checkpoint_path).is_file() and type(self.checkpoint_io).load_checkpoint is _PLAIN_LOAD:
             return read_mapped(Path(checkpoint_path))
         return super().load_checkpoint(checkpoint_path, weights_only=True)
@@ -343,7 +350,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
         folder = checkpoint.get(sharded_folder.FOLDER_KEY)
         if folder is not None:
-            sharded_checkpoint.load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)
+            from gpt_lightning.parallel.sharded_checkpoint import load_weights
+
+            load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)
             return
         own = cut_state_dict(checkpoint["state_dict"], self.lightning_module)
         self.lightning_module.load_state_dict(own, strict=strict)
@@ -353,7 +362,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         folder = checkpoint.get(sharded_folder.FOLDER_KEY)
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
             if folder is not None:
-                state = sharded_checkpoint.load_optimizer_state(
+                from gpt_lightning.parallel.sharded_checkpoint import load_optimizer_state
+
+                state = load_optimizer_state(
                     Path(folder), number, optimizer, saved, self._shards(), self.mesh
                 )
             else:
