@@ -9,7 +9,7 @@ A document is a run of equal ids. Shapes: B batch, T time, H heads, K head_dim.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,11 @@ MIN_HEAD_DIM = 16  # of FlexAttention's kernels
 LONG_ROW = 512
 
 
-class Documents(NamedTuple):
-    """Tokens of each document, a tuple a row."""
+class Documents:
+    """Tokens of each document, a list a row. No tuple: torch.compile would compile anew for other lengths."""
 
-    lengths: tuple[tuple[int, ...], ...]
+    def __init__(self, lengths: list[list[int]]) -> None:
+        self.lengths = lengths
 
 
 Mask = Tensor | Documents | BlockMask | None  # None: causal
@@ -76,8 +77,8 @@ def documents(positions: Tensor) -> Documents:
     rows = []
     for row in positions.cpu():
         starts = [*(row == 0).nonzero().flatten().tolist(), len(row)]
-        rows.append(tuple(end - start for start, end in zip(starts, starts[1:])))
-    return Documents(tuple(rows))
+        rows.append([end - start for start, end in zip(starts, starts[1:])])
+    return Documents(rows)
 
 
 def block_mask(positions: Tensor) -> BlockMask:

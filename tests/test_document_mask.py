@@ -150,7 +150,7 @@ def test_dropout_is_that_of_attention() -> None:
     T = 512
     q, k, _ = q_k_v(1, T)
     v = torch.eye(T).expand(1, 2, T, T)
-    mask = document_mask.Documents(((T // 2, T // 2),))
+    mask = document_mask.Documents([[T // 2, T // 2]])
     torch.manual_seed(0)
     weights = document_mask.attend_within_documents(q, k, v, mask, 0.0)
     dropped = document_mask.attend_within_documents(q, k, v, mask, 0.25)

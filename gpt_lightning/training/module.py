@@ -33,6 +33,7 @@ from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.optim import (
@@ -53,7 +54,8 @@ class GPTLightningModule(LightningModule):
         optimizer: AdamW's settings.
         schedule: The learning rate over time.
         activation_checkpointing: Recompute each block in the backward pass, not keep its activations.
-        compile_backend: Train through torch.compile, block by block, with this backend, such as inductor.
+        compile_backend: Train through torch.compile, block by block, with this backend; `none` turns it off.
+            Left out, it is inductor on a GPU with Triton, in runs of 2000 micro-batches and more.
     """
 
     def __init__(
@@ -80,14 +82,8 @@ class GPTLightningModule(LightningModule):
         )
         self.model = GPTModel(config, activation_checkpointing)
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        if compile_backend is not None:
-            if compile_backend not in torch.compiler.list_backends(exclude_tags=()):
-                raise ValueError(
-                    f"model.compile_backend={compile_backend!r} is unknown; choose inductor, or one of "
-                    f"{', '.join(torch.compiler.list_backends())}"
-                )
-            for block in self.model.blocks:
-                block.compile(backend=compile_backend)
+        check_backend(compile_backend)
+        self.compile_backend = compile_backend
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
@@ -96,6 +92,10 @@ class GPTLightningModule(LightningModule):
         self._places = 0  # targets of one micro-batch, scored or not
 
     # Training
+
+    @override
+    def on_train_start(self) -> None:
+        compile_blocks(self.model.blocks, self.trainer, self.compile_backend)
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:

@@ -1,0 +1,55 @@
+"""Whether a run trains through torch.compile, and with which backend: decided here, by device and length."""
+
+import os
+import shutil
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.utils._triton import has_triton
+
+OFF = "none"
+# Compiling takes about as long as it spares in so many passes, be the model small or large.
+MIN_PASSES = 2000
+
+
+def check_backend(name: str | None) -> None:
+    if name not in (None, OFF) and name not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"model.compile_backend={name!r} is unknown; choose inductor, {OFF}, or one of "
+            f"{', '.join(torch.compiler.list_backends())}"
+        )
+
+
+def choose_backend(name: str | None, *, device: str, passes: float, can_compile: bool) -> str | None:
+    """The backend to compile with, None for none; `passes` are those through the model in the whole run.
+
+    All of the run, not what is left of it: a resumed run must compute as the one that was interrupted.
+    """
+    if name is not None:
+        return None if name == OFF else name
+    return "inductor" if device == "cuda" and can_compile and passes >= MIN_PASSES else None
+
+
+def can_compile_for_cuda() -> bool:
+    """Triton, and the C compiler that it needs to start its kernels."""
+    compilers = [os.environ.get("CC"), "gcc", "clang"]
+    return any(compiler and shutil.which(compiler) for compiler in compilers) and has_triton()
+
+
+def compile_blocks(blocks: nn.ModuleList, trainer: Trainer, name: str | None) -> None:
+    """In place, so that names in checkpoints stay; all blocks run the code that is compiled for the first."""
+    device = trainer.strategy.root_device.type
+    backend = choose_backend(
+        name,
+        device=device,
+        passes=trainer.estimated_stepping_batches * trainer.accumulate_grad_batches,
+        can_compile=device == "cuda" and can_compile_for_cuda(),
+    )
+    if backend is None:
+        return
+    if name is None:
+        rank_zero_info(f"compiling the blocks for about a minute (not with model.compile_backend={OFF})")
+    for block in blocks:
+        block.compile(backend=backend)
