@@ -31,6 +31,10 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
+def utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
 def resolve_sources(patterns: list[str], option: str) -> list[str]:
     """The files behind file names, globs and folders; `python:docs` stands for itself.
 

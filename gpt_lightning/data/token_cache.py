@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.built_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes
+from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
+from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
-
-_BATCH_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Corpus:
     def _document_sizes(self) -> NDArray[np.uint64]:
         sizes, size = array("Q"), 0
         for piece in self.read(self.train_files, lambda n_bytes: None):
-            size += len(piece.text.encode("utf-8"))
+            size += utf8_length(piece.text)
             if piece.ends_document:
                 sizes.append(size)
                 size = 0
@@ -167,19 +166,17 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
 
 def _train_bytes(corpus: Corpus) -> int:
     marked = corpus.read_train(lambda n_bytes: None)
-    return sum(len(piece.text.encode("utf-8")) for name, piece in marked if name == "train")
+    return sum(utf8_length(piece.text) for name, piece in marked if name == "train")
 
 
 def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
     sources = corpus.train_files + corpus.val_files + corpus.test_files
     writers: dict[str, _SplitWriter] = {}
     with _Progress("Tokenizing", sources) as progress:
-        for batch in _batches(_marked_pieces(corpus, progress.advance)):
-            encoded = tokenizer.encode_batch([piece.text for _, piece in batch])
-            for (name, piece), ids in zip(batch, encoded, strict=True):
-                if name not in writers:
-                    writers[name] = _SplitWriter(folder, name, tokenizer)
-                writers[name].add(piece, ids)
+        for text in encode_pieces(_marked_pieces(corpus, progress.advance), tokenizer):
+            if text.split not in writers:
+                writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
+            writers[text.split].add(text)
     return {name: writer.finish() for name, writer in writers.items()}
 
 
@@ -190,40 +187,22 @@ def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[
             yield name, piece
 
 
-def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
-    """Enough text at a time to keep all cores of the tokenizer busy, few enough to keep memory flat."""
-    batch: list[tuple[str, Piece]] = []
-    n_bytes = 0
-    for name, piece in marked:
-        batch.append((name, piece))
-        n_bytes += len(piece.text.encode("utf-8"))
-        if n_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
-
-
 class _SplitWriter:
     """Appends documents to the files of one split."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: TextTokenizer) -> None:
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self._tokens_file = open(folder / f"{name}.tokens.bin", "wb")
         self._documents_file = open(folder / f"{name}.documents.bin", "wb")
-        self._eos_token_id = tokenizer.eos_token_id
-        self._typecode = "H" if tokenizer.vocab_size <= 65536 else "I"
+        self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
         self._n_tokens = self._n_bytes = self._n_documents = 0
-        array("Q", [0]).tofile(self._documents_file)
+        np.zeros(1, dtype=np.uint64).tofile(self._documents_file)
 
-    def add(self, piece: Piece, ids: list[int]) -> None:
-        if piece.ends_document:
-            ids = [*ids, self._eos_token_id]
-        array(self._typecode, ids).tofile(self._tokens_file)
-        self._n_tokens += len(ids)
-        self._n_bytes += len(piece.text.encode("utf-8"))
-        if piece.ends_document:
-            self._n_documents += 1
-            array("Q", [self._n_tokens]).tofile(self._documents_file)
+    def add(self, text: EncodedText) -> None:
+        text.tokens.astype(self._dtype).tofile(self._tokens_file)
+        (text.document_ends + np.uint64(self._n_tokens)).tofile(self._documents_file)
+        self._n_tokens += len(text.tokens)
+        self._n_bytes += text.n_bytes
+        self._n_documents += len(text.document_ends)
 
     def finish(self) -> dict[str, Any]:
         """The counts of the split, once its files are on disk."""
@@ -232,7 +211,7 @@ class _SplitWriter:
             os.fsync(file.fileno())
             file.close()
         return {
-            "dtype": "uint16" if self._typecode == "H" else "uint32",
+            "dtype": self._dtype,
             "n_tokens": self._n_tokens,
             "n_bytes": self._n_bytes,
             "n_documents": self._n_documents,

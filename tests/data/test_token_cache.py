@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_lightning.data import token_cache
+from gpt_lightning.data import encoding, token_cache
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
 
@@ -106,7 +106,7 @@ def test_large_vocabularies_get_wider_ids(tmp_path: Path, monkeypatch: pytest.Mo
 def test_small_batches_write_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_documents(tmp_path / "a.jsonl")
     whole = prepare_tokens(corpus(source), BYTES, str(tmp_path / "one"))
-    monkeypatch.setattr(token_cache, "_BATCH_BYTES", 17)
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 17)
     parts = prepare_tokens(corpus(source), BYTES, str(tmp_path / "two"))
     assert {name: documents_of(split) for name, split in parts.items()} == {
         name: documents_of(split) for name, split in whole.items()

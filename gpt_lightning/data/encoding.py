@@ -1,0 +1,78 @@
+"""Pieces of documents to token ids on all cores, in order, with little text in memory at a time."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt_lightning.data.documents import Piece, utf8_length
+from gpt_lightning.data.tokenizer import Encoder, TextTokenizer
+
+_BATCH_CHARACTERS = 1 << 18
+
+
+class EncodedText(NamedTuple):
+    """Consecutive text of one split, each document that ends in it closed by eos."""
+
+    split: str
+    tokens: NDArray[np.uint32]
+    document_ends: NDArray[np.uint64]  # counted in `tokens`
+    n_bytes: int
+
+
+def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer) -> Iterator[EncodedText]:
+    """The text of (split, piece) in its order; all threads are busy while there is more to read."""
+    encode_batch = partial(_encode_batch, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
+    threads = available_cores()
+    waiting: deque[Future[list[EncodedText]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+        for batch in _batches(marked):
+            waiting.append(pool.submit(encode_batch, batch))
+            if len(waiting) > 2 * threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+    """Enough text at a time to make a turn of a thread worthwhile, however short the documents are."""
+    batch: list[tuple[str, Piece]] = []
+    characters = 0
+    for name, piece in marked:
+        batch.append((name, piece))
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_batch(encode: Encoder, eos_token_id: int, batch: list[tuple[str, Piece]]) -> list[EncodedText]:
+    runs = groupby(batch, key=lambda item: item[0])
+    return [_encode_run(encode, eos_token_id, split, [piece for _, piece in run]) for split, run in runs]
+
+
+def _encode_run(encode: Encoder, eos_token_id: int, split: str, pieces: list[Piece]) -> EncodedText:
+    eos = np.array([eos_token_id], dtype=np.uint32)
+    parts: list[NDArray[np.uint32]] = []
+    document_ends, n_tokens = [], 0
+    for piece, ids in zip(pieces, encode([piece.text for piece in pieces]), strict=True):
+        parts.append(ids)
+        n_tokens += len(ids)
+        if piece.ends_document:
+            parts.append(eos)
+            n_tokens += 1
+            document_ends.append(n_tokens)
+    n_bytes = sum(utf8_length(piece.text) for piece in pieces)
+    return EncodedText(split, np.concatenate(parts), np.array(document_ends, dtype=np.uint64), n_bytes)
