@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -59,11 +58,14 @@ def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Pi
 
 
 def _encode_batch(encode: Encoder, eos_token_id: int, batch: list[tuple[str, Piece]]) -> list[EncodedText]:
-    runs = groupby(batch, key=lambda item: item[0])
-    return [_encode_run(encode, eos_token_id, split, [piece for _, piece in run]) for split, run in runs]
+    """One text a split, however its documents take turns with those of another."""
+    pieces: dict[str, list[Piece]] = {}
+    for split, piece in batch:
+        pieces.setdefault(split, []).append(piece)
+    return [_encode_split(encode, eos_token_id, *item) for item in pieces.items()]
 
 
-def _encode_run(encode: Encoder, eos_token_id: int, split: str, pieces: list[Piece]) -> EncodedText:
+def _encode_split(encode: Encoder, eos_token_id: int, split: str, pieces: list[Piece]) -> EncodedText:
     eos = np.array([eos_token_id], dtype=np.uint32)
     parts: list[NDArray[np.uint32]] = []
     document_ends, n_tokens = [], 0
