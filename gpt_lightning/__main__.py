@@ -4,6 +4,7 @@ import difflib
 import sys
 
 from gpt_lightning import __version__
+from gpt_lightning.cli_start import without_collector
 from gpt_lightning.cli_verbs import HELP, VERBS
 from gpt_lightning.exit_codes import INTERRUPTED
 
@@ -27,7 +28,8 @@ def _run(words: list[str]) -> None:
         if words[0] in WITHOUT_TRAINER:
             run_without_trainer(words[0], words[1:])
         else:
-            from gpt_lightning.cli import run
+            with without_collector():
+                from gpt_lightning.cli import run
 
             run(words)
     except KeyboardInterrupt:  # during the imports

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from gpt_lightning.cli_manners import complaint_in, shorten
 from gpt_lightning.cli_noise import quiet
+from gpt_lightning.cli_start import without_collector
 from gpt_lightning.exit_codes import INTERRUPTED, WRITE_FAILED
 
 # What each calls with the words after the verb.
@@ -22,7 +23,8 @@ def run_without_trainer(verb: str, words: list[str]) -> None:
     quiet()
     with _in_order():
         module, name = WITHOUT_TRAINER[verb]
-        function: Callable[[list[str]], None] = getattr(import_module(module), name)
+        with without_collector():
+            function: Callable[[list[str]], None] = getattr(import_module(module), name)
         function(words)
 
 

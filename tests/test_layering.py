@@ -90,6 +90,7 @@ ORDER = [
     "callbacks.prediction_writer",
     "callbacks.progress",
     "run_folder",
+    "cli_start",
     "cli_verbs",
     "cli_noise",
     "cli_imports",
