@@ -6,15 +6,20 @@ A document is a run of equal ids. Shapes: B batch, T time, H heads, K head_dim.
 - On a CPU, in long rows: causal attention document by document, which makes no mask at all.
 - Else a mask [B, 1, T, T] for the usual attention. FlexAttention knows no dropout and, on a CPU, no backward
   pass; and short rows are so little work on a CPU that a call a document costs more than it spares.
+
+FlexAttention brings PyTorch's compiler along, as long to import as PyTorch itself: it waits for its first mask.
 """
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 FLEX_BLOCK = 128  # FlexAttention's own default
 MIN_HEAD_DIM = 16  # of FlexAttention's kernels
@@ -28,7 +33,7 @@ class Documents:
         self.lengths = lengths
 
 
-Mask = Tensor | Documents | BlockMask | None  # None: causal
+Mask: TypeAlias = "Tensor | Documents | BlockMask | None"  # None: causal
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
     return index - torch.cummax(index * starts, dim=1).values
 
 
-def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> Tensor | Documents | BlockMask:
+def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
     """What keeps attention within documents, made once for all layers of a batch."""
     device, T = positions.device.type, positions.shape[1]
     way = choose_way(device, T, head_dim, dropout_p, has_triton=device == "cuda" and _has_triton())
@@ -56,11 +61,13 @@ def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, has_trit
 
 
 def attend_within_documents(
-    q: Tensor, k: Tensor, v: Tensor, mask: Documents | BlockMask, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: "Documents | BlockMask", dropout_p: float
 ) -> Tensor:
     """Causal attention of [B, H, T, K] by a mask that is no tensor."""
     if isinstance(mask, Documents):
         return _one_by_one(q, k, v, mask, dropout_p)
+    from torch.nn.attention.flex_attention import flex_attention
+
     # Within a compiled block it is compiled with it; on a CPU, where tests call it, it computes as it is.
     flex = flex_attention if torch.compiler.is_compiling() or q.device.type == "cpu" else _compiled_flex()
     return flex(q, k, v, block_mask=mask)
@@ -81,12 +88,14 @@ def documents(positions: Tensor) -> Documents:
     return Documents(rows)
 
 
-def block_mask(positions: Tensor) -> BlockMask:
+def block_mask(positions: Tensor) -> "BlockMask":
     """FlexAttention's mask, from the first token that each token sees; `create_block_mask` makes T x T first.
 
     A row of blocks sees the blocks from the one where its first token's document begins to the diagonal, and
     all of those that begin no earlier than its last token's document, the diagonal's excepted.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     T, device = positions.shape[1], positions.device
     begins = torch.arange(T, device=device) - positions  # [B, T], never falling along a row
     blocks = torch.arange(-(-T // FLEX_BLOCK), device=device)
@@ -111,7 +120,7 @@ def _ordered(marks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Lengths change with every batch: compiled, it would be compiled for each anew.
-@torch.compiler.disable
+@_disable_dynamo
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Documents, dropout_p: float) -> Tensor:
     rows = []
     for *of_row, lengths in zip(q, k, v, mask.lengths, strict=True):
@@ -126,6 +135,8 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Documents, dropout_p: flo
 @cache
 def _compiled_flex() -> Any:
     """Not compiled, it would hold all the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
