@@ -7,7 +7,7 @@ A document is a run of equal ids. Shapes: B batch, T time, H heads, K head_dim.
 - Else a mask [B, 1, T, T] for the usual attention. FlexAttention knows no dropout and, on a CPU, no backward
   pass; and short rows are so little work on a CPU that a call a document costs more than it spares.
 
-FlexAttention brings PyTorch's compiler along, which takes as long to import as PyTorch, so it waits for a mask.
+FlexAttention brings PyTorch's compiler along, as slow to import as PyTorch itself, and waits for a mask.
 """
 
 from functools import cache
