@@ -198,12 +198,6 @@ def test_settings_are_read_as_on_the_command_line() -> None:
     assert conversation.changed(settings, "do_sample", "false").is_greedy
 
 
-@pytest.mark.slow
-def test_the_program_starts_without_lightning() -> None:
-    code = "import sys, gpt_lightning.cli_generate; sys.exit('lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 # ---- a program of its own
 
 
