@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
 
 import gpt_lightning.data.windows as windows
 from gpt_lightning.data.token_cache import TokenSplit
@@ -75,7 +77,8 @@ class WindowBatches(Dataset[TokenBatch]):
             positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
         )
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
-        if (largest := max(inputs.max(), targets.max())) >= self.vocab_size:
+        # Any other input is a target too.
+        if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
             raise ValueError(
                 f"data.cache_dir: {self.split.folder} holds token id {largest}, and the tokenizer has "
                 f"{self.vocab_size}; remove that folder, and it is built anew"
@@ -86,9 +89,11 @@ class WindowBatches(Dataset[TokenBatch]):
             document_ids = torch.from_numpy(
                 windows.document_ids(document_starts, starts, lengths, n_tokens=n_tokens, **sizes)
             )
-        sample_ids = torch.full((self.batch_size,), -1)
-        sample_ids[: len(positions)] = torch.from_numpy(positions)
-        return TokenBatch(torch.from_numpy(inputs), torch.from_numpy(targets), document_ids, sample_ids)
+        sample_ids = np.full(self.batch_size, -1)
+        sample_ids[: len(positions)] = positions
+        return TokenBatch(
+            torch.from_numpy(inputs), torch.from_numpy(targets), document_ids, torch.from_numpy(sample_ids)
+        )
 
 
 class BatchNumbers(NamedTuple):
@@ -119,6 +124,13 @@ class BatchNumberSampler(DistributedSampler[int]):
 
 class BatchLoader(DataLoader[Any]):
     """Tells Lightning, which would warn, that it can be resumed; the datamodule keeps the position."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.num_workers or self.pin_memory:
+            return super().__iter__()
+        # What is left to do for one that is whole already; PyTorch's own iterator costs more than a batch.
+        return map(self.dataset.__getitem__, self.sampler)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

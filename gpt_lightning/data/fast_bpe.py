@@ -6,12 +6,12 @@ Three things could differ, and each is settled before an id is believed.
 
 *Which pairs merge.* tokenizers merges the pairs of its list; tiktoken any two neighbours that make a token
 it was given. It is given what some merge makes and the BPE also ends with when the text is that token alone.
-Let neighbours x, y make such a token t anywhere in a text. No merge has crossed an end of xy, and those inside
-were chosen among its pairs by the same rule as if t stood alone, so x, y is a state of t alone: its last but
-one, and a listed merge. A listed merge whose result was not given never comes up: it would be the end of its
-text alone. So where no two merges make the same given token, both see the same pairs with the same ranks at
-every step, and take the lowest, at ties the leftmost. And a piece that is a given token as a whole, which
-tiktoken takes at once, ends as that anyway.
+Let neighbours x, y make such a token t anywhere in a text. No merge has crossed an end of xy, and those
+inside were chosen among its pairs by the same rule as if t stood alone, so x, y is a state of t alone: its
+last but one, and a listed merge. A listed merge whose result was not given never comes up: it would be the
+end of its text alone. So where no two merges make the same given token, both see the same pairs with the same
+ranks at every step, and take the lowest, at ties the leftmost. And a piece that is a given token as a whole,
+which tiktoken takes at once, ends as that anyway.
 
 *Where text is cut into pieces.* GPT-2's pattern asks of a character only whether it is a letter, a number,
 whitespace or none of these. The libraries may know different editions of Unicode, so both are asked about

@@ -87,11 +87,12 @@ class TokenSplit:
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
-        return np.memmap(self.folder / f"{self.name}.tokens.bin", dtype=self.dtype, mode="r")
+        # As plain arrays: np.memmap's own indexing takes longer than the rows of a batch.
+        return np.asarray(np.memmap(self.folder / f"{self.name}.tokens.bin", dtype=self.dtype, mode="r"))
 
     @cached_property
     def document_starts(self) -> NDArray[np.uint64]:
-        return np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r")
+        return np.asarray(np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r"))
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker maps the files itself; a pickled map would be a copy of the corpus.

@@ -7,6 +7,7 @@ A sample's position is one global counter; the epoch is position // n_windows.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 IGNORED_TARGET = -100
 
 _ROUNDS = 8
+_BLOCK = 4096
 
 Ints = NDArray[np.int64]
 
@@ -64,7 +66,7 @@ def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | Non
     epoch = int(positions[0]) // windows if len(positions) else 0
     index, offset = positions - epoch * windows, 0
     if seed is not None:
-        index = permute(index, windows, key=_hash(seed, epoch, "order"))
+        index = _permuted(index, windows, _hash(seed, epoch, "order"))
         offset = _hash(seed, epoch, "offset") % n_tokens
     starts = index * seq_len
     return (starts + offset) % n_tokens, np.minimum(n_tokens - starts, seq_len)
@@ -74,15 +76,20 @@ def gather(
     tokens: NDArray[np.integer], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
 ) -> tuple[Ints, Ints]:
     """Inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
-    inputs = np.zeros((rows, seq_len), dtype=np.int64)
-    targets = np.full((rows, seq_len), IGNORED_TARGET, dtype=np.int64)
-    steps = np.arange(-1, seq_len)
     # [B, T + 1]; past a window's end it reads on around the circle, which the mask then hides.
-    window = np.asarray(tokens[(starts[:, None] + steps) % len(tokens)], dtype=np.int64)
-    filled = steps[1:] < lengths[:, None]  # [B, T]
-    inputs[: len(starts)] = np.where(filled, window[:, :-1], 0)
-    targets[: len(starts)] = np.where(filled, window[:, 1:], IGNORED_TARGET)
-    return inputs, targets
+    window = np.empty((len(starts), seq_len + 1), dtype=tokens.dtype)
+    for row, start in zip(window, starts.tolist(), strict=True):
+        if 0 < start <= len(tokens) - seq_len:
+            row[:] = tokens[start - 1 : start + seq_len]
+        else:
+            row[:] = tokens[np.arange(start - 1, start + seq_len) % len(tokens)]
+    inputs, targets = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
+    if len(starts) == rows and lengths.min() == seq_len:
+        return inputs, targets
+    empty = ((0, rows - len(starts)), (0, 0))
+    filled = np.pad(np.arange(seq_len) < lengths[:, None], empty)  # [B, T]
+    inputs, targets = np.pad(inputs, empty), np.pad(targets, empty)
+    return np.where(filled, inputs, 0), np.where(filled, targets, IGNORED_TARGET)
 
 
 def document_ids(
@@ -98,17 +105,34 @@ def document_ids(
 
     An input is in the document of its target, so the eos before a document is that document's first input.
     """
-    ids = np.zeros((rows, seq_len), dtype=np.int64)
-    steps = np.arange(seq_len)
-    targets = ((starts[:, None] + steps) % n_tokens).astype(np.uint64)  # [B, T]
-    # Of one dtype, else numpy would convert the whole memory map; side="right" finds the start at or before.
-    found = np.searchsorted(document_starts, targets, side="right") - 1
-    changes = document_starts[found] == targets
-    changes |= steps == lengths[:, None]
-    changes &= steps <= lengths[:, None]
-    changes[:, 0] = False
-    ids[: len(starts)] = np.cumsum(changes, axis=1)
-    return ids
+    changes = np.zeros((rows, seq_len), dtype=np.int64)
+    # Of one dtype, else numpy would convert the whole memory map.
+    ends = (starts + seq_len).astype(np.uint64)
+    first = np.searchsorted(document_starts, starts.astype(np.uint64), side="right")
+    after = np.searchsorted(document_starts, ends, side="left")
+    for row, start, low, high in zip(changes, starts.tolist(), first.tolist(), after.tolist(), strict=False):
+        row[document_starts[low:high].astype(np.int64) - start] = 1
+        if start + seq_len > n_tokens:  # the last of document_starts, n_tokens, has been the first again
+            again = np.searchsorted(document_starts, np.uint64(start + seq_len - n_tokens), side="left")
+            row[document_starts[1:again].astype(np.int64) + (n_tokens - start)] = 1
+    short = np.flatnonzero(lengths < seq_len)
+    for index, length in zip(short.tolist(), lengths[short].tolist(), strict=True):
+        changes[index, length:] = 0
+        changes[index, length] = 1
+    return np.cumsum(changes, axis=1)
+
+
+def _permuted(index: Ints, size: int, key: int) -> Ints:
+    """`permute` of one batch, from a block of neighbours where it lies in one: they come next."""
+    block = int(index[0]) // _BLOCK if len(index) else 0
+    if not len(index) or int(index[-1]) // _BLOCK != block:
+        return permute(index, size, key=key)
+    return _permuted_block(block, size, key)[index - block * _BLOCK]
+
+
+@lru_cache(maxsize=4)
+def _permuted_block(block: int, size: int, key: int) -> Ints:
+    return permute(np.arange(block * _BLOCK, min(size, (block + 1) * _BLOCK)), size, key=key)
 
 
 def permute(index: Ints, size: int, *, key: int) -> Ints:
@@ -139,6 +163,7 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ value >> np.uint64(31)
 
 
+@lru_cache(maxsize=64)
 def _hash(first: int, second: int, purpose: str) -> int:
     """64 bits, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{purpose} {first} {second}".encode(), digest_size=8).digest()

@@ -1,5 +1,7 @@
 """The sample order, counted by brute force."""
 
+import hashlib
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -65,6 +67,30 @@ def test_permutations_of_few_items_are_uniform() -> None:
     counts = Counter(tuple(windows.permute(np.arange(4), 4, key=key).tolist()) for key in range(2400))
     assert len(counts) == 24
     assert 60 < min(counts.values()) and max(counts.values()) < 145  # 100 expected, standard deviation 10
+
+
+@pytest.mark.parametrize(("size", "stride"), [(9000, 1), (9000, 7), (4097, 1), (50, 3), (10**15, 64)])
+def test_a_batch_is_permuted_as_its_windows_are(size: int, stride: int) -> None:
+    """Blocks that are kept for the next batch change nothing, wherever a batch lies in them."""
+    for first in (0, 1, 4000, 4090, 4096, 8990, size - 1 - 11 * stride):
+        positions = np.arange(12) * stride + max(0, first)
+        positions = positions[positions < size]
+        starts, _ = windows.cut_windows(positions, n_tokens=3 * size, seq_len=3, seed=8)
+        one_by_one = [
+            windows.cut_windows(position, n_tokens=3 * size, seq_len=3, seed=8)[0].item()
+            for position in positions[:, None]
+        ]
+        key = windows._hash(8, 0, "order")
+        offset = windows._hash(8, 0, "offset")
+        permuted = windows.permute(positions, size, key=key)
+        assert starts.tolist() == one_by_one == ((3 * permuted + offset) % (3 * size)).tolist()
+
+
+def test_the_order_is_that_of_every_earlier_version() -> None:
+    """A run that goes on under a new version must go on where it was; the digest is that of the first one."""
+    positions = np.arange(30_000, 40_000)
+    cut = windows.cut_windows(positions, n_tokens=999_999, seq_len=100, seed=42)
+    assert hashlib.sha256(np.stack(cut).tobytes()).hexdigest()[:16] == "e844f5cb4d167fdb"
 
 
 def test_seeking_is_instant_anywhere() -> None:
@@ -174,3 +200,35 @@ def test_a_lone_document_that_meets_itself_is_two_documents() -> None:
         starts, np.array([2]), np.array([4]), n_tokens=4, rows=1, seq_len=4
     )
     assert ids.tolist() == [[0, 0, 1, 1]]
+
+
+def random_cut(draw: random.Random) -> tuple[list[int], Ints, Ints, int]:
+    """A corpus' document starts, and windows in it, some of them short, some around its end."""
+    n_tokens, seq_len = draw.choice([1, 5, 17, 60]), draw.choice([1, 3, 8])
+    cuts = sorted(draw.sample(range(1, n_tokens), draw.randrange(n_tokens)))
+    starts = [draw.randrange(n_tokens) for _ in range(draw.randrange(4))]
+    lengths = [draw.choice([seq_len, draw.randrange(1, seq_len + 1)]) for _ in starts]
+    short = [min(length, n_tokens) for length in lengths]
+    return [0, *cuts, n_tokens], np.array(starts, dtype=np.int64), np.array(short, dtype=np.int64), seq_len
+
+
+def test_windows_are_read_token_by_token() -> None:
+    draw = random.Random(0)
+    for _ in range(400):
+        cuts, starts, lengths, seq_len = random_cut(draw)
+        n_tokens, rows = cuts[-1], len(starts) + draw.randrange(1, 3)
+        tokens = np.arange(100, 100 + n_tokens, dtype=draw.choice([np.uint16, np.uint32]))
+        inputs, targets = windows.gather(tokens, starts, lengths, rows=rows, seq_len=seq_len)
+        boundaries = np.array(cuts, dtype=np.uint64)
+        documents = windows.document_ids(
+            boundaries, starts, lengths, n_tokens=n_tokens, rows=rows, seq_len=seq_len
+        )
+        for row in range(rows):
+            length = int(lengths[row]) if row < len(lengths) else 0
+            places = [(starts[row] + step) % n_tokens for step in range(length)]
+            padding = seq_len - length
+            assert targets[row].tolist() == [100 + place for place in places] + [-100] * padding
+            assert inputs[row].tolist() == [100 + (place - 1) % n_tokens for place in places] + [0] * padding
+            changes = [0] + [int(place in cuts) for place in places[1:]] + [1] * (0 < length < seq_len)
+            expected = np.cumsum(changes + [0] * seq_len)[:seq_len] if length else [0] * seq_len
+            assert documents[row].tolist() == list(expected)
