@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
@@ -62,6 +62,7 @@ class FiniteGuard(Callback):
         self._step = _Step()
         self._unseen: list[tuple[_Step, Tensor]] = []  # steps, and whether they are refused, on the device
         self._refused: Tensor | None = None  # how many are, on the device
+        self._parameters: tuple[LightningModule | None, list[Parameter]] = (None, [])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,7 +86,8 @@ class FiniteGuard(Callback):
     ) -> None:
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
-        refused = _on_any_rank(~_is_finite(step.losses, trainer, pl_module))
+        gradients = [] if _lowers_its_scale(trainer) else self._gradients(pl_module)
+        refused = _on_any_rank(_any_non_finite([*step.losses, *gradients], pl_module.device))
         if _skips_by_itself(optimizer, pl_module.device, trainer):
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((step, refused))
@@ -95,6 +97,12 @@ class FiniteGuard(Callback):
             self._refuse(trainer, step)
             # Without gradients no optimizer changes anything: no weight, no moment, no decay.
             optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, module: LightningModule) -> list[Tensor]:
+        """Those that this rank holds."""
+        if self._parameters[0] is not module:  # to look for them takes longer than to look at them
+            self._parameters = module, list(module.parameters())
+        return [parameter.grad for parameter in self._parameters[1] if parameter.grad is not None]
 
     def _leave_out_on_device(self, optimizer: Optimizer, refused: Tensor) -> None:
         if self._refused is None:
@@ -158,18 +166,22 @@ class FiniteGuard(Callback):
 
 
 def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Trainer) -> bool:
-    """Whether its step, on the device, does nothing where `found_inf` is 1; fp16's scaler sets that itself."""
+    """Whether its step does nothing, on the device, where `found_inf` is 1; fp16's scaler sets it itself."""
     if device.type not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
         return False
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
 
 
-def _is_finite(losses: list[Tensor], trainer: Trainer, module: LightningModule) -> Tensor:
-    total = torch.stack(losses).sum().float() if losses else torch.zeros((), device=module.device)
-    if _lowers_its_scale(trainer):
-        return total.isfinite()
-    return total.isfinite() & _gradient_norm(module).isfinite()
+def _any_non_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 or 0.0, by what PyTorch has for its scaler: one pass over all tensors, which it multiplies by 1."""
+    found = torch.zeros((), dtype=torch.float32, device=device)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for same in by_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones_like(found))
+    return found
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:
@@ -178,14 +190,7 @@ def _lowers_its_scale(trainer: Trainer) -> bool:
     return isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.get_scale() > 1
 
 
-def _gradient_norm(module: LightningModule) -> Tensor:
-    """Of what this rank holds."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return get_total_norm(gradients).float() if gradients else torch.zeros((), device=module.device)
-
-
 def _on_any_rank(flag: Tensor) -> Tensor:
-    flag = flag.to(torch.int32)
     if is_distributed():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag
