@@ -10,7 +10,7 @@ from gpt_lightning.device import finish_queue
 # Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers, which print twice as
 # much where half of the weights are zeros. GeForce: with float32 accumulation, as PyTorch multiplies.
 # Where a row lacks a format, or a device is missing, the rate is measured.
-_TFLOPS = {
+_TFLOPS: dict[str, dict[str, float]] = {
     r"GB200": {"bf16": 2500, "fp16": 2500, "tf32": 1250, "fp32": 80},
     r"B200": {"bf16": 2250, "fp16": 2250, "tf32": 1125, "fp32": 75},
     r"GH200|H[12]00|H800": {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9},  # SXM

@@ -24,6 +24,8 @@ from gpt_lightning.ranks import gathered
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
 
+REFRESHES_PER_SECOND = 4
+
 
 class StepProgressBar(ProgressBar, CompletionCallback):
     """Lightning's bars count batches of an epoch; a GPT is trained by steps, a few epochs or part of one.
@@ -35,6 +37,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def __init__(self) -> None:
         super().__init__()
         self._progress: Progress | None = None
+        self._completed, self._shown_at = 0, 0.0
         self._enabled = True
         self._rate = TokenRate()
 
@@ -155,6 +158,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         if not (self._enabled and self.trainer.is_global_zero and self._console.is_terminal):
             return
         self._stop()
+        self._completed = completed
         columns = (
             TextColumn(what),
             BarColumn(),
@@ -163,18 +167,23 @@ class StepProgressBar(ProgressBar, CompletionCallback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
         )
-        self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
+        self._progress = Progress(*columns, console=self._console, refresh_per_second=REFRESHES_PER_SECOND)
         self._progress.add_task(what, total=total, completed=completed, metrics="")
         self._progress.start()
 
     def _advance(self, completed: int, metrics: str | None = None) -> None:
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        self._completed, now = completed, time.perf_counter()
+        if metrics is not None:
+            self._progress.update(self._progress.task_ids[0], completed=completed, metrics=metrics)
+        elif now - self._shown_at > 0.5 / REFRESHES_PER_SECOND:  # what comes between would not be seen
             self._progress.update(self._progress.task_ids[0], completed=completed)
-            if metrics is not None:
-                self._progress.update(self._progress.task_ids[0], metrics=metrics)
+            self._shown_at = now
 
     def _stop(self) -> None:
         if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=self._completed)
             self._progress.stop()
             self._progress = None
 

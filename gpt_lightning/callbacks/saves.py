@@ -15,7 +15,7 @@ def surround_saves(trainer: Trainer, around: Callable[[], AbstractContextManager
         with around():
             save(*args, **kwargs)
 
-    trainer.save_checkpoint = save_inside  # type: ignore[method-assign]
+    trainer.save_checkpoint = save_inside
 
 
 def leave_saves(trainer: Trainer) -> None:

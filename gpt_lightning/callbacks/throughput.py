@@ -59,7 +59,7 @@ class Throughput(Callback):
             self._clock.turn_to("data")
             before_fetch()
 
-        loop._on_before_fetch = note_fetch  # type: ignore[method-assign]
+        loop._on_before_fetch = note_fetch
         surround_saves(trainer, self._saving)
         self._logged_step, self._tokens = trainer.global_step, 0
         self._clock = Stopwatch()

@@ -125,13 +125,13 @@ class GPTLightningModule(LightningModule):
         The two differ where micro-batches hold padding: the end of an epoch. Lightning's division by
         accumulate_grad_batches is undone with it where limit_train_batches ends an epoch inside a step.
         """
-        factor = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches / tokens
-        # Reading the factor on an accelerator would make the host wait for it; multiplying by one is cheaper.
-        if not runs_ahead(factor.device) and factor == 1:
+        places = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches
+        # Reading the number on an accelerator would make the host wait; multiplying by one is cheaper.
+        if not runs_ahead(tokens.device) and int(tokens) == places:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:  # else the step is left out
-            torch._foreach_mul_(gradients, factor.float())
+            torch._foreach_mul_(gradients, (places / tokens).float())
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         values = {
@@ -146,7 +146,7 @@ class GPTLightningModule(LightningModule):
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         # What others log with `self.log` would be put one step early.
-        if self.trainer._results and is_logging_step(self.trainer, self.trainer.global_step):
+        if is_logging_step(self.trainer, self.trainer.global_step) and self.trainer._results:
             self.log("step", float(self.trainer.global_step))
 
     def _gradient_norm(self) -> Tensor:
