@@ -132,10 +132,10 @@ def prepare_tokens(
 
 def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | None) -> None:
     """Refuse what is too short in bytes already, before a tokenizer is trained on it."""
-    plain = all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files)
-    n_bytes = sum(map(source_bytes, corpus.train_files))
-    if plain and n_bytes < seq_len + 1:
-        check_length(n_bytes, seq_len, train_files)
+    if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
+        n_bytes = sum(map(source_bytes, corpus.train_files))
+        if n_bytes < seq_len + 1:
+            check_length(n_bytes, seq_len, train_files)
 
 
 def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | None) -> None:
