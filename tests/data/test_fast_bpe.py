@@ -136,8 +136,8 @@ def test_what_is_not_plain_is_refused(change: Callable[[dict[str, Any]], Any]) -
 
 def test_only_tokens_that_are_never_found_in_text_may_be_added() -> None:
     tokenizer = byte_level([("a", "b")])
-    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
-    assert_same_ids(tokenizer, ["ab<end>ab", "<|special|>"])
+    tokenizer.add_special_tokens([AddedToken("<end>"), AddedToken(" <pad>", normalized=True, lstrip=True)])
+    assert_same_ids(tokenizer, ["ab<end>ab", "ab  <pad>ab", "<|special|>"])
     tokenizer.encode_special_tokens = False
     assert fast_bpe(tokenizer) is None
     tokenizer.encode_special_tokens = True
