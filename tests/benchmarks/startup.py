@@ -5,10 +5,10 @@
 From the start of a process to the first byte that it writes to its standard output, which is: the end of
 the imports; the first token of `predict` and `generate`, of which only one is asked; the end of the first
 optimizer step of `fit`, told by a callback; the help page. The checkpoint is the quickstart's after a few
-steps; it is made before, and every process runs once to warm the page cache. The cases take turns, and medians
-are shown: of wall time, and of processor time, which other work on the machine disturbs less. Both ratios are
-in the last line, as JSON; below 1 is faster than the imports. `import lightning` imports parts of transformers,
-by way of torchmetrics, and `import transformers` only its top: models come when they are used.
+steps; it is made before, and every process runs once to warm the page cache. The cases take turns, and
+medians are shown: of wall time, and of processor time, which other work on the machine disturbs less. Both
+ratios are in the last line, as JSON; below 1 is faster than the imports. `import lightning` imports parts of
+transformers, by way of torchmetrics, and `import transformers` only its top: models come when they are used.
 """
 
 import argparse
