@@ -67,12 +67,12 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
     alphabet = byte_alphabet()
     if not vocabulary.keys() >= set(alphabet) or len(set(vocabulary.values())) < len(vocabulary):
         return None
-    made = _made_tokens(tokenizer, description["model"]["merges"])
+    made = _made_tokens(tokenizer.model, vocabulary, description["model"]["merges"])
     if len(set(made)) < len(made):
         return None
-    byte_of = {character: byte for byte, character in enumerate(alphabet)}
+    as_latin = str.maketrans({character: chr(byte) for byte, character in enumerate(alphabet)})
     tokens = [*alphabet, *made]
-    ranks = {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
+    ranks = {token.translate(as_latin).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     ids = np.array([vocabulary[token] for token in tokens], dtype=np.uint32)
     return FastBPE(tokenizer, ranks, ids)
 
@@ -99,13 +99,14 @@ def _is_plain(description: dict[str, Any]) -> bool:
     return is_bpe and is_gpt2 and is_text_alone and after["type"] == "ByteLevel" and not any(others)
 
 
-def _made_tokens(tokenizer: Tokenizer, merges: list[str | list[str]]) -> list[str]:
+def _made_tokens(
+    model: models.BPE, vocabulary: dict[str, int], merges: list[str | list[str]]
+) -> list[str]:
     """What the merges make, in their order; without what no text of bytes can become."""
     alphabet = set(byte_alphabet())
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
     made = [token for token in made if alphabet.issuperset(token)]
-    alone = Tokenizer(tokenizer.model).encode_batch_fast(made, add_special_tokens=False)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    alone = Tokenizer(model).encode_batch_fast(made, add_special_tokens=False)
     return [token for token, own in zip(made, alone, strict=True) if own.ids == [vocabulary[token]]]
 
 
