@@ -132,10 +132,10 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if not trainer.enable_validation or not sum(trainer.num_val_batches):
-            # Nothing else would save before the end of training. Here, and not when the epoch has ended: of
-            # that moment Lightning ends the epoch again where it resumes.
-            due = due or trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            # Without validations nothing else would save before the end of training. Here, and not when the
+            # epoch has ended: of that moment Lightning ends the epoch again where it resumes.
+            due = due or not trainer.enable_validation or not sum(trainer.num_val_batches)
         if self._last_interval is not None:
             elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
             # The first rank's clock decides for all: saving is collective.

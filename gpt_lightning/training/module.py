@@ -137,7 +137,7 @@ class GPTLightningModule(LightningModule):
         values = {
             "train/loss": loss,
             "train/ppl": loss.exp(),
-            "train/grad_norm": self._gradient_norm(),
+            "train/grad_norm": self._gradient_norm(optimizer),
             "lr-AdamW": optimizer.param_groups[0]["lr"],
             "epoch": self._epoch(),
         }
@@ -149,10 +149,11 @@ class GPTLightningModule(LightningModule):
         if is_logging_step(self.trainer, self.trainer.global_step) and self.trainer._results:
             self.log("step", float(self.trainer.global_step))
 
-    def _gradient_norm(self) -> Tensor:
+    def _gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.gradient_norm(self.parameters())
-        return get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            return self.trainer.strategy.gradient_norm(parameters)
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _epoch(self) -> float:
         """As a fraction of the corpus, where Lightning would log whole ones."""
