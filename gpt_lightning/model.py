@@ -179,7 +179,8 @@ class GPTModel(nn.Module):
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, cached, layer, use_reentrant=False)
+                draws = self.config.dropout > 0
+                x = checkpoint(block, x, mask, cached, layer, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x = block(x, mask, cached, layer)
         if cached is not None:
