@@ -6,8 +6,8 @@
 It needs what the project itself needs, and no network. PATH is a checkout of nanoGPT, or a folder with its
 model.py; FILE is Lu Xun's prose, for configs/luxun.yaml as it stands, in bf16. Without them their cases are
 left out. The parts run one after another, the most telling first, each in a process of its own that may take
-so long and no longer. What finds no time within `--minutes` is left out and said to be; `--parts` runs some of
-them alone.
+so long and no longer. What finds no time within `--minutes` is left out and said to be; `--parts` runs some
+of them alone.
 
 Every contender trains on the same synthetic stream and must learn it, else it is refused: a dead optimizer is
 fast. MFU counts operations as PaLM's appendix B, with attention, and is a share of the rate of large bf16

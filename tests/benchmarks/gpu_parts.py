@@ -214,14 +214,15 @@ class SyncCounter(pl.Callback):
 
 
 def syncs(scale: Scale, options: Namespace) -> Cases:
-    def measure() -> Figures:
+    def measure(document_mask: bool) -> Figures:
         counter = SyncCounter(scale.warm_up + 5)
         train = partial(train_ours, scale, "124M", scale.batches[0], options.folder, compiled=False)
-        train(callbacks=(counter,), log_every=1000)
+        train(callbacks=(counter,), log_every=1000, document_mask=document_mask)
         return {"syncs_per_step": counter.places.total() / 10, "places": dict(counter.places)}
 
     if scale.device == "cuda":
-        yield "host waits", measure
+        yield "host waits", partial(measure, False)
+        yield "host waits, document mask", partial(measure, True)
 
 
 def generation(scale: Scale, options: Namespace) -> Cases:

@@ -100,6 +100,14 @@ def synthetic_tokens(scale: Scale) -> np.ndarray:
     return used[np.stack(followers)[steps, starts[drawn]]].astype(np.uint16)
 
 
+def token_file(scale: Scale, folder: Path) -> Path:
+    """Made by the first contender that asks."""
+    path = folder / "train.tokens.bin"
+    if not path.exists():
+        synthetic_tokens(scale).tofile(path)
+    return path
+
+
 class SyntheticText(TextDataModule):
     """The tokens above in a cache folder, as if they had been tokenized; validation is left out."""
 
@@ -108,8 +116,7 @@ class SyntheticText(TextDataModule):
         random = np.random.default_rng(1)
         starts = np.unique(random.integers(scale.n_tokens, size=scale.n_tokens // MEAN_DOCUMENT))
         starts[0] = 0
-        if not (folder / "train.tokens.bin").exists():
-            synthetic_tokens(scale).tofile(folder / "train.tokens.bin")
+        token_file(scale, folder)
         starts.astype(np.uint64).tofile(folder / "train.documents.bin")
         self._vocab_size = scale.vocab_size
         self._splits = {
@@ -236,7 +243,7 @@ def own_loop(
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Any]:
-    tokens = np.memmap(folder / "train.tokens.bin", dtype=np.uint16, mode="r")
+    tokens = np.memmap(token_file(scale, folder), dtype=np.uint16, mode="r")
     device = torch.device(scale.device)
     torch.set_float32_matmul_precision("high")  # as nanoGPT does
 

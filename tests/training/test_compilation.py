@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.document_mask import block_mask
+from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model import GPTModel
 from gpt_lightning.training.compilation import choose_backend
 from gpt_lightning.training.module import GPTLightningModule
@@ -39,7 +41,10 @@ def test_a_run_compiles_where_it_pays(
 
 
 def fit(corpus: Path, folder: Path, seq_len: int = 16, **options: Any) -> tuple[Any, GPTLightningModule, int]:
-    """Losses of the steps and of two validations, the module, and how many graphs were compiled."""
+    """Losses of the steps and the last validation, the module, and how many graphs were compiled.
+
+    After each validation a text is written, a token at a time.
+    """
     torch._dynamo.reset()
     counters.clear()
     datamodule = TextDataModule(
@@ -54,9 +59,10 @@ def fit(corpus: Path, folder: Path, seq_len: int = 16, **options: Any) -> tuple[
     torch.manual_seed(1)
     config = GPTConfig(datamodule.vocab_size, seq_len, n_layers=3, n_heads=2, d_model=16)
     module = GPTLightningModule(config, **options)
+    module.generation = GenerationConfig(max_new_tokens=3)
     recorder = Recorder()
     validations = {"val_check_interval": 3, "check_val_every_n_epoch": None}
-    run = trainer(folder, max_steps=6, callbacks=[recorder], **validations)
+    run = trainer(folder, max_steps=6, callbacks=[recorder, TextSamples()], **validations)
     run.fit(module, datamodule)
     losses = [logged["train/loss"] for logged in recorder.logged]
     return [*losses, float(run.callback_metrics["val/loss"])], module, counters["stats"]["unique_graphs"]
