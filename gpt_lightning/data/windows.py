@@ -107,14 +107,15 @@ def document_ids(
     """
     changes = np.zeros((rows, seq_len), dtype=np.int64)
     # Of one dtype, else numpy would convert the whole memory map.
-    ends = (starts + seq_len).astype(np.uint64)
-    first = np.searchsorted(document_starts, starts.astype(np.uint64), side="right")
-    after = np.searchsorted(document_starts, ends, side="left")
+    begins = starts.astype(np.uint64)
+    first = np.searchsorted(document_starts, begins, side="right")
+    after = np.searchsorted(document_starts, begins + np.uint64(seq_len), side="left")
     for row, start, low, high in zip(changes, starts.tolist(), first.tolist(), after.tolist(), strict=False):
-        row[document_starts[low:high].astype(np.int64) - start] = 1
+        if low < high:
+            row[document_starts[low:high] - start] = 1
         if start + seq_len > n_tokens:  # the last of document_starts, n_tokens, has been the first again
             again = np.searchsorted(document_starts, np.uint64(start + seq_len - n_tokens), side="left")
-            row[document_starts[1:again].astype(np.int64) + (n_tokens - start)] = 1
+            row[document_starts[1:again] + (n_tokens - start)] = 1
     short = np.flatnonzero(lengths < seq_len)
     for index, length in zip(short.tolist(), lengths[short].tolist(), strict=True):
         changes[index, length:] = 0
