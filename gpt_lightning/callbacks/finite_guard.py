@@ -102,7 +102,7 @@ class FiniteGuard(Callback):
         """Those that this rank holds."""
         if self._parameters[0] is not module:  # to look for them takes longer than to look at them
             self._parameters = module, list(module.parameters())
-        return [parameter.grad for parameter in self._parameters[1] if parameter.grad is not None]
+        return [grad for parameter in self._parameters[1] if (grad := parameter.grad) is not None]
 
     def _leave_out_on_device(self, optimizer: Optimizer, refused: Tensor) -> None:
         if self._refused is None:

@@ -5,17 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
-from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
+from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.device import finish_queue, peak_memory_gib
 from gpt_lightning.device_peak import peak_flops
-from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule
@@ -42,14 +39,14 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
-        self._tokens: Tensor | int = 0
-        self._logged_step = 0
+        self._logged_step = self._logged_tokens = 0
         self._peak_flops: float | None = None  # of all devices
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
         self._device = pl_module.device
-        if isinstance(pl_module, GPTLightningModule) and self._peak_flops is None:
+        if self._peak_flops is None:
             trainer.strategy.barrier()  # to measure at the same time where it has to be measured
             self._peak_flops = sum(gathered(peak_flops(self._device, str(trainer.precision))))
         loop = trainer.fit_loop.epoch_loop
@@ -61,7 +58,7 @@ class Throughput(Callback):
 
         loop._on_before_fetch = note_fetch
         surround_saves(trainer, self._saving)
-        self._logged_step, self._tokens = trainer.global_step, 0
+        self._logged_step, self._logged_tokens = trainer.global_step, int(pl_module.trained_tokens)
         self._clock = Stopwatch()
 
     @override
@@ -74,37 +71,32 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
     ) -> None:
-        # Summed on the device: reading it every step would make the host wait.
-        self._tokens = self._tokens + (batch.targets != IGNORE_INDEX).sum()
         step = trainer.global_step
         if step != self._logged_step and is_logging_step(trainer, step):
-            tokens = torch.as_tensor(self._tokens)
-            if rank_and_ranks(trainer)[1] > 1:
-                tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
-            n_tokens = int(tokens)  # waits for the device, so the clock is read after it
+            assert isinstance(pl_module, GPTLightningModule)
+            tokens = int(pl_module.trained_tokens)  # waits for the device, so the clock is read after it
             self._clock.turn_to("other")
-            log_step(trainer, step, self._measured(n_tokens, batch.targets.shape[1], step, pl_module))
-            self._logged_step, self._tokens = step, 0
+            flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
+            values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
+            log_step(trainer, step, {f"throughput/{name}": value for name, value in values.items()})
+            self._logged_step, self._logged_tokens = step, tokens
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")
 
-    def _measured(
-        self, n_tokens: int, seq_len: int, step: int, pl_module: LightningModule
-    ) -> dict[str, float]:
+    def _measured(self, tokens: int, steps: int, flops_per_token: int) -> dict[str, float]:
         seconds = self._clock.seconds
+        assert self._peak_flops is not None
         total = sum(seconds.values())
         training = total - seconds["validation"] - seconds["checkpoint"]
         values = {
-            "tokens_per_second": n_tokens / training,
-            "step_seconds": training / (step - self._logged_step),
+            "tokens_per_second": tokens / training,
+            "step_seconds": training / steps,
+            "mfu": tokens / training * flops_per_token / self._peak_flops,
             **{f"{part}_share": seconds[part] / total for part in PARTS},
         }
-        if isinstance(pl_module, GPTLightningModule) and self._peak_flops is not None:
-            per_token = training_flops_per_token(pl_module.model.config, seq_len)
-            values["mfu"] = values["tokens_per_second"] * per_token / self._peak_flops
         if (peak_memory := peak_memory_gib(self._device)) is not None:
             values["peak_memory_gib"] = peak_memory
-        return {f"throughput/{name}": value for name, value in values.items()}
+        return values
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

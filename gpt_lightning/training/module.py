@@ -90,6 +90,7 @@ class GPTLightningModule(LightningModule):
         self._step_tokens: Tensor | None = None
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
         self._places = 0  # targets of one micro-batch, scored or not
+        self.trained_tokens: Tensor | int = 0  # scored by all ranks in this process's optimizer steps
 
     # Training
 
@@ -112,20 +113,21 @@ class GPTLightningModule(LightningModule):
         assert self._step_nll is not None and self._step_tokens is not None
         nll, tokens = self._step_nll, self._step_tokens
         self._step_nll = self._step_tokens = None
-        if self._data_parallel_size > 1:
+        ranks = rank_and_ranks(self.trainer)[1]
+        if ranks > 1:
             nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        self._rescale_gradients(tokens)
+        self.trained_tokens = self.trained_tokens + tokens  # on the device
+        self._rescale_gradients(self._places * ranks * self.trainer.accumulate_grad_batches, tokens)
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
             self._log_step(nll / tokens, optimizer)
 
-    def _rescale_gradients(self, tokens: Tensor) -> None:
+    def _rescale_gradients(self, places: int, tokens: Tensor) -> None:
         """From the mean over places (what the backward passes made) to the mean over scored tokens.
 
         The two differ where micro-batches hold padding: the end of an epoch. Lightning's division by
         accumulate_grad_batches is undone with it where limit_train_batches ends an epoch inside a step.
         """
-        places = self._places * self._data_parallel_size * self.trainer.accumulate_grad_batches
         # Reading the number on an accelerator would make the host wait; multiplying by one is cheaper.
         if not runs_ahead(tokens.device) and int(tokens) == places:
             return
@@ -159,10 +161,6 @@ class GPTLightningModule(LightningModule):
         """As a fraction of the corpus, where Lightning would log whole ones."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return self.trainer.current_epoch + done / self.trainer.num_training_batches
-
-    @property
-    def _data_parallel_size(self) -> int:
-        return rank_and_ranks(self.trainer)[1]
 
     def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed negative log-likelihood of the batch and the number of tokens it is summed over."""
