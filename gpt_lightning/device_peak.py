@@ -34,6 +34,8 @@ _TFLOPS: dict[str, dict[str, float]] = {
     r"T4": {"fp16": 65, "fp32": 8.1},
     r"MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},
 }
+# A part of a device, and siblings of other rates that bear its name and more.
+_OTHER_DEVICE = re.compile(r" (MIG|Laptop|Max-Q|Ti|SUPER|D)\b")
 _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -54,10 +56,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def known_flops(device_name: str, number_format: str) -> float | None:
-    """By the table; None for a part of a device too (MIG), whose name holds that of the whole."""
+    """By the table; None where it does not say."""
     matches = (re.search(rf"\b({pattern})\b", device_name) for pattern in _TFLOPS)
     rows = [(match.end() - match.start(), row) for match, row in zip(matches, _TFLOPS.values()) if match]
-    if not rows or " MIG " in device_name:
+    if not rows or _OTHER_DEVICE.search(device_name):
         return None
     longest = max(rows, key=lambda row: row[0])[1]  # "H100 PCIe" is more exact than "H100"
     return longest[number_format] * 1e12 if number_format in longest else None
