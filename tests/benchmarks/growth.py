@@ -55,15 +55,38 @@ def fit_point(point: Point, options: argparse.Namespace) -> None:
 
     Imports stand here: a process inherits the peak memory of the one that starts it, which stays small so.
     """
-    import lightning.pytorch as pl
     import torch
-    from torch.utils.data import DataLoader
 
-    from gpt_lightning.cli_noise import quiet
     from gpt_lightning.config import GPTConfig
     from gpt_lightning.data.batches import TokenBatch
     from gpt_lightning.training.flops import training_flops_per_token
     from gpt_lightning.training.module import GPTLightningModule
+
+    torch.set_num_threads(options.threads)
+    peak_of_imports = peak_bytes()
+    n_heads = point.width // 64
+    config = GPTConfig(point.V, point.T, n_layers=point.layers, n_heads=n_heads, d_model=point.width)
+    module = GPTLightningModule(config)
+    ids = torch.randint(point.V, (point.batch, point.T + 1))
+    batch = TokenBatch(ids[:, :-1], ids[:, 1:], None)
+    trainer = fit(module, batch, options)
+    memory = peak_bytes() - peak_of_imports
+    with trainer.strategy.precision_plugin.train_step_context():
+        kept = bytes_kept(module, batch)
+    result = {
+        "parameters": module.n_parameters,
+        "flops": training_flops_per_token(config, point.T) * point.T * point.batch,
+        "memory": memory,
+        "memory_theory": 16 * module.n_parameters + kept,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def fit(module: Any, batch: Any, options: argparse.Namespace) -> Any:
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader
+
+    from gpt_lightning.cli_noise import quiet
 
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
 
@@ -79,13 +102,6 @@ def fit_point(point: Point, options: argparse.Namespace) -> None:
                 print(clock() - self.begin, flush=True)
 
     quiet()
-    torch.set_num_threads(options.threads)
-    peak_of_imports = peak_bytes()
-    n_heads = point.width // 64
-    config = GPTConfig(point.V, point.T, n_layers=point.layers, n_heads=n_heads, d_model=point.width)
-    module = GPTLightningModule(config)
-    ids = torch.randint(point.V, (point.batch, point.T + 1))
-    batch = TokenBatch(ids[:, :-1], ids[:, 1:], None)
     steps = WARM_UP + options.rounds
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -98,16 +114,7 @@ def fit_point(point: Point, options: argparse.Namespace) -> None:
         callbacks=[Turns()],
     )
     trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
-    memory = peak_bytes() - peak_of_imports
-    with trainer.strategy.precision_plugin.train_step_context():
-        kept = bytes_kept(module, batch)
-    result = {
-        "parameters": module.n_parameters,
-        "flops": training_flops_per_token(config, point.T) * point.T * point.batch,
-        "memory": memory,
-        "memory_theory": 16 * module.n_parameters + kept,
-    }
-    print(json.dumps(result), flush=True)
+    return trainer
 
 
 def bytes_kept(module: Any, batch: Any) -> int:
