@@ -108,18 +108,19 @@ def document_ids(
     changes = np.zeros((rows, seq_len), dtype=np.int64)
     # Of one dtype, else numpy would convert the whole memory map.
     begins = starts.astype(np.uint64)
-    first = np.searchsorted(document_starts, begins, side="right")
-    after = np.searchsorted(document_starts, begins + np.uint64(seq_len), side="left")
-    for row, start, low, high in zip(changes, starts.tolist(), first.tolist(), after.tolist(), strict=False):
-        if low < high:
-            row[document_starts[low:high] - start] = 1
-        if start + seq_len > n_tokens:  # the last of document_starts, n_tokens, has been the first again
-            again = np.searchsorted(document_starts, np.uint64(start + seq_len - n_tokens), side="left")
-            row[document_starts[1:again] + (n_tokens - start)] = 1
-    short = np.flatnonzero(lengths < seq_len)
-    for index, length in zip(short.tolist(), lengths[short].tolist(), strict=True):
-        changes[index, length:] = 0
-        changes[index, length] = 1
+    first = document_starts.searchsorted(begins, side="right")
+    counts = document_starts.searchsorted(begins + np.uint64(seq_len)) - first
+    rows_of = np.repeat(np.arange(len(starts)), counts)  # [all document starts within a window]
+    within = np.arange(len(rows_of)) - np.repeat(counts.cumsum() - counts, counts)
+    changes[rows_of, document_starts[first[rows_of] + within].astype(np.int64) - starts[rows_of]] = 1
+    for index in (starts + seq_len > n_tokens).nonzero()[0].tolist():
+        # Around the circle; the last of document_starts, n_tokens, has been the first again.
+        rest = n_tokens - int(starts[index])
+        again = document_starts.searchsorted(np.uint64(seq_len - rest))
+        changes[index, document_starts[1:again] + rest] = 1
+    for index in (lengths < seq_len).nonzero()[0].tolist():
+        changes[index, lengths[index] :] = 0
+        changes[index, lengths[index]] = 1
     return np.cumsum(changes, axis=1)
 
 
