@@ -51,7 +51,8 @@ HEAD = f"{'case':46} {'tokens/s':>10} {'step ms':>9} {'MFU':>6} {'sheet':>6} {'G
 def run_process(name: str, words: list[str], seconds: float, report: "Report") -> None:
     """Cases are taken as they come, so those that were finished when the time ran out are kept."""
     command = [sys.executable, str(HERE / "gpu.py"), "--part", name, *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)])}
+    path = [str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command,

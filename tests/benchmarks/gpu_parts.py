@@ -1,7 +1,6 @@
 """What gpu.py measures, part by part; each part yields its cases, as a name and what measures it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -294,9 +293,8 @@ def luxun(scale: Scale, options: Namespace) -> Cases:
 
 
 def _program(*words: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "gpt_lightning", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{words[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
 
