@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_ELEMENTS = 2**24
+CHUNK_BYTES = 2**27  # of logits; enough rows that adding up the weight's gradient costs little beside them
+CHUNK_BYTES_ON_ACCELERATORS = 2**29
+# Half-precision products of matrices are slow where a row does not end on such a multiple: GPT-2's 50257.
+_VOCABULARY_MULTIPLE = 64
+_SOFTMAX_ELEMENTS = 2**18  # at a time on a CPU, within a core's cache
 
 
 class VocabShard(Protocol):
@@ -71,19 +75,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
-            compute_weight = weight.to(compute_dtype)
+            compute_weight = _padded(weight.to(compute_dtype))  # [V', D]
             # The same for all who share the vocabulary: they meet once a chunk.
-            rows = max(1, CHUNK_ELEMENTS // (weight.shape[0] if shard is None else shard.largest_shard))
+            rows = _chunk_rows(compute_weight, weight.shape[0] if shard is None else shard.largest_shard)
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)
-                logits = F.linear(compute_hidden, compute_weight).float()  # [rows, V]
-                loss, logits_grad = _loss_and_gradient_(logits, targets[chunk], shard, needs_grad)
+                logits = F.linear(compute_hidden, compute_weight)  # [rows, V'], 0 where V' exceeds V
+                loss = _loss_and_gradient_(logits[:, : weight.shape[0]], targets[chunk], shard, needs_grad)
                 total += loss.sum(dtype=sum_dtype)
                 if hidden_grad is not None and weight_grad is not None:
-                    logits_grad = logits_grad.to(compute_dtype)
-                    hidden_grad[chunk] = logits_grad @ compute_weight
-                    weight_grad += logits_grad.t() @ compute_hidden
+                    hidden_grad[chunk] = logits @ compute_weight
+                    weight_grad += (logits.t() @ compute_hidden)[: weight.shape[0]]
         if needs_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.weight_dtype = weight.dtype
@@ -103,39 +106,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _padded(weight: Tensor) -> Tensor:
+    missing = -weight.shape[0] % _VOCABULARY_MULTIPLE
+    if missing == 0 or weight.dtype not in (torch.bfloat16, torch.float16):
+        return weight
+    return F.pad(weight, (0, 0, 0, missing))
+
+
+def _chunk_rows(weight: Tensor, vocab_size: int) -> int:
+    n_bytes = CHUNK_BYTES if weight.device.type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
+    return max(1, n_bytes // (vocab_size * weight.element_size()))
+
+
 def _loss_and_gradient_(
     logits: Tensor, targets: Tensor, shard: VocabShard | None, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss [N] and softmax - one_hot [N, V], zero for rows that are not scored; overwrites the logits."""
+) -> Tensor:
+    """Loss [N]; the logits become softmax - one_hot [N, V], zero for rows that are not scored."""
+    if shard is not None or logits.device.type != "cpu":
+        return _loss_and_gradient_of_rows_(logits, targets, shard, needs_grad)
+    rows = max(1, _SOFTMAX_ELEMENTS // logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows))
+    return torch.cat([_loss_and_gradient_of_rows_(*part, None, needs_grad) for part in parts])
+
+
+def _loss_and_gradient_of_rows_(
+    logits: Tensor, targets: Tensor, shard: VocabShard | None, needs_grad: bool
+) -> Tensor:
+    scored = targets != IGNORE_INDEX
+    softmax = logits.float() if logits.element_size() < 4 else logits
     if shard is None:
-        loss = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
-        if needs_grad:
-            torch.softmax(logits, dim=-1, out=logits)
-        here, columns = targets != IGNORE_INDEX, targets.clamp(min=0)
+        columns, here = targets.masked_fill(~scored, 0), scored
+        softmax -= softmax.amax(dim=-1, keepdim=True)
+        picked = softmax.gather(1, columns[:, None])
+        sums = softmax.exp_().sum(dim=-1, keepdim=True)
+        loss = (sums.log() - picked)[:, 0].masked_fill(~scored, 0.0)
     else:
-        loss, here, columns = _sharded_loss_and_softmax_(logits, targets, shard)
+        loss, sums, here, columns = _sharded_loss_(softmax, targets, shard)
     if needs_grad:
-        every = torch.arange(targets.shape[0], device=targets.device)
-        logits[every, columns] -= here.to(logits.dtype)
-        logits *= (targets != IGNORE_INDEX)[:, None]
-    return loss, logits
+        softmax *= scored[:, None] / sums
+        softmax[torch.arange(targets.shape[0], device=targets.device), columns] -= here.to(softmax.dtype)
+        if softmax is not logits:
+            logits.copy_(softmax)
+    return loss
 
 
-def _sharded_loss_and_softmax_(
+def _sharded_loss_(
     logits: Tensor, targets: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N], which targets are in this shard and in which columns; the logits become the softmax."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [N], the softmax's denominators [N, 1], which targets are in this shard and in which columns.
+
+    The logits become the softmax's numerators.
+    """
     scored = targets != IGNORE_INDEX
     columns = targets - shard.first_token
     here = scored & (columns >= 0) & (columns < logits.shape[1])
     columns = columns.masked_fill(~here, 0)
     logits -= shard.max_over_shards(logits.amax(dim=-1, keepdim=True))
     picked = logits.gather(1, columns[:, None]).masked_fill(~here[:, None], 0.0)
-    logits.exp_()
     # One exchange for both: the softmax's denominator and the target's logit.
-    sums = shard.sum_over_shards(torch.cat([logits.sum(dim=-1, keepdim=True), picked], dim=1))
-    logits /= sums[:, :1]
+    sums = shard.sum_over_shards(torch.cat([logits.exp_().sum(dim=-1, keepdim=True), picked], dim=1))
     # A target that no shard has must not look like an easy one.
     unknown = (targets < 0) | (targets >= shard.vocab_size)
     loss = (sums[:, 0].log() - sums[:, 1]).masked_fill(unknown, torch.nan).masked_fill(~scored, 0.0)
-    return loss, here, columns
+    return loss, sums[:, :1], here, columns

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt_lightning.attention import attention_in_blocks, runs_in_blocks
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.document_mask import (
     Mask,
@@ -69,7 +70,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Mask, cached: CacheStep | None, layer: int) -> Tensor:
         qkv = self.qkv_proj(x)
         B, T, _ = qkv.shape  # not of x, which may be a part of the sequence that qkv_proj gathers
-        q, k, v = qkv.view(B, T, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
+        qkv = qkv.view(B, T, -1, 3, self.head_dim)
+        if mask is None and cached is None and runs_in_blocks(qkv):
+            return self.out_proj(attention_in_blocks(qkv, self.dropout if self.training else 0.0))
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
         if cached is not None:
             k, v = cached.write(layer, k, v)  # each [B, H, S, K]
         dropout_p = self.dropout if self.training else 0.0
@@ -176,7 +180,10 @@ class GPTModel(nn.Module):
             mask = document_mask(positions, self.config.head_dim, dropout_p)
         else:
             positions = torch.arange(T, device=device)
-        x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 draws = self.config.dropout > 0

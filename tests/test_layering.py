@@ -16,6 +16,8 @@ ORDER = [
     "device",
     "device_peak",
     "config",
+    "attention",
+    "cpu_linear",
     "kv_cache",
     "linear_cross_entropy",
     "document_mask",
@@ -113,7 +115,16 @@ ORDER = [
     "cli",
     "__main__",
 ]
-MODEL = {"config", "kv_cache", "document_mask", "linear_cross_entropy", "uninitialized", "model"}
+MODEL = {
+    "config",
+    "attention",
+    "cpu_linear",
+    "kv_cache",
+    "document_mask",
+    "linear_cross_entropy",
+    "uninitialized",
+    "model",
+}
 FILES = {"checkpoint_file", "snapshot"}
 ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"linear_cross_entropy", *FILES}}
 

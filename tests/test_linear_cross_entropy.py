@@ -23,12 +23,14 @@ def make_inputs(n_tokens: int = 23, vocab_size: int = 101) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("chunk_elements", [1, 101 * 5, 2**24])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 2**18])
+@pytest.mark.parametrize("softmax_rows", [1, 3, 2**18])
 def test_loss_and_gradients_equal_autograd(
-    monkeypatch: pytest.MonkeyPatch, reduction: str, chunk_elements: int
+    monkeypatch: pytest.MonkeyPatch, reduction: str, chunk_rows: int, softmax_rows: int
 ) -> None:
-    """In chunks of one row, of five rows with a remainder, and in a single chunk."""
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    """In chunks of one row, of five rows with a remainder, and in a single chunk, each cut up or not."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 101 * chunk_rows)
+    monkeypatch.setattr(module, "_SOFTMAX_ELEMENTS", 101 * softmax_rows)
     hidden, weight, targets = make_inputs()
     loss = linear_cross_entropy(hidden, weight, targets, reduction)
     expected = F.cross_entropy(hidden @ weight.t(), targets, reduction=reduction)
@@ -124,7 +126,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("with_gradients", [True, False])
 def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch, with_gradients: bool) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 2**16)
     hidden, weight, targets = make_inputs(n_tokens=1000, vocab_size=1009)
     with LargestTensor() as plain:
         F.cross_entropy(hidden @ weight.t(), targets).backward()
@@ -137,5 +139,5 @@ def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch, with_gr
 
 
 def test_chunks_are_small_beside_a_training_batch() -> None:
-    """64 MiB of float32 at a time, where a batch of 8 x 1024 tokens of GPT-2 would need 1.6 GB."""
-    assert module.CHUNK_ELEMENTS * 4 <= 2**26
+    """128 MiB at a time, where a batch of 8 x 1024 tokens of GPT-2 would need 1.6 GB."""
+    assert module.CHUNK_BYTES <= 2**27

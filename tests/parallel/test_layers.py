@@ -98,7 +98,7 @@ def test_an_odd_vocabulary_gives_the_dense_vectors_logits_and_loss(size: int) ->
 
 
 def test_the_loss_in_chunks_and_with_great_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS", VOCABULARY)  # a row or two at a time
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY)  # a row or two at a time
     hidden = 60 * torch.randn(BATCH, TIME, WIDTH)
     targets = torch.randint(VOCABULARY, (BATCH, TIME))
     run_ranks(compare, 2, LanguageModel, PLAN, lambda m, x: m.head.loss(x, targets, "sum") / 1e3, hidden)
