@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_lightning.attention import attention_in_blocks, runs_in_blocks
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.cpu_linear import linear
 from gpt_lightning.document_mask import (
     Mask,
     attend_within_documents,
@@ -45,6 +46,9 @@ class Projection(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Table(nn.Embedding):
