@@ -23,6 +23,7 @@ ORDER = [
     "document_mask",
     "uninitialized",
     "model",
+    "freed_memory",
     "checkpoint_file",
     "snapshot",
     "background_writer",

@@ -25,6 +25,7 @@ from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.device import runs_ahead
+from gpt_lightning.freed_memory import keep_freed_memory
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
@@ -93,6 +94,11 @@ class GPTLightningModule(LightningModule):
         self.trained_tokens: Tensor | int = 0  # scored by all ranks in this process's optimizer steps
 
     # Training
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @override
     def on_train_start(self) -> None:
