@@ -38,6 +38,8 @@ class GPTOutput(NamedTuple):
 class Projection(nn.Linear):
     """A linear layer that starts as GPT-2's do: normal weights, no bias."""
 
+    computes_as_parent = True  # for tensor parallelism, which replaces the layer
+
     def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float = INIT_STD) -> None:
         self.std = std
         super().__init__(n_in, n_out, bias=bias)
