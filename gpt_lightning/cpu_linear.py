@@ -3,6 +3,8 @@
 F.linear first fills its result with the bias in bfloat16, and takes MKL in float32, which is a tenth slower.
 """
 
+import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,13 +15,18 @@ from torch.autograd.function import once_differentiable
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, in the dtype of autocast; other devices, inference and compiled graphs have F.linear itself."""
-    if not (x.device.type == "cpu" and torch.is_grad_enabled() and torch.backends.mkldnn.is_available()):
+    if not (x.device.type == "cpu" and torch.is_grad_enabled() and _has_onednn()):
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     output: Tensor = _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return output
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 class _Linear(torch.autograd.Function):
