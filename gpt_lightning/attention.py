@@ -1,8 +1,8 @@
 """Causal attention on a CPU: matrix products over blocks of queries, which see only the keys before them.
 
-PyTorch's fused kernel for CPUs spends most of its time outside the matrix products. Here a block's scores stay
-in the processor's cache, and what lies above the diagonal is hardly computed: half the time in bfloat16, a
-quarter less in float32 (measured at 256 to 1024 tokens).
+PyTorch's fused kernel for CPUs spends most of its time outside the matrix products. Here a block's scores
+stay in the processor's cache, and what lies above the diagonal is hardly computed: half the time in bfloat16,
+a quarter less in float32 (measured at 256 to 1024 tokens).
 
 Shapes: B batch, T time, H heads, K head_dim, G = rows of the batch taken at a time x H.
 """

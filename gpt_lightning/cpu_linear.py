@@ -14,19 +14,23 @@ from torch.autograd.function import once_differentiable
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, in the dtype of autocast; other devices, inference and compiled graphs have F.linear itself."""
-    if not (x.device.type == "cpu" and torch.is_grad_enabled() and _has_onednn()):
+    """F.linear, in the dtype of autocast; it is itself on other devices, in inference and in compiled graphs."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    if not onednn_multiplies(dtype):
         return F.linear(x, weight, bias)
     output: Tensor = _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return output
 
 
 @cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of its own for this dtype on this machine."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    supports_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())
 
 
 class _Linear(torch.autograd.Function):

@@ -6,12 +6,12 @@ Shapes: M rows of all sequences, D input features, N output features.
 """
 
 import math
-import platform
 import warnings
 
 import torch
 from torch import Tensor, nn
 
+from gpt_lightning.cpu_linear import onednn_multiplies
 from gpt_lightning.generation.decoder import Decoder
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.model import GPTModel, LMHead, Projection
@@ -39,19 +39,13 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLangu
     if not (is_whole and on_cpu):
         return model
     dtype = _compute_dtype(linear[0].weight.dtype)
-    return Decoder(model, lambda layer: PackedLinear(layer, dtype, n_rows)) if _packs(dtype) else model
+    if not onednn_multiplies(dtype):
+        return model
+    return Decoder(model, lambda layer: PackedLinear(layer, dtype, n_rows))
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stored
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a layout of its own for these weights on this machine."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    supports_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())
 
 
 class PackedLinear:
