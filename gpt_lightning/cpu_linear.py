@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, in the dtype of autocast; it is itself on other devices, in inference and in compiled graphs."""
+    """F.linear, in the dtype of autocast. Other devices, inference and compiled graphs have F.linear itself."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
