@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # queries
-_SCORES_AT_A_TIME = 2**19  # within a core's cache
+_SCORE_BYTES_AT_A_TIME = 2**21  # within the processor's cache
 _SCORES_KEPT = 2**24  # a layer, from the forward to the backward pass; above it they are computed again
 
 
@@ -67,7 +67,9 @@ class _AttentionInBlocks(torch.autograd.Function):
         for rows in _rows(qkv):
             q, k, v = _heads(qkv[rows])
             y_grad = grad_output[rows].transpose(1, 2).reshape(-1, T, K)
-            q_grad, k_grad, v_grad = grads = qkv.new_zeros(3, *q.shape)
+            q_grad, k_grad, v_grad = grads = qkv.new_empty(3, *q.shape)
+            k_grad.zero_()
+            v_grad.zero_()
             for start, end in _blocks(T):
                 weights = next(kept) if ctx.keep_scores else _weights(q, k, start, end, future)
                 grad = y_grad[:, start:end]
@@ -76,10 +78,10 @@ class _AttentionInBlocks(torch.autograd.Function):
                     stays = next(kept)
                     dropped = weights * stays
                     weights_grad *= stays
-                v_grad[:, :end] += _product(dropped.mT, grad, stay_scale)
+                v_grad[:, :end].baddbmm_(dropped.mT, grad, alpha=stay_scale)
                 scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
                 q_grad[:, start:end] = _product(scores_grad, k[:, :end], scale)
-                k_grad[:, :end] += _product(scores_grad.mT, q[:, start:end], scale)
+                k_grad[:, :end].baddbmm_(scores_grad.mT, q[:, start:end], alpha=scale)
             qkv_grad[rows] = grads.view(3, -1, H, T, K).permute(1, 3, 2, 0, 4)
         return qkv_grad, None
 
@@ -87,7 +89,7 @@ class _AttentionInBlocks(torch.autograd.Function):
 def _rows(qkv: Tensor) -> Iterator[slice]:
     """Of the batch, as many at a time as the cache holds the scores of."""
     B, T, H, _, _ = qkv.shape
-    at_a_time = max(1, _SCORES_AT_A_TIME // (H * T * min(T, BLOCK)))
+    at_a_time = max(1, _SCORE_BYTES_AT_A_TIME // (H * T * min(T, BLOCK) * qkv.element_size()))
     return (slice(start, start + at_a_time) for start in range(0, B, at_a_time))
 
 

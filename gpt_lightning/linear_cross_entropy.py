@@ -16,7 +16,8 @@ CHUNK_BYTES = 2**27  # of logits; enough rows that adding up the weight's gradie
 CHUNK_BYTES_ON_ACCELERATORS = 2**29
 # Half-precision products of matrices are slow where a row does not end on such a multiple: GPT-2's 50257.
 _VOCABULARY_MULTIPLE = 64
-_SOFTMAX_ELEMENTS = 2**18  # at a time on a CPU, within a core's cache
+_ROW_MULTIPLE = 64  # and where there are other numbers of rows
+_SOFTMAX_ELEMENTS = 2**21  # at a time on a CPU, within its cache
 
 
 class VocabShard(Protocol):
@@ -77,7 +78,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = _padded(weight.to(compute_dtype))  # [V', D]
             # The same for all who share the vocabulary: they meet once a chunk.
-            rows = _chunk_rows(compute_weight, weight.shape[0] if shard is None else shard.largest_shard)
+            columns = weight.shape[0] if shard is None else shard.largest_shard
+            rows = _chunk_rows(hidden.shape[0], columns * compute_weight.element_size(), hidden.device.type)
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)
@@ -113,9 +115,12 @@ def _padded(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, 0, 0, missing))
 
 
-def _chunk_rows(weight: Tensor, vocab_size: int) -> int:
-    n_bytes = CHUNK_BYTES if weight.device.type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
-    return max(1, n_bytes // (vocab_size * weight.element_size()))
+def _chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
+    """As many as the memory allows, in chunks that are about even."""
+    n_bytes = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
+    most = max(1, n_bytes // row_bytes)
+    rows = -(-n_rows // -(-n_rows // most)) if n_rows else 1
+    return min(most, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 
 
 def _loss_and_gradient_(

@@ -37,7 +37,7 @@ def test_output_and_gradient_equal_pytorchs(
     monkeypatch: pytest.MonkeyPatch, T: int, rows_at_a_time: int, keeps_scores: bool
 ) -> None:
     monkeypatch.setattr(attention, "_SCORES_KEPT", 2**24 if keeps_scores else 0)
-    monkeypatch.setattr(attention, "_SCORES_AT_A_TIME", rows_at_a_time * 2 * T * min(T, BLOCK))
+    monkeypatch.setattr(attention, "_SCORE_BYTES_AT_A_TIME", rows_at_a_time * 8 * T * min(T, BLOCK))
     qkv = make_qkv(T)
     for actual, expected in zip(
         output_and_gradient(lambda x: attention_in_blocks(x, 0.0), qkv), output_and_gradient(by_pytorch, qkv)

@@ -82,7 +82,7 @@ def serve(connection: Connection, name: str, case: Case, options: argparse.Names
         else:
             train_peer(connection, case, name, options, clock)
     except Exception:
-        traceback.print_exc()
+        traceback.print_exc(file=sys.__stderr__)
         connection.send(None)
 
 
@@ -99,7 +99,7 @@ def train_peer(
     while turns.goes_on():
         starts = torch.randint(len(text) - case.seq_len, (case.batch_size,)).tolist()
         windows = torch.stack([text[start : start + case.seq_len + 1] for start in starts])
-        turns.after_step(float(step(windows[:, :-1], windows[:, 1:])), case.steps)
+        turns.after_step(float(step(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())), case.steps)
 
 
 class Turns:
@@ -147,27 +147,21 @@ def train_ours(
     clock: Callable[[], float],
 ) -> None:
     """The program, with one callback more."""
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Callback
 
-    from gpt_lightning.cli import run
+    from gpt_lightning.cli import GPTLightningCLI, run
 
     turns = Turns(connection, options, clock)
 
     class TakeTurns(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(self, *args: Any) -> None:
             if not turns.goes_on():
                 os._exit(0)
 
         def on_train_batch_end(self, *args: Any) -> None:
             turns.after_step(float(args[2]["loss"]), case.steps)
 
-    fit = Trainer.fit
-
-    def fit_in_turns(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        trainer.callbacks.append(TakeTurns())
-        fit(trainer, *args, **kwargs)
-
-    Trainer.fit = fit_in_turns  # type: ignore[method-assign, assignment]
+    GPTLightningCLI.before_fit = lambda cli: cli.trainer.callbacks.append(TakeTurns())  # type: ignore
     os.chdir(tempfile.mkdtemp(dir=options.folder))
     write_tokenizer(Path("tokenizer"), case.vocab_size)
     model = {name: getattr(case.config, name) for name in ("n_layers", "n_heads", "d_model", "activation")}
@@ -185,7 +179,7 @@ def train_ours(
         "trainer.gradient_clip_val": 1.0,
         "trainer.precision": {"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
     }
-    sys.stderr = open(os.devnull, "w")
+    sys.stderr = open(os.devnull, "w")  # what the program reports is not of interest here
     run(["fit", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))])
 
 
