@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt_lightning.cpu_linear import product
+
 IGNORE_INDEX = -100
 CHUNK_BYTES = 2**27  # of logits; enough rows that adding up the weight's gradient costs little beside them
 CHUNK_BYTES_ON_ACCELERATORS = 2**29
@@ -83,11 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)
-                logits = F.linear(compute_hidden, compute_weight)  # [rows, V'], 0 where V' exceeds V
+                logits = product(compute_hidden, compute_weight)  # [rows, V'], 0 where V' exceeds V
                 loss = _loss_and_gradient_(logits[:, : weight.shape[0]], targets[chunk], shard, needs_grad)
                 total += loss.sum(dtype=sum_dtype)
                 if hidden_grad is not None and weight_grad is not None:
-                    hidden_grad[chunk] = logits @ compute_weight
+                    hidden_grad[chunk] = product(logits, compute_weight.t())
                     weight_grad += (logits.t() @ compute_hidden)[: weight.shape[0]]
         if needs_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
