@@ -15,7 +15,7 @@ from gpt_lightning.cpu_linear import product
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 2**27  # of logits; enough rows that adding up the weight's gradient costs little beside them
-CHUNK_BYTES_ON_ACCELERATORS = 2**29
+CHUNK_BYTES_ON_ACCELERATORS = 2**29  # and, where it is of half precision, twice as much for its softmax
 # Half-precision products of matrices are slow where a row does not end on such a multiple: GPT-2's 50257.
 _VOCABULARY_MULTIPLE = 64
 _ROW_MULTIPLE = 64  # and where there are other numbers of rows
@@ -56,7 +56,9 @@ def linear_cross_entropy(
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         compute_dtype = torch.get_autocast_dtype(hidden.device.type)
-    total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, shard)
+    # Asked here: within `forward` gradients are always off, and `needs_input_grad` is on for any parameter.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, shard, needs_grad)
     if reduction == "sum":
         return total
     return (total / (targets != IGNORE_INDEX).sum()).float()
@@ -71,12 +73,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         compute_dtype: torch.dtype,
         shard: VocabShard | None,
+        needs_grad: bool,
     ) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=grad_dtype) if needs_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
             compute_weight = _padded(weight.to(compute_dtype))  # [V', D]
             # The same for all who share the vocabulary: they meet once a chunk.
@@ -97,13 +100,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True; `once_differentiable` does not see it of a last step
+            raise RuntimeError("linear_cross_entropy has no second derivative; leave out create_graph=True")
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = grad_outputs[0]
         # Scaled out of place: the graph may be traversed a second time (retain_graph).
         return (
             hidden_grad * scale.to(hidden_grad.dtype),
-            (weight_grad * scale.float()).to(ctx.weight_dtype),
+            (weight_grad * scale.to(weight_grad.dtype)).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,

@@ -110,6 +110,41 @@ def test_sum_does_not_lose_digits() -> None:
     assert_close(total, exact, atol=0.0, rtol=1e-7)
 
 
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_logits_are_computed(
+    monkeypatch: pytest.MonkeyPatch, guard: type[torch.no_grad]
+) -> None:
+    """Also of parameters, which need gradients whatever the mode."""
+    products: list[Tensor] = []
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        products.append(x)
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(module, "product", product)
+    hidden, weight, targets = make_inputs()
+    weight = torch.nn.Parameter(weight.detach())
+    with guard():
+        loss = linear_cross_entropy(hidden.detach(), weight, targets)
+    assert len(products) == 1
+    linear_cross_entropy(hidden, weight, targets)
+    assert len(products) == 3
+    assert_close(loss, F.cross_entropy(hidden @ weight.t(), targets).detach())
+
+
+def test_float64_gradients_equal_finite_differences() -> None:
+    hidden, weight, targets = make_inputs(n_tokens=5, vocab_size=7)
+    inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, "sum"), inputs)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight, targets = make_inputs()
+    loss = linear_cross_entropy(hidden.square(), weight, targets)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
 
