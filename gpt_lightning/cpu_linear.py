@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, in the dtype of autocast. Other devices, inference and compiled graphs have F.linear itself."""
+    """F.linear, which it is on other devices, in inference and in compiled graphs; once differentiable."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if not onednn_multiplies(dtype):
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if torch.is_autocast_enabled("cpu") and all(tensor.dtype in _AUTOCAST for tensor in tensors):
+        tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not onednn_multiplies(*dtypes):
         return F.linear(x, weight, bias)
-    output: Tensor = _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    output: Tensor = _Linear.apply(*tensors, *[None] * (3 - len(tensors)))
     return output
 
 

@@ -38,8 +38,6 @@ class GPTOutput(NamedTuple):
 class Projection(nn.Linear):
     """A linear layer that starts as GPT-2's do: normal weights, no bias."""
 
-    computes_as_parent = True  # for tensor parallelism, which replaces the layer
-
     def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float = INIT_STD) -> None:
         self.std = std
         super().__init__(n_in, n_out, bias=bias)
@@ -51,6 +49,8 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    forward.computes_as_parent = True  # type: ignore[attr-defined]  # tensor parallelism replaces the layer
 
 
 class Table(nn.Embedding):
@@ -77,12 +77,12 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv_proj(x)
         B, T, _ = qkv.shape  # not of x, which may be a part of the sequence that qkv_proj gathers
         qkv = qkv.view(B, T, -1, 3, self.head_dim)
+        dropout_p = self.dropout if self.training else 0.0
         if mask is None and cached is None and runs_in_blocks(qkv):
-            return self.out_proj(attention_in_blocks(qkv, self.dropout if self.training else 0.0))
+            return self.out_proj(attention_in_blocks(qkv, dropout_p))
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
         if cached is not None:
             k, v = cached.write(layer, k, v)  # each [B, H, S, K]
-        dropout_p = self.dropout if self.training else 0.0
         if mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and T > 1
@@ -187,7 +187,8 @@ class GPTModel(nn.Module):
         else:
             positions = torch.arange(T, device=device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
-        if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        if self.training and device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Else every layer would read and write it in float32 and convert it: a twentieth of a step.
             x = x.to(torch.get_autocast_dtype("cpu"))
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):

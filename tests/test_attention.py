@@ -12,6 +12,7 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.model import CausalSelfAttention
 
 LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7]
+LONG = 8 * BLOCK
 
 
 def make_qkv(T: int, *, B: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,9 +46,9 @@ def test_output_and_gradient_equal_pytorchs(
         assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("T", [*LENGTHS, LONG])
 def test_bfloat16_errs_no_more_than_plain_products(T: int) -> None:
-    """Which round scores and weights; the fused kernel holds them in float32, and errs a third less."""
+    """Which round scores and weights, as ours; the fused kernel holds them in float32."""
 
     def plain_products(qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
@@ -100,6 +101,28 @@ def test_dropout_has_the_gradient_of_what_it_drops(T: int) -> None:
     qkv = make_qkv(T)
     for actual, expected in zip(output_and_gradient(ours, qkv), output_and_gradient(written_out, qkv)):
         assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    qkv = torch.randn(2, 5, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: attention_in_blocks(x, 0.0), qkv)
+
+
+def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no test of the model would see them."""
+    monkeypatch.setattr("gpt_lightning.attention.onednn_multiplies", lambda dtype: dtype == torch.float32)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(
+        "gpt_lightning.model.attention_in_blocks", lambda x, p: calls.append(x) or attention_in_blocks(x, p)
+    )
+    layer = CausalSelfAttention(GPTConfig(vocab_size=8, n_heads=2, d_model=16, dropout=0.0))
+    x = torch.randn(2, 9, 16)
+    trained = layer(x, None, None, 0)
+    assert len(calls) == 1
+    with torch.no_grad():
+        assert_close(layer(x, None, None, 0), trained.detach(), atol=1e-5, rtol=1e-5)
+    layer.double()(x.double(), None, None, 0)
+    assert len(calls) == 1
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -1,12 +1,14 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.cpu_linear import linear
+from gpt_lightning.cpu_linear import linear, onednn_multiplies
 
-Linear = type(F.linear) | type(linear)
+Linear = Callable[..., Tensor]
 
 
 def make_inputs(*, bias: bool = True) -> list[Tensor]:
@@ -57,3 +59,24 @@ def test_float64_and_inference_are_f_linears() -> None:
         assert torch.equal(actual, expected)
     with torch.no_grad():
         assert torch.equal(linear(*inputs), F.linear(*inputs))
+
+
+@pytest.mark.skipif(not onednn_multiplies(torch.float32), reason="of x86 alone")
+def test_training_takes_onednn() -> None:
+    """Else the tests above would compare F.linear with itself."""
+    assert type(linear(*make_inputs()).grad_fn).__name__ == "_LinearBackward"
+
+
+def test_dtypes_that_do_not_agree_are_refused_as_by_f_linear() -> None:
+    x, weight, bias = make_inputs()
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x.double(), weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*(y.double() for y in (x, weight, bias))).dtype == torch.float64
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight, bias = make_inputs()
+    gradient = torch.autograd.grad(linear(x, weight, bias).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

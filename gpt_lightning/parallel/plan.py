@@ -126,10 +126,11 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
 def _check_forward(name: str, module: nn.Module) -> None:
     """What replaces the layer computes what nn.Linear or nn.Embedding does, without any addition.
 
-    A class whose `forward` is that, made in another way, says so by `computes_as_parent = True`.
+    A `forward` that is that, made in another way, says so by an attribute `computes_as_parent`.
     """
     plain = nn.Embedding.forward if isinstance(module, nn.Embedding) else nn.Linear.forward
-    same = type(module).forward is plain or getattr(module, "computes_as_parent", False)
+    forward = type(module).forward  # not of the class, whose children would inherit the word
+    same = forward is plain or getattr(forward, "computes_as_parent", False)
     if not same or is_parametrized(module):
         raise ValueError(
             f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.model import Projection
 from gpt_lightning.parallel.plan import Cut, plan_of, resolve
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -124,6 +125,22 @@ def test_plans_that_make_no_sense(plan: Any, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         resolve(TwoLayers(), plan, 2)
     assert all(word in str(error.value) for word in words), error.value
+
+
+class Adapted(Projection):
+    """A child of ours that computes more than its parent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum()
+
+
+def test_what_a_child_of_our_layers_adds_is_not_dropped() -> None:
+    module = TwoLayers()
+    module.net[0] = Projection(6, 10, bias=True)
+    resolve(module, {"net.0": "column"}, 2)
+    module.net[0] = Adapted(6, 10, bias=True)
+    with pytest.raises(ValueError, match="net.0 .Adapted. computes more than its parent class"):
+        resolve(module, {"net.0": "column"}, 2)
 
 
 def test_a_module_without_a_plan_is_told_so() -> None:
