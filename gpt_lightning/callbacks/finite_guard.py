@@ -66,7 +66,7 @@ class FiniteGuard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._unseen, self._refused = _Step(), [], None
+        self._step, self._unseen, self._refused, self._parameters = _Step(), [], None, (None, [])
         surround_saves(trainer, lambda: self._looking(trainer))
 
     @override
@@ -87,7 +87,7 @@ class FiniteGuard(Callback):
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
         gradients = [] if _lowers_its_scale(trainer) else self._gradients(pl_module)
-        refused = _on_any_rank(_any_non_finite([*step.losses, *gradients], pl_module.device))
+        refused = _on_any_rank(_is_non_finite(step.losses, gradients, pl_module.device))
         if _skips_by_itself(optimizer, pl_module.device, trainer):
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((step, refused))
@@ -173,15 +173,18 @@ def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Traine
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
 
 
-def _any_non_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 or 0.0, by what PyTorch has for its scaler: one pass over all tensors, which it multiplies by 1."""
-    found = torch.zeros((), dtype=torch.float32, device=device)
+def _is_non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 or 0.0; also of a finite gradient whose square is not: AdamW's moments would never be again."""
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    if losses:
+        finite = finite & torch.stack(losses).isfinite().all()
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for same in by_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones_like(found))
-    return found
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for dtype, same in by_dtype.items():
+        norms = torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+        finite = finite & torch.stack(norms).square().sum().isfinite()
+    return (~finite).float()
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:

@@ -11,9 +11,11 @@ from torch import nn
 from gpt_lightning.callbacks.finite_guard import FiniteGuard, NonFiniteError, _ranges
 
 
-def step(guard: FiniteGuard, scale: float | None, gradient: float) -> nn.Linear:
+def step(
+    guard: FiniteGuard, scale: float | None, gradient: float, dtype: torch.dtype = torch.float32
+) -> nn.Linear:
     """One optimizer step of a layer, as the Trainer would announce it, with fp16's scaler or without."""
-    module: Any = nn.Linear(2, 2)
+    module: Any = nn.Linear(2, 2, dtype=dtype)
     module.device = torch.device("cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     precision = MixedPrecision("16-mixed", "cpu", scaler) if scaler else MixedPrecision("bf16-mixed", "cpu")
@@ -42,6 +44,18 @@ def test_a_step_that_is_left_out_has_no_gradients() -> None:
     assert all(p.grad is not None for p in step(guard, None, 1.0).parameters())
     with pytest.raises(NonFiniteError):
         step(guard, None, float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_finite_gradient_whose_square_is_infinite_is_refused(dtype: torch.dtype) -> None:
+    """AdamW would take no step with these weights ever again, and clipping would take none now."""
+    assert torch.isfinite(torch.tensor(1e22, dtype=dtype))
+    with pytest.raises(NonFiniteError, match="step 5: the gradient is not finite"):
+        step(FiniteGuard(), None, 1e22, dtype)
+
+
+def test_half_precision_may_have_a_norm_that_it_cannot_hold() -> None:
+    step(FiniteGuard(), None, 6e4, torch.float16)
 
 
 def test_samples_are_named_as_ranges() -> None:
