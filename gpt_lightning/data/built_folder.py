@@ -83,6 +83,11 @@ def _build(
         built = build(unfinished)
         files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
         _write_meta(unfinished, {"sources": described, "files": files, "built": built})
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # of what could not be written
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

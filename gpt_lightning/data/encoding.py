@@ -30,13 +30,16 @@ def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer)
     encode_batch = partial(_encode_batch, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
     threads = available_cores()
     waiting: deque[Future[list[EncodedText]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+    try:
         for batch in _batches(marked):
             waiting.append(pool.submit(encode_batch, batch))
             if len(waiting) > 2 * threads:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever ends early does not wait for what is queued
 
 
 def available_cores() -> int:

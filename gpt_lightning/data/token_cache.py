@@ -196,11 +196,12 @@ class _SplitWriter:
         self._documents_file = open(folder / f"{name}.documents.bin", "wb")
         self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
         self._n_tokens = self._n_bytes = self._n_documents = 0
-        np.zeros(1, dtype=np.uint64).tofile(self._documents_file)
+        self._documents_file.write(np.zeros(1, dtype=np.uint64).data)
 
     def add(self, text: EncodedText) -> None:
-        text.tokens.astype(self._dtype).tofile(self._tokens_file)
-        (text.document_ends + np.uint64(self._n_tokens)).tofile(self._documents_file)
+        # Not `tofile`, whose error does not say that the disk is full.
+        self._tokens_file.write(text.tokens.astype(self._dtype).data)
+        self._documents_file.write((text.document_ends + np.uint64(self._n_tokens)).data)
         self._n_tokens += len(text.tokens)
         self._n_bytes += text.n_bytes
         self._n_documents += len(text.document_ends)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,22 @@ def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
     assert killed.exitcode == 9 and len(left) == 1 and left[0].endswith(".unfinished")
     assert len(documents_of(prepare_tokens(corpus(source), BYTES, str(cache))["train"])) > 20
     assert not any(path.name.endswith(".unfinished") for path in cache.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_a_full_disk_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = write_documents(tmp_path / "a.jsonl"), tmp_path / "cache"
+    start = token_cache._SplitWriter.__init__
+
+    def on_a_full_disk(self: Any, *args: Any) -> None:
+        start(self, *args)
+        self._tokens_file = open("/dev/full", "wb")
+
+    monkeypatch.setattr(token_cache._SplitWriter, "__init__", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        prepare_tokens(corpus(source), BYTES, str(cache))
+    assert str(error.value.filename).startswith(str(cache))
+    assert not cache.exists()
 
 
 def _die_while_building(source: Path, cache: str) -> None:
