@@ -1,6 +1,9 @@
 """What a run asks of the device it is on, of whatever kind that is."""
 
+import os
+import shutil
 import sys
+from functools import cache
 
 import torch
 
@@ -28,3 +31,12 @@ def peak_memory_gib(device: torch.device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # kibibytes on Linux
+
+
+@cache
+def can_compile_for_cuda() -> bool:
+    """Triton, and the C compiler that it needs to start its kernels."""
+    from torch.utils._triton import has_triton  # which brings the compiler along
+
+    compilers = [os.environ.get("CC"), "gcc", "clang"]
+    return any(compiler and shutil.which(compiler) for compiler in compilers) and has_triton()

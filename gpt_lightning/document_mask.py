@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
 
+from gpt_lightning.device import can_compile_for_cuda
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -46,14 +48,15 @@ def document_positions(document_ids: Tensor) -> Tensor:
 def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
     """What keeps attention within documents, made once for all layers of a batch."""
     device, T = positions.device.type, positions.shape[1]
-    way = choose_way(device, T, head_dim, dropout_p, has_triton=device == "cuda" and _has_triton())
+    can_compile = device == "cuda" and can_compile_for_cuda()
+    way = choose_way(device, T, head_dim, dropout_p, can_compile=can_compile)
     if way == "flex":
         return block_mask(positions)
     return documents(positions) if way == "documents" else dense_mask(positions)
 
 
-def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, has_triton: bool) -> str:
-    if device == "cuda" and has_triton and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0:
+def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, can_compile: bool) -> str:
+    if device == "cuda" and can_compile and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0:
         return "flex"
     if device == "cpu" and T >= LONG_ROW:
         return "documents"
@@ -138,10 +141,3 @@ def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
-
-
-@cache
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()

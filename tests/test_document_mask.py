@@ -175,5 +175,5 @@ def test_dropout_is_that_of_attention() -> None:
 def test_the_way_is_chosen_by_device_and_shape(
     device: str, T: int, head_dim: int, dropout_p: float, triton: bool, kind: str
 ) -> None:
-    chosen = document_mask.choose_way(device, T, head_dim, dropout_p, has_triton=triton)
+    chosen = document_mask.choose_way(device, T, head_dim, dropout_p, can_compile=triton)
     assert chosen == kind

@@ -1,13 +1,11 @@
 """Whether a run trains through torch.compile, and with which backend: decided here, by device and length."""
 
-import os
-import shutil
-
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.utils._triton import has_triton
+
+from gpt_lightning.device import can_compile_for_cuda
 
 OFF = "none"
 # Compiling takes about as long as it spares in so many passes, be the model small or large.
@@ -30,12 +28,6 @@ def choose_backend(name: str | None, *, device: str, passes: float, can_compile:
     if name is not None:
         return None if name == OFF else name
     return "inductor" if device == "cuda" and can_compile and passes >= MIN_PASSES else None
-
-
-def can_compile_for_cuda() -> bool:
-    """Triton, and the C compiler that it needs to start its kernels."""
-    compilers = [os.environ.get("CC"), "gcc", "clang"]
-    return any(compiler and shutil.which(compiler) for compiler in compilers) and has_triton()
 
 
 def compile_blocks(blocks: nn.ModuleList, trainer: Trainer, name: str | None) -> None:
