@@ -65,11 +65,15 @@ def run_process(name: str, words: list[str], seconds: float, report: "Report") -
         timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("CASE "):
-                report.add(*json.loads(line.removeprefix("CASE ")))
-        code = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                if line.startswith("CASE "):
+                    report.add(*json.loads(line.removeprefix("CASE ")))
+            code = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:  # interrupted: it would keep the GPU
+                os.killpg(process.pid, signal.SIGKILL)
         if code == -signal.SIGKILL:
             report.add(name, {"failed": f"took more than its {seconds:.0f} seconds"})
         elif code:

@@ -50,7 +50,7 @@ class Case:
 
 CASES = {
     "V 512": Case(512, 6, 384, 256, 12, steps=5),
-    "V 50257": Case(50257, 6, 384, 256, 12, steps=3),
+    "V 50257": Case(50257, 6, 384, 256, 12, steps=2),
     "GPT-2 small": Case(50257, 12, 768, 512, 2, steps=2),
     "toy": Case(512, 1, 64, 32, 2, steps=2),  # to try the benchmark itself
 }
@@ -66,7 +66,7 @@ def serve(connection: Connection, name: str, case: Case, options: argparse.Names
             train_ours(turns, case, precision, options)
         else:
             train_peer(turns, case, PEERS[project](case, precision, options), options)
-    except Exception:
+    except BaseException:  # the program ends by SystemExit
         traceback.print_exc(file=sys.__stderr__)
         connection.send(None)
 
