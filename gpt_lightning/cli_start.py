@@ -13,11 +13,12 @@ def without_collector() -> Iterator[None]:
     To look through them for garbage took a third of the time: while they came, at every full collection
     after that, and in the end.
     """
-    n_modules = len(sys.modules)
+    n_modules, was_on = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
         if len(sys.modules) > n_modules:
             gc.freeze()

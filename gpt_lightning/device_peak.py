@@ -92,6 +92,6 @@ def _multiplication_seconds(matrix: torch.Tensor) -> float:
 
 def _number_format(device: torch.device, precision: str) -> str:
     if precision.startswith("32"):
-        fast = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        fast = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return "tf32" if fast else "fp32"
     return {"16": "fp16", "64": "fp64"}.get(precision[:2], "bf16")

@@ -7,7 +7,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """From here on this process gives no memory back to the system; elsewhere than with glibc a no-op.
+    """From here on this process gives hardly any memory back to the system; a no-op where there is no glibc.
 
     glibc gives every large block back, and the system clears its pages when they are asked for again: a sixth
     of a step's time at 124M parameters. The peak of memory stays within a few percent.

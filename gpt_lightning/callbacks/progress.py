@@ -23,6 +23,7 @@ from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.step_metrics import is_logging_step
 
 REFRESHES_PER_SECOND = 4
 
@@ -69,7 +70,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Metrics change at logging steps only; reading them between would make the host wait for the device.
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if is_logging_step(trainer, trainer.global_step):
             self._advance(
                 trainer.global_step, _describe(trainer, "train/loss", "throughput/tokens_per_second")
             )

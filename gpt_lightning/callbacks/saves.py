@@ -8,7 +8,10 @@ from lightning.pytorch import Trainer
 
 
 def surround_saves(trainer: Trainer, around: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have `trainer.save_checkpoint`, whoever calls it, run inside `around()`, until `leave_saves`."""
+    """Have `trainer.save_checkpoint`, whoever calls it, run inside `around()`, until `leave_saves`.
+
+    The first who leaves does it for all: when training has ended.
+    """
     save = trainer.save_checkpoint
 
     def save_inside(*args: Any, **kwargs: Any) -> None:
