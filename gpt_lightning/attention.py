@@ -9,6 +9,7 @@ float32.
 Shapes: B batch, T time, H heads, K head_dim, G = rows of the batch taken at a time x H.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,13 +23,17 @@ BLOCK = 128  # queries
 _SCORE_BYTES_AT_A_TIME = 2**21  # within the processor's cache
 # A layer, from the forward to the backward pass; above it they are computed again, but not with dropout.
 _SCORES_KEPT = 2**24
+# Multiplications of one product below which the calls from Python cost more than they spare.
+_LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
 
 
 def runs_in_blocks(qkv: Tensor) -> bool:
     """In training with fast products; else, and in a compiled graph, PyTorch's own kernels are no slower."""
     if qkv.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return onednn_multiplies(qkv.dtype)
+    B, T, H, _, K = qkv.shape
+    worthwhile = B * H * T * T * K >= _LEAST_WORK.get(qkv.dtype, math.inf)
+    return worthwhile and onednn_multiplies(qkv.dtype)
 
 
 def attention_in_blocks(qkv: Tensor, dropout_p: float) -> Tensor:

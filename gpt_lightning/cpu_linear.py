@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_LEAST_WORK = 2**25  # multiplications, below which the calls from Python cost more than they spare
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, which it is on other devices, in inference and in compiled graphs; once differentiable."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if x.numel() * weight.shape[0] < _LEAST_WORK:
         return F.linear(x, weight, bias)
     tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     if torch.is_autocast_enabled("cpu") and all(tensor.dtype in _AUTOCAST for tensor in tensors):

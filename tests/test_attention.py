@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import gpt_lightning.attention as attention
 from gpt_lightning.attention import BLOCK, attention_in_blocks
 from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import CausalSelfAttention
+from gpt_lightning.model import CausalSelfAttention, GPTModel
 
 LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7]
 LONG = 8 * BLOCK
@@ -110,6 +110,7 @@ def test_gradients_equal_finite_differences() -> None:
 
 def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no test of the model would see them."""
+    monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: 2 * 2 * 9 * 9 * 8})
     monkeypatch.setattr("gpt_lightning.attention.onednn_multiplies", lambda dtype: dtype == torch.float32)
     calls: list[Tensor] = []
     monkeypatch.setattr(
@@ -121,6 +122,7 @@ def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.Monke
     assert len(calls) == 1
     with torch.no_grad():
         assert_close(layer(x, None, None, 0), trained.detach(), atol=1e-5, rtol=1e-5)
+    layer(x[:, :8], None, None, 0)
     layer.double()(x.double(), None, None, 0)
     assert len(calls) == 1
 
@@ -134,8 +136,10 @@ def test_dropout_keeps_the_mean() -> None:
     assert outputs.std() > 0.01
 
 
-def test_the_layer_drops_in_training_alone() -> None:
+@pytest.mark.parametrize("least_work", [0, 2**30])
+def test_the_layer_drops_in_training_alone(least_work: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = CausalSelfAttention(GPTConfig(vocab_size=8, n_heads=2, d_model=16, dropout=0.5))
+    monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: least_work})
     x = torch.randn(2, 9, 16)
     first, second = (layer(x, None, None, 0) for _ in range(2))
     assert not torch.equal(first, second)
@@ -154,3 +158,19 @@ def test_scores_of_long_rows_are_not_kept() -> None:
         return sum(sizes)
 
     assert held(2048) == 8 * 2048 * 36
+
+
+def test_a_model_has_the_same_loss_and_gradients_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    T = BLOCK + 9
+    model = GPTModel(GPTConfig(vocab_size=50, max_position_embeddings=T, n_layers=2, n_heads=2, d_model=16))
+    tokens = torch.randint(50, (3, T))
+    found = []
+    for least_work in (0, 2**40):
+        monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: least_work})
+        monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", least_work)
+        loss = model(tokens, tokens).loss
+        assert loss is not None
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, plain in zip(*found):
+        assert_close(ours, plain, atol=1e-5, rtol=1e-4)

@@ -11,6 +11,11 @@ from gpt_lightning.cpu_linear import linear, onednn_multiplies
 Linear = Callable[..., Tensor]
 
 
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", 0)
+
+
 def make_inputs(*, bias: bool = True) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 5, 7), (11, 7), *([(11,)] if bias else [])]
@@ -62,9 +67,11 @@ def test_float64_and_inference_are_f_linears() -> None:
 
 
 @pytest.mark.skipif(not onednn_multiplies(torch.float32), reason="of x86 alone")
-def test_training_takes_onednn() -> None:
+def test_training_takes_onednn_for_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would compare F.linear with itself."""
     assert type(linear(*make_inputs()).grad_fn).__name__ == "_LinearBackward"
+    monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", 3 * 5 * 7 * 11 + 1)
+    assert type(linear(*make_inputs()).grad_fn).__name__ != "_LinearBackward"
 
 
 def test_dtypes_that_do_not_agree_are_refused_as_by_f_linear() -> None:
