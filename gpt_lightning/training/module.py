@@ -155,8 +155,9 @@ class GPTLightningModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         if self._step_nll is None:  # a step was taken
             # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            for group in self.trainer.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         # What others log with `self.log` would be put one step early.
         if is_logging_step(self.trainer, self.trainer.global_step) and self.trainer._results:
             self.log("step", float(self.trainer.global_step))
