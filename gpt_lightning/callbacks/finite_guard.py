@@ -175,16 +175,15 @@ def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Traine
 
 def _is_non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
     """1.0 or 0.0; also of a finite gradient whose square is not: AdamW's moments would never be again."""
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    if losses:
-        finite = finite & torch.stack(losses).isfinite().all()
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    values = [loss.float() for loss in losses]
     for dtype, same in by_dtype.items():
-        norms = torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-        finite = finite & torch.stack(norms).square().sum().isfinite()
-    return (~finite).float()
+        values += torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+    if not values:
+        return torch.zeros((), device=device)
+    return torch.stack(values).square().sum().isfinite().logical_not().float()
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:
