@@ -53,7 +53,7 @@ from gpt_lightning.run_folder import (
     open_named_folder,
     open_run_folder,
 )
-from gpt_lightning.tensorboard import RunLogger
+from gpt_lightning.run_logger import RunLogger
 from gpt_lightning.training.module import GPTLightningModule
 
 DEFAULT_MAX_STEPS = 2000

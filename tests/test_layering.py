@@ -94,7 +94,7 @@ ORDER = [
     "callbacks.prediction_writer",
     "callbacks.progress",
     "run_folder",
-    "tensorboard",
+    "run_logger",
     "cli_start",
     "cli_verbs",
     "cli_noise",
