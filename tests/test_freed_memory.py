@@ -4,6 +4,10 @@ import sys
 
 import pytest
 
+from gpt_lightning.config import GPTConfig
+from gpt_lightning.training import module as training_module
+from gpt_lightning.training.module import GPTLightningModule
+
 HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 PROGRAM = """
 import sys, torch
@@ -31,3 +35,10 @@ def test_what_is_freed_stays_with_the_process() -> None:
         for how in ("keep", "give back")
     )
     assert kept > 90 and given_back < 50
+
+
+def test_a_fit_on_a_cpu_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(training_module, "keep_freed_memory", lambda: calls.append(None))
+    GPTLightningModule(GPTConfig(vocab_size=8, n_layers=1, n_heads=1, d_model=8)).on_fit_start()
+    assert len(calls) == 1
