@@ -100,6 +100,31 @@ def test_fit_equals_a_plain_loop(corpus: Path, tmp_path: Path, accumulate: int, 
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-4, rtol=1e-3)
 
 
+class Gradients(pl.Callback):
+    """Whether there are any when a forward pass begins, by micro-batch, and in the end of a batch."""
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+        self.after: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.before.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.after.append(any(p.grad is not None for p in pl_module.parameters()))
+
+
+def test_no_forward_pass_holds_the_gradients_of_a_step_that_was_taken(corpus: Path, tmp_path: Path) -> None:
+    """Within a step they are kept, and callbacks see them at its end."""
+    module, datamodule = build(corpus, tmp_path / "cache")
+    gradients = Gradients()
+    trainer(
+        tmp_path, max_steps=2, accumulate_grad_batches=3, limit_val_batches=0, callbacks=[gradients]
+    ).fit(module, datamodule)
+    assert gradients.before == [False, True, True] * 2
+    assert gradients.after == [True] * 6
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_perplexity_is_that_of_a_plain_loop_at_any_batch_size(
     corpus: Path, tmp_path: Path, batch_size: int
