@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -25,10 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from nanogpt_checkout import load_nanogpt
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -123,7 +122,7 @@ def _word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
 
 
 def nanogpt_seconds(path: str, reference: GPT2LMHeadModel, prompts: list[list[int]], n_new: int) -> float:
-    module = _load(Path(path) / "model.py")
+    module = load_nanogpt(path)
     config = reference.config
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     model = module.GPT(module.GPTConfig(**sizes, block_size=config.n_positions, dropout=0.0)).eval()
@@ -136,15 +135,6 @@ def nanogpt_seconds(path: str, reference: GPT2LMHeadModel, prompts: list[list[in
         model.generate(ids, 1, top_k=1)
         seconds.append(time.perf_counter() - begin)
     return statistics.mean(seconds) * n_new
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_rate() -> float:

@@ -5,8 +5,6 @@ between two moments at which the device has nothing left to do.
 """
 
 import gc
-import importlib.util
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from nanogpt_checkout import load_nanogpt
 from torch import Tensor, nn
 
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
@@ -204,7 +203,7 @@ def train_ours(
 
 def train_nanogpt(scale: Scale, path: str, batch: int, folder: Path, *, compiled: bool) -> dict[str, Any]:
     """Its model.py, and the loop of its train.py: a memory map, autocast, clipping, fused AdamW."""
-    module = load_module(Path(path) / "model.py")
+    module = load_nanogpt(path)
     fresh_memory()
     torch.manual_seed(0)
     sizes = dict(zip(("n_layer", "n_head", "n_embd"), scale.sizes["124M"]))
@@ -309,11 +308,3 @@ def fresh_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def load_module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

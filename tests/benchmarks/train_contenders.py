@@ -4,7 +4,6 @@ Each contender is a process that waits for the number of steps of its next turn,
 """
 
 import argparse
-import importlib.util
 import os
 import resource
 import sys
@@ -16,10 +15,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from nanogpt_checkout import load_nanogpt
 from torch import Tensor
 
 from gpt_lightning.config import GPTConfig
@@ -167,7 +166,8 @@ def plain_step(model: Any, loss_of: Step, optimizer: torch.optim.Optimizer, prec
 
 
 def nanogpt(case: Case, precision: str, options: argparse.Namespace) -> Step:
-    module = _load(Path(options.nanogpt) / "model.py")
+    module = load_nanogpt(options.nanogpt)
+    sys.stdout = open(os.devnull, "w")  # of what it prints about itself
     sizes = {"n_layer": case.n_layers, "n_head": case.config.n_heads, "n_embd": case.d_model}
     model = module.GPT(
         module.GPTConfig(block_size=case.seq_len, vocab_size=case.vocab_size, dropout=0.0, bias=True, **sizes)
@@ -212,16 +212,6 @@ def litgpt(case: Case, precision: str, options: argparse.Namespace) -> Step:
         return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     return plain_step(model, loss_of, optimizer, precision)
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.stdout = open(os.devnull, "w")
-    spec.loader.exec_module(module)
-    return module
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
