@@ -38,6 +38,7 @@ ORDER = [
     "parallel.sharded_reader",
     "parallel.sharded_folder",
     "parallel.sharded_checkpoint",
+    "gradients",
     "parallel.precision",
     "parallel.replicas",
     "parallel.strategy",

@@ -1,6 +1,7 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.device import runs_ahead
+from gpt_lightning.gradients import squares
 from gpt_lightning.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
 
@@ -86,9 +89,8 @@ class FiniteGuard(Callback):
     ) -> None:
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
-        gradients = [] if _lowers_its_scale(trainer) else self._gradients(pl_module)
-        refused = _on_any_rank(_is_non_finite(step.losses, gradients, pl_module.device))
-        if _skips_by_itself(optimizer, pl_module.device, trainer):
+        refused = self._is_refused(trainer, pl_module, step.losses)
+        if isinstance(refused, Tensor) and _skips_by_itself(optimizer, pl_module.device, trainer):
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((step, refused))
             if is_logging_step(trainer, step.number) or len(self._unseen) == MOST_STEPS_UNSEEN:
@@ -97,6 +99,16 @@ class FiniteGuard(Callback):
             self._refuse(trainer, step)
             # Without gradients no optimizer changes anything: no weight, no moment, no decay.
             optimizer.zero_grad(set_to_none=True)
+
+    def _is_refused(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor | bool:
+        """A number on a device. Also for a finite gradient whose square is not: it ends AdamW's moments."""
+        gradients = [] if _lowers_its_scale(trainer) else self._gradients(module)
+        values = [*(loss.float() for loss in losses), *squares(gradients)]
+        if not runs_ahead(module.device):
+            refused = not math.isfinite(sum(map(float, values)))
+            return bool(_on_any_rank(torch.tensor(float(refused)))) if is_distributed() else refused
+        total = torch.stack(values).sum() if values else torch.zeros((), device=module.device)
+        return _on_any_rank(total.isfinite().logical_not().float())
 
     def _gradients(self, module: LightningModule) -> list[Tensor]:
         """Those that this rank holds."""
@@ -171,19 +183,6 @@ def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Traine
         return False
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
-
-
-def _is_non_finite(losses: list[Tensor], gradients: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 or 0.0; also of a finite gradient whose square is not: AdamW's moments would never be again."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    values = [loss.float() for loss in losses]
-    for dtype, same in by_dtype.items():
-        values += torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    if not values:
-        return torch.zeros((), device=device)
-    return torch.stack(values).square().sum().isfinite().logical_not().float()
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:

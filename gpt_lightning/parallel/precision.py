@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from gpt_lightning.gradients import squares
 from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
@@ -29,10 +30,9 @@ def gradient_norm(
 
 
 def _sum_of_squares(gradients: list[Any], like: Tensor) -> Tensor:
-    dtype = torch.promote_types(like.dtype, torch.float32)
     if not gradients:
-        return torch.zeros((), device=like.device, dtype=dtype)
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).square().sum()
+        return torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.stack(squares(gradients)).sum()
 
 
 WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
