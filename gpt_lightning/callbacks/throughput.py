@@ -16,7 +16,7 @@ from gpt_lightning.device_peak import peak_flops
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.step_metrics import is_logging_step, log_step
+from gpt_lightning.training.step_metrics import is_logging_step
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 
@@ -78,7 +78,8 @@ class Throughput(Callback):
             self._clock.turn_to("other")
             flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
             values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
-            log_step(trainer, step, {f"throughput/{name}": value for name, value in values.items()})
+            row = {f"throughput/{name}": value for name, value in values.items()}
+            pl_module.step_row.add(trainer, step, row)
             self._logged_step, self._logged_tokens = step, tokens
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")

@@ -11,19 +11,38 @@ def is_logging_step(trainer: Trainer, step: int) -> bool:
     return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
-def log_step(
-    trainer: Trainer, step: int, values: Mapping[str, Tensor | float], progress_bar: Collection[str] = ()
-) -> None:
-    """What `self.log(..., on_step=True)` does, for the logging step of now and right away.
+class StepRow:
+    """The numbers of a logging step: for callbacks and bars at once, for loggers all in one row.
 
-    Lightning looks through all that `self.log` was ever given after every batch, and reads what is for the
-    progress bar from the device each time, also where nothing was logged.
+    It does what `self.log(..., on_step=True)` does. Lightning looks through all that `self.log` was ever
+    given after every batch, and reads what is for the progress bar from the device each time, also where
+    nothing was logged.
     """
-    tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in values.items()}
-    numbers = {name: tensor.item() for name, tensor in tensors.items()}
-    trainer.callback_metrics.update(tensors)
-    trainer.logged_metrics.update(tensors)
-    trainer.progress_bar_metrics.update({name: numbers[name] for name in progress_bar})
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step)
-        logger.save()
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._numbers: dict[str, float] = {}
+
+    def add(
+        self,
+        trainer: Trainer,
+        step: int,
+        values: Mapping[str, Tensor | float],
+        progress_bar: Collection[str] = (),
+    ) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        tensors = dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float64)))
+        trainer.callback_metrics.update(tensors)
+        trainer.logged_metrics.update(tensors)
+        trainer.progress_bar_metrics.update({name: numbers[name] for name in progress_bar})
+        self._step = step
+        self._numbers.update(numbers)
+
+    def write(self, trainer: Trainer) -> None:
+        """To the loggers, unless that is done."""
+        if not self._numbers:
+            return
+        numbers, self._numbers = self._numbers, {}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, self._step)
+            logger.save()

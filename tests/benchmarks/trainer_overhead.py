@@ -10,9 +10,11 @@ A model so small that the work around it shows; the same model, batches, optimiz
   the progress bar as on a terminal, a checkpoint every 200 steps;
 - lightning: a plain module that calls `self.log` each step, with TensorBoard, progress bar and checkpoints.
 
-They take turns, each in a process of its own; CPU time of the whole process, with what its threads draw and
-write, and wall time, medians; of the differences too, each within a round. The last line is the result as
-JSON: milliseconds of CPU a step.
+They take turns every 50 steps, so that a machine whose speed changes, changes it for all; each round has new
+processes, as where one happens to lie in memory shows too. CPU time of the whole process, with what its
+threads draw and write, and wall time; medians over stretches of 200 steps, and of their differences. One
+thread: a second one would wait for work most of the time, which counts as CPU time. That the model learns is
+looked at first. The last line is the result as JSON: milliseconds of CPU a step.
 """
 
 import argparse
@@ -25,10 +27,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier, Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,11 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model import GPTModel
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
 
-WARM_UP, SAVE_EVERY, SEQ_LEN = 100, 200, 32
+SAVE_EVERY, SEQ_LEN = 200, 32
+WARM_UP = SAVE_EVERY + 50  # with what the first checkpoint imports
+LEARNT = 3.0  # 11 letters by chance are ln 11 = 2.4, and 5.5 before training
+PASS_EVERY, LONGEST = 50, 300  # steps; seconds to wait for others
+TARGET_MS = 0.3
 SHAPE = {"max_position_embeddings": SEQ_LEN, "n_layers": 2, "n_heads": 2, "d_model": 32}
 Seconds = tuple[float, float]  # CPU, wall; of a step
 
@@ -68,41 +75,66 @@ def optimizer_and_schedule(model: torch.nn.Module) -> tuple[Any, Any]:
 
 
 class Stopwatch(pl.Callback):
-    """Stands last; the saving of a checkpoint at the last step of a run is not in its time."""
+    """Stands last, and lets the others run every PASS_EVERY steps."""
+
+    ready: Barrier  # these are set in the process of a contender
+    own_turn: Semaphore
+    next_turn: Semaphore
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.marks: list[Seconds] = []
+        self.stretches: list[Seconds] = []
+        self._done = -WARM_UP
+        self._since = self._spent = (0.0, 0.0)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step in (WARM_UP, WARM_UP + self.steps):
-            self.marks.append((time.process_time(), time.perf_counter()))
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.count(outputs["loss"])
 
-    def per_step(self) -> Seconds:
-        (cpu, wall), (cpu_end, wall_end) = self.marks
-        return (cpu_end - cpu) / self.steps, (wall_end - wall) / self.steps
+    def count(self, loss: torch.Tensor) -> None:
+        self._done += 1
+        if self._done < 0 or self._done % PASS_EVERY or self._done > self.steps:
+            return
+        if self._done == 0:
+            if float(loss) > LEARNT:
+                sys.exit(f"a loss of {float(loss):.2f} after {WARM_UP} steps: this contender does not learn")
+            self.ready.wait(LONGEST)
+        else:
+            self._spent = _add(self._spent, _now(), self._since)
+            if self._done % SAVE_EVERY == 0:
+                self.stretches.append((self._spent[0] / SAVE_EVERY, self._spent[1] / SAVE_EVERY))
+                self._spent = (0.0, 0.0)
+            self.next_turn.release()
+        if self._done < self.steps and not self.own_turn.acquire(timeout=LONGEST):
+            sys.exit("another contender has ended before its time")
+        self._since = _now()
 
 
-def bare(folder: Path, steps: int, log_every: int) -> Seconds:
+def _now() -> Seconds:
+    return time.process_time(), time.perf_counter()
+
+
+def _add(spent: Seconds, now: Seconds, since: Seconds) -> Seconds:
+    return spent[0] + now[0] - since[0], spent[1] + now[1] - since[1]
+
+
+def bare(folder: Path, steps: int, log_every: int) -> list[Seconds]:
     datamodule = data(folder)
     model = GPTModel(GPTConfig(datamodule.vocab_size, **SHAPE))
     optimizer, schedule = optimizer_and_schedule(model)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     datamodule.trainer = trainer
-    marks = []
-    for step, batch in enumerate(datamodule.train_dataloader()):
-        if step in (WARM_UP, WARM_UP + steps):
-            marks.append((time.process_time(), time.perf_counter()))
-            if step > WARM_UP:
-                break
+    stopwatch = Stopwatch(steps)
+    for step, batch in enumerate(datamodule.train_dataloader(), start=1):
         optimizer.zero_grad()
         loss = model(batch.input_ids, batch.targets).loss
         assert loss is not None
         loss.backward()
         optimizer.step()
         schedule.step()
-    (cpu, wall), (cpu_end, wall_end) = marks
-    return (cpu_end - cpu) / steps, (wall_end - wall) / steps
+        stopwatch.count(loss.detach())
+        if step == WARM_UP + steps:
+            break
+    return stopwatch.stretches
 
 
 class Plain(pl.LightningModule):
@@ -123,7 +155,7 @@ class Plain(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def off(folder: Path, steps: int, log_every: int, *, logs: bool = False) -> Seconds:
+def off(folder: Path, steps: int, log_every: int, *, logs: bool = False) -> list[Seconds]:
     datamodule, stopwatch = data(folder), Stopwatch(steps)
     callbacks: list[pl.Callback] = [stopwatch]
     if logs:
@@ -143,7 +175,7 @@ def off(folder: Path, steps: int, log_every: int, *, logs: bool = False) -> Seco
             callbacks=callbacks,
         )
         trainer.fit(Plain(datamodule.vocab_size, logs=logs), datamodule)
-    return stopwatch.per_step()
+    return stopwatch.stretches
 
 
 class TimedCLI(GPTLightningCLI):
@@ -155,7 +187,7 @@ class TimedCLI(GPTLightningCLI):
         return trainer
 
 
-def ours(folder: Path, steps: int, log_every: int) -> Seconds:
+def ours(folder: Path, steps: int, log_every: int) -> list[Seconds]:
     TimedCLI.stopwatch = Stopwatch(steps)
     with tempfile.TemporaryDirectory() as root:
         config = {
@@ -175,10 +207,10 @@ def ours(folder: Path, steps: int, log_every: int) -> Seconds:
         quiet()
         with ExitStack() as ending:
             TimedCLI(["fit", "--config", str(path)], RankGuard(), ending)
-    return TimedCLI.stopwatch.per_step()
+    return TimedCLI.stopwatch.stretches
 
 
-CONTENDERS: dict[str, Callable[[Path, int, int], Seconds]] = {
+CONTENDERS: dict[str, Callable[[Path, int, int], list[Seconds]]] = {
     "bare": bare,
     "off": off,
     "ours": ours,
@@ -186,34 +218,49 @@ CONTENDERS: dict[str, Callable[[Path, int, int], Seconds]] = {
 }
 
 
-def _begin(threads: int) -> None:
-    """In a process of each contender: its terminal is a file."""
+def _run(name: str, folder: Path, options: argparse.Namespace, log_every: int, results: Connection) -> None:
+    """In a process of its own: its terminal is a file."""
     os.environ.update(FORCE_COLOR="1", COLUMNS="120", TERM="xterm-256color")
     screen = os.open(os.devnull, os.O_WRONLY)
     os.dup2(screen, 1)
-    os.dup2(screen, 2)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    quiet_stderr = os.dup(2)
+    os.dup2(screen, 2)
+    try:
+        results.send(CONTENDERS[name](folder, options.steps, log_every))
+    except BaseException as error:
+        os.write(quiet_stderr, f"{name}: {error!r}\n".encode())
+        raise
 
 
-def _turn(name: str, folder: Path, steps: int, log_every: int) -> Seconds:
-    return CONTENDERS[name](folder, steps, log_every)
+def one_round(folder: Path, options: argparse.Namespace, log_every: int) -> dict[str, list[Seconds]]:
+    context = get_context("fork")
+    turns = [context.Semaphore(number == 0) for number in range(len(CONTENDERS))]
+    Stopwatch.ready = context.Barrier(len(CONTENDERS))
+    ends, processes = {}, []
+    for number, name in enumerate(CONTENDERS):
+        Stopwatch.own_turn, Stopwatch.next_turn = turns[number], turns[(number + 1) % len(turns)]
+        ends[name], results = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_run, args=(name, folder, options, log_every, results)))
+        processes[-1].start()
+        results.close()
+    try:
+        return {name: end.recv() for name, end in ends.items()}
+    except EOFError:
+        sys.exit("a contender has failed")
+    finally:
+        for process in processes:
+            process.join(LONGEST)
 
 
 def measure(log_every: int, options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """A line each contender; the case of the JSON line."""
+    data(folder).setup("fit")  # one of them would write the cache, the others wait
     found: dict[str, list[Seconds]] = {name: [] for name in CONTENDERS}
-    with ExitStack() as stack:
-        processes = {}
-        for name in CONTENDERS:
-            processes[name] = stack.enter_context(
-                ProcessPoolExecutor(1, get_context("spawn"), _begin, (options.threads,))
-            )
-            processes[name].submit(_turn, name, folder, SAVE_EVERY, log_every).result()  # to warm up
-        for _ in range(options.rounds):
-            for name, process in processes.items():
-                turn = process.submit(_turn, name, folder, options.steps, log_every)
-                found[name].append(turn.result())
+    for _ in range(options.rounds):
+        for name, stretches in one_round(folder, options, log_every).items():
+            found[name] += stretches
     cpu = {name: 1e3 * statistics.median(turn[0] for turn in turns) for name, turns in found.items()}
     wall = {name: 1e3 * statistics.median(turn[1] for turn in turns) for name, turns in found.items()}
     for name in CONTENDERS:
@@ -238,13 +285,14 @@ def _median_difference(some: list[Seconds], others: list[Seconds]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help=f"measured in a turn; of {SAVE_EVERY} each")
     parser.add_argument("--log-every", type=int, nargs="+", default=[10])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         cases = {f"log every {n}": measure(n, options, Path(folder)) for n in options.log_every}
+    print(f"target: ours at most {TARGET_MS} ms above a Trainer with everything off")
     print(json.dumps(cases))
 
 

@@ -1,5 +1,6 @@
 """A fit equals a plain loop written here: loss, gradients, accumulation, held-out perplexity."""
 
+import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt_lightning.callbacks.orderly_stop import OrderlyStop
+from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.text_stream import cut_at_stop
@@ -53,10 +56,10 @@ def trainer(folder: Path, **settings: Any) -> pl.Trainer:
         "log_every_n_steps": 1,
         "gradient_clip_val": 0.5,
         "num_sanity_val_steps": 0,
+        "logger": False,
     } | settings
     return pl.Trainer(
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -123,6 +126,55 @@ def test_no_forward_pass_holds_the_gradients_of_a_step_that_was_taken(corpus: Pa
     ).fit(module, datamodule)
     assert gradients.before == [False, True, True] * 2
     assert gradients.after == [True] * 6
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_gradients_are_clipped_as_by_pytorch(corpus: Path, tmp_path: Path, limit: float) -> None:
+    """Where they are shorter than the limit nothing is done, not even a multiplication."""
+    module, datamodule = build(corpus, tmp_path / "cache")
+    seen: dict[str, Any] = {}
+
+    class Clipped(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+            gradients = [p.grad for p in module.parameters()]
+            factor = 1.0 / float(torch.nn.utils.get_total_norm(gradients))  # the norm is one from here on
+            seen["before"] = [grad.mul_(factor).clone() for grad in gradients]
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen["after"] = [p.grad for p in module.parameters()]
+
+    trainer(tmp_path, max_steps=1, gradient_clip_val=limit, callbacks=[Clipped()]).fit(module, datamodule)
+    expected = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in seen["before"]]
+    for parameter, grad in zip(expected, seen["before"]):
+        parameter.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_(expected, limit)
+    for found, parameter in zip(seen["after"], expected):
+        torch.testing.assert_close(found, parameter.grad)
+    shortened = any(not torch.equal(*pair) for pair in zip(seen["after"], seen["before"]))
+    assert shortened == (limit < 1)
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            raise OSError("disk full")
+
+
+def test_loggers_get_one_row_a_logging_step_also_of_one_that_fails(corpus: Path, tmp_path: Path) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache")
+    logger = pl.loggers.CSVLogger(tmp_path, name="", version="")
+    fit = trainer(
+        tmp_path,
+        log_every_n_steps=2,
+        limit_val_batches=0,
+        logger=logger,
+        callbacks=[Throughput(), Fails(), OrderlyStop()],
+    )
+    with pytest.raises(OSError, match="disk full"):
+        fit.fit(module, datamodule)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert all(row["train/loss"] and row["throughput/mfu"] for row in rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
