@@ -125,9 +125,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _stop_between_steps(self, trainer: Trainer) -> None:
         """Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost."""
-        asked = self._stop_asked or trainer.should_stop
-        inside = trainer.fit_loop.epoch_loop._should_accumulate()
-        trainer.should_stop, self._stop_asked = asked and not inside, asked and inside
+        if self._stop_asked or trainer.should_stop:
+            inside = trainer.fit_loop.epoch_loop._should_accumulate()
+            trainer.should_stop, self._stop_asked = not inside, inside
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps

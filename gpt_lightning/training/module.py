@@ -45,7 +45,7 @@ from gpt_lightning.training.optim import (
     learning_rate_factor,
 )
 from gpt_lightning.training.prediction_rows import after_token, prediction_row
-from gpt_lightning.training.step_metrics import StepRow, is_logging_step
+from gpt_lightning.training.step_metrics import StepRow, StepSums, is_logging_step
 
 
 class GPTLightningModule(LightningModule):
@@ -89,11 +89,23 @@ class GPTLightningModule(LightningModule):
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self.step_row = StepRow()
-        self._step_nll: Tensor | None = None  # sums over the micro-batches of the current optimizer step
-        self._step_tokens: Tensor | None = None
+        self._sums = StepSums()
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
-        self._places = 0  # targets of one micro-batch, scored or not
         self.trained_tokens: Tensor | int = 0  # scored by all ranks in this process's optimizer steps
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes every hook of a step, and nn.Module asks each time whether that is a parameter.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, TokenBatch) and device.type == "cpu":  # where batches are made
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     # Training
 
@@ -109,24 +121,20 @@ class GPTLightningModule(LightningModule):
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         nll, tokens = self._nll(batch)
-        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
-        self._step_tokens = tokens if self._step_tokens is None else self._step_tokens + tokens
+        self._sums.add(nll.detach(), tokens, batch.targets.numel())
         # Divided by the places, a constant; `on_before_optimizer_step` turns that into the tokens scored.
-        self._places = batch.targets.numel()
-        return (nll / self._places).float()
+        return (nll / self._sums.places).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradient that of the mean over all tokens scored in this step, and log."""
-        assert self._step_nll is not None and self._step_tokens is not None
-        nll, tokens = self._step_nll, self._step_tokens
-        self._step_nll = self._step_tokens = None
+        nll, tokens = self._sums.take()
         ranks = rank_and_ranks(self.trainer)[1]
         if ranks > 1:
             nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
         self.trained_tokens = self.trained_tokens + tokens  # on the device
-        self._rescale_gradients(self._places * ranks * self.trainer.accumulate_grad_batches, tokens)
+        self._rescale_gradients(self._sums.places * ranks * self.trainer.accumulate_grad_batches, tokens)
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
             self._log_step(nll / tokens, optimizer)
 
@@ -155,7 +163,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        if self._step_nll is None:  # a step was taken
+        if not self._sums:  # a step was taken
             # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
             for group in self.trainer.optimizers[0].param_groups:
                 for parameter in group["params"]:

@@ -11,6 +11,27 @@ def is_logging_step(trainer: Trainer, step: int) -> bool:
     return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
+class StepSums:
+    """Of the micro-batches of the optimizer step that is under way."""
+
+    def __init__(self) -> None:
+        self.places = 0  # targets of one micro-batch, scored or not
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return self._sums is not None
+
+    def add(self, nll: Tensor, tokens: Tensor, places: int) -> None:
+        self.places = places
+        self._sums = (nll, tokens) if self._sums is None else (self._sums[0] + nll, self._sums[1] + tokens)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The summed loss and the number of tokens it is summed over; the next step begins with nothing."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        return sums
+
+
 class StepRow:
     """The numbers of a logging step: for callbacks and bars at once, for loggers all in one row.
 
