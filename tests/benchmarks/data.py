@@ -23,6 +23,7 @@ import os
 import random
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -336,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chinese", nargs="+", default=[])
     parser.add_argument("--nanogpt", help="path of a checkout")
     options = parser.parse_args(arguments)
+    if not hasattr(os, "sched_setaffinity"):
+        parser.error("needs Linux, to give all contenders the same cores")
     cores = set(sorted(os.sched_getaffinity(0))[: options.threads])
     cases: dict[str, Any] = {}
     for name, files in (("english", options.english), ("chinese", options.chinese)):
@@ -345,6 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cases |= measure_tokenizing(name, files, tokenizer, cores, options)
     cases |= measure_batches(options)
     print(json.dumps(cases))
+    if not all(case.get("same_ids", True) for case in cases.values()):
+        sys.exit("the contenders' ids differ")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def main() -> None:
         ratios = wall / wall_limit, processor / processor_limit
         print(f"{name:32} {wall:7.2f} {ratios[0]:6.2f} {processor:7.2f} {ratios[1]:6.2f}")
         if name != IMPORT:
-            cases[name] = {"vs_import": round(ratios[0], 2), "vs_import_cpu": round(ratios[1], 2)}
+            names = ("vs_import", "vs_import_cpu")
+            cases[name] = {key: round(ratio, 2) for key, ratio in zip(names, ratios) if ratio == ratio}
     print(json.dumps(cases))
 
 
