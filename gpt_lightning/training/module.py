@@ -174,9 +174,7 @@ class GPTLightningModule(LightningModule):
             self.log("step", float(self.trainer.global_step))
 
     @override
-    def optimizer_zero_grad(
-        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         # Most often `on_train_batch_end` has dropped them; to ask takes a twentieth of what dropping does.
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
