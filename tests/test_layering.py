@@ -128,7 +128,11 @@ MODEL = {
     "model",
 }
 FILES = {"checkpoint_file", "snapshot"}
-ALLOWED_ACROSS = {"generation": MODEL, "data": set(), "parallel": {"gradients", "linear_cross_entropy", *FILES}}
+ALLOWED_ACROSS = {
+    "generation": MODEL,
+    "data": set(),
+    "parallel": {"gradients", "linear_cross_entropy", *FILES},
+}
 
 
 def modules() -> list[str]:
