@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def test_fit_leaves_a_run_folder(fitted: Path, capsys: pytest.CaptureFixture[str
     main(command[command.index("predict") :])
     assert capsys.readouterr().out.startswith("The ")
     assert "Tip" not in captured.err and "💡" not in captured.err
+
+
+def test_a_plain_fit_warns_of_nothing_that_we_override(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        main(["fit", "--config", str(tiny_config())])
+    assert not [str(each.message) for each in told if "overridden" in str(each.message)]
 
 
 def test_tensorboard_shows_what_it_should(fitted: Path) -> None:

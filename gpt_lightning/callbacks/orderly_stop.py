@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
-from gpt_lightning.training.module import GPTLightningModule
 
 EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
 
@@ -109,8 +108,6 @@ class OrderlyStop(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back_signals()
-        if isinstance(pl_module, GPTLightningModule):  # a callback may have ended the run between both
-            pl_module.step_row.write(trainer)
 
     def _give_back_signals(self) -> None:
         for number, handler in self._former_handlers.items():

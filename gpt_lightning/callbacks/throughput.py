@@ -16,7 +16,7 @@ from gpt_lightning.device_peak import peak_flops
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.step_metrics import is_logging_step
+from gpt_lightning.training.step_metrics import StepRow, is_logging_step
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 
@@ -59,6 +59,7 @@ class Throughput(Callback):
         loop._on_before_fetch = note_fetch
         surround_saves(trainer, self._saving)
         self._logged_step, self._logged_tokens = trainer.global_step, int(pl_module.trained_tokens)
+        pl_module.step_row = StepRow(is_shared=True)
         self._clock = Stopwatch()
 
     @override
@@ -80,6 +81,7 @@ class Throughput(Callback):
             values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
             row = {f"throughput/{name}": value for name, value in values.items()}
             pl_module.step_row.add(trainer, step, row)
+            pl_module.step_row.write(trainer)
             self._logged_step, self._logged_tokens = step, tokens
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")
@@ -114,14 +116,16 @@ class Throughput(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer)
+        self._leave(trainer, pl_module)
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self, trainer: Trainer, module: LightningModule) -> None:
         leave_saves(trainer)
+        if isinstance(module, GPTLightningModule):
+            module.step_row = StepRow()
         trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
 
 

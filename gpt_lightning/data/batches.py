@@ -28,6 +28,13 @@ class TokenBatch(NamedTuple):
     document_ids: Tensor | None  # [B, T]
     sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
 
+    def to(self, device: torch.device) -> "TokenBatch":
+        """Lightning calls it; without it, it would search each batch for what can be moved."""
+        if device.type == "cpu":  # where batches are made
+            return self
+        waits = device.type == "mps"  # https://github.com/pytorch/pytorch/issues/83015
+        return TokenBatch._make(x if x is None else x.to(device, non_blocking=not waits) for x in self)
+
 
 class WindowBatches(Dataset[TokenBatch]):
     """One rank's batches of a split, by the number of the batch; `seed=None` reads them in order.

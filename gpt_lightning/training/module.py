@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint_contents import (
@@ -46,6 +49,9 @@ from gpt_lightning.training.optim import (
 )
 from gpt_lightning.training.prediction_rows import after_token, prediction_row
 from gpt_lightning.training.step_metrics import StepRow, StepSums, is_logging_step
+
+# Of which `_gradient_norm` is that of the whole gradient.
+_KNOWN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, TensorParallelDDPStrategy)
 
 
 class GPTLightningModule(LightningModule):
@@ -101,16 +107,11 @@ class GPTLightningModule(LightningModule):
         else:
             super().__setattr__(name, value)
 
-    @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, TokenBatch) and device.type == "cpu":  # where batches are made
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     # Training
 
     @override
     def on_fit_start(self) -> None:
+        self._sums = StepSums()  # an interrupted run may have left some
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -160,15 +161,15 @@ class GPTLightningModule(LightningModule):
             "epoch": self._epoch(),
         }
         self.step_row.add(self.trainer, self.trainer.global_step + 1, values, progress_bar=("train/loss",))
+        if not self.step_row.is_shared:
+            self.step_row.write(self.trainer)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         if not self._sums:  # a step was taken
             # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
-            for group in self.trainer.optimizers[0].param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        self.step_row.write(self.trainer)  # now that the callbacks have added theirs
+            for parameter in _parameters(self.trainer.optimizers[0]):
+                parameter.grad = None
         # What others log with `self.log` would be put one step early.
         if is_logging_step(self.trainer, self.trainer.global_step) and self.trainer._results:
             self.log("step", float(self.trainer.global_step))
@@ -176,7 +177,7 @@ class GPTLightningModule(LightningModule):
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         # Most often `on_train_batch_end` has dropped them; to ask takes a twentieth of what dropping does.
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     @override
@@ -186,18 +187,24 @@ class GPTLightningModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # PyTorch multiplies a gradient that is short enough by one, which takes a CPU 2 % of a step.
-        by_norm = not runs_ahead(self.device) and gradient_clip_algorithm in (None, "norm")
-        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))  # or known to be cut
-        if gradient_clip_val and by_norm and whole and self._gradient_norm(optimizer) < gradient_clip_val:
+        plugin = self.trainer.precision_plugin
+        is_plain = (
+            gradient_clip_algorithm in (None, "norm")
+            and type(self.trainer.strategy) in _KNOWN_STRATEGIES
+            and type(plugin).clip_grad_by_norm is Precision.clip_grad_by_norm
+        )
+        if runs_ahead(self.device) or not is_plain or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        # PyTorch multiplies a gradient that is short enough by one, which takes a CPU 2 % of a step.
+        length = self._gradient_norm(optimizer)
+        if not length + 1e-6 <= gradient_clip_val:
+            clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, length)
 
     def _gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.gradient_norm(parameters)
-        return norm(p.grad for p in parameters if p.grad is not None)
+            return self.trainer.strategy.gradient_norm(_parameters(optimizer))
+        return norm(p.grad for p in _parameters(optimizer) if p.grad is not None)
 
     def _epoch(self) -> float:
         """As a fraction of the corpus, where Lightning would log whole ones."""
@@ -369,3 +376,7 @@ class GPTLightningModule(LightningModule):
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
         if self._last_validation is not None:
             checkpoint[VALIDATION_KEY] = self._last_validation
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

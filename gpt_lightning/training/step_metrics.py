@@ -35,12 +35,15 @@ class StepSums:
 class StepRow:
     """The numbers of a logging step: for callbacks and bars at once, for loggers all in one row.
 
+    `is_shared` tells that somebody will add to what the module adds, and write then.
+
     It does what `self.log(..., on_step=True)` does. Lightning looks through all that `self.log` was ever
     given after every batch, and reads what is for the progress bar from the device each time, also where
     nothing was logged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
         self._step = 0
         self._numbers: dict[str, float] = {}
 
@@ -52,7 +55,7 @@ class StepRow:
         progress_bar: Collection[str] = (),
     ) -> None:
         numbers = {name: float(value) for name, value in values.items()}
-        tensors = dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float64)))
+        tensors = dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float32)))
         trainer.callback_metrics.update(tensors)
         trainer.logged_metrics.update(tensors)
         trainer.progress_bar_metrics.update({name: numbers[name] for name in progress_bar})
@@ -60,9 +63,6 @@ class StepRow:
         self._numbers.update(numbers)
 
     def write(self, trainer: Trainer) -> None:
-        """To the loggers, unless that is done."""
-        if not self._numbers:
-            return
         numbers, self._numbers = self._numbers, {}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, self._step)

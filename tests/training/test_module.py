@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 
-from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
@@ -128,53 +129,104 @@ def test_no_forward_pass_holds_the_gradients_of_a_step_that_was_taken(corpus: Pa
     assert gradients.after == [True] * 6
 
 
+class Clipped(pl.Callback):
+    """The gradients of a step, made one long together, before and after they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters()]
+        factor = 1.0 / float(torch.nn.utils.get_total_norm(gradients))
+        self.before = [gradient.mul_(factor).clone() for gradient in gradients]
+        self.versions = [gradient._version for gradient in gradients]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.after = [p.grad for p in pl_module.parameters()]
+
+
 @pytest.mark.parametrize("limit", [0.5, 2.0])
 def test_gradients_are_clipped_as_by_pytorch(corpus: Path, tmp_path: Path, limit: float) -> None:
-    """Where they are shorter than the limit nothing is done, not even a multiplication."""
+    """Where they are shorter than the limit they are not even written."""
     module, datamodule = build(corpus, tmp_path / "cache")
-    seen: dict[str, Any] = {}
-
-    class Clipped(pl.Callback):
-        def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-            gradients = [p.grad for p in module.parameters()]
-            factor = 1.0 / float(torch.nn.utils.get_total_norm(gradients))  # the norm is one from here on
-            seen["before"] = [grad.mul_(factor).clone() for grad in gradients]
-
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            seen["after"] = [p.grad for p in module.parameters()]
-
-    trainer(tmp_path, max_steps=1, gradient_clip_val=limit, callbacks=[Clipped()]).fit(module, datamodule)
-    expected = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in seen["before"]]
-    for parameter, grad in zip(expected, seen["before"]):
-        parameter.grad = grad.clone()
+    seen = Clipped()
+    trainer(tmp_path, max_steps=1, gradient_clip_val=limit, callbacks=[seen]).fit(module, datamodule)
+    expected = [torch.nn.Parameter(gradient) for gradient in seen.before]
+    for parameter, gradient in zip(expected, seen.before):
+        parameter.grad = gradient.clone()
     torch.nn.utils.clip_grad_norm_(expected, limit)
-    for found, parameter in zip(seen["after"], expected):
-        torch.testing.assert_close(found, parameter.grad)
-    shortened = any(not torch.equal(*pair) for pair in zip(seen["after"], seen["before"]))
-    assert shortened == (limit < 1)
+    torch.testing.assert_close(seen.after, [parameter.grad for parameter in expected])
+    was_written = [gradient._version for gradient in seen.after] != seen.versions
+    assert was_written == (limit < 1)
 
 
 class Fails(pl.Callback):
+    """After the others have seen the step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == 6:
+        if trainer.global_step == self.step:
             raise OSError("disk full")
 
 
-def test_loggers_get_one_row_a_logging_step_also_of_one_that_fails(corpus: Path, tmp_path: Path) -> None:
+class Own(GPTLightningModule):
+    """A user's, whose hook does not call the one that it replaces."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("with_throughput", [True, False])
+def test_loggers_get_one_row_a_logging_step(corpus: Path, tmp_path: Path, with_throughput: bool) -> None:
+    """Also of a step that ends the run; a second run of the module begins with nothing of the first."""
     module, datamodule = build(corpus, tmp_path / "cache")
-    logger = pl.loggers.CSVLogger(tmp_path, name="", version="")
-    fit = trainer(
-        tmp_path,
-        log_every_n_steps=2,
-        limit_val_batches=0,
-        logger=logger,
-        callbacks=[Throughput(), Fails(), OrderlyStop()],
-    )
-    with pytest.raises(OSError, match="disk full"):
-        fit.fit(module, datamodule)
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert [row["step"] for row in rows] == ["2", "4", "6"]
-    assert all(row["train/loss"] and row["throughput/mfu"] for row in rows)
+    module.__class__ = Own
+    callbacks = [Throughput()] if with_throughput else []
+    options: dict[str, Any] = {"log_every_n_steps": 2, "limit_val_batches": 0}
+    for number, last in enumerate((6, 3), start=1):
+        logger = pl.loggers.CSVLogger(tmp_path, name="", version=str(number))
+        fit = trainer(tmp_path, logger=logger, callbacks=[*callbacks, Fails(last)], **options)
+        with pytest.raises(OSError, match="disk full"):
+            fit.fit(module, datamodule)
+        rows = list(csv.DictReader((tmp_path / str(number) / "metrics.csv").open()))
+        assert [int(row["step"]) for row in rows] == list(range(2, last + 1, 2))
+        assert all(bool(row["train/loss"]) for row in rows)
+        assert all(bool(row.get("throughput/mfu")) == with_throughput for row in rows)
+
+
+def test_an_interrupted_step_leaves_nothing_for_the_next_run(corpus: Path, tmp_path: Path) -> None:
+    module, datamodule = build(corpus, tmp_path / "cache")
+
+    class Interrupts(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise OSError("in the middle of a step")
+
+    with pytest.raises(OSError, match="in the middle"):
+        trainer(tmp_path, accumulate_grad_batches=2, callbacks=[Interrupts()]).fit(module, datamodule)
+    recorder = Recorder()
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    trainer(tmp_path, max_steps=1, callbacks=[recorder]).fit(module, datamodule)
+    for parameter, value in zip(module.parameters(), before):
+        parameter.data.copy_(value)
+    loss = module.model(recorder.batches[0].input_ids, recorder.batches[0].targets).loss
+    assert recorder.logged[0]["train/loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_what_is_set_on_the_module_is_found_where_pytorch_puts_it(corpus: Path, tmp_path: Path) -> None:
+    """But for Lightning's note of the hook that runs."""
+    module = build(corpus, tmp_path / "cache")[0]
+    module.extra, module.bias = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(1))
+    module._current_fx_name = "training_step"
+    assert {"extra.weight", "bias"} < set(module.state_dict())
+    assert module._current_fx_name == "training_step"
+
+
+def test_a_batch_moves_to_a_device_and_stays_on_the_cpu() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    batch = TokenBatch(ids, ids, None)
+    assert batch.to(torch.device("cpu")) is batch
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, TokenBatch) and moved.document_ids is None
+    assert moved.input_ids.device.type == moved.targets.device.type == "meta"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
