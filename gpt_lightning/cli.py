@@ -269,7 +269,7 @@ class GPTLightningCLI(LightningCLI):
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
         trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
-        leave_out_absent_hooks(trainer.callbacks, self.model)
+        leave_out_absent_hooks(trainer.callbacks)
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:

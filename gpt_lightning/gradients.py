@@ -11,7 +11,9 @@ _SMALL = 2**16  # elements
 
 def squares(gradients: Iterable[Tensor]) -> list[Tensor]:
     """Numbers of float32 at least, whose sum is that of the squares of all elements."""
-    small, large, others = list[Tensor](), list[Tensor](), dict[torch.dtype, list[Tensor]]()
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    others: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         if not (type(gradient) is Tensor and gradient.is_cpu and gradient.dtype == torch.float32):
             others.setdefault(gradient.dtype, []).append(gradient)
@@ -21,7 +23,7 @@ def squares(gradients: Iterable[Tensor]) -> list[Tensor]:
             large.append(gradient)
     pieces = [gradient.flatten() for gradient in large]
     if small:  # a call for each takes longer than its elements do
-        pieces.append(_flatten_dense_tensors(small))
+        pieces.append(_flatten_dense_tensors(small))  # DistributedDataParallel's: half of the time of a cat
     values = [piece.dot(piece) for piece in pieces]
     for dtype, tensors in others.items():
         norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))

@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt_lightning.cpu_linear import product
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 2**26  # of logits; enough rows that adding up the weight's gradient costs little beside them
+CHUNK_BYTES = 2**26  # of logits; fewer rows add up the weight's gradient more often, more take more memory
 CHUNK_BYTES_ON_ACCELERATORS = 2**29  # and, where it is of half precision, twice as much for its softmax
 # Half-precision products of matrices are slow where a row does not end on such a multiple: GPT-2's 50257.
 _VOCABULARY_MULTIPLE = 64

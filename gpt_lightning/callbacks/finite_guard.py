@@ -18,7 +18,6 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.batches import TokenBatch
-from gpt_lightning.device import runs_ahead
 from gpt_lightning.gradients import squares
 from gpt_lightning.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
@@ -89,26 +88,26 @@ class FiniteGuard(Callback):
     ) -> None:
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
-        refused = self._is_refused(trainer, pl_module, step.losses)
-        if isinstance(refused, Tensor) and _skips_by_itself(optimizer, pl_module.device, trainer):
+        total = self._total(trainer, pl_module, step.losses)
+        if _skips_by_itself(optimizer, pl_module.device, trainer):
+            refused = _on_any_rank(_is_non_finite(total))
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((step, refused))
             if is_logging_step(trainer, step.number) or len(self._unseen) == MOST_STEPS_UNSEEN:
                 self._look(trainer)
-        elif refused:
+        elif _on_any_rank(_is_non_finite(total)) if is_distributed() else not math.isfinite(total):
             self._refuse(trainer, step)
             # Without gradients no optimizer changes anything: no weight, no moment, no decay.
             optimizer.zero_grad(set_to_none=True)
 
-    def _is_refused(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor | bool:
-        """A number on a device. Also for a finite gradient whose square is not: it ends AdamW's moments."""
+    def _total(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
+        """Of losses and squares of gradients: not finite if one of them is not.
+
+        A finite gradient whose square is infinite would end AdamW's moments.
+        """
         gradients = [] if _lowers_its_scale(trainer) else self._gradients(module)
         values = [*(loss.float() for loss in losses), *squares(gradients)]
-        if not runs_ahead(module.device):
-            refused = not math.isfinite(sum(map(float, values)))
-            return bool(_on_any_rank(torch.tensor(float(refused)))) if is_distributed() else refused
-        total = torch.stack(values).sum() if values else torch.zeros((), device=module.device)
-        return _on_any_rank(total.isfinite().logical_not().float())
+        return torch.stack(values).sum() if values else torch.zeros((), device=module.device)
 
     def _gradients(self, module: LightningModule) -> list[Tensor]:
         """Those that this rank holds."""
@@ -183,6 +182,11 @@ def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Traine
         return False
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
+
+
+def _is_non_finite(total: Tensor) -> Tensor:
+    """1.0 or 0.0."""
+    return total.isfinite().logical_not().float()
 
 
 def _lowers_its_scale(trainer: Trainer) -> bool:
