@@ -32,8 +32,8 @@ class TokenBatch(NamedTuple):
         """Lightning calls it; without it, it would search each batch for what can be moved."""
         if device.type == "cpu":  # where batches are made
             return self
-        waits = device.type == "mps"  # https://github.com/pytorch/pytorch/issues/83015
-        return TokenBatch._make(x if x is None else x.to(device, non_blocking=not waits) for x in self)
+        in_background = device.type != "mps"  # https://github.com/pytorch/pytorch/issues/83015
+        return TokenBatch._make(x if x is None else x.to(device, non_blocking=in_background) for x in self)
 
 
 class WindowBatches(Dataset[TokenBatch]):

@@ -176,7 +176,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        # Most often `on_train_batch_end` has dropped them; to ask takes a twentieth of what dropping does.
+        # Most often `on_train_batch_end` has dropped them; to ask takes a fifth of the time of not asking.
         if any(parameter.grad is not None for parameter in _parameters(optimizer)):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -196,7 +196,7 @@ class GPTLightningModule(LightningModule):
         if runs_ahead(self.device) or not is_plain or not gradient_clip_val:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        # PyTorch multiplies a gradient that is short enough by one, which takes a CPU 2 % of a step.
+        # PyTorch multiplies a gradient that is short enough by one: on a CPU 1 % of a step at 124M weights.
         length = self._gradient_norm(optimizer)
         if not length + 1e-6 <= gradient_clip_val:
             clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, length)
