@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from gpt_lightning.device import finish_queue
+from gpt_lightning.kernels.device import finish_queue
 
 # Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers, which print twice as
 # much where half of the weights are zeros. GeForce: with float32 accumulation, as PyTorch multiplies.

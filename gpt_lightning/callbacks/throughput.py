@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.batches import TokenBatch
-from gpt_lightning.device import finish_queue, peak_memory_gib
 from gpt_lightning.device_peak import peak_flops
+from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule

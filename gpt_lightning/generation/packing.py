@@ -11,9 +11,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.cpu_linear import onednn_multiplies
 from gpt_lightning.generation.decoder import Decoder
 from gpt_lightning.generation.interface import CausalLanguageModel
+from gpt_lightning.kernels.linear import onednn_multiplies
 from gpt_lightning.model import GPTModel, LMHead, Projection
 
 _TINY = torch.finfo(torch.float32).tiny

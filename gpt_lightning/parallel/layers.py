@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt_lightning.linear_cross_entropy import linear_cross_entropy
+from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
     all_reduce,
     copy_to_peers,

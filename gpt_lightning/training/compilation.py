@@ -5,7 +5,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from gpt_lightning.device import can_compile_for_cuda
+from gpt_lightning.kernels.device import can_compile_for_cuda
 
 OFF = "none"
 # Compiling takes about as long as it spares in so many passes, be the model small or large.

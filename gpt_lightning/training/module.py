@@ -27,14 +27,14 @@ from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.device import runs_ahead
-from gpt_lightning.freed_memory import keep_freed_memory
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.gradients import norm
-from gpt_lightning.linear_cross_entropy import IGNORE_INDEX
+from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
+from gpt_lightning.kernels.device import runs_ahead
+from gpt_lightning.kernels.freed_memory import keep_freed_memory
 from gpt_lightning.model import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy

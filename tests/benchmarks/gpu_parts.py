@@ -29,12 +29,12 @@ from gpu_training import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gpt_lightning.document_mask as document_mask
-from gpt_lightning.device import finish_queue
+import gpt_lightning.kernels.attention as document_mask
 from gpt_lightning.device_peak import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.kernels.device import finish_queue
 from gpt_lightning.model import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent

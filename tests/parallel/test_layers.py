@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import gpt_lightning.linear_cross_entropy as linear_cross_entropy
+import gpt_lightning.kernels.cross_entropy as linear_cross_entropy
 from gpt_lightning.model import LMHead
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh

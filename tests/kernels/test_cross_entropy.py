@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gpt_lightning.linear_cross_entropy as module
-from gpt_lightning.linear_cross_entropy import linear_cross_entropy
+import gpt_lightning.kernels.cross_entropy as module
+from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 
 
 def make_inputs(n_tokens: int = 23, vocab_size: int = 101) -> tuple[Tensor, Tensor, Tensor]:

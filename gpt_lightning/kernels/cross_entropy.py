@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.cpu_linear import product
+from gpt_lightning.kernels.linear import product
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 2**26  # of logits; fewer rows add up the weight's gradient more often, more take more memory

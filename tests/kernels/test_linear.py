@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.cpu_linear import linear, onednn_multiplies
+from gpt_lightning.kernels.linear import linear, onednn_multiplies
 
 Linear = Callable[..., Tensor]
 
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", 0)
+    monkeypatch.setattr("gpt_lightning.kernels.linear._LEAST_WORK", 0)
 
 
 def make_inputs(*, bias: bool = True) -> list[Tensor]:
@@ -70,7 +70,7 @@ def test_float64_and_inference_are_f_linears() -> None:
 def test_training_takes_onednn_for_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would compare F.linear with itself."""
     assert type(linear(*make_inputs()).grad_fn).__name__ == "_LinearBackward"
-    monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", 3 * 5 * 7 * 11 + 1)
+    monkeypatch.setattr("gpt_lightning.kernels.linear._LEAST_WORK", 3 * 5 * 7 * 11 + 1)
     assert type(linear(*make_inputs()).grad_fn).__name__ != "_LinearBackward"
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
 
-from gpt_lightning.device import can_compile_for_cuda
+from gpt_lightning.kernels.device import can_compile_for_cuda
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
 
-import gpt_lightning.document_mask as document_mask
+import gpt_lightning.kernels.attention as document_mask
 from gpt_lightning.config import GPTConfig
 from gpt_lightning.model import GPTModel
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-import gpt_lightning.attention as attention
-from gpt_lightning.attention import BLOCK, attention_in_blocks
+import gpt_lightning.kernels.cpu_attention as attention
 from gpt_lightning.config import GPTConfig
+from gpt_lightning.kernels.cpu_attention import BLOCK, attention_in_blocks
 from gpt_lightning.model import CausalSelfAttention, GPTModel
 
 LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7]
@@ -110,8 +110,8 @@ def test_gradients_equal_finite_differences() -> None:
 
 def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no test of the model would see them."""
-    monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: 2 * 2 * 9 * 9 * 8})
-    monkeypatch.setattr("gpt_lightning.attention.onednn_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("gpt_lightning.kernels.cpu_attention._LEAST_WORK", {torch.float32: 2 * 2 * 9 * 9 * 8})
+    monkeypatch.setattr("gpt_lightning.kernels.cpu_attention.onednn_multiplies", lambda dtype: dtype == torch.float32)
     calls: list[Tensor] = []
     monkeypatch.setattr(
         "gpt_lightning.model.attention_in_blocks", lambda x, p: calls.append(x) or attention_in_blocks(x, p)
@@ -139,7 +139,7 @@ def test_dropout_keeps_the_mean() -> None:
 @pytest.mark.parametrize("least_work", [0, 2**30])
 def test_the_layer_drops_in_training_alone(least_work: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = CausalSelfAttention(GPTConfig(vocab_size=8, n_heads=2, d_model=16, dropout=0.5))
-    monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: least_work})
+    monkeypatch.setattr("gpt_lightning.kernels.cpu_attention._LEAST_WORK", {torch.float32: least_work})
     x = torch.randn(2, 9, 16)
     first, second = (layer(x, None, None, 0) for _ in range(2))
     assert not torch.equal(first, second)
@@ -167,8 +167,8 @@ def test_a_model_has_the_same_loss_and_gradients_by_either_way(monkeypatch: pyte
     tokens = torch.randint(50, (3, T))
     found = []
     for least_work in (0, 2**40):
-        monkeypatch.setattr("gpt_lightning.attention._LEAST_WORK", {torch.float32: least_work})
-        monkeypatch.setattr("gpt_lightning.cpu_linear._LEAST_WORK", least_work)
+        monkeypatch.setattr("gpt_lightning.kernels.cpu_attention._LEAST_WORK", {torch.float32: least_work})
+        monkeypatch.setattr("gpt_lightning.kernels.linear._LEAST_WORK", least_work)
         loss = model(tokens, tokens).loss
         assert loss is not None
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])

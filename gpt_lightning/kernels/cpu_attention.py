@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt_lightning.cpu_linear import onednn_multiplies
+from gpt_lightning.kernels.linear import onednn_multiplies
 
 BLOCK = 128  # queries
 _SCORE_BYTES_AT_A_TIME = 2**21  # within the processor's cache

@@ -1,0 +1,1 @@
+"""The arithmetic of a torch expression, faster on some device; tests hold each to that expression."""
