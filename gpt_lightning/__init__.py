@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_lightning.config import GPTConfig
     from gpt_lightning.data.datamodule import TextDataModule
-    from gpt_lightning.model import GPTModel
+    from gpt_lightning.model.config import GPTConfig
+    from gpt_lightning.model.gpt import GPTModel
     from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
     from gpt_lightning.training.module import GPTLightningModule
 
@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 __all__ = ["GPTConfig", "GPTModel", "GPTLightningModule", "TextDataModule", "TensorParallelDDPStrategy"]
 
 _HOMES = {
-    "GPTConfig": "config",
-    "GPTModel": "model",
+    "GPTConfig": "model.config",
+    "GPTModel": "model.gpt",
     "GPTLightningModule": "training.module",
     "TextDataModule": "data.datamodule",
     "TensorParallelDDPStrategy": "parallel.strategy",

@@ -17,9 +17,10 @@ from gpt_lightning.checkpoint_contents import (
     read_checked,
 )
 from gpt_lightning.checkpoint_file import known_digest, verify, write
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
 from gpt_lightning.parallel.sharded_folder import (
     REST,
     check_whole,
@@ -27,7 +28,6 @@ from gpt_lightning.parallel.sharded_folder import (
     read_rest,
     restore_set_aside,
 )
-from gpt_lightning.uninitialized import Uninitialized
 
 LAST = "last.ckpt"
 LOCK = ".lock"  # held by the process that writes into a folder

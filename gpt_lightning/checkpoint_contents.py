@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.checkpoint_file import unreadable, verify
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
-from gpt_lightning.uninitialized import Uninitialized
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
 
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**32 - 1  # NumPy's

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 
 if TYPE_CHECKING:
     from transformers import GPT2Config

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint import MODEL_PREFIX, checkpoint_config, checkpoint_tokenizer, read_checkpoint
 from gpt_lightning.checkpoint_file import sync_folder, write_error
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model_card import model_card
 from gpt_lightning.parallel.sharded_folder import is_sharded
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.checkpoint_contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     hub_is_reachable,
@@ -33,7 +32,8 @@ from gpt_lightning.huggingface import (
     from_gpt2_state_dict,
     to_gpt2_state_dict,
 )
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.snapshot import first_non_finite
 
 _log = logging.getLogger("gpt_lightning")

@@ -8,7 +8,7 @@ import torch
 
 from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer
 from gpt_lightning.checkpoint_contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
 
 HEADER = """---
 library_name: transformers

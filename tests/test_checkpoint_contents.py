@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt_lightning.checkpoint_contents import check_contents, check_own, check_same_architecture
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 
 CONFIG = GPTConfig(vocab_size=11, max_position_embeddings=8, n_layers=2, n_heads=2, d_model=8)

@@ -8,8 +8,8 @@ import yaml
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from tests.distributed import run_ranks
 from tests.gpt2_folders import write_gpt2
 

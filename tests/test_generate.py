@@ -20,9 +20,9 @@ import torch
 from gpt_lightning import cli_generate, conversation
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint_file import write
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.tokenizer import TextTokenizer, train_bpe
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 TEXTS = ["从前有一个国王。👍🏽 naïve e\u0301 The cat sees the dog.\n"] * 4
 Run = Callable[..., tuple[str, str, int]]

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.huggingface import (
     config_from_gpt2,
     config_to_gpt2,
     from_gpt2_state_dict,
     to_gpt2_state_dict,
 )
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 CONFIG = GPTConfig(
     vocab_size=101, max_position_embeddings=23, n_layers=2, n_heads=3, d_model=36, d_ff=50, dropout=0.1

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.kv_cache import CacheStep, KVCache
-from gpt_lightning.model import Block, GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import Block, GPTModel
+from gpt_lightning.model.kv_cache import CacheStep, KVCache
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -21,7 +21,7 @@ from gpt_lightning.generation.history import Histories
 from gpt_lightning.generation.interface import CausalLanguageModel, Completion, FinishReason, Options, Step
 from gpt_lightning.generation.prefill import fill, visible_start
 from gpt_lightning.generation.sampling import GenerationConfig, next_tokens
-from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.model.kv_cache import KVCache
 
 _BLOCK = 1024  # random numbers drawn at once
 

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, Protocol, TypedDict
 
 from torch import Tensor, nn
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.kv_cache import KVCache
 
 FinishReason = Literal["eos", "stop", "length", "exhausted"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt_lightning.generation.decoder import Decoder
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.kernels.linear import onednn_multiplies
-from gpt_lightning.model import GPTModel, LMHead, Projection
+from gpt_lightning.model.gpt import GPTModel, LMHead, Projection
 
 _TINY = torch.finfo(torch.float32).tiny
 

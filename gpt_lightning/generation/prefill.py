@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.kv_cache import KVCache
+from gpt_lightning.model.kv_cache import KVCache
 
 _MAX_PADDING = 0.25  # of the tokens that one pass is to compute
 

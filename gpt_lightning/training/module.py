@@ -23,7 +23,6 @@ from gpt_lightning.checkpoint_contents import (
     check_same_architecture,
     read_checked,
 )
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -35,7 +34,8 @@ from gpt_lightning.gradients import norm
 from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
 from gpt_lightning.kernels.device import runs_ahead
 from gpt_lightning.kernels.freed_memory import keep_freed_memory
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks

@@ -37,14 +37,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.batches import BatchNumbers, WindowBatches, batch_loader
 from gpt_lightning.data.documents import Piece, read_pieces
 from gpt_lightning.data.encoding import encode_pieces
 from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 BATCH_BYTES = 4_000_000  # what tokenizers gets at a time: its cores are busy, and memory holds it
 BATCH, SEQ_LEN, BATCHES = 12, 256, 500

@@ -35,7 +35,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface import config_from_gpt2, from_gpt2_state_dict
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
 
 PROMPT, WARM_UP, BYTES_READ = 32, 8, 512 * 2**20
 OURS = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "int8": (torch.float32, "int8")}

@@ -35,7 +35,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.device import finish_queue
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Figures = dict[str, Any]

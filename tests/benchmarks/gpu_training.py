@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.token_cache import TokenSplit
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
-from gpt_lightning.training.flops import training_flops_per_token
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 

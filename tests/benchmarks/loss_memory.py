@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 CASES = ("naive", "chunked")
 

@@ -19,7 +19,7 @@ from gpt_lightning.checkpoint_contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.generation.packing import packed
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
 
 BATCH = 8
 

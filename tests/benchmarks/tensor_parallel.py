@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpt_lightning.config import GPTConfig  # noqa: E402
 from gpt_lightning.data.datamodule import TextDataModule  # noqa: E402
+from gpt_lightning.model.config import GPTConfig  # noqa: E402
 from gpt_lightning.parallel.replicas import differing_parameter  # noqa: E402
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy  # noqa: E402
 from gpt_lightning.training.module import GPTLightningModule  # noqa: E402

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from train_contenders import CASES, CLOCKS, Case, serve
 
-from gpt_lightning.training.flops import training_flops_per_token
+from gpt_lightning.model.flops import training_flops_per_token
 
 LEARNS_BY = 0.5  # nats, in the first steps
 

@@ -21,7 +21,7 @@ import torch
 from nanogpt_checkout import load_nanogpt
 from torch import Tensor
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 
 Step = Callable[[Tensor, Tensor], Tensor]  # one optimizer step on inputs and targets: the loss
 

@@ -12,8 +12,8 @@ import torch
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 from tests.conftest import write_corpus

@@ -17,8 +17,8 @@ from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training import module as training_module
 from gpt_lightning.training.module import GPTLightningModule
 from tests.faults.trace import Poison

@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer, seed_everything
 import gpt_lightning.generation.engine as engine
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.prediction_rows import prediction_row

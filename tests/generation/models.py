@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 
 def make_model(seed: int = 0, **changes: Any) -> GPTModel:

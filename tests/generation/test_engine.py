@@ -16,7 +16,7 @@ from gpt_lightning.generation.sampling import (
     pick,
     repetition_penalty,
 )
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
 
 SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)

@@ -15,8 +15,8 @@ from gpt_lightning.generation.engine import _uniforms, generate, stream
 from gpt_lightning.generation.history import Histories
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kv_cache import KVCache
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.kv_cache import KVCache
 from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
 
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=40, top_p=0.95)

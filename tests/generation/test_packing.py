@@ -11,7 +11,7 @@ from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.generation.packing import Int8Linear, PackedLinear, _Scratch, packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.model import GPTModel, Projection
+from gpt_lightning.model.gpt import GPTModel, Projection
 from tests.generation.models import make_model, make_prompts
 
 GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)

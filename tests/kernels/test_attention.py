@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
 
 import gpt_lightning.kernels.attention as document_mask
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 # Rows of one length that differ: one document; a boundary after the first token and one before the last;
 # boundaries on, just before and just after those of FlexAttention's blocks.

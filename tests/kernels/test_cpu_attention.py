@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import gpt_lightning.kernels.cpu_attention as attention
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.kernels.cpu_attention import BLOCK, attention_in_blocks
-from gpt_lightning.model import CausalSelfAttention, GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import CausalSelfAttention, GPTModel
 
 LENGTHS = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7]
 LONG = 8 * BLOCK
@@ -114,7 +114,7 @@ def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr("gpt_lightning.kernels.cpu_attention.onednn_multiplies", lambda dtype: dtype == torch.float32)
     calls: list[Tensor] = []
     monkeypatch.setattr(
-        "gpt_lightning.model.attention_in_blocks", lambda x, p: calls.append(x) or attention_in_blocks(x, p)
+        "gpt_lightning.model.gpt.attention_in_blocks", lambda x, p: calls.append(x) or attention_in_blocks(x, p)
     )
     layer = CausalSelfAttention(GPTConfig(vocab_size=8, n_heads=2, d_model=16, dropout=0.0))
     x = torch.randn(2, 9, 16)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training import module as training_module
 from gpt_lightning.training.module import GPTLightningModule
 

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.state_dict import gather_to_first
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.plan import parallelize, resolve
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy

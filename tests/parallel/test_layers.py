@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt_lightning.kernels.cross_entropy as linear_cross_entropy
-from gpt_lightning.model import LMHead
+from gpt_lightning.model.gpt import LMHead
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.plan import parallelize, resolve

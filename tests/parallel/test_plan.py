@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import Projection
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import Projection
 from gpt_lightning.parallel.plan import Cut, plan_of, resolve
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy

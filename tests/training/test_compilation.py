@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gpt_lightning.callbacks.text_samples import TextSamples
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.attention import block_mask
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.compilation import choose_backend
 from gpt_lightning.training.module import GPTLightningModule
 from tests.training.test_module import Recorder, trainer

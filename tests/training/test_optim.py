@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,

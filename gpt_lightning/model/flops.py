@@ -1,6 +1,6 @@
 """How many floating-point operations the model needs for a token, however it is computed."""
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 
 
 def training_flops_per_token(config: GPTConfig, seq_len: int) -> int:

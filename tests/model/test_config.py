@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gpt_lightning.config import GPTConfig
+from gpt_lightning.model.config import GPTConfig
 
 
 @pytest.mark.parametrize(

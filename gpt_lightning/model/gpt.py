@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.kernels.attention import (
     Mask,
     attend_within_documents,
@@ -23,7 +22,8 @@ from gpt_lightning.kernels.attention import (
 from gpt_lightning.kernels.cpu_attention import attention_in_blocks, runs_in_blocks
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import linear
-from gpt_lightning.kv_cache import CacheStep, KVCache
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.kv_cache import CacheStep, KVCache
 
 INIT_STD = 0.02
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.config import GPTConfig
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 
 B, T, V = 3, 17, 101
 

@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.model import GPTModel
-from gpt_lightning.training.flops import training_flops_per_token
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.flops import training_flops_per_token
+from gpt_lightning.model.gpt import GPTModel
 
 WIDE = GPTConfig(300, 64, n_layers=2, n_heads=2, d_model=64)
 LONG = GPTConfig(50, 128, n_layers=3, n_heads=4, d_model=32, d_ff=100, tie_embeddings=False, bias=False)
@@ -18,7 +18,7 @@ HEAD = GPTConfig(3001, 16, n_layers=1, n_heads=1, d_model=24)
 def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch cannot count oneDNN's products, and attention in blocks leaves out what is masked."""
     monkeypatch.setattr("gpt_lightning.kernels.linear.onednn_multiplies", lambda dtype: False)
-    monkeypatch.setattr("gpt_lightning.model.runs_in_blocks", lambda qkv: False)
+    monkeypatch.setattr("gpt_lightning.model.gpt.runs_in_blocks", lambda qkv: False)
 
 
 def counted(config: GPTConfig, batch: int, seq_len: int, *, recompute: bool = False) -> int:

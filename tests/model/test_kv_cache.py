@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.config import GPTConfig
-from gpt_lightning.kv_cache import KVCache
-from gpt_lightning.model import GPTModel
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.kv_cache import KVCache
 
 CONFIG = GPTConfig(vocab_size=101, max_position_embeddings=23, n_layers=2, n_heads=3, d_model=36)
 

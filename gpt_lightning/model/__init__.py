@@ -1,0 +1,1 @@
+"""The network, and all that follows from its shape."""
