@@ -17,7 +17,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
-from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.gradients import squares
 from gpt_lightning.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step

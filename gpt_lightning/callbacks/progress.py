@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from gpt_lightning.data.batches import is_first_of_replica, rank_and_ranks
+from gpt_lightning.data.loader import is_first_of_replica, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.ranks import gathered
 from gpt_lightning.training.completion_callback import CompletionCallback

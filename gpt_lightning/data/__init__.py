@@ -1,1 +1,1 @@
-"""Text to batches: documents, tokenizer, token cache, sample order, and the datamodule that joins them."""
+"""Text to batches, and where training stands in them."""

@@ -9,15 +9,16 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import gpt_lightning.data.windows as windows
-from gpt_lightning.data.batches import (
+from gpt_lightning.data.corpus_identity import TrainedText
+from gpt_lightning.data.loader import (
     BatchNumbers,
     TokenBatch,
     WindowBatches,
     batch_loader,
     rank_and_ranks,
 )
+from gpt_lightning.data.position import EpochShape, TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
-from gpt_lightning.data.same_text import TrainedText
 from gpt_lightning.data.token_cache import (
     Corpus,
     TokenSplit,
@@ -27,7 +28,6 @@ from gpt_lightning.data.token_cache import (
     prepare_tokens,
 )
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
-from gpt_lightning.data.training_order import EpochShape, TrainingOrder
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
 SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.built_folder import built_folder
+from gpt_lightning.data.cache_folder import built_folder
 from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.split import plan_split, split_pieces

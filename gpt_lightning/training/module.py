@@ -23,7 +23,7 @@ from gpt_lightning.checkpoint_contents import (
     check_same_architecture,
     read_checked,
 )
-from gpt_lightning.data.batches import TokenBatch, rank_and_ranks
+from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import completions, generate

@@ -37,9 +37,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from gpt_lightning.data.batches import BatchNumbers, WindowBatches, batch_loader
 from gpt_lightning.data.documents import Piece, read_pieces
 from gpt_lightning.data.encoding import encode_pieces
+from gpt_lightning.data.loader import BatchNumbers, WindowBatches, batch_loader
 from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe

@@ -57,7 +57,7 @@ def fit_point(point: Point, options: argparse.Namespace) -> None:
     """
     import torch
 
-    from gpt_lightning.data.batches import TokenBatch
+    from gpt_lightning.data.loader import TokenBatch
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.flops import training_flops_per_token
     from gpt_lightning.training.module import GPTLightningModule

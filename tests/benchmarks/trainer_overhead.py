@@ -41,8 +41,8 @@ import torch
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.cli import GPTLightningCLI
 from gpt_lightning.cli_noise import quiet
-from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from gpt_lightning.callbacks import throughput
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.data.batches import TokenBatch
+from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule

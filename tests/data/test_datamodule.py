@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.data.batches import TokenBatch
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import TokenBatch
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
-from gpt_lightning.data.batches import BatchNumbers
+from gpt_lightning.data.loader import BatchNumbers
 from gpt_lightning.data.windows import batch_span, n_batches
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from gpt_lightning.data.corpus_identity import text_difference
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.same_text import text_difference
 
 TEXTS = {"a.txt": "one cat sees a dog. " * 40, "b.txt": "two dogs see the house. " * 40}
 
