@@ -24,9 +24,15 @@ from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
-from gpt_lightning.checkpoint_contents import ORIGIN_KEY
-from gpt_lightning.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.checkpoint.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint.contents import ORIGIN_KEY
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
+from gpt_lightning.checkpoint.runs import (
+    checkpoints_folder,
+    choose_run_folder,
+    open_named_folder,
+    open_run_folder,
+)
 from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli_checks import (
     check_before_seeding,
@@ -47,12 +53,6 @@ from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.prediction_journal import lock_output
-from gpt_lightning.run_folder import (
-    checkpoints_folder,
-    choose_run_folder,
-    open_named_folder,
-    open_run_folder,
-)
 from gpt_lightning.run_logger import RunLogger
 from gpt_lightning.training.module import GPTLightningModule
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.checkpoint import consolidate
+from gpt_lightning.checkpoint.checkpoint import consolidate
 from gpt_lightning.cli_verbs import VERBS
 
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from gpt_lightning.checkpoint_file import write
+from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli_manners import PlainParser, option_line
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.huggingface_export import export_gpt2

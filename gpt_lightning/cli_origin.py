@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint import (
+from gpt_lightning.checkpoint.checkpoint import (
     DATA_KEY,
     check_not_sharded,
     checkpoint_config,
     newest_checkpoint,
     read_checkpoint,
 )
-from gpt_lightning.checkpoint_contents import OPTIMIZERS_KEY
+from gpt_lightning.checkpoint.contents import OPTIMIZERS_KEY
+from gpt_lightning.checkpoint.runs import find_checkpoint, newest_of_run
 from gpt_lightning.cli_checks import say
 from gpt_lightning.cli_tensor_parallel import is_tensor_parallel
 from gpt_lightning.huggingface_import import import_gpt2
-from gpt_lightning.run_folder import find_checkpoint, newest_of_run
 
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
 

@@ -37,7 +37,7 @@ def _in_order() -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except Exception as error:
         # Here, since PyTorch comes with it, for which an error in the options should not wait.
-        from gpt_lightning.checkpoint_file import CheckpointWriteError
+        from gpt_lightning.checkpoint.files import CheckpointWriteError
 
         is_write_error = isinstance(error, CheckpointWriteError)
         # Of the remedies, the option is one of runs alone.

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
-from gpt_lightning.checkpoint import newest_checkpoint, step_of
+from gpt_lightning.checkpoint.checkpoint import newest_checkpoint, step_of
+from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
 from gpt_lightning.cli_checks import say
-from gpt_lightning.run_folder import checkpoints_folder, find_checkpoint
 
 
 def complete_words(words: list[str]) -> list[str]:

@@ -10,13 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from gpt_lightning.checkpoint import MODEL_PREFIX, checkpoint_config, checkpoint_tokenizer, read_checkpoint
-from gpt_lightning.checkpoint_file import sync_folder, write_error
+from gpt_lightning.checkpoint.checkpoint import (
+    MODEL_PREFIX,
+    checkpoint_config,
+    checkpoint_tokenizer,
+    read_checkpoint,
+)
+from gpt_lightning.checkpoint.files import sync_folder, write_error
+from gpt_lightning.checkpoint.folder import is_sharded
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model_card import model_card
-from gpt_lightning.parallel.sharded_folder import is_sharded
 
 
 def export_gpt2(path: Path, folder: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint_contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
+from gpt_lightning.checkpoint.snapshot import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     hub_is_reachable,
@@ -34,7 +35,6 @@ from gpt_lightning.huggingface import (
 )
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.snapshot import first_non_finite
 
 _log = logging.getLogger("gpt_lightning")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer
-from gpt_lightning.checkpoint_contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
+from gpt_lightning.checkpoint.checkpoint import checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
 from gpt_lightning.model.gpt import GPTModel
 
 HEADER = """---

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt_lightning.checkpoint_file import temporary_beside
+from gpt_lightning.checkpoint.files import temporary_beside
 
 Basis = dict[str, Any]  # what the completions depend on, by the names of the options
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
 from gpt_lightning.prediction_journal import lock_output
 
 pytestmark = pytest.mark.slow

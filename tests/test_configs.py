@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from tests.distributed import run_ranks

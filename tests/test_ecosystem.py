@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import load_model
+from gpt_lightning.checkpoint.checkpoint import load_model
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from tests.gpt2_folders import word_tokenizer, write_gpt2

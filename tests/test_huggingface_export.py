@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, p
 
 import gpt_lightning.huggingface_export as huggingface_export
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import load_model, read_checkpoint
-from gpt_lightning.checkpoint_contents import CONFIG_KEY
+from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.contents import CONFIG_KEY
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
 from gpt_lightning.huggingface_import import import_gpt2
 from gpt_lightning.training.module import GPTLightningModule
 from tests.gpt2_folders import word_tokenizer, write_gpt2

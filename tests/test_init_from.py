@@ -17,7 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.initial_weights import InitialWeights
-from gpt_lightning.checkpoint import checkpoint_config, checkpoint_tokenizer, load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import (
+    checkpoint_config,
+    checkpoint_tokenizer,
+    load_model,
+    read_checkpoint,
+)
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from tests.distributed import run_ranks

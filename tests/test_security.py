@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import load_model, read_checkpoint
-from gpt_lightning.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from typing_extensions import override
 
-from gpt_lightning.checkpoint_contents import ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import ORIGIN_KEY
 
 
 class InitialWeights(Callback):

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from gpt_lightning.checkpoint import checkpoint_digest
-from gpt_lightning.checkpoint_file import sync_folder, temporary_beside
+from gpt_lightning.checkpoint.checkpoint import checkpoint_digest
+from gpt_lightning.checkpoint.files import sync_folder, temporary_beside
 from gpt_lightning.data.loader import is_first_of_replica
 from gpt_lightning.prediction_journal import (
     Basis,

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 
-from gpt_lightning.checkpoint_file import (
+from gpt_lightning.checkpoint.files import (
     CheckpointWriteError,
     digest_of,
     sync_folder,
@@ -23,9 +23,7 @@ from gpt_lightning.checkpoint_file import (
     write,
     write_error,
 )
-from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard, sharded_parameters
-from gpt_lightning.parallel.sharded_folder import (
+from gpt_lightning.checkpoint.folder import (
     DIGESTS_KEY,
     FOLDER_KEY,
     REST,
@@ -37,9 +35,11 @@ from gpt_lightning.parallel.sharded_folder import (
     remove,
     set_aside,
 )
-from gpt_lightning.parallel.sharded_reader import CONTENTS, Reader
+from gpt_lightning.checkpoint.folder_reader import CONTENTS, Reader
+from gpt_lightning.checkpoint.snapshot import first_non_finite, refuse_non_finite
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard, sharded_parameters
 from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
-from gpt_lightning.snapshot import first_non_finite, refuse_non_finite
 
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 

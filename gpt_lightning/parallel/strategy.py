@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-import gpt_lightning.parallel.sharded_folder as sharded_folder
+import gpt_lightning.checkpoint.folder as sharded_folder
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 from typing_extensions import Self, override
 
-from gpt_lightning.checkpoint_contents import (
+from gpt_lightning.checkpoint.contents import (
     CONFIG_KEY,
     VALIDATION_KEY,
     check_own,

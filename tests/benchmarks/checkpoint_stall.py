@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
 
 TENSORS = 148  # as GPT-2 small has
 

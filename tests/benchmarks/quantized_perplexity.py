@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from gpt_lightning.checkpoint import load_model, read_checkpoint
-from gpt_lightning.checkpoint_contents import DATA_KEY
+from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.generation.packing import packed

@@ -16,7 +16,7 @@ from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training import module as training_module

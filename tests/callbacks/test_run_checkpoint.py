@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 import gpt_lightning.callbacks.run_checkpoint as run_checkpoint_module
-import gpt_lightning.checkpoint_io as checkpoint_module
+import gpt_lightning.checkpoint.io as checkpoint_module
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.checkpoint_file import CheckpointWriteError, verify, write
-from gpt_lightning.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.checkpoint.files import CheckpointWriteError, verify, write
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from tests.distributed import torchrun_environments
 
 STARTING, TRAINING, VALIDATING, ENDED = range(4)
@@ -117,8 +117,8 @@ def _run(
 
 def _show_phase(phase: mmap.mmap) -> None:
     """Have the callbacks that each run has show what is going on."""
-    from gpt_lightning import checkpoint_io as checkpoint
     from gpt_lightning.callbacks.orderly_stop import OrderlyStop
+    from gpt_lightning.checkpoint import io as checkpoint
 
     def showing(name: str, number: int) -> None:
         hook = getattr(OrderlyStop, name)

@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt_lightning.checkpoint import read_checkpoint
-from gpt_lightning.checkpoint_file import verify
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.files import verify
 from tests.faults.harness import PHASES, TRAINING, VALIDATING, Process, run, weights_hash
 from tests.faults.runs import newest_last, tensor_parallel, write_run
 from tests.faults.trace import differences

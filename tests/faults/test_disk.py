@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_lightning.checkpoint_file import verify
+from gpt_lightning.checkpoint.files import verify
 from tests.faults.harness import TRAINING, Process, run, weights_hash
 from tests.faults.runs import callback, newest_last, write_run
 from tests.faults.trace import differences

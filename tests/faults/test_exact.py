@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from tests.faults.harness import Process, run, weights_hash
 from tests.faults.runs import BATCHES_PER_EPOCH, MAX_STEPS, TOPOLOGIES, callback, newest_last, write_run
 from tests.faults.trace import differences, read_trace

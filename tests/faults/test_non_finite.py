@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_lightning.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from tests.faults.harness import Process, run, weights_hash
 from tests.faults.runs import TOPOLOGIES, callback, newest_last, write_run
 from tests.faults.trace import differences, read_trace

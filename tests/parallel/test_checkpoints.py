@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 
-import gpt_lightning.checkpoint_io as checkpoint_module
+import gpt_lightning.checkpoint.io as checkpoint_module
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
-from gpt_lightning.checkpoint import consolidate, load_model, newest_checkpoint, read_checkpoint
-from gpt_lightning.checkpoint_file import CheckpointWriteError, write
-from gpt_lightning.checkpoint_io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.checkpoint.checkpoint import consolidate, load_model, newest_checkpoint, read_checkpoint
+from gpt_lightning.checkpoint.files import CheckpointWriteError, write
+from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.checkpoint.snapshot import NonFiniteCheckpointError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from gpt_lightning.snapshot import NonFiniteCheckpointError
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint_file import unreadable, verify
+from gpt_lightning.checkpoint.files import unreadable, verify
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized

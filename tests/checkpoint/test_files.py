@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-import gpt_lightning.checkpoint_file as checkpoint_file
-from gpt_lightning.checkpoint_file import CheckpointWriteError, sweep, verify, write
+import gpt_lightning.checkpoint.files as checkpoint_file
+from gpt_lightning.checkpoint.files import CheckpointWriteError, sweep, verify, write
 
 fork = multiprocessing.get_context("fork")
 

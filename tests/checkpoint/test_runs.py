@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gpt_lightning.checkpoint_file import write
-from gpt_lightning.run_folder import (
+from gpt_lightning.checkpoint.files import write
+from gpt_lightning.checkpoint.runs import (
     NUMBERED,
     choose_run_folder,
     find_checkpoint,

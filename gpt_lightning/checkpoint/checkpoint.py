@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt_lightning.checkpoint_contents import (
+from gpt_lightning.checkpoint.contents import (
     CONFIG_KEY,
     DATA_KEY,
     MODEL_PREFIX,
@@ -16,18 +16,18 @@ from gpt_lightning.checkpoint_contents import (
     load_plain,
     read_checked,
 )
-from gpt_lightning.checkpoint_file import known_digest, verify, write
-from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.meta import Uninitialized
-from gpt_lightning.parallel.sharded_folder import (
+from gpt_lightning.checkpoint.files import known_digest, verify, write
+from gpt_lightning.checkpoint.folder import (
     REST,
     check_whole,
     is_sharded,
     read_rest,
     restore_set_aside,
 )
+from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
 
 LAST = "last.ckpt"
 LOCK = ".lock"  # held by the process that writes into a folder

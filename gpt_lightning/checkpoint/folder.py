@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint_file import check_bytes
+from gpt_lightning.checkpoint.files import check_bytes
 
 REST = "rest.pt"
 FOLDER_KEY = "sharded_folder"
@@ -97,7 +97,7 @@ def complaining(folder: Path) -> Generator[None, None, None]:
 
 def missing_parts(folder: Path) -> list[str]:
     """The files that the folder's table of contents names and that are not there."""
-    from gpt_lightning.parallel.sharded_reader import Reader
+    from gpt_lightning.checkpoint.folder_reader import Reader
 
     storage = Reader(folder).read_metadata().storage_data or {}
     names = {place.relative_path for place in storage.values()}

@@ -8,12 +8,12 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from gpt_lightning.background_writer import BackgroundWriter
-from gpt_lightning.checkpoint import check_exists, check_not_sharded
-from gpt_lightning.checkpoint_contents import read_checked
-from gpt_lightning.checkpoint_file import write
-from gpt_lightning.parallel.sharded_folder import remove, replaced_by_a_file
-from gpt_lightning.snapshot import HostMemory, check_finite
+from gpt_lightning.checkpoint.background_writer import BackgroundWriter
+from gpt_lightning.checkpoint.checkpoint import check_exists, check_not_sharded
+from gpt_lightning.checkpoint.contents import read_checked
+from gpt_lightning.checkpoint.files import write
+from gpt_lightning.checkpoint.folder import remove, replaced_by_a_file
+from gpt_lightning.checkpoint.snapshot import HostMemory, check_finite
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_lightning.checkpoint_contents import check_contents, check_own, check_same_architecture
+from gpt_lightning.checkpoint.contents import check_contents, check_own, check_same_architecture
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gpt_lightning.checkpoint import LOCK, checkpoints_below, is_whole, newest_checkpoint, newest_of, step_of
-from gpt_lightning.checkpoint_file import sweep, temporary_beside
-from gpt_lightning.parallel.sharded_folder import restore_set_aside
+from gpt_lightning.checkpoint.checkpoint import (
+    LOCK,
+    checkpoints_below,
+    is_whole,
+    newest_checkpoint,
+    newest_of,
+    step_of,
+)
+from gpt_lightning.checkpoint.files import sweep, temporary_beside
+from gpt_lightning.checkpoint.folder import restore_set_aside
 
 CHECKPOINTS = "checkpoints"
 NUMBERED = ".numbered"  # holds the name that was asked for, in a folder that got a number to it

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gpt_lightning.checkpoint_io as checkpoint_module
-import gpt_lightning.snapshot as snapshot_module
-from gpt_lightning.checkpoint import newest_checkpoint, read_checkpoint
-from gpt_lightning.checkpoint_file import CheckpointWriteError, write
-from gpt_lightning.checkpoint_io import DurableCheckpointIO, SaveOptions
-from gpt_lightning.snapshot import NonFiniteCheckpointError
+import gpt_lightning.checkpoint.io as checkpoint_module
+import gpt_lightning.checkpoint.snapshot as snapshot_module
+from gpt_lightning.checkpoint.checkpoint import newest_checkpoint, read_checkpoint
+from gpt_lightning.checkpoint.files import CheckpointWriteError, write
+from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.checkpoint.snapshot import NonFiniteCheckpointError
 
 BACKGROUND = SaveOptions(background=True)
 

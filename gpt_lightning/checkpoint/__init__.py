@@ -1,0 +1,1 @@
+"""Bytes, contents and places of checkpoints."""
