@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.ranks import gathered
+from gpt_lightning.parallel.ranks import gathered
 
 RESUME_KEY = "resume"
 

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.gradients import squares
-from gpt_lightning.ranks import gathered, is_distributed
+from gpt_lightning.parallel.gradients import squares
+from gpt_lightning.parallel.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.

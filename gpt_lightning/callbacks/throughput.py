@@ -14,7 +14,7 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.device_peak import peak_flops
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
-from gpt_lightning.ranks import gathered
+from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_metrics import StepRow, is_logging_step
 

@@ -1,1 +1,1 @@
-"""Tensor parallelism on top of DistributedDataParallel, for any LightningModule that names a plan."""
+"""How ranks share one model, for any LightningModule."""

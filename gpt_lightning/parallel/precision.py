@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from gpt_lightning.gradients import squares
 from gpt_lightning.parallel.collectives import all_reduce
+from gpt_lightning.parallel.gradients import squares
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 

@@ -30,12 +30,12 @@ from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.gradients import norm
 from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
 from gpt_lightning.kernels.device import runs_ahead
 from gpt_lightning.kernels.freed_memory import keep_freed_memory
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt_lightning.gradients import _SMALL, norm, squares
+from gpt_lightning.parallel.gradients import _SMALL, norm, squares
 
 
 def gradients() -> list[Tensor]:

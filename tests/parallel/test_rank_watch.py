@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.rank_peers import Peers, Place
-from gpt_lightning.rank_watch import RankWatch
+from gpt_lightning.parallel.rank_peers import Peers, Place
+from gpt_lightning.parallel.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
 TIMEOUT = timedelta(seconds=4)

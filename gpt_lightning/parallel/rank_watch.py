@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.rank_peers import Peers, Place
+from gpt_lightning.parallel.rank_peers import Peers, Place
 
 TICK_SECONDS = 0.25
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
