@@ -51,8 +51,8 @@ from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topolo
 from gpt_lightning.cli_verbs import VERBS
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.prediction_journal import lock_output
 from gpt_lightning.run_logger import RunLogger
 from gpt_lightning.training.module import GPTLightningModule
 

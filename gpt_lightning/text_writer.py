@@ -10,8 +10,8 @@ from gpt_lightning.generation.engine import stream
 from gpt_lightning.generation.interface import CausalLanguageModel, Step
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.text_stream import TextStream, stop_test
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.text_stream import TextStream, stop_test
 
 _ENDED_BY = {
     "eos": "the end of the document",

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
-from gpt_lightning.prediction_journal import lock_output
+from gpt_lightning.generation.journal import lock_output
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]

@@ -16,8 +16,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.checkpoint import checkpoint_digest
 from gpt_lightning.checkpoint.files import sync_folder, temporary_beside
 from gpt_lightning.data.loader import is_first_of_replica
-from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.prediction_journal import (
+from gpt_lightning.generation.journal import (
     Basis,
     Journal,
     basis_of,
@@ -25,6 +24,7 @@ from gpt_lightning.prediction_journal import (
     read_journals,
     remove_journals,
 )
+from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
 

@@ -6,7 +6,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.prompts import encode_prompts
-from gpt_lightning.text_stream import cut_at_stop
+from gpt_lightning.generation.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
 
 

@@ -7,7 +7,7 @@ from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.text_stream import cut_at_stop, stop_test
+from gpt_lightning.generation.text_stream import cut_at_stop, stop_test
 from gpt_lightning.training.completion_callback import CompletionCallback
 
 

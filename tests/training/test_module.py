@@ -15,8 +15,8 @@ from lightning.fabric.utilities import move_data_to_device
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.generation.text_stream import cut_at_stop
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer, train_bpe
-from gpt_lightning.text_stream import TextStream, cut_at_stop, stop_test
+from gpt_lightning.generation.text_stream import TextStream, cut_at_stop, stop_test
 
 TEXTS = [
     "从前有一个国王,他有三个儿子。狂人日记:今天晚上,很好的月光。",

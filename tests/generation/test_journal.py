@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_lightning.prediction_journal import (
+from gpt_lightning.generation.journal import (
     Journal,
     basis_of,
     finished_prompts,
