@@ -6,8 +6,8 @@ from pathlib import Path
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli_manners import PlainParser, option_line
 from gpt_lightning.cli_verbs import VERBS
-from gpt_lightning.huggingface_export import export_gpt2
-from gpt_lightning.huggingface_import import import_gpt2
+from gpt_lightning.huggingface.exporting import export_gpt2
+from gpt_lightning.huggingface.importing import import_gpt2
 
 
 def run_import(words: list[str]) -> None:

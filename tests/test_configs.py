@@ -11,7 +11,7 @@ from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from tests.distributed import run_ranks
-from tests.gpt2_folders import write_gpt2
+from tests.huggingface.gpt2_folders import write_gpt2
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SHRUNK = {

@@ -26,7 +26,7 @@ from gpt_lightning.checkpoint.checkpoint import (
 from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from tests.distributed import run_ranks
-from tests.gpt2_folders import write_gpt2
+from tests.huggingface.gpt2_folders import write_gpt2
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]

@@ -11,8 +11,8 @@ import torch
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import read_checkpoint
 from gpt_lightning.data.tokenizer import load_tokenizer
-from gpt_lightning.huggingface_import import import_gpt2
-from tests.gpt2_folders import write_gpt2
+from gpt_lightning.huggingface.importing import import_gpt2
+from tests.huggingface.gpt2_folders import write_gpt2
 
 Config = Callable[..., Path]
 

@@ -227,7 +227,7 @@ def syncs(scale: Scale, options: Namespace) -> Cases:
 def generation(scale: Scale, options: Namespace) -> Cases:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from gpt_lightning.huggingface import config_to_gpt2
+    from gpt_lightning.huggingface.gpt2 import config_to_gpt2
 
     n_new, device = 128 if scale is FULL else 8, torch.device(scale.device)
     model = GPTModel(scale.config("124M")).to(device, torch.bfloat16).eval()

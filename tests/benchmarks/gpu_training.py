@@ -219,7 +219,7 @@ def train_nanogpt(scale: Scale, path: str, batch: int, folder: Path, *, compiled
 def train_transformers(scale: Scale, batch: int, folder: Path, *, compiled: bool) -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from gpt_lightning.huggingface import config_to_gpt2
+    from gpt_lightning.huggingface.gpt2 import config_to_gpt2
 
     fresh_memory()
     torch.manual_seed(0)

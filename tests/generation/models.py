@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from gpt_lightning.huggingface import (
+from gpt_lightning.huggingface.gpt2 import (
     config_from_gpt2,
     config_to_gpt2,
     from_gpt2_state_dict,

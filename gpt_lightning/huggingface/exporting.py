@@ -19,9 +19,9 @@ from gpt_lightning.checkpoint.checkpoint import (
 from gpt_lightning.checkpoint.files import sync_folder, write_error
 from gpt_lightning.checkpoint.folder import is_sharded
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.huggingface import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
+from gpt_lightning.huggingface.model_card import model_card
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model_card import model_card
 
 
 def export_gpt2(path: Path, folder: Path) -> None:

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
-import gpt_lightning.huggingface_export as huggingface_export
+import gpt_lightning.huggingface.exporting as huggingface_export
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
 from gpt_lightning.checkpoint.contents import CONFIG_KEY
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.model_card import model_card
-from tests.gpt2_folders import word_tokenizer, write_gpt2
+from gpt_lightning.huggingface.model_card import model_card
+from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
 
 TEXT = "w1 w2 the cat sees a dog\nand the dög"
 TOKENIZERS: dict[str, Callable[[], TextTokenizer]] = {

@@ -14,7 +14,7 @@ from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
-from tests.gpt2_folders import word_tokenizer, write_gpt2
+from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
 
 pytestmark = pytest.mark.slow
 DOCUMENTS = ["The cat sees a red house.", "A döner.\nOver the river, under it."]

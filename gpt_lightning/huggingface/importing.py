@@ -26,7 +26,7 @@ from gpt_lightning.data.tokenizer import (
     is_trained_here,
     load_tokenizer_folder,
 )
-from gpt_lightning.huggingface import (
+from gpt_lightning.huggingface.gpt2 import (
     ATTENTION,
     config_from_gpt2,
     config_to_gpt2,

@@ -14,9 +14,9 @@ from transformers import GPT2LMHeadModel
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
-from gpt_lightning.huggingface_import import import_gpt2
+from gpt_lightning.huggingface.importing import import_gpt2
 from gpt_lightning.training.module import GPTLightningModule
-from tests.gpt2_folders import word_tokenizer, write_gpt2
+from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
 
 WEIGHTS = "model.safetensors"
 

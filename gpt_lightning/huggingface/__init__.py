@@ -1,0 +1,1 @@
+"""Other people's names for the same weights: a file a `model_type`."""
