@@ -53,8 +53,8 @@ from gpt_lightning.cli_words import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.run_logger import RunLogger
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.run_logger import RunLogger
 
 DEFAULT_MAX_STEPS = 2000
 

@@ -1,1 +1,1 @@
-"""From batches to updates: loss, perplexity, optimizer, and the LightningModule that joins them."""
+"""What Lightning asks of a step; private names of Lightning's live in `trainer.py` alone."""

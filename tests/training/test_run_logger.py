@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt_lightning.run_logger import RunLogger
+from gpt_lightning.training.run_logger import RunLogger
 
 
 def curves(logger: TensorBoardLogger) -> dict[str, list[tuple[int, float]]]:
