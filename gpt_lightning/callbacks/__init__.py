@@ -1,1 +1,1 @@
-"""What happens around the steps: checkpoints, throughput, samples, progress, predictions."""
+"""What happens around the steps."""

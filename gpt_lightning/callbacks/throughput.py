@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.callbacks.peak_flops import peak_flops
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.device_peak import peak_flops
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered

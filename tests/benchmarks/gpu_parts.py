@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt_lightning.kernels.attention as document_mask
-from gpt_lightning.device_peak import known_flops, measured_flops
+from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
