@@ -4,8 +4,8 @@ import difflib
 import sys
 
 from gpt_lightning import __version__
-from gpt_lightning.cli_start import without_collector
-from gpt_lightning.cli_verbs import HELP, VERBS
+from gpt_lightning.cli.start import without_collector
+from gpt_lightning.cli.verbs import HELP, VERBS
 from gpt_lightning.exit_codes import INTERRUPTED
 
 
@@ -23,13 +23,13 @@ def main(words: list[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     try:
-        from gpt_lightning.cli_without_trainer import WITHOUT_TRAINER, run_without_trainer
+        from gpt_lightning.cli.without_trainer import WITHOUT_TRAINER, run_without_trainer
 
         if words[0] in WITHOUT_TRAINER:
             run_without_trainer(words[0], words[1:])
         else:
             with without_collector():
-                from gpt_lightning.cli import run
+                from gpt_lightning.cli.app import run
 
             run(words)
     except KeyboardInterrupt:  # during the imports

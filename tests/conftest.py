@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 # Imported before any test captures stderr: Lightning's log handlers keep the stream that they find.
-import gpt_lightning.cli  # noqa: F401
+import gpt_lightning.cli.app  # noqa: F401
 
 WORDS = "the cat dog house garden sees likes finds a red small old new river and with under over".split()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.cli import GPTLightningCLI
-from gpt_lightning.cli_start import without_collector
-from tests.test_generate import write_checkpoint
+from gpt_lightning.cli.app import GPTLightningCLI
+from gpt_lightning.cli.start import without_collector
+from tests.cli.test_generate import write_checkpoint
 
 PROGRAM = """
 import sys

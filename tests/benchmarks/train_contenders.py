@@ -106,7 +106,7 @@ def train_ours(turns: Turns, case: Case, precision: str, options: argparse.Names
     """The program, with one callback more."""
     from lightning.pytorch import Callback
 
-    from gpt_lightning.cli import GPTLightningCLI, run
+    from gpt_lightning.cli.app import GPTLightningCLI, run
 
     class TakeTurns(Callback):
         def on_train_batch_start(self, *args: Any) -> None:

@@ -39,8 +39,8 @@ import lightning.pytorch as pl
 import torch
 
 from gpt_lightning.callbacks.rank_guard import RankGuard
-from gpt_lightning.cli import GPTLightningCLI
-from gpt_lightning.cli_noise import quiet
+from gpt_lightning.cli.app import GPTLightningCLI
+from gpt_lightning.cli.noise import quiet
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig

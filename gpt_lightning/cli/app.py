@@ -33,23 +33,23 @@ from gpt_lightning.checkpoint.runs import (
     open_named_folder,
     open_run_folder,
 )
-from gpt_lightning.cli_after_fit import log_hyperparameters, tell_how_to_go_on
-from gpt_lightning.cli_checks import (
+from gpt_lightning.cli.checks import (
     check_before_seeding,
     check_before_work,
     check_only_sampled,
     say,
     warn_of_untrained_positions,
 )
-from gpt_lightning.cli_endings import in_order
-from gpt_lightning.cli_imports import limited_imports
-from gpt_lightning.cli_manners import shorten
-from gpt_lightning.cli_noise import quiet
-from gpt_lightning.cli_origin import Origin, find_origin, take_settings
-from gpt_lightning.cli_parser import Parser
-from gpt_lightning.cli_tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
-from gpt_lightning.cli_verbs import VERBS
-from gpt_lightning.cli_words import complete_words
+from gpt_lightning.cli.config_file import complete_words
+from gpt_lightning.cli.errors import in_order
+from gpt_lightning.cli.imports import limited_imports
+from gpt_lightning.cli.noise import quiet
+from gpt_lightning.cli.origin import Origin, find_origin, take_settings
+from gpt_lightning.cli.parser import shorten
+from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
+from gpt_lightning.cli.tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
+from gpt_lightning.cli.trainer_parser import Parser
+from gpt_lightning.cli.verbs import VERBS
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig

@@ -23,7 +23,7 @@ from gpt_lightning.checkpoint.checkpoint import (
     load_model,
     read_checkpoint,
 )
-from gpt_lightning.cli_words import complete_words
+from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from tests.distributed import run_ranks
 from tests.huggingface.gpt2_folders import write_gpt2

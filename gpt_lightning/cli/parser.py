@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
-from gpt_lightning import cli_imports
+from gpt_lightning.cli import imports as cli_imports
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
@@ -132,7 +132,7 @@ def complaint_in(error: BaseException | None, *kinds: type[BaseException]) -> Ba
     """
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
         if ours or isinstance(error, kinds):
             return error
         error = error.__cause__

@@ -10,7 +10,7 @@ import yaml
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
 from gpt_lightning.checkpoint.checkpoint import newest_checkpoint, step_of
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
-from gpt_lightning.cli_checks import say
+from gpt_lightning.cli.checks import say
 
 
 def complete_words(words: list[str]) -> list[str]:
@@ -125,6 +125,6 @@ def _last(values: list[str]) -> str | None:
 
 def _shipped_config(name: str) -> Path:
     """Inside the package where it is installed, beside it in a clone."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     candidates = (package / "configs" / name, package.parent / "configs" / name)
     return next(path for path in candidates if path.is_file())

@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from gpt_lightning.cli_manners import complaint_in, shorten
-from gpt_lightning.cli_noise import quiet
-from gpt_lightning.cli_start import without_collector
+from gpt_lightning.cli.noise import quiet
+from gpt_lightning.cli.parser import complaint_in, shorten
+from gpt_lightning.cli.start import without_collector
 from gpt_lightning.exit_codes import INTERRUPTED, WRITE_FAILED
 
 # What each calls with the words after the verb.
 WITHOUT_TRAINER = {
-    "generate": ("gpt_lightning.cli_generate", "run_generate"),
-    "consolidate": ("gpt_lightning.cli_consolidate", "run_consolidate"),
-    "import-hf": ("gpt_lightning.cli_huggingface", "run_import"),
-    "export-hf": ("gpt_lightning.cli_huggingface", "run_export"),
+    "generate": ("gpt_lightning.cli.generate", "run_generate"),
+    "consolidate": ("gpt_lightning.cli.consolidate", "run_consolidate"),
+    "import-hf": ("gpt_lightning.cli.convert", "run_import"),
+    "export-hf": ("gpt_lightning.cli.convert", "run_export"),
 }
 
 

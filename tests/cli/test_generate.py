@@ -17,9 +17,10 @@ import lightning
 import pytest
 import torch
 
-from gpt_lightning import cli_generate, conversation
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.files import write
+from gpt_lightning.cli import generate as cli_generate
+from gpt_lightning.cli import repl as conversation
 from gpt_lightning.data.tokenizer import TextTokenizer, train_bpe
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel

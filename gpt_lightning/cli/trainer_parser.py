@@ -7,8 +7,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gpt_lightning import cli_imports
-from gpt_lightning.cli_manners import PlainParser, option_line
+from gpt_lightning.cli import imports as cli_imports
+from gpt_lightning.cli.parser import PlainParser, option_line
 
 # The Trainer's options that most runs use; the other fifty stand in --help-all.
 COMMON_TRAINER_OPTIONS = {

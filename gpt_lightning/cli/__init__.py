@@ -1,0 +1,1 @@
+"""Words to objects, errors to one line."""
