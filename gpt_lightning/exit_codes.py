@@ -1,7 +1,15 @@
-"""How the program ends, for schedulers and scripts; 2 is a user's mistake and 1 a fault of the program."""
+"""How the program ends, for schedulers and scripts; 1 is a fault of the program, with its traceback."""
 
+MISTAKE = 2  # an option, a file or a prompt that cannot be used
 NON_FINITE = 3  # a loss, a gradient or a weight became NaN or infinite
 LOST_RANK = 4  # another process of the run was killed or stopped
 WRITE_FAILED = 5  # a checkpoint could not be written
 INTERRUPTED = 130  # SIGINT, after a checkpoint
 TERMINATED = 143  # SIGTERM or SIGUSR1, after a checkpoint
+
+
+class UserError(ValueError):
+    """What a user can mend: the text names option, value, rule and remedy, and ends the program in one line.
+
+    Any other error is a fault of the program, whose traceback somebody will want to read.
+    """

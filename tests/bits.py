@@ -22,7 +22,8 @@ LUXUN = (
     *("--model.config.n_heads", "4", "--model.config.d_model", "128"),
     *("--trainer.max_steps", "30", "--trainer.val_check_interval", "30", "--data.tokenizer", "bpe:2048"),
 )
-QUICKSTART = ("--config", "configs/quickstart.yaml", "--trainer.max_steps", "30", "--trainer.val_check_interval", "30")
+LENGTH = ("--trainer.max_steps", "30", "--trainer.val_check_interval", "30")
+QUICKSTART = ("--config", "configs/quickstart.yaml", *LENGTH)
 STRATEGY = "--trainer.strategy"
 RUNS: dict[str, tuple[str, ...]] = {
     "quickstart": QUICKSTART,
@@ -66,8 +67,10 @@ class Bits(Callback):
 def run(words: tuple[str, ...], texts: Path, cache: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bits.json"
-        data = ["--data.train_files", str(texts / "luxun" / "luxun.jsonl")] if "configs/luxun.yaml" in words else []
-        own = ["--allow_import", "tests", "--trainer.callbacks+=tests.bits.Bits", "--trainer.log_every_n_steps", "1"]
+        luxun = ["--data.train_files", str(texts / "luxun" / "luxun.jsonl")]
+        data = luxun if "configs/luxun.yaml" in words else []
+        own = ["--allow_import", "tests", "--trainer.callbacks+=tests.bits.Bits"]
+        own += ["--trainer.log_every_n_steps", "1"]
         own += ["--trainer.default_root_dir", folder, "--data.cache_dir", str(cache), "--run_name", "bits"]
         own += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
         command = [sys.executable, "-m", "gpt_lightning", "fit", *words, *data, *own]

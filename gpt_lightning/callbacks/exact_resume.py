@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
 
 RESUME_KEY = "resume"
@@ -104,7 +105,7 @@ def _check_that_all_go_on_alike(trainer: Trainer) -> None:
     steps = gathered(trainer.global_step)
     for rank, step in enumerate(steps):
         if step != steps[0]:
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path: rank 0 begins at step {steps[0]} and rank {rank} at step {step}; let all ranks "
                 "see the same files (trainer.default_root_dir)"
             )

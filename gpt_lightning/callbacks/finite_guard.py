@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.gradients import squares
 from gpt_lightning.parallel.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
@@ -56,7 +57,7 @@ class FiniteGuard(Callback):
 
     def __init__(self, max_skipped_steps: int = 0) -> None:
         if max_skipped_steps < 0:
-            raise ValueError(
+            raise UserError(
                 f"non_finite.max_skipped_steps={max_skipped_steps} is below 0; choose 0 to end at the first"
             )
         self.max_skipped_steps = max_skipped_steps

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
+from gpt_lightning.exit_codes import UserError
 
 
 class InitialWeights(Callback):
@@ -27,7 +28,7 @@ class InitialWeights(Callback):
         # The strategy may cut the model for it; that is why it cannot be done when the model is built.
         if self._contents is not None:
             if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-                raise ValueError(  # they would load nothing here, without a word
+                raise UserError(  # they would load nothing here, without a word
                     f"trainer.strategy={type(trainer.strategy).__name__} cannot begin with init_from="
                     f"{self._origin}; use ddp or gpt_lightning.TensorParallelDDPStrategy"
                 )

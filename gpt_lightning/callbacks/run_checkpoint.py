@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gpt_lightning.checkpoint.checkpoint import LAST
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
 
@@ -73,7 +74,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
             )
         self._last_every_n_steps = every_n_train_steps

@@ -25,6 +25,7 @@ from gpt_lightning.checkpoint.folder import (
     restore_set_aside,
 )
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
@@ -69,7 +70,7 @@ def newest_of(paths: list[Path], warn: Callable[[str], None]) -> Path | None:
                 warn(f"skipped: {complaint.removesuffix('; name another')}")
             return path
     if complaints:
-        raise ValueError(f"no checkpoint is whole: {complaints[0]}" + _and_others(complaints))
+        raise UserError(f"no checkpoint is whole: {complaints[0]}" + _and_others(complaints))
     return None
 
 
@@ -120,9 +121,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_exists(path: Path) -> None:
     if path.is_dir() and not is_sharded(path):
-        raise ValueError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
+        raise UserError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
     if not path.exists():
-        raise ValueError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
+        raise UserError(f"ckpt_path={path} is not a file; name a .ckpt file{_names_of_others(path)}")
 
 
 def step_of(path: Path) -> int | None:
@@ -138,7 +139,7 @@ def is_whole(path: Path, complain: Callable[[str], None] = lambda line: None) ->
     """Tells `complain` what is wrong, unless the file is just gone."""
     try:
         check_bytes_of(path)
-    except ValueError as error:
+    except UserError as error:
         if path.exists():
             complain(str(error))
         return False
@@ -146,7 +147,7 @@ def is_whole(path: Path, complain: Callable[[str], None] = lambda line: None) ->
 
 
 def check_bytes_of(path: Path) -> None:
-    """Raise ValueError, in one line, if a checkpoint, file or folder, is not as it was written."""
+    """Raise UserError, in one line, if a checkpoint, file or folder, is not as it was written."""
     if is_sharded(path):
         check_whole(path)
     else:
@@ -161,7 +162,7 @@ def checkpoint_digest(path: Path) -> str:
 
 def check_not_sharded(path: Path) -> None:
     if is_sharded(path):
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
             f"gpt-lightning consolidate --ckpt_path {path} --output FILE"
         )
@@ -170,11 +171,11 @@ def check_not_sharded(path: Path) -> None:
 def consolidate(folder: Path, output: Path) -> None:
     """Write the ordinary checkpoint that a sharded one stands for."""
     if not is_sharded(folder):
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={folder} is no sharded checkpoint; name a folder that `save_sharded` wrote"
         )
     if output.exists():
-        raise ValueError(f"output={output} exists already; name another file, or remove it")
+        raise UserError(f"output={output} exists already; name another file, or remove it")
     from gpt_lightning.parallel.sharded_checkpoint import read_whole  # slow to import
 
     read_checkpoint(folder)
@@ -192,7 +193,7 @@ def checkpoint_config(checkpoint: dict[str, Any]) -> GPTConfig:
 
 def checkpoint_tokenizer(checkpoint: dict[str, Any]) -> TextTokenizer:
     if DATA_KEY not in checkpoint:
-        raise ValueError(
+        raise UserError(
             "the checkpoint holds no tokenizer: it was saved by a Trainer without a TextDataModule"
         )
     return TextTokenizer.from_dict(checkpoint[DATA_KEY]["tokenizer"])

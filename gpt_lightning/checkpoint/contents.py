@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.checkpoint.files import unreadable, verify
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
@@ -55,10 +56,10 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
     """Raise, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
-        raise ValueError(f"ckpt_path={path} was not written by gpt_lightning (it is a {kind}); name another")
+        raise UserError(f"ckpt_path={path} was not written by gpt_lightning (it is a {kind}); name another")
     for key in _HYPER_PARAMETERS:
         for problem in _problems(checkpoint.get(key), key):
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path={path} holds {problem}; hyper-parameters are plain numbers and texts that name "
                 "nothing to import: do not trust the file"
             )
@@ -74,7 +75,7 @@ def check_contents(path: str | Path, checkpoint: Any) -> None:
 
 def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     if CONFIG_KEY not in checkpoint:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
         )
 
@@ -83,7 +84,7 @@ def _check_progress(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Without the optimizer's state nobody goes on from it, and asks how far it came."""
     for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
         if key not in checkpoint:
-            raise ValueError(f"ckpt_path={path} lacks {key!r}, without which no run goes on; name another")
+            raise UserError(f"ckpt_path={path} lacks {key!r}, without which no run goes on; name another")
 
 
 def _check_data(path: str | Path, state: Any) -> None:
@@ -94,7 +95,7 @@ def _check_data(path: str | Path, state: Any) -> None:
     texts = [key for key, value in tokenizer.items() if type(value) is str]
     plain = isinstance(settings, dict) and not any(_problems(settings, DATA_KEY))
     if not plain or not {"tokenizer_json", "eos_token"} <= set(texts):
-        raise ValueError(f"ckpt_path={path} holds no tokenizer and settings under {DATA_KEY}; name another")
+        raise UserError(f"ckpt_path={path} holds no tokenizer and settings under {DATA_KEY}; name another")
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
     pairs.append(("d_ff", config.mlp_width, stored.mlp_width))
     differences = [f"{name}={own} (there {its})" for name, own, its in pairs if own != its]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"model.config differs from the checkpoint's: {', '.join(differences)}; build the model as the "
             "checkpoint has it"
         )
@@ -116,16 +117,16 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
 def _stored_config(path: str | Path, stored: Any) -> GPTConfig:
     kinds = {field.name: field.type for field in fields(GPTConfig)}
     if not isinstance(stored, Mapping):
-        raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}={_short(stored)}, no options; name another")
+        raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}={_short(stored)}, no options; name another")
     for name, value in stored.items():
         if name not in kinds:
-            raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}, which is no option; name another")
+            raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}, which is no option; name another")
         if not _fits(value, kinds[name]):
-            raise ValueError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}={_short(value)}; name another")
+            raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}={_short(value)}; name another")
     try:
         return GPTConfig(**stored)
-    except ValueError as error:
-        raise ValueError(f"ckpt_path={path} holds no possible model: {error}") from None
+    except UserError as error:
+        raise UserError(f"ckpt_path={path} holds no possible model: {error}") from None
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -156,7 +157,7 @@ def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str,
     # Before the model is built: a wrong number could be one of thousands of millions.
     n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={path} does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds "
             f"the weights of {n_blocks} blocks; name another"
         )
@@ -173,7 +174,7 @@ def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str,
         _listed(other_shape, "of another shape"),
     )
     if any(differences):
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={path} does not hold the weights of its {CONFIG_KEY}: "
             f"{'; '.join(filter(None, differences))}; name another"
         )

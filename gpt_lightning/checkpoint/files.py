@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from gpt_lightning.exit_codes import UserError
+
 END = b"PK\x05\x06"  # begins the record that ends every zip archive, and that ends in the comment's length
 END_BYTES = 22
 LABEL = b"sha256:"
@@ -190,16 +192,16 @@ def _is_left_over(path: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Raise ValueError, in one line that names the file, if it is not as it was written."""
+    """Raise UserError, in one line that names the file, if it is not as it was written."""
     try:
         check_bytes(path)
     except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception) -> UserError:
     reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
-    return ValueError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
+    return UserError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 
 
 def check_bytes(path: Path, digest: str | None = None) -> None:
@@ -218,7 +220,7 @@ def check_bytes(path: Path, digest: str | None = None) -> None:
         if digest is None:
             _check_records(file)
         elif digest != _digest(file, size):
-            raise ValueError(CHANGED)
+            raise UserError(CHANGED)
         _remember(key, file)
 
 
@@ -237,16 +239,16 @@ def _written_digest(file: BinaryIO) -> str | None:
     """What the comment says; None without a comment."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
-        raise ValueError("it is empty")
+        raise UserError("it is empty")
     file.seek(max(0, size - END_BYTES - COMMENT_BYTES))
     tail = file.read()
     if tail[-END_BYTES:].startswith(END) and tail.endswith(b"\0\0"):
         return None
     record, comment = tail[:END_BYTES], tail[END_BYTES:]
     if not record.startswith(END) or record[-2:] != struct.pack("<H", COMMENT_BYTES):
-        raise ValueError("it is cut short, or no checkpoint")
+        raise UserError("it is cut short, or no checkpoint")
     if not comment.startswith(LABEL):
-        raise ValueError(CHANGED)
+        raise UserError(CHANGED)
     return comment.removeprefix(LABEL).decode("ascii", errors="replace")
 
 
@@ -258,7 +260,7 @@ def _digest(file: BinaryIO, size: int) -> str:
     while size > 0:
         read = file.readinto(buffer[: min(size, CHUNK_BYTES)])  # type: ignore[attr-defined]
         if not read:
-            raise ValueError("it became shorter while it was read")
+            raise UserError("it became shorter while it was read")
         digest.update(buffer[:read])
         size -= read
     return digest.hexdigest()
@@ -268,7 +270,7 @@ def _check_records(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         broken = archive.testzip()
     if broken is not None:
-        raise ValueError(f"the checksum of its record {broken} is wrong")
+        raise UserError(f"the checksum of its record {broken} is wrong")
 
 
 def _identity(file: BinaryIO) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gpt_lightning.checkpoint.files import check_bytes
+from gpt_lightning.exit_codes import UserError
 
 REST = "rest.pt"
 FOLDER_KEY = "sharded_folder"
@@ -92,7 +93,7 @@ def complaining(folder: Path) -> Generator[None, None, None]:
         yield
     except _unreadable() as error:
         reason = str(error).strip().split("\n")[-1][:120]
-        raise ValueError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
+        raise UserError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
 
 
 def missing_parts(folder: Path) -> list[str]:
@@ -105,7 +106,7 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise ValueError, in one line, if a file of the folder is missing or not as it was written."""
+    """Raise UserError, in one line, if a file of the folder is missing or not as it was written."""
     rest = read_rest(folder)
     with complaining(folder):
         check_files(folder, rest)
@@ -114,12 +115,12 @@ def check_whole(folder: Path) -> None:
 def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares: int = 1) -> None:
     """Look at every file, but read only a share of them: `shares` ranks can divide the work."""
     if missing := missing_parts(folder):
-        raise ValueError(f"{', '.join(missing)} missing")
+        raise UserError(f"{', '.join(missing)} missing")
     for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
         try:
             check_bytes(folder / name, digest)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

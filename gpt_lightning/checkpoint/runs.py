@@ -18,6 +18,7 @@ from gpt_lightning.checkpoint.checkpoint import (
 )
 from gpt_lightning.checkpoint.files import sweep, temporary_beside
 from gpt_lightning.checkpoint.folder import restore_set_aside
+from gpt_lightning.exit_codes import UserError
 
 CHECKPOINTS = "checkpoints"
 NUMBERED = ".numbered"  # holds the name that was asked for, in a folder that got a number to it
@@ -46,7 +47,7 @@ def find_checkpoint(
         return Path(given)
     newest = newest_checkpoint(folder, warn)
     if newest is None:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; "
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
@@ -107,12 +108,12 @@ def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> O
         raise _is_open(folder, option, "another folder")
     if checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
         run.close()
-        raise ValueError(f"{option} holds checkpoints that this run would overwrite; give another folder")
+        raise UserError(f"{option} holds checkpoints that this run would overwrite; give another folder")
     return run
 
 
-def _is_open(folder: Path, option: str, other: str) -> ValueError:
-    return ValueError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
+def _is_open(folder: Path, option: str, other: str) -> UserError:
+    return UserError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
 
 
 def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:

@@ -51,6 +51,7 @@ from gpt_lightning.cli.tensor_parallel import build_without_memory, check_topolo
 from gpt_lightning.cli.trainer_parser import Parser
 from gpt_lightning.cli.verbs import VERBS
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.module import GPTLightningModule
@@ -173,7 +174,7 @@ class GPTLightningCLI(LightningCLI):
             files = settings.config or []
             settings.run_name = Path(str(files[-1])).stem if files else "run"
         if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
-            raise ValueError(
+            raise UserError(
                 f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes"
             )
 
@@ -264,7 +265,7 @@ class GPTLightningCLI(LightningCLI):
             trainer = self._instantiate_trainer(settings, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
-            raise ValueError(prefix + shorten(str(error))) from error
+            raise UserError(prefix + shorten(str(error))) from error
         if by_steps and not trainer.fast_dev_run:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
@@ -291,7 +292,7 @@ class GPTLightningCLI(LightningCLI):
         assert self._origin.path is not None
         given = self._get(self.config, "output")
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
-            raise ValueError(f"output={given!r} is no file; name one, such as predictions.jsonl")
+            raise UserError(f"output={given!r} is no file; name one, such as predictions.jsonl")
         output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
         self._lock(output)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
@@ -22,7 +23,7 @@ def check_before_work(settings: Any, *, needs_data: bool) -> None:
     GenerationConfig(**settings.generation.as_dict())
     _check_trainer(settings.trainer)
     if needs_data and settings.data.seq_len > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"data.seq_len={settings.data.seq_len} is over "
             f"model.config.max_position_embeddings={config.max_position_embeddings}; "
             f"{'lower it' if settings.get('init_from') else 'lower the one or raise the other'}"
@@ -33,7 +34,7 @@ def check_only_sampled(generation: Any) -> None:
     """Raise what has no meaning for the samples that `fit` shows."""
     for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
         if generation[name] != default:
-            raise ValueError(
+            raise UserError(
                 f"generation.{name}={generation[name]} is for predict and generate; leave it out of fit"
             )
 
@@ -42,9 +43,9 @@ def check_before_seeding(settings: Any) -> None:
     """Raise what even the seed and the checkpoint must not be tried with."""
     seed = settings.seed_everything
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
+        raise UserError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
     if settings.get("weights_only") is False:
-        raise ValueError(
+        raise UserError(
             "weights_only=False would let a checkpoint run code, and none of ours needs it; leave it out"
         )
 
@@ -53,11 +54,11 @@ def _check_trainer(trainer: Any) -> None:
     """What Lightning would take without a word, or divide by."""
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:
-            raise ValueError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
+            raise UserError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
     if trainer.val_check_interval == 0:
-        raise ValueError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
+        raise UserError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
     if trainer.limit_predict_batches not in (None, 1.0):
-        raise ValueError(
+        raise UserError(
             f"trainer.limit_predict_batches={trainer.limit_predict_batches}: all prompts are one batch of "
             "predict; leave the option out, and give fewer prompts"
         )
@@ -65,7 +66,7 @@ def _check_trainer(trainer: Any) -> None:
         trainer.val_check_interval, (int, float)
     )
     if by_the_clock and trainer.accumulate_grad_batches > 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.val_check_interval={trainer.val_check_interval} could validate and save inside an "
             f"optimizer step of trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}; give a "
             "number of steps"
@@ -83,9 +84,9 @@ def _check_devices(trainer: Any) -> None:
     if not devices.removeprefix("-").isdecimal():
         return
     if int(devices) < 1:
-        raise ValueError(f"trainer.devices={devices} is below 1; raise it, or leave it out")
+        raise UserError(f"trainer.devices={devices} is below 1; raise it, or leave it out")
     if int(devices) > most:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={devices} is over {most}, all that {cores} cores are good for; lower it"
         )
 

@@ -11,6 +11,7 @@ from gpt_lightning.callbacks.run_config import CONFIG_NAME
 from gpt_lightning.checkpoint.checkpoint import newest_checkpoint, step_of
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
 from gpt_lightning.cli.checks import say
+from gpt_lightning.exit_codes import UserError
 
 
 def complete_words(words: list[str]) -> list[str]:
@@ -22,10 +23,10 @@ def complete_words(words: list[str]) -> list[str]:
     words = _verbatim_prompts(words)
     init_from = _last(_values(words, "--init_from"))
     if init_from is not None and words[0] not in ("fit", "prepare"):
-        raise ValueError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
+        raise UserError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
     given = _last(_values(words, "--ckpt_path"))
     if init_from is not None and given not in (None, "last", "null"):
-        raise ValueError(
+        raise UserError(
             f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
         )
     files = _values(words, "--config", "-c")
@@ -49,7 +50,7 @@ def complete_words(words: list[str]) -> list[str]:
     if verb == "fit" and step_of(path) == 0 and not config.is_file():  # an imported one
         return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest, "--ckpt_path", str(path)]
     if not config.is_file():
-        raise ValueError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+        raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
     # The path again: the configuration may name another folder to look for checkpoints in.
     return [verb, "--config", str(config), *rest, "--ckpt_path", str(path)]
 
@@ -86,14 +87,14 @@ def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> l
 def check_config_file(path: Path) -> None:
     """Refuse what YAML readers let pass or report without the file's name."""
     if not path.is_file():
-        raise ValueError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
+        raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
         yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except UnicodeDecodeError as error:
-        raise ValueError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
+        raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"--config {path}{line}: {error.problem}; mend the file") from error
+        raise UserError(f"--config {path}{line}: {error.problem}; mend the file") from error
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -6,6 +6,7 @@ from pathlib import Path
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.cli.verbs import VERBS
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.exporting import export_gpt2
 from gpt_lightning.huggingface.importing import import_gpt2
 
@@ -17,7 +18,7 @@ def run_import(words: list[str]) -> None:
     }
     name, output = _two_words("import-hf", words, places)
     if Path(output).exists():
-        raise ValueError(f"OUT={output} exists already; name another file, or remove it")
+        raise UserError(f"OUT={output} exists already; name another file, or remove it")
     write(import_gpt2(name, "NAME_OR_FOLDER"), Path(output))
     print(f"checkpoint: {output}", file=sys.stderr)
 

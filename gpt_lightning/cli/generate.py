@@ -18,7 +18,7 @@ from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Conversation, check_shown
 from gpt_lightning.cli.verbs import VERBS
 from gpt_lightning.data.prompts import check_utf8
-from gpt_lightning.exit_codes import TERMINATED
+from gpt_lightning.exit_codes import TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run_generate(words: list[str]) -> None:
     options = _parser().parse_args(_with_joined_prompt(words))
     if sys.stdout is None:
-        raise ValueError("standard output is closed, where the text would go; leave it open")
+        raise UserError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
     device = _device(options.device)
     with _ending_on_sigterm(), _ending_without_readers():
@@ -77,9 +77,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name} is unknown; choose {', '.join(there)}") from None
+        raise UserError(f"device={name} is unknown; choose {', '.join(there)}") from None
     if (device.index or 0) >= counts.get(device.type, 0):
-        raise ValueError(f"device={name} is not there; choose {', '.join(there)}, or leave it out")
+        raise UserError(f"device={name} is not there; choose {', '.join(there)}, or leave it out")
     return device
 
 
@@ -110,7 +110,7 @@ def _talk(writer: TextWriter, settings: GenerationConfig) -> None:
 
     conversation.talk(read, at_terminal=False)
     if not n_lines:
-        raise ValueError("standard input holds no line to continue; give --prompt TEXT")
+        raise UserError("standard input holds no line to continue; give --prompt TEXT")
     if conversation.n_refused:
         sys.exit(2)
 
@@ -137,7 +137,7 @@ def _line_editor(stdin: TextIO) -> Callable[[], str | None]:
 
 def _stdin() -> TextIO:
     if sys.stdin is None:
-        raise ValueError("there is neither a prompt nor a standard input; give --prompt TEXT")
+        raise UserError("there is neither a prompt nor a standard input; give --prompt TEXT")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # What is no UTF-8 is found when a prompt is checked.
         encoding = None if sys.stdin.isatty() else "utf-8-sig"
@@ -171,7 +171,7 @@ def _ending_without_readers() -> Iterator[None]:
         if error.filename is not None:
             raise
         if not isinstance(error, BrokenPipeError):
-            raise ValueError(f"the text cannot be written ({error.strerror}); name another place") from error
+            raise UserError(f"the text cannot be written ({error.strerror}); name another place") from error
         # What is still buffered goes nowhere; Python would try it again, and complain, at its end.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

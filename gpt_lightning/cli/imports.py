@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from jsonargparse import set_parsing_settings
 
+from gpt_lightning.exit_codes import UserError
+
 OPTION = "--allow_import"
 HELP = "Import class paths from this package too; may be repeated, and stands in no file"
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
@@ -45,7 +47,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _package(value: str) -> str:
     if not value or not all(part.isidentifier() for part in value.split(".")):
-        raise ValueError(f"{OPTION}={value} names no package; write e.g. {OPTION} my_package")
+        raise UserError(f"{OPTION}={value} names no package; write e.g. {OPTION} my_package")
     if value.split(".")[0] == "jsonargparse":
-        raise ValueError(f"{OPTION}={value} would let a file decide what is imported; leave it out")
+        raise UserError(f"{OPTION}={value} would let a file decide what is imported; leave it out")
     return value

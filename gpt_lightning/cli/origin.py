@@ -16,6 +16,7 @@ from gpt_lightning.checkpoint.contents import OPTIMIZERS_KEY
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_of_run
 from gpt_lightning.cli.checks import say
 from gpt_lightning.cli.tensor_parallel import is_tensor_parallel
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import import_gpt2
 
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
@@ -97,7 +98,7 @@ def _is_untrained(path: Path, contents: dict[str, Any]) -> bool:
     if OPTIMIZERS_KEY in contents:
         return False
     if contents.get("global_step", 0) > 0:
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={path} holds weights alone (checkpoint.save_weights_only), from which no run can go "
             f"on; begin a new one with them: --init_from {path}"
         )
@@ -110,8 +111,8 @@ def _contents_of(init_from: str, settings: Any) -> dict[str, Any]:
     if path.is_file() or path.suffix == ".ckpt":
         try:
             return _read(path, settings)
-        except ValueError as error:
-            raise ValueError(str(error).replace("ckpt_path=", "init_from=", 1)) from None
+        except UserError as error:
+            raise UserError(str(error).replace("ckpt_path=", "init_from=", 1)) from None
     return import_gpt2(init_from, "init_from")
 
 
@@ -126,7 +127,7 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
     for key, value in saved.items():
         given = explicit.get(key)
         if given is not None and given != value:
-            raise ValueError(
+            raise UserError(
                 f"{key}={given} contradicts {origin.path or origin.init_from}, which has {value}; "
                 "leave the option out, or train anew"
             )

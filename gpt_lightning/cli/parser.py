@@ -5,14 +5,13 @@ import difflib
 import re
 import sys
 import textwrap
-import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 from gpt_lightning.cli import imports as cli_imports
+from gpt_lightning.exit_codes import UserError
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
@@ -126,14 +125,10 @@ def _plain_type(kind: str) -> str:
 
 
 def complaint_in(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
-    """The error in this chain that was raised on purpose: by this package, or one of these `kinds`.
+    """The error in this chain that tells a user what to mend: a UserError, or one of these `kinds`.
 
     None means that it is a fault of the program, whose traceback somebody will want to read.
     """
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
-        if ours or isinstance(error, kinds):
-            return error
+    while error is not None and not isinstance(error, (UserError, *kinds)):
         error = error.__cause__
-    return None
+    return error

@@ -13,8 +13,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gpt_lightning.cli.parser import complaint_in, shorten
+from gpt_lightning.cli.parser import shorten
 from gpt_lightning.data.prompts import check_utf8
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
 HELP = """\
@@ -67,18 +68,16 @@ class Conversation:
                 self._command(line[1:])
             else:
                 self._continue(line.removeprefix("/"))
-        except ValueError as error:
-            if (complaint := complaint_in(error)) is None:
-                raise
+        except UserError as error:
             self.n_refused += 1
-            self._say(f"error: {shorten(str(complaint))}")
+            self._say(f"error: {shorten(str(error))}")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self._commands:
             close = difflib.get_close_matches(name, self._commands, n=1)
             remedy = f"did you mean /{close[0]}?" if close else "/help shows them; a text may begin with //"
-            raise ValueError(f"/{name} is no command; {remedy}")
+            raise UserError(f"/{name} is no command; {remedy}")
         self._commands[name](rest.strip())
 
     def _continue(self, prompt: str) -> None:
@@ -96,7 +95,7 @@ class Conversation:
 
     def _again(self, _: str) -> None:
         if self._last_prompt is None:
-            raise ValueError("/again has no text to continue anew; write one first")
+            raise UserError("/again has no text to continue anew; write one first")
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
         self._say(f"seed {self.settings.seed}")
         self._continue(self._last_prompt)
@@ -112,20 +111,20 @@ def changed(settings: GenerationConfig, name: str, value: str) -> GenerationConf
         close = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {close[0]}?" if close and name not in known else "write /set NAME VALUE"
         problem = "has no value" if name in known else "is no setting"
-        raise ValueError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
+        raise UserError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GenerationConfig, "generation")
     try:
         read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)
     except ArgumentError as error:
-        raise ValueError(shorten(str(error))) from None
+        raise UserError(shorten(str(error))) from None
     return check_shown(replace(settings, **{name: read[f"generation.{name}"]}))
 
 
 def check_shown(settings: GenerationConfig) -> GenerationConfig:
     """Refuse what a text alone cannot show."""
     if settings.logprobs:
-        raise ValueError("generation.logprobs=True is not seen in a text; use gpt-lightning predict")
+        raise UserError("generation.logprobs=True is not seen in a text; use gpt-lightning predict")
     return settings
 
 

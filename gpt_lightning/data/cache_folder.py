@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_docs_fingerprint
+from gpt_lightning.exit_codes import UserError
 
 _FORMAT = 1
 _META = "meta.json"
@@ -42,7 +43,7 @@ def built_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot be made ({error.strerror})"
-        raise ValueError(f"data.cache_dir={cache_dir} {problem}; choose a writable folder") from None
+        raise UserError(f"data.cache_dir={cache_dir} {problem}; choose a writable folder") from None
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if (reason := _stale_reason(folder, sources)) is not None:
             _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_lightning.data.token_cache import Corpus
+from gpt_lightning.exit_codes import UserError
 
 _FILES = ("train_files", "val_files")
 _CUTTING = ("text_key", "document_separator")
@@ -34,7 +35,7 @@ class TrainedText:
     def _check(self) -> None:
         change = text_difference(self._resumed, self.described)
         if change is not None:
-            raise ValueError(
+            raise UserError(
                 f"{change} since the checkpoint was saved, and what it held out could be trained on; "
                 "give the text as it was, or train anew"
             )

@@ -28,6 +28,7 @@ from gpt_lightning.data.token_cache import (
     prepare_tokens,
 )
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.exit_codes import UserError
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
 SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
@@ -95,21 +96,21 @@ class TextDataModule(LightningDataModule):
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"data.val_fraction={self.val_fraction} is not in [0, 1); choose a fraction such as 0.1"
             )
         for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
             if getattr(self, option) < least:
-                raise ValueError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
+                raise UserError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
         if self.document_separator == "":
-            raise ValueError("data.document_separator='' separates nothing; leave it out or give some text")
+            raise UserError("data.document_separator='' separates nothing; leave it out or give some text")
         if is_trained_here(self.tokenizer):
             requested_vocab_size(self.tokenizer)
 
     @classmethod
     @override
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("a checkpoint holds no TextDataModule; make one of its options")
+        raise UserError("a checkpoint holds no TextDataModule; make one of its options")
 
     @override
     def __str__(self) -> str:
@@ -177,8 +178,8 @@ class TextDataModule(LightningDataModule):
         settings = ("val_fraction", "seed", "text_key", "document_separator")
         return Corpus.find(patterns, **{name: getattr(self, name) for name in settings})
 
-    def _no_train_files(self) -> ValueError:
-        return ValueError("data.train_files=null names no text; give a file, folder or glob, or python:docs")
+    def _no_train_files(self) -> UserError:
+        return UserError("data.train_files=null names no text; give a file, folder or glob, or python:docs")
 
     # ---- loaders
 
@@ -196,7 +197,7 @@ class TextDataModule(LightningDataModule):
             self._order.start()
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
-            raise ValueError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
+            raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
 
     @override
     def train_dataloader(self) -> DataLoader[TokenBatch]:
@@ -290,7 +291,7 @@ class TextDataModule(LightningDataModule):
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
         elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer, whose ids "
                 "the model knows; train anew, or leave data.tokenizer and the text as they were"
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
+from gpt_lightning.exit_codes import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 
@@ -41,7 +42,7 @@ def resolve_sources(patterns: list[str], option: str) -> list[str]:
     The order is that of the patterns, sorted within each, without repeats.
     """
     if not patterns:
-        raise ValueError(f"{option}=[] names no file; give a file, a folder, a glob or {SOURCE_NAME}")
+        raise UserError(f"{option}=[] names no file; give a file, a folder, a glob or {SOURCE_NAME}")
     found: dict[str, None] = {}
     for pattern in patterns:
         found.update(dict.fromkeys(_resolve(pattern, option)))
@@ -54,14 +55,14 @@ def _resolve(pattern: str, option: str) -> list[str]:
     path = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isfile(path):
         if not path.endswith(SUFFIXES):
-            raise ValueError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
+            raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
         return [path]
     if not os.path.isdir(path) and not has_magic(path):
-        raise ValueError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
+        raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
     matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
     files = sorted({file for match in matches for file in _files_under(Path(match))})
     if not files:
-        raise ValueError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
+        raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
     return files
 
 
@@ -197,22 +198,22 @@ def _json_text(line: str, text_key: str, place: str) -> str:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict) or text_key not in row:
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{place} has no key data.text_key={text_key}; it has: {keys}")
+        raise UserError(f"{place} has no key data.text_key={text_key}; it has: {keys}")
     text = row[text_key]
     if text is None:  # a row without text is an empty document
         return ""
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise ValueError(f"{place}: data.text_key={text_key} is not text but {kind}; choose another key")
+        raise UserError(f"{place}: data.text_key={text_key} is not text but {kind}; choose another key")
     try:
         # Only an escape such as \ud800 can bring in half of a surrogate pair.
         if "\\u" in line:
             text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it") from None
+        raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it") from None
     return text
 
 
@@ -221,7 +222,7 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path} needs the package pyarrow; pip install pyarrow") from None
+        raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
@@ -229,10 +230,10 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
     with file:
         names = file.schema_arrow.names
         if text_key not in names:
-            raise ValueError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(names)}")
+            raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(names)}")
         kind = file.schema_arrow.field(text_key).type
         if str(kind) not in ("string", "large_string", "string_view"):
-            raise ValueError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")
+            raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")
         for batch in file.iter_batches(batch_size=64, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 yield Piece(text or "", ends_document=True)
@@ -278,14 +279,14 @@ def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Excep
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path} needs the package zstandard; pip install zstandard") from None
+        raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
     reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
     return reader, (zstandard.ZstdError,)
 
 
-def _damaged(path: str, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
 
 
-def _not_utf8(path: str, offset: int) -> ValueError:
-    return ValueError(f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8")
+def _not_utf8(path: str, offset: int) -> UserError:
+    return UserError(f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8")

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 import gpt_lightning.data.windows as windows
 from gpt_lightning.data.token_cache import TokenSplit
+from gpt_lightning.exit_codes import UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -86,7 +87,7 @@ class WindowBatches(Dataset[TokenBatch]):
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"data.cache_dir: {self.split.folder} holds token id {largest}, and the tokenizer has "
                 f"{self.vocab_size}; remove that folder, and it is built anew"
             )

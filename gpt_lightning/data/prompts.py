@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 
 
 class PromptBatch(NamedTuple):
@@ -30,7 +31,7 @@ def check_utf8(prompt: str, place: str, remedy: str) -> None:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{place} is not UTF-8; {remedy}") from None
+        raise UserError(f"{place} is not UTF-8; {remedy}") from None
 
 
 def share_of_prompts(
@@ -51,13 +52,13 @@ def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[in
 def _read_file(path: Path) -> list[str]:
     option = f"data.prompts_file={path}"
     if not path.is_file():
-        raise ValueError(f"{option} does not exist; check the path")
+        raise UserError(f"{option} does not exist; check the path")
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{option} has no known suffix; use .txt (one prompt a line) or .jsonl (key prompt)")
+        raise UserError(f"{option} has no known suffix; use .txt (one prompt a line) or .jsonl (key prompt)")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+        raise UserError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     # Not splitlines(): it also splits at characters that a prompt may hold, such as a form feed.
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]
@@ -70,8 +71,8 @@ def _json_prompt(line: str, place: str) -> str:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
+        raise UserError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
     check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")
     return row["prompt"]

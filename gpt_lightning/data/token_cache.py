@@ -24,6 +24,7 @@ from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, so
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
+from gpt_lightning.exit_codes import UserError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Corpus:
         for option in ("val_files", "test_files"):
             for file in files[option]:
                 if file in files["train_files"]:
-                    raise ValueError(f"data.{option}={file} is also in data.train_files; remove it from one")
+                    raise UserError(f"data.{option}={file} is also in data.train_files; remove it from one")
         return cls(**files, **settings)
 
     def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
@@ -140,9 +141,9 @@ def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | Non
 
 def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | None) -> None:
     if n_tokens == 0:
-        raise ValueError(f"data.train_files={train_files} is empty; give files with text")
+        raise UserError(f"data.train_files={train_files} is empty; give files with text")
     if n_tokens < seq_len + 1:
-        raise ValueError(
+        raise UserError(
             f"data.seq_len={seq_len} needs {seq_len + 1} training tokens, but there are {n_tokens}; lower "
             "data.seq_len or add text to data.train_files"
         )

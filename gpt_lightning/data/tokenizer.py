@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.incremental import ByteFallback, ByteLevel, InContext
+from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -120,7 +121,7 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(state["tokenizer_json"])
         except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"the saved tokenizer cannot be read ({_first_line(error)})") from None
+            raise UserError(f"the saved tokenizer cannot be read ({_first_line(error)})") from None
         return cls(tokenizer, state["eos_token"])
 
     def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
@@ -185,7 +186,7 @@ def requested_vocab_size(spec: str) -> int | None:
         return None
     size = spec.removeprefix("bpe:")
     if not re.fullmatch("[0-9]{1,8}", size) or int(size) < 257:
-        raise ValueError(f"data.tokenizer={spec} asks for no size above 256, the bytes alone; try bpe:8192")
+        raise UserError(f"data.tokenizer={spec} asks for no size above 256, the bytes alone; try bpe:8192")
     return int(size)
 
 
@@ -202,7 +203,7 @@ def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
     if os.path.isdir(folder):
         return load_tokenizer_folder(Path(folder), f"{option}={name}")
     if not is_hub_name(name):
-        raise ValueError(f"{option}={name} is not a folder; give the folder that holds tokenizer.json")
+        raise UserError(f"{option}={name} is not a folder; give the folder that holds tokenizer.json")
     return _from_transformers(name, f"{option}={name}", local_files_only=False)
 
 
@@ -230,7 +231,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
             tokenizer = None
         named = _named_eos(folder)
     except Exception as error:  # the Rust side raises bare Exception
-        raise ValueError(f"{option} cannot be read ({_first_line(error)}); save it anew") from None
+        raise UserError(f"{option} cannot be read ({_first_line(error)}); save it anew") from None
     if named is not None:
         eos_token_id = None
     if tokenizer is None:
@@ -238,7 +239,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
     usual = [token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None]
     eos_token = named or _token(tokenizer, eos_token_id) or next(iter(usual), None)
     if eos_token is None:
-        raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+        raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
     return TextTokenizer(tokenizer, eos_token)
 
 
@@ -286,12 +287,12 @@ def _from_transformers(
         )
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
-        raise ValueError(f"{option} cannot be loaded ({_first_line(error)}); {remedy}") from None
+        raise UserError(f"{option} cannot be loaded ({_first_line(error)}); {remedy}") from None
     if not loaded.is_fast:
-        raise ValueError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
+        raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
     eos_token = _token(loaded.backend_tokenizer, eos_token_id) or loaded.eos_token
     if eos_token is None:
-        raise ValueError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+        raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
     return TextTokenizer(loaded.backend_tokenizer, eos_token)
 
 

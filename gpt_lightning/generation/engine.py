@@ -17,6 +17,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.history import Histories
 from gpt_lightning.generation.interface import CausalLanguageModel, Completion, FinishReason, Options, Step
 from gpt_lightning.generation.prefill import fill, visible_start
@@ -132,14 +133,14 @@ def stream(
 
 def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is below 1; choose a positive number")
+        raise UserError(f"batch_size={batch_size} is below 1; choose a positive number")
     if len(numbers) != len(prompts):
-        raise ValueError(f"{len(numbers)} prompt_numbers stand for {len(prompts)} prompts; give one for each")
+        raise UserError(f"{len(numbers)} prompt_numbers stand for {len(prompts)} prompts; give one for each")
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompts[{index}] holds no token; start it with one, e.g. the eos token")
+            raise UserError(f"prompts[{index}] holds no token; start it with one, e.g. the eos token")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"prompts[{index}] holds token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to "
                 f"{vocab_size - 1}; encode it with the tokenizer that the model was trained with"
             )
@@ -147,7 +148,7 @@ def _check(prompts: list[list[int]], numbers: list[int], batch_size: int, vocab_
 
 def _check_stride(settings: GenerationConfig, context_length: int) -> None:
     if settings.context_stride is not None and settings.context_stride > context_length:
-        raise ValueError(
+        raise UserError(
             f"generation.context_stride={settings.context_stride} is above the model's "
             f"max_position_embeddings={context_length}; use at most that, or null for half of it"
         )
@@ -249,7 +250,7 @@ def _extend(
     """Append to the row what `_choose` gave for it, and see whether it ends."""
     token, greatest, greatest_left, *logprobs = numbers
     if not -math.inf < greatest < math.inf:  # NaN is not either
-        raise ValueError("the model's logits are not finite: its weights diverged; use an earlier checkpoint")
+        raise UserError("the model's logits are not finite: its weights diverged; use an earlier checkpoint")
     logprob = logprobs[0] if logprobs else None
     reason: FinishReason | None = None
     if greatest_left == -math.inf:

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gpt_lightning.checkpoint.files import temporary_beside
+from gpt_lightning.exit_codes import UserError
 
 Basis = dict[str, Any]  # what the completions depend on, by the names of the options
 Row = dict[str, Any]
@@ -111,7 +112,7 @@ def lock_output(output: Path) -> Callable[[], None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"output={output}: another process is writing it; wait for it, or give another --output"
         ) from None
 

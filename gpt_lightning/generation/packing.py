@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.decoder import Decoder
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.kernels.linear import onednn_multiplies
@@ -30,7 +31,7 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLangu
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if quantize is not None:
         if not (is_whole and on_cpu):
-            raise ValueError(
+            raise UserError(
                 f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and "
                 "with tensor parallelism"
             )
@@ -91,7 +92,7 @@ class Int8Linear:
 def _pack_int8(weight: Tensor) -> torch.ScriptObject:
     """A weight [N, D] in 8 bits, in the kernel's own layout, with the two columns that hold no weight."""
     if not weight.isfinite().all():
-        raise ValueError("the model's weights are not finite: they diverged; use an earlier checkpoint")
+        raise UserError("the model's weights are not finite: they diverged; use an earlier checkpoint")
     scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
     integers = nn.functional.pad((weight / scales).round_().to(torch.int8), (0, 2))
     zeros = torch.zeros(len(weight), dtype=torch.long)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt_lightning.exit_codes import UserError
+
 MIN_TEMPERATURE = 1e-5
 
 
@@ -82,8 +84,8 @@ class GenerationConfig:
         return not self.do_sample or self.temperature == 0.0
 
 
-def _error(name: str, value: object, rule_and_remedy: str) -> ValueError:
-    return ValueError(f"generation.{name}={value!r} {rule_and_remedy}")
+def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
+    return UserError(f"generation.{name}={value!r} {rule_and_remedy}")
 
 
 def next_tokens(logits: Tensor, settings: GenerationConfig, uniforms: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from gpt_lightning.checkpoint.checkpoint import (
 from gpt_lightning.checkpoint.files import sync_folder, write_error
 from gpt_lightning.checkpoint.folder import is_sharded
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.huggingface.model_card import model_card
 from gpt_lightning.model.config import GPTConfig
@@ -27,7 +28,7 @@ from gpt_lightning.model.config import GPTConfig
 def export_gpt2(path: Path, folder: Path) -> None:
     """Write configuration, weights, tokenizer and model card; the folder gets its name when it is whole."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"FOLDER={folder} exists already; name another, or remove it")
+        raise UserError(f"FOLDER={folder} exists already; name another, or remove it")
     checkpoint = read_checkpoint(path)
     if is_sharded(path):
         from gpt_lightning.parallel.sharded_checkpoint import read_whole  # slow to import

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
 def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
-    """Our configuration of the same network; raises ValueError where ours cannot be the same."""
+    """Our configuration of the same network; raises UserError where ours cannot be the same."""
     if hf_config.activation_function not in ACTIVATION_FROM_GPT2:
-        raise ValueError(
+        raise UserError(
             f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not known "
             f"to GPTModel; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
         )
     for name, needed in ATTENTION.items():
         if getattr(hf_config, name) is not needed:
-            raise ValueError(
+            raise UserError(
                 f"{name}={not needed} of the Hugging Face model changes its attention; "
                 f"import a model with {name}={needed}"
             )
@@ -93,15 +94,15 @@ def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> di
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
     if config.tie_embeddings and "wte.weight" in theirs:
         if not torch.equal(theirs.setdefault("lm_head.weight", theirs["wte.weight"]), theirs["wte.weight"]):
-            raise ValueError(
+            raise UserError(
                 "tie_word_embeddings=True, but lm_head.weight differs from wte.weight; "
                 "set it to false in config.json"
             )
     names = _gpt2_names(config)
     if missing := sorted(set(names.values()) - theirs.keys()):
-        raise ValueError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")
+        raise UserError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")
     if unknown := sorted(theirs.keys() - set(names.values())):
-        raise ValueError(f"the GPT-2 weights hold {_some(unknown)}, unknown here; import a plain GPT-2")
+        raise UserError(f"the GPT-2 weights hold {_some(unknown)}, unknown here; import a plain GPT-2")
     return {our_name: _from_gpt2(our_name, theirs[name], config) for our_name, name in names.items()}
 
 

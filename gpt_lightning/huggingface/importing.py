@@ -26,6 +26,7 @@ from gpt_lightning.data.tokenizer import (
     is_trained_here,
     load_tokenizer_folder,
 )
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.gpt2 import (
     ATTENTION,
     config_from_gpt2,
@@ -85,7 +86,7 @@ def _find(name: str, option: str) -> Path:
         return folder
     if not is_hub_name(name):
         kind = "is a file" if folder.exists() else "is not there"
-        raise ValueError(f"{option}={name} {kind}; give a folder that holds {CONFIG}, or a name on the hub")
+        raise UserError(f"{option}={name} {kind}; give a folder that holds {CONFIG}, or a name on the hub")
     return _download(name, option)
 
 
@@ -102,7 +103,7 @@ def _download(name: str, option: str) -> Path:
         return folder if _has(folder, SAFETENSORS) else fetch(*BIN_FILES)
     except Exception as error:  # network, hub and cache each raise their own kinds
         reason = _first_line(error) if reachable else "it cannot be reached"
-        raise ValueError(
+        raise UserError(
             f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
             "or give a folder"
         ) from None
@@ -115,10 +116,10 @@ def _read_config(folder: Path, complaint: str) -> GPTConfig:
     from transformers import GPT2Config
 
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{complaint} holds no {CONFIG}; give the folder of a Hugging Face model")
+        raise UserError(f"{complaint} holds no {CONFIG}; give the folder of a Hugging Face model")
     stored = _read_json(folder / CONFIG, complaint)
     if stored.get("model_type") != "gpt2":
-        raise ValueError(
+        raise UserError(
             f"{complaint} is a model of the type {stored.get('model_type')!r}; only 'gpt2' can be imported"
         )
     try:
@@ -128,22 +129,22 @@ def _read_config(folder: Path, complaint: str) -> GPTConfig:
         theirs = GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None})
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
-        raise ValueError(f"{complaint}: {CONFIG} is no GPT-2's ({reason}); mend it") from None
+        raise UserError(f"{complaint}: {CONFIG} is no GPT-2's ({reason}); mend it") from None
     try:
         return config_from_gpt2(theirs)
-    except ValueError as error:
-        raise ValueError(f"{complaint}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{complaint}: {error}") from None
     except OverflowError as error:
-        raise ValueError(f"{complaint}: {CONFIG} is no GPT-2's ({error}); mend it") from None
+        raise UserError(f"{complaint}: {CONFIG} is no GPT-2's ({error}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextTokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{complaint} holds no tokenizer; put the tokenizer.json that belongs to it there")
+        raise UserError(f"{complaint} holds no tokenizer; put the tokenizer.json that belongs to it there")
     eos_token_id = _stored_eos(folder, config, complaint)
     tokenizer = load_tokenizer_folder(folder, complaint, eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{complaint}: its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
             f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
         )
@@ -175,7 +176,7 @@ def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
         return _read_parts(folder, SAFETENSORS, _read_safetensors, complaint)
     if _has(folder, BIN):
         return _read_parts(folder, BIN, _read_bin, complaint)
-    raise ValueError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
+    raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
 
 
 def _read_parts(
@@ -184,11 +185,11 @@ def _read_parts(
     weights: dict[str, Tensor] = {}
     for file in [name] if (folder / name).is_file() else _files_of_index(folder / (name + INDEX), complaint):
         if not (folder / file).is_file():
-            raise ValueError(f"{complaint} lacks {file}, a part of its weights; fetch it again")
+            raise UserError(f"{complaint} lacks {file}, a part of its weights; fetch it again")
         try:
             weights |= read(folder / file)
         except Exception as error:  # what a changed byte leads to may be anything
-            raise ValueError(
+            raise UserError(
                 f"{complaint}: {file} cannot be read as weights ({_first_line(error)}); fetch it again"
             ) from None
     return weights
@@ -198,7 +199,7 @@ def _files_of_index(path: Path, complaint: str) -> list[str]:
     files = _read_json(path, complaint).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{complaint}: {path.name} lists no files beside it; fetch it again")
+        raise UserError(f"{complaint}: {path.name} lists no files beside it; fetch it again")
     return names
 
 
@@ -212,7 +213,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     # Said outright: left out, an environment variable could turn it off.
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError("it holds other things than tensors")
+        raise UserError("it holds other things than tensors")
     return {str(name): tensor.detach() for name, tensor in loaded.items()}
 
 
@@ -221,13 +222,13 @@ def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> di
     try:
         _check_shapes(theirs, config)
         ours = from_gpt2_state_dict(theirs, config)
-    except ValueError as error:
-        raise ValueError(f"{complaint}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{complaint}: {error}") from None
     for name, tensor in ours.items():
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{complaint}: weights of {tensor.dtype} ({name}); save the model in float32")
+            raise UserError(f"{complaint}: weights of {tensor.dtype} ({name}); save the model in float32")
     if (non_finite := first_non_finite(ours.items())) is not None:
-        raise ValueError(f"{complaint}: {non_finite} holds NaN or infinity; fetch the weights again")
+        raise UserError(f"{complaint}: {non_finite} holds NaN or infinity; fetch the weights again")
     converted = {name: tensor.float() for name, tensor in ours.items()}
     if config.tie_embeddings:  # one tensor in the file, too
         converted["lm_head.weight"] = converted["token_embedding.weight"]
@@ -238,16 +239,16 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
     # Before a model is built: a wrong number could be one of thousands of millions.
     blocks = {match[1] for name in theirs if (match := BLOCK.match(name))}
     if len(blocks) != config.n_layers:
-        raise ValueError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
+        raise UserError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
     try:
         with torch.device("meta"):
             expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
-        raise ValueError(f"{CONFIG} gives sizes of no weights ({_first_line(error)}); mend it") from None
+        raise UserError(f"{CONFIG} gives sizes of no weights ({_first_line(error)}); mend it") from None
     for name, tensor in expected.items():
         found = theirs.get(name, theirs.get(name.removeprefix("transformer.")))
         if found is not None and found.shape != tensor.shape:
-            raise ValueError(f"{name} is {list(found.shape)}, and by {CONFIG} {list(tensor.shape)}")
+            raise UserError(f"{name} is {list(found.shape)}, and by {CONFIG} {list(tensor.shape)}")
 
 
 # ---- files
@@ -257,9 +258,9 @@ def _read_json(path: Path, complaint: str) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{complaint}: {path.name} is no JSON ({_first_line(error)}); mend it") from None
+        raise UserError(f"{complaint}: {path.name} is no JSON ({_first_line(error)}); mend it") from None
     if not isinstance(stored, dict):
-        raise ValueError(f"{complaint}: {path.name} holds no options; mend it")
+        raise UserError(f"{complaint}: {path.name} holds no options; mend it")
     return stored
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gpt_lightning.exit_codes import UserError
+
 ACTIVATIONS = ("gelu_tanh", "gelu")
 
 
@@ -39,21 +41,21 @@ class GPTConfig:
         for name in ("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "d_model", "d_ff"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"model.config.{name}={value} is below 1; choose a positive number")
+                raise UserError(f"model.config.{name}={value} is below 1; choose a positive number")
         if self.d_model % self.n_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.config.d_model={self.d_model} is not divisible by "
                 f"model.config.n_heads={self.n_heads}; choose a multiple of {self.n_heads} or other n_heads"
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
+            raise UserError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
+            raise UserError(
                 f"model.config.activation={self.activation!r} is unknown; "
                 f"choose one of {', '.join(ACTIVATIONS)}"
             )
         if not 0.0 < self.layer_norm_eps < 1.0:
-            raise ValueError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")
+            raise UserError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")
 
     @property
     def head_dim(self) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
 
 # Renamed in torch 2.13, which warns of the old names.
@@ -68,7 +69,7 @@ def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[],
 
 def _sequence_shape(x: Tensor) -> torch.Size:
     if x.dim() != 3:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy.sequence_parallel=true needs activations [batch, time, features], not "
             f"{list(x.shape)}; leave it out for this module"
         )

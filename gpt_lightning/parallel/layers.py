@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
     all_reduce,
@@ -160,7 +161,7 @@ class VocabParallelHead(nn.Module):
 
 def check_sequence(length: int, tp_size: int) -> None:
     if length % tp_size:
-        raise ValueError(
+        raise UserError(
             f"data.seq_len={length} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}, as "
             f"trainer.strategy.sequence_parallel needs; choose a multiple of {tp_size}"
         )

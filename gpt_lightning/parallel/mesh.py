@@ -7,16 +7,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from gpt_lightning.exit_codes import UserError
+
 AXES = ("data_parallel", "tensor_parallel")
 
 
 def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
     if tensor_parallel_size < 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} is below 1; choose 1 for plain DDP"
         )
     if devices_per_node % tensor_parallel_size:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={devices_per_node} a node is not divisible by trainer.strategy."
             f"tensor_parallel_size={tensor_parallel_size} (tensor-parallel peers share a node); choose a "
             f"multiple of {tensor_parallel_size}"

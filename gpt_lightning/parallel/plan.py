@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.dropout import let_peers_differ
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
@@ -58,7 +59,7 @@ Plan = Mapping[str, "Cut | Style"]
 def plan_of(module: nn.Module) -> Plan:
     make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
     if make is None:
-        raise ValueError(
+        raise UserError(
             f"{type(module).__name__} has no tensor_parallel_plan(), which a trainer.strategy."
             "tensor_parallel_size above 1 needs; "
             "add the method (submodule pattern -> style), or set the size to 1"
@@ -73,19 +74,19 @@ def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, Cut]:
     for pattern, cut in plan.items():
         cut = cut if isinstance(cut, Cut) else Cut(cut)
         if cut.style not in KINDS:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_plan: {pattern!r} has the unknown style {cut.style!r}; "
                 f"choose one of {', '.join(get_args(Style))}"
             )
         matches = [name for name in names if _matches(name, pattern)]
         if not matches:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_plan: {pattern!r} names no submodule of {type(module).__name__}; "
                 "correct the pattern or remove it"
             )
         for name in matches:
             if name in cuts:
-                raise ValueError(
+                raise UserError(
                     f"tensor_parallel_plan: {pattern!r} names {name}, which another pattern names too; "
                     "let one of them name it"
                 )
@@ -103,7 +104,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
     if not isinstance(module, KINDS[cut.style]):
         kinds = " or ".join(kind.__name__ for kind in KINDS[cut.style])
-        raise ValueError(
+        raise UserError(
             f"tensor_parallel_plan: {name} is a {type(module).__name__}, but the style {cut.style!r} is for "
             f"{kinds}; choose another style, or build the model anew if it was cut before"
         )
@@ -115,7 +116,7 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
         units = cut.units or size
         if units % tp_size:
             option = cut.option or f"the {'outputs' if cut.style == 'column' else 'inputs'} of {name}"
-            raise ValueError(
+            raise UserError(
                 f"{option}={units} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}; "
                 f"choose a multiple of {tp_size}, or a tensor_parallel_size that divides {units}"
             )
@@ -132,7 +133,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
     forward = type(module).forward  # not of the class, whose children would inherit the word
     same = forward is plain or getattr(forward, "computes_as_parent", False)
     if not same or is_parametrized(module):
-        raise ValueError(
+        raise UserError(
             f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "
             "leave it out of the plan, or use the plain layer"
         )
@@ -141,7 +142,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
 def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
     size = module.num_embeddings if isinstance(module, nn.Embedding) else getattr(module, "out_features")
     if Shard(0, size, tp_size - 1, tp_size).sizes[-1] < 1:
-        raise ValueError(
+        raise UserError(
             f"{cut.option or name}={size} is too small to be cut over trainer.strategy.tensor_parallel_size="
             f"{tp_size}; choose a smaller tensor_parallel_size"
         )
@@ -149,7 +150,7 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
     for option in table if isinstance(module, nn.Embedding) else ["bias"]:
         value = getattr(module, option)
         if value is not None and value is not False:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_plan: {name} has {option}, which the style {cut.style!r} does not know; "
                 "build it without"
             )
@@ -158,20 +159,20 @@ def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> N
 def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
     """Raise for what no plan can help: a step without a known end, layers that cannot be drawn one by one."""
     if sequence_parallel and not module.automatic_optimization:
-        raise ValueError(
+        raise UserError(
             "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
             f"{type(module).__name__}, which optimizes manually; leave it out, or use automatic optimization"
         )
     elsewhere = "or build the model outside of trainer.init_module(empty_init=True)"
     for name, layer in module.named_modules():
         if any(buffer is not None and buffer.is_meta for buffer in layer._buffers.values()):
-            raise ValueError(
+            raise UserError(
                 f"{name} has a buffer on the meta device, without values; create it with device='cpu', "
                 f"{elsewhere}"
             )
         parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
         if any(p.is_meta for p in parameters) and not hasattr(layer, "reset_parameters"):
-            raise ValueError(
+            raise UserError(
                 f"{name} is on the meta device and has no reset_parameters(); add the method, {elsewhere}"
             )
 

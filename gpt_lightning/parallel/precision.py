@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.gradients import squares
 from gpt_lightning.parallel.mesh import ParallelMesh
@@ -43,7 +44,7 @@ def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) 
     names = [kind.__name__ for kind in type(optimizer).__mro__]
     cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
     if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
-        raise ValueError(
+        raise UserError(
             f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
             "choose one that works element by element, such as AdamW, or "
             "trainer.strategy.tensor_parallel_size=1"

@@ -37,6 +37,7 @@ from gpt_lightning.checkpoint.folder import (
 )
 from gpt_lightning.checkpoint.folder_reader import CONTENTS, Reader
 from gpt_lightning.checkpoint.snapshot import first_non_finite, refuse_non_finite
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
@@ -191,10 +192,10 @@ def read_rest_together(folder: Path) -> dict[str, Any]:
         rest = read_rest(folder)
         with complaining(folder):
             check_files(folder, rest, share=dist.get_rank(), shares=dist.get_world_size())
-    except ValueError as error:
+    except UserError as error:
         complaint = str(error)
     if (complaint := _first(complaint)) is not None:
-        raise ValueError(complaint)
+        raise UserError(complaint)
     return rest
 
 

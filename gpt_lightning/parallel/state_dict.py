@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt_lightning.checkpoint.files import verify
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 
@@ -83,7 +84,7 @@ def is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Sh
     if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
         return False
     if value.shape != parameter.shape:
-        raise ValueError(
+        raise UserError(
             f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
             "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
         )

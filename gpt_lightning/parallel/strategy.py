@@ -26,6 +26,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 import gpt_lightning.checkpoint.folder as sharded_folder
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (
@@ -113,9 +114,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         check_devices(self.num_processes, self.tensor_parallel_size)
         every = self.replica_check_every_n_steps
         if every < 0:
-            raise ValueError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
+            raise UserError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
         if self._layer_sync is not None:
-            raise ValueError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
+            raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         super()._configure_launcher()
 
     @override

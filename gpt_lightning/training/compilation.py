@@ -5,6 +5,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.device import can_compile_for_cuda
 
 OFF = "none"
@@ -14,7 +15,7 @@ MIN_PASSES = 2000
 
 def check_backend(name: str | None) -> None:
     if name not in (None, OFF) and name not in torch.compiler.list_backends(exclude_tags=()):
-        raise ValueError(
+        raise UserError(
             f"model.compile_backend={name!r} is unknown; choose inductor, {OFF}, or one of "
             f"{', '.join(torch.compiler.list_backends())}"
         )

@@ -26,6 +26,7 @@ from gpt_lightning.checkpoint.contents import (
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
@@ -258,7 +259,7 @@ class GPTLightningModule(LightningModule):
         """A dictionary a completion, in prompt order; a CompletionCallback is told of each when it ends."""
         datamodule = self.trainer.datamodule
         if datamodule is None:
-            raise ValueError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
+            raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
         tokenizer: TextTokenizer = datamodule.text_tokenizer
         listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
         rows = []
@@ -351,7 +352,7 @@ class GPTLightningModule(LightningModule):
     ) -> Self:
         """Lightning's own, of plain data alone: nothing in the file runs, and nothing that it names."""
         if hparams_file is not None or weights_only is False:
-            raise ValueError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
+            raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         check_own(checkpoint_path, read_checked(checkpoint_path))
         return super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs

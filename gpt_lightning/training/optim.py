@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpt_lightning.exit_codes import UserError
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -24,13 +26,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise ValueError(
+            raise UserError(
                 f"model.optimizer.learning_rate={self.learning_rate} is not above 0; choose e.g. 6e-4"
             )
         if not self.weight_decay >= 0:
-            raise ValueError(f"model.optimizer.weight_decay={self.weight_decay} is below 0; choose e.g. 0.1")
+            raise UserError(f"model.optimizer.weight_decay={self.weight_decay} is below 0; choose e.g. 0.1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
+            raise UserError(
                 f"model.optimizer.betas={list(self.betas)} are not in [0, 1); choose e.g. [0.9, 0.95]"
             )
 
@@ -49,11 +51,11 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ValueError(
+            raise UserError(
                 f"model.schedule.warmup_steps={self.warmup_steps} is below 0; choose 0 for no warm-up"
             )
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(
+            raise UserError(
                 f"model.schedule.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]; choose e.g. 0.1"
             )
 

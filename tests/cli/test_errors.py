@@ -203,3 +203,17 @@ def test_predict_takes_or_refuses_any_input(
 
 def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in fails(["fit", "--config", "nowhere.yaml"], capsys, tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["fit", "generate"])
+def test_a_value_error_of_our_own_code_shows_its_traceback(
+    verb: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*args: object, **options: object) -> None:
+        int("x")
+
+    place = {"fit": "data.datamodule.prepare_tokens", "generate": "cli.generate.load_model"}[verb]
+    monkeypatch.setattr(f"gpt_lightning.{place}", faulty)
+    words = ["--config", str(tiny_config())] if verb == "fit" else ["--prompt", "A", "--ckpt_path", "a.ckpt"]
+    with pytest.raises(ValueError, match="invalid literal for int"):  # which Python shows, and exits with 1
+        main([verb, *words])
