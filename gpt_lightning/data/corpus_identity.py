@@ -1,4 +1,4 @@
-"""Which text a run is trained and validated on, by content: a run that goes on must find it again.
+"""Tells by content which text a run is trained and validated on: a run that goes on must find it again.
 
 With other text another part is held out, and what was held out before would be trained on.
 """
@@ -23,7 +23,7 @@ class TrainedText:
         self._corpus: Corpus | None = None
 
     def take(self, corpus: Corpus, hashes: Sequence[str]) -> None:
-        """Hear of the text before it is used; `hashes` are those of its sources, in order."""
+        """Takes note of the text before it is used; `hashes` are those of its sources, in order."""
         self._corpus, self.described = corpus, describe_text(corpus, hashes)
         self._check()
 
@@ -41,7 +41,7 @@ class TrainedText:
             )
 
     def warning(self, state: dict[str, Any], verb: str) -> str | None:
-        """That a model may know what it is judged on: of other text, another part is held out."""
+        """Warns that a model may know what it is judged on: another part is held out of another text."""
         assert self._corpus is not None
         own_files = self._corpus.val_files or (verb == "test" and self._corpus.test_files)
         change = None if own_files else text_difference(state.get("text", {}), self.described)
@@ -49,7 +49,7 @@ class TrainedText:
 
 
 def describe_text(corpus: Corpus, hashes: Sequence[str]) -> dict[str, Any]:
-    """Plain data for a checkpoint; `hashes` are those of the training and the validation files, in order.
+    """Describes the text as plain data; `hashes` are those of the training and validation files, in order.
 
     Where the files lie does not matter, nor what is tested on.
     """
@@ -61,7 +61,7 @@ def describe_text(corpus: Corpus, hashes: Sequence[str]) -> dict[str, Any]:
 
 
 def text_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What is other than it was, such as `data.train_files: a.txt has changed`; None if nothing known is."""
+    """Says what differs, such as `data.train_files: a.txt has changed`; None if nothing known does."""
     if not saved or not now:
         return None
     for option in _FILES:

@@ -1,4 +1,4 @@
-"""Text files to documents: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
+"""Reads documents from text files: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
 
 A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
 Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's.
@@ -26,7 +26,7 @@ _LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
 
 
 class Piece(NamedTuple):
-    """Part of a document, the last part if `ends_document`."""
+    """Holds a part of a document, the last one if `ends_document`."""
 
     text: str
     ends_document: bool
@@ -37,7 +37,7 @@ def utf8_length(text: str) -> int:
 
 
 def resolve_sources(patterns: list[str], option: str) -> list[str]:
-    """The files behind file names, globs and folders; `python:docs` stands for itself.
+    """Lists the files behind file names, globs and folders; `python:docs` stands for itself.
 
     The order is that of the patterns, sorted within each, without repeats.
     """
@@ -77,7 +77,7 @@ def _files_under(path: Path) -> Iterator[str]:
 
 
 def source_bytes(source: str) -> int:
-    """What the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
+    """Returns what the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
     if source == SOURCE_NAME:
         return sum(len(document) for document in python_documents())
     return os.path.getsize(source)
@@ -86,7 +86,7 @@ def source_bytes(source: str) -> int:
 def read_pieces(
     source: str, on_bytes: Callable[[int], None], *, text_key: str, document_separator: str | None
 ) -> Iterator[Piece]:
-    """Stream the documents of one source; documents of nothing but whitespace are skipped.
+    """Streams the documents of one source; documents of nothing but whitespace are skipped.
 
     `on_bytes` hears how many more bytes of the source were read.
     """
@@ -105,7 +105,7 @@ def read_pieces(
 
 
 def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
-    """Regroup parts into pieces of even size, cut where it is safe; drops empty documents."""
+    """Regroups parts into pieces of even size, cut where it is safe; drops empty documents."""
     text, inside_document, searched = "", False, 0
     for part in parts:
         text += part.text
@@ -132,7 +132,7 @@ def _is_blank(text: str) -> bool:
 
 
 def _safe_cut(text: str, start: int, limit: int) -> int | None:
-    """The last cut up to `limit`, else the first beyond it, that leaves the token ids of both sides alone.
+    """Finds the last cut up to `limit`, else the first beyond it, that changes no token id on either side.
 
     Pre-tokenizers join whitespace with what follows it, or punctuation with the line break after it; none
     looks back. So a cut is safe after a line break that stands alone between two other characters, and, where
@@ -151,7 +151,7 @@ def _safe_cut(text: str, start: int, limit: int) -> int | None:
 
 
 def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
-    """Cut a stream of text at every separator, also at one that straddles two chunks."""
+    """Cuts a stream of text at every separator, also at one that straddles two chunks."""
     rest = ""
     for text in texts:
         *documents, rest = (rest + text).split(separator)
@@ -241,7 +241,7 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines with their line breaks; parts of a long line wait in a list, as adding up would be quadratic."""
+    """Yields lines with their breaks; parts of a long line wait in a list, as adding up would be quadratic."""
     waiting: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
@@ -254,7 +254,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """The unpacked bytes of a file, telling how far into the packed file each chunk reaches."""
+    """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
     told = 0
     with open(path, "rb") as packed:
         stream, damage = _unpacked(path, packed)
@@ -271,7 +271,7 @@ def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
-    """A stream of the file's content, and the errors by which it tells damage."""
+    """Opens the file's content as a stream; names the errors by which that stream tells of damage."""
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore
     if not path.endswith(".zst"):

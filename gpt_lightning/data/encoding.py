@@ -1,4 +1,4 @@
-"""Pieces of documents to token ids on all cores, in order, with little text in memory at a time."""
+"""Encodes pieces of documents on all cores, in order, with little text in memory at a time."""
 
 import os
 from collections import deque
@@ -17,7 +17,7 @@ _BATCH_CHARACTERS = 1 << 18
 
 
 class EncodedText(NamedTuple):
-    """Consecutive text of one split, each document that ends in it closed by eos."""
+    """Holds consecutive text of one split, in which eos closes each document that ends."""
 
     split: str
     tokens: NDArray[np.uint32]
@@ -26,7 +26,7 @@ class EncodedText(NamedTuple):
 
 
 def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer) -> Iterator[EncodedText]:
-    """The text of (split, piece) in its order; all threads are busy while there is more to read."""
+    """Yields the text of (split, piece) in its order; all threads are busy while there is more to read."""
     encode_batch = partial(_encode_batch, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
     threads = available_cores()
     waiting: deque[Future[list[EncodedText]]] = deque()
@@ -47,7 +47,7 @@ def available_cores() -> int:
 
 
 def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
-    """Enough text at a time to make a turn of a thread worthwhile, however short the documents are."""
+    """Groups text so that a turn of a thread is worthwhile, however short the documents are."""
     batch: list[tuple[str, Piece]] = []
     characters = 0
     for name, piece in marked:
@@ -61,7 +61,7 @@ def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Pi
 
 
 def _encode_batch(encode: Encoder, eos_token_id: int, batch: list[tuple[str, Piece]]) -> list[EncodedText]:
-    """One text a split, however its documents take turns with those of another."""
+    """Encodes into one text a split, however its documents take turns with those of another."""
     pieces: dict[str, list[Piece]] = {}
     for split, piece in batch:
         pieces.setdefault(split, []).append(piece)

@@ -1,4 +1,4 @@
-"""A byte-level BPE by tiktoken: several times as fast as `tokenizers`, where its ids are provably the same.
+"""Encodes a byte-level BPE by tiktoken, several times as fast, where the ids are provably the same.
 
 Three things could differ, and each is settled before an id is believed.
 
@@ -37,7 +37,7 @@ _SPECIAL = "<|special|>"
 
 
 class FastBPE:
-    """Texts to ids on the calling thread, without Python's lock: several threads encode at once."""
+    """Encodes on the calling thread without Python's lock, so that several threads encode at once."""
 
     def __init__(self, tokenizer: Tokenizer, ranks: dict[bytes, int], ids: NDArray[np.uint32]) -> None:
         self._encoding = _encoding(ranks)
@@ -45,7 +45,7 @@ class FastBPE:
         self._classes = _CharacterClasses(tokenizer)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32] | None]:
-        """None for a text that only tokenizers can be trusted with."""
+        """Encodes each text; None for one that only `tokenizers` can be trusted with."""
         if self._classes.agree("".join(texts)):
             return [self._encode(text) for text in texts]
         return [self._encode(text) if self._classes.agree(text) else None for text in texts]
@@ -59,7 +59,7 @@ class FastBPE:
 
 
 def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
-    """None unless the ids of `tokenizer`, without special tokens, are those of tiktoken."""
+    """Makes the encoder; None unless tiktoken's ids, without special tokens, are those of `tokenizer`."""
     description = json.loads(tokenizer.to_str())
     if not (tokenizer.encode_special_tokens and _is_plain(description)):
         return None
@@ -78,14 +78,14 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    """Maps each byte to the printable character that stands for it in byte-level vocabularies (GPT-2's)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _is_plain(description: dict[str, Any]) -> bool:
-    """Whether text is cut by GPT-2's pattern, merged, and nothing else."""
+    """Tells whether text is cut by GPT-2's pattern, merged, and nothing else."""
     model, cutting = description["model"], description["pre_tokenizer"] or {}
     is_bpe = model["type"] == "BPE" and not any(
         value for option, value in model.items() if option not in _WITHOUT_EFFECT
@@ -102,7 +102,7 @@ def _is_plain(description: dict[str, Any]) -> bool:
 def _made_tokens(
     model: models.BPE, vocabulary: dict[str, int], merges: list[str | list[str]]
 ) -> list[str]:
-    """What the merges make, in their order; without what no text of bytes can become."""
+    """Lists the tokens that the merges make, in their order, less those that no text of bytes can become."""
     alphabet = set(byte_alphabet())
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
     made = [token for token in made if alphabet.issuperset(token)]
@@ -118,7 +118,7 @@ def _encoding(ranks: dict[bytes, int]) -> Any:
 
 
 class _CharacterClasses:
-    """Which characters both libraries take for the same kind: letter, number, whitespace or none of these.
+    """Knows the characters that both libraries take for one kind: letter, number, whitespace or other.
 
     A character is put after a letter, a number and a sign. The two encoders here merge each of these three
     with any byte after it, if both are in one piece; and that is so only after the character's own kind.

@@ -1,4 +1,4 @@
-"""Prompts from options and files, and the share of them that a rank of `predict` continues."""
+"""Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
 import json
 from collections.abc import Set
@@ -10,7 +10,7 @@ from gpt_lightning.exit_codes import UserError
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to continue; `indices` are their places in the order the user gave."""
+    """Holds prompts to continue; `indices` are their places in the order the user gave."""
 
     indices: list[int]
     prompts: list[str]
@@ -18,7 +18,7 @@ class PromptBatch(NamedTuple):
 
 
 def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
-    """The given prompts, then those of the file; without any, one empty prompt: the start of a document."""
+    """Lists the given prompts, then those of the file; without any, an empty one: the start of a document."""
     given = [prompts] if isinstance(prompts, str) else list(prompts or [])
     for prompt in given:
         check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
@@ -37,7 +37,7 @@ def check_utf8(prompt: str, place: str, remedy: str) -> None:
 def share_of_prompts(
     prompts: list[str], finished: Set[int], tokenizer: TextTokenizer, *, rank: int, ranks: int
 ) -> PromptBatch:
-    """What one data-parallel rank has to continue, dealt out of those that are not finished."""
+    """Deals one data-parallel rank its share of the prompts that are not finished."""
     remaining = [index for index in range(len(prompts)) if index not in finished]
     indices = remaining[rank::ranks]
     texts = [prompts[index] for index in indices]
@@ -45,7 +45,7 @@ def share_of_prompts(
 
 
 def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
-    """An empty prompt becomes the eos that stands before every document."""
+    """Encodes prompts; an empty one becomes the eos that stands before every document."""
     return [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(prompts)]
 
 

@@ -1,4 +1,4 @@
-"""The text that every Python carries: its own documentation, as the built-in source `python:docs`.
+"""Gives the text that every Python carries, its own documentation, as the source `python:docs`.
 
 About 600 documents and 2 MB of real English prose and code examples, read at run time: a first training
 needs neither a download nor a file of one's own.
@@ -26,7 +26,7 @@ def python_docs_fingerprint() -> str:
 
 @functools.cache
 def python_documents() -> tuple[str, ...]:
-    """The language reference by topic, then each standard-library module's docstrings, in a fixed order."""
+    """Yields the language reference by topic, then the docstrings of each module, in a fixed order."""
     # A paragraph is kept where it first occurs, so none can be both trained on and held out.
     seen: set[str] = set()
     documents = (_without_repeats(text, seen) for text in (*_topics(), *_module_docstrings()))
@@ -52,7 +52,7 @@ def _module_docstrings() -> Iterator[str]:
 
 
 def _docstrings(path: Path) -> str:
-    """All docstrings of a module in source order, without importing it."""
+    """Lists the docstrings of a module in source order, without importing it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

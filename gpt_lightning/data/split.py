@@ -1,4 +1,4 @@
-"""Which text is held out: whole documents where there are enough, else the end of each.
+"""Decides which text is held out: whole documents where there are enough, else the end of each.
 
 Decided before tokenizer training and before windowing, so no held-out text reaches either. A pure function of
 the documents' sizes, the seed and the fraction.
@@ -18,7 +18,7 @@ _NEAR_BYTES = 2000
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """`held_out[i]` says it of document i; None: the last `val_fraction` of every document is held out."""
+    """Says of each document whether it is held out; None: the last `val_fraction` of every document is."""
 
     sizes: NDArray[np.uint64]
     val_fraction: float
@@ -26,7 +26,7 @@ class SplitPlan:
 
 
 def plan_split(sizes: NDArray[np.uint64], val_fraction: float, seed: int) -> SplitPlan:
-    """Take documents in a shuffled order while they fit into `val_fraction` of all bytes."""
+    """Takes documents in a shuffled order while they fit into `val_fraction` of all bytes."""
     target = int(val_fraction * int(sizes.sum()))
     held_out = np.zeros(len(sizes), dtype=np.bool_)
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -47,7 +47,7 @@ def plan_split(sizes: NDArray[np.uint64], val_fraction: float, seed: int) -> Spl
 
 
 def split_pieces(pieces: Iterable[Piece], plan: SplitPlan) -> Iterator[tuple[str, Piece]]:
-    """The same text, each piece marked `train` or `val`."""
+    """Yields the same text, each piece marked `train` or `val`."""
     document, position, in_val = 0, 0, False
     for piece in pieces:
         if plan.held_out is not None:
@@ -69,7 +69,7 @@ def split_pieces(pieces: Iterable[Piece], plan: SplitPlan) -> Iterator[tuple[str
 
 
 def _cut_piece(text: bytes, cut: int, *, ends_document: bool) -> Iterator[tuple[str, Piece]]:
-    """Both sides of the cut, moved forward to a line break if one is near, else to the next character."""
+    """Cuts a piece in two, at the next line break if one is near, else at the next character."""
     while cut < len(text) and 0x80 <= text[cut] < 0xC0:  # inside a character
         cut += 1
     line_end = text.find(b"\n", cut, cut + _NEAR_BYTES) + 1

@@ -1,4 +1,4 @@
-"""The corpus as memory-mapped token ids, built once and trusted only while it matches its sources.
+"""Keeps the corpus as memory-mapped token ids, built once and trusted while it matches its sources.
 
 A cache folder holds, for each split of `train`, `val` and `test` that has text, `<split>.tokens.bin` (uint16,
 or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where each document starts, and the
@@ -29,7 +29,7 @@ from gpt_lightning.exit_codes import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Resolved sources of each split, and all else that decides which text is trained on and held out."""
+    """Names the sources of each split, and all else that decides which text is trained on and held out."""
 
     train_files: tuple[str, ...]
     val_files: tuple[str, ...]
@@ -41,7 +41,7 @@ class Corpus:
 
     @classmethod
     def find(cls, patterns: dict[str, list[str] | str | None], **settings: Any) -> "Corpus":
-        """The corpus of the files that `patterns` of train_files, val_files and test_files stand for."""
+        """Finds the files that the `patterns` of train_files, val_files and test_files stand for."""
         files: dict[str, Any] = {}
         for option, given in patterns.items():
             given = [given] if isinstance(given, str) else given
@@ -59,7 +59,7 @@ class Corpus:
             )
 
     def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
-        """The training files, with what they hold out marked `val`; reads them twice if they hold out any."""
+        """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
         if self.val_files or not self.val_fraction:
             return (("train", piece) for piece in self.read(self.train_files, on_bytes))
         plan = plan_split(self._document_sizes(), self.val_fraction, self.seed)
@@ -77,7 +77,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split of a cache: its counts, and its arrays, mapped at first use."""
+    """Holds one split of a cache: its counts, and its arrays, mapped at first use."""
 
     folder: Path
     name: str
@@ -108,7 +108,7 @@ def prepare_tokens(
     check_train: Callable[[int], None] = lambda n_tokens: None,
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
 ) -> dict[str, TokenSplit]:
-    """The splits that have tokens, from the cache if it is fresh, else built now; safe in every process.
+    """Opens the splits that have tokens; builds them where the cache is not fresh; safe in every process.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
     `check_sources` the content hashes of the training, validation and test files, before one is built.
@@ -132,7 +132,7 @@ def prepare_tokens(
 
 
 def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | None) -> None:
-    """Refuse what is too short in bytes already, before a tokenizer is trained on it."""
+    """Refuses what is too short in bytes already, before a tokenizer is trained on it."""
     if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
         n_bytes = sum(map(source_bytes, corpus.train_files))
         if n_bytes < seq_len + 1:
@@ -150,7 +150,7 @@ def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | Non
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
-    """A BPE trained on the training split alone; its size follows from that split's if it is None."""
+    """Trains a BPE on the training split alone; without a `vocab_size`, the split's size decides it."""
     settings = {**asdict(corpus), "test_files": (), "vocab_size": vocab_size}
     # Whatever stands in the validation files, it decides only that nothing else is held out.
     settings["val_files"] = bool(corpus.val_files)
@@ -208,7 +208,7 @@ class _SplitWriter:
         self._n_documents += len(text.document_ends)
 
     def finish(self) -> dict[str, Any]:
-        """The counts of the split, once its files are on disk."""
+        """Returns the counts of the split, once its files are on disk."""
         for file in (self._tokens_file, self._documents_file):
             file.flush()
             os.fsync(file.fileno())
@@ -222,7 +222,7 @@ class _SplitWriter:
 
 
 class _Progress:
-    """A progress bar on a terminal's stderr, for reads that take longer than a second."""
+    """Shows a progress bar on a terminal's stderr, for reads that take longer than a second."""
 
     def __init__(self, title: str, sources: tuple[str, ...]) -> None:
         self._title = title
