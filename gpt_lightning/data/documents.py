@@ -241,7 +241,7 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields lines with their breaks; parts of a long line wait in a list, as adding up would be quadratic."""
+    """Yields lines with their breaks; parts of a long line wait in a list: adding up would be quadratic."""
     waiting: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
