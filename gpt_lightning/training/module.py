@@ -32,8 +32,7 @@ from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
-from gpt_lightning.kernels.device import runs_ahead
-from gpt_lightning.kernels.freed_memory import keep_freed_memory
+from gpt_lightning.kernels.device import keep_freed_memory, runs_ahead
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.gradients import norm
