@@ -26,12 +26,12 @@ from gpt_lightning.checkpoint.contents import (
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.data.windows import IGNORED_TARGET
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
 from gpt_lightning.kernels.device import keep_freed_memory, runs_ahead
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -216,7 +216,7 @@ class GPTLightningModule(LightningModule):
         loss = self.model(
             batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids
         ).loss
-        return loss, (batch.targets != IGNORE_INDEX).sum()
+        return loss, (batch.targets != IGNORED_TARGET).sum()
 
     # Validation and test
 
