@@ -9,15 +9,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _LEAST_WORK = 2**25  # multiplications, below which the calls from Python cost more than they spare
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 
 
+class FastLinear(nn.Linear):
+    """Computes what nn.Linear does, nothing more, by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """The residual stream as the layers multiply it, which on a CPU would each convert it: 5 % of a step."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, which it is on other devices, in inference and in compiled graphs; once differentiable."""
+    """Equals F.linear, and calls it on other devices, in inference and in compiled graphs."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if x.numel() * weight.shape[0] < _LEAST_WORK:
