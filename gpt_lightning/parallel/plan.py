@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.kernels.linear import FastLinear
+from gpt_lightning.kernels.linear import is_plain_linear
 from gpt_lightning.parallel.dropout import let_peers_differ
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
@@ -127,7 +127,7 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
 
 def _check_forward(name: str, module: nn.Module) -> None:
     """Refuse a layer that computes more than the plain one: what takes its place would drop that."""
-    is_plain = type(module).forward in (nn.Linear.forward, FastLinear.forward, nn.Embedding.forward)
+    is_plain = is_plain_linear(module) or type(module).forward is nn.Embedding.forward
     if not is_plain or is_parametrized(module):
         raise UserError(
             f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "

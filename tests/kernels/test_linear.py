@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.testing import assert_close
 
-from gpt_lightning.kernels.linear import FastLinear, linear, onednn_multiplies
+from gpt_lightning.kernels.linear import FastLinear, is_plain_linear, onednn_multiplies
+from gpt_lightning.model.gpt import Linear
+from tests.kernels.test_expressions import fast_linear as linear
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +28,14 @@ def test_float64_and_inference_are_f_linears() -> None:
             assert torch.equal(linear(*function_inputs), F.linear(*function_inputs))
 
 
-def test_the_layer_equals_nn_linear() -> None:
-    layer = FastLinear(7, 11)
-    x = make_inputs()[0]
-    assert_close(layer(x), torch.nn.Linear.forward(layer, x), atol=1e-5, rtol=1e-5)
+class Adapted(FastLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum()
+
+
+def test_only_what_adds_nothing_is_plain() -> None:
+    assert is_plain_linear(torch.nn.Linear(2, 3)) and is_plain_linear(Linear(2, 3, bias=True))
+    assert not is_plain_linear(Adapted(2, 3)) and not is_plain_linear(torch.nn.Embedding(2, 3))
 
 
 @pytest.mark.skipif(not onednn_multiplies(torch.float32), reason="of x86 alone")
