@@ -1,11 +1,12 @@
 """Cross entropy straight from hidden states, without ever holding the logits of a whole batch.
 
-Shapes: N tokens, D d_model, V vocabulary. The logits [N, V] of GPT-2's vocabulary are the largest tensor of a
-training step by far, several times over (logits, softmax, gradient). Here they exist for a few rows at a
-time: each chunk's gradient is made in the forward pass, where its softmax is at hand.
+The logits [N, V] of GPT-2's vocabulary are the largest tensor of a training step by far, several times over
+(logits, softmax, gradient). Here they exist for a few rows at a time: each chunk's gradient is made in the
+forward pass, where its softmax is at hand. Shapes: N tokens, D d_model, V vocabulary.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,37 +16,23 @@ from gpt_lightning.kernels.linear import product
 
 CHUNK_BYTES = 2**26  # of logits; fewer rows add up the weight's gradient more often, more take more memory
 CHUNK_BYTES_ON_ACCELERATORS = 2**29  # and, where it is of half precision, twice as much for its softmax
-# Half-precision products of matrices are slow where a row does not end on such a multiple: GPT-2's 50257.
-_VOCABULARY_MULTIPLE = 64
-_ROW_MULTIPLE = 64  # and where there are other numbers of rows
+_MULTIPLE = 64  # of columns and rows: products in half precision are slow with others, as GPT-2's 50257
 _SOFTMAX_ELEMENTS = 2**21  # at a time on a CPU, within its cache
 _NOT_SCORED = -100  # F.cross_entropy's own default
 
 
-class VocabShard(Protocol):
+class VocabShard(NamedTuple):
     """Tells where this process's rows of `weight` stand in the vocabulary, and joins with the other rows."""
 
-    @property
-    def first_token(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def largest_shard(self) -> int: ...
-
-    def max_over_shards(self, x: Tensor) -> Tensor: ...
-
-    def sum_over_shards(self, x: Tensor) -> Tensor: ...
+    first_token: int
+    vocab_size: int
+    largest_shard: int
+    max_over_shards: Callable[[Tensor], Tensor]
+    sum_over_shards: Callable[[Tensor], Tensor]
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reduction: str = "mean",
-    *,
-    shard: VocabShard | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", shard: VocabShard | None = None
 ) -> Tensor:
     """Equals F.cross_entropy(hidden @ weight.T, targets): targets [N] of -100 are not scored.
 
@@ -87,8 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_softmax_rows = max(1, _SOFTMAX_ELEMENTS // V) if device == "cpu" and shard is None else n_rows
         with torch.autocast(device, enabled=False):
             compute_weight = weight.to(compute_dtype)
-            if compute_dtype.itemsize == 2 and V % _VOCABULARY_MULTIPLE:
-                compute_weight = F.pad(compute_weight, (0, 0, 0, -V % _VOCABULARY_MULTIPLE))  # [V', D]
+            if compute_dtype.itemsize == 2 and V % _MULTIPLE:
+                compute_weight = F.pad(compute_weight, (0, 0, 0, -V % _MULTIPLE))  # [V', D]
             for start in range(0, len(hidden), n_rows):
                 chunk = slice(start, start + n_rows)
                 compute_hidden = hidden[chunk].to(compute_dtype)
@@ -117,11 +104,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
-    """Gives a chunk as many rows as the memory allows, and all chunks about as many."""
+    """As many as the memory allows, in chunks that are about even."""
     n_bytes = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
     most = max(1, n_bytes // row_bytes)
     rows = -(-n_rows // -(-n_rows // most)) if n_rows else 1
-    return min(most, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    return min(most, -(-rows // _MULTIPLE) * _MULTIPLE)
 
 
 def _loss_and_gradient_(
