@@ -33,13 +33,11 @@ class Decoder:
     def hidden_states(self, input_ids: Tensor, *, kv_cache: KVCache | None = None) -> Tensor:
         """As GPTModel's, [B, T, D]."""
         T = input_ids.shape[1]
-        cached = None if kv_cache is None else kv_cache.begin(T, input_ids.device)
+        cached = None if kv_cache is None else kv_cache.extend(T, input_ids.device)
         positions = torch.arange(T, device=input_ids.device) if cached is None else cached.positions
         x = F.embedding(input_ids, self._tokens) + F.embedding(positions, self._positions)
-        for layer, block in enumerate(self._blocks):
-            x = block(x, cached, layer)
-        if cached is not None:
-            cached.finish()
+        for block in self._blocks:
+            x = block(x, cached)
         return self._ln_f(x)
 
     def modules(self) -> Iterator[nn.Module]:
@@ -58,14 +56,14 @@ class _DecoderBlock:
         self._up_proj, self._down_proj = make_linear(block.mlp.up_proj), make_linear(block.mlp.down_proj)
         self._head_dim, self._approximate = block.attn.head_dim, block.mlp.approximate
 
-    def __call__(self, x: Tensor, cached: CacheStep | None, layer: int) -> Tensor:
+    def __call__(self, x: Tensor, cached: CacheStep | None) -> Tensor:
         B, T, D = x.shape
         qkv = self._qkv_proj(self._ln_1(x)).view(B, T, -1, 3, self._head_dim)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [B, H, T, K]
         mask = None
         if cached is not None:
             mask = cached.mask
-            k, v = cached.write(layer, k, v)  # each [B, H, S, K]
+            k, v = cached.write(k, v)  # each [B, H, S, K]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         x = x + self._out_proj(y.transpose(1, 2).reshape(B, T, D))
         return x + self._down_proj(F.gelu(self._up_proj(self._ln_2(x)), approximate=self._approximate))

@@ -15,7 +15,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.decoder import Decoder
 from gpt_lightning.generation.interface import CausalLanguageModel
 from gpt_lightning.kernels.linear import onednn_multiplies
-from gpt_lightning.model.gpt import GPTModel, LMHead, Projection
+from gpt_lightning.model.gpt import GPTModel, Linear, LMHead
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -27,7 +27,7 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLangu
     the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    is_whole = bool(linear) and all(type(module) in (Projection, LMHead) for module in linear)
+    is_whole = bool(linear) and all(type(module) in (Linear, LMHead) for module in linear)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if quantize is not None:
         if not (is_whole and on_cpu):
