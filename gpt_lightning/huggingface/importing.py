@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
-from gpt_lightning.checkpoint.snapshot import first_non_finite
+from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     hub_is_reachable,
