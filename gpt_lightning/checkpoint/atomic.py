@@ -69,7 +69,7 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def put_folder(temporary: Path, folder: Path) -> None:
-    """Give a folder its name when all of it is on the disk; what had the name goes, or stays if this fails."""
+    """Name a folder once all of it is on the disk; what had the name goes, or stays if this fails."""
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     with set_aside(folder):
