@@ -2,7 +2,7 @@
 
 import errno
 import hashlib
-import itertools
+import io
 import os
 import shutil
 import time
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gpt_lightning.checkpoint.atomic import NameNotSyncedError, set_aside, written_file
 from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
@@ -56,38 +57,33 @@ def write(checkpoint: Any, path: Path) -> None:
         with set_aside(path) if is_sharded(path) else nullcontext(), written_file(path) as file:
             stream = _Stream(file)
             torch.save(checkpoint, stream)  # type: ignore[arg-type]
-            stream.raise_error()
+            if stream.error is not None:
+                raise stream.error
     except OSError as error:
         raise write_error(path, error, stream.size if stream else 0) from error
 
 
-class _Stream:
+class _Stream(io.RawIOBase):
     """Passes on what torch.save writes.
 
-    An error waits for `raise_error`: inside PyTorch's zip writer it could end the process. Bytes that come
-    after it are only counted, so that the size that was needed is known.
+    An error waits in `error`: inside PyTorch's zip writer it could end the process. Bytes that come after it
+    are only counted, so that the size that was needed is known.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self.size = 0
 
+    @override
     def write(self, data: Any) -> int:
         self.size += len(data)
-        if self._error is None:
+        if self.error is None:
             try:
                 self._file.write(data)
             except BaseException as error:
-                self._error = error
+                self.error = error
         return len(data)
-
-    def flush(self) -> None:
-        """Does nothing: torch.save asks for it, and the end of the block in `write` does it."""
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
@@ -180,8 +176,8 @@ def fingerprint(path: Path) -> str:
 
 def check_finite(checkpoint: Mapping[str, Any]) -> None:
     """Raise if the weights or the optimizers' state hold NaN or infinity."""
-    parts = (named_tensors(checkpoint.get(part, {}), part) for part in FINITE_PARTS)
-    refuse_non_finite(first_non_finite(itertools.chain.from_iterable(parts)))
+    parts = {part: checkpoint.get(part, {}) for part in FINITE_PARTS}
+    refuse_non_finite(first_non_finite(named_tensors(parts)))
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
