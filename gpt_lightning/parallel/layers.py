@@ -7,7 +7,7 @@ they are kept for the backward pass: an all-gather and a reduce-scatter take the
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
+    all_gather_sequence,
     all_reduce,
     copy_to_peers,
     gather_features,
     gather_sequence,
+    start_all_gather_sequence,
+    start_all_reduce,
+    start_reduce_scatter_sequence,
     sum_and_cut_sequence,
     sum_over_peers,
 )
-from gpt_lightning.parallel.column_linear import column_linear
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
@@ -54,7 +57,48 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
+        return _column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
+
+
+def _column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
+) -> Tensor:
+    """x @ weight.T + bias for this peer's rows of `weight`; the gradient of x is summed over the peers.
+
+    With `sequence_parallel`, x is this peer's part of the sequence: all parts are gathered for the product,
+    not kept, and gathered again in the backward pass.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, _ColumnLinear.apply(x, weight, bias, mesh, sequence_parallel))
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
+    ) -> Tensor:
+        ctx.mesh, ctx.sequence_parallel = mesh, sequence_parallel
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        whole = all_gather_sequence(x, mesh) if sequence_parallel else x
+        return F.linear(whole, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        y_grad = grad_outputs[0]
+        gathering = start_all_gather_sequence(x, ctx.mesh) if ctx.sequence_parallel else None
+        x_grad = y_grad @ weight.to(x.dtype)  # meanwhile
+        whole = x if gathering is None else gathering()
+        summing = (start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce)(
+            x_grad, ctx.mesh
+        )
+        rows = y_grad.flatten(0, -2)  # meanwhile
+        weight_grad = (rows.t() @ whole.flatten(0, -2)).to(weight.dtype)
+        bias_grad = None if ctx.bias_dtype is None else rows.sum(dim=0).to(ctx.bias_dtype)
+        return summing(), weight_grad, bias_grad, None, None
 
 
 class RowParallelLinear(nn.Module):
