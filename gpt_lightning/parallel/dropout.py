@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpt_lightning.parallel.mesh import ParallelMesh
 
 
-def let_peers_differ(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
+def draw_own_numbers(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
     """In training, draw this peer's own random numbers inside of `module`, and go on as if none were drawn.
 
     The seed is itself drawn from the common stream. So whoever restores that stream (activation

@@ -30,7 +30,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (
-    Cut,
+    ParallelStyle,
     check_module,
     parallelize,
     partial_gradients,
@@ -96,7 +96,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.save_sharded = save_sharded
         self.replica_check_every_n_steps = replica_check_every_n_steps
         self._mesh: ParallelMesh | None = None
-        self._cuts: dict[str, Cut] = {}
+        self._styles: dict[str, ParallelStyle] = {}
         self._parallelized: LightningModule | None = None
         self._sequence = SequenceParallel()
         self._optimizer_steps = 0
@@ -157,7 +157,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def _resolve(self, module: LightningModule) -> None:
         if self.tensor_parallel_size > 1:
-            self._cuts = resolve(module, plan_of(module), self.tensor_parallel_size)
+            self._styles = resolve(module, plan_of(module), self.tensor_parallel_size)
 
     @override
     @contextmanager
@@ -203,7 +203,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
             if is_overridden("configure_model", module):
                 self._resolve(module)  # what the plan names was built by that hook
             sequence = self._sequence if self.sequence_parallel else None
-            parallelize(module, self._cuts, self.mesh, sequence, draw=draw)
+            parallelize(module, self._styles, self.mesh, sequence, draw=draw)
         self._parallelized = module
 
     @override
@@ -258,7 +258,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         loss = closure()
         self._sequence.on = False  # also where a step without a loss had no backward pass
         if self.sequence_parallel and self.lightning_module is not None:
-            parameters = partial_gradients(self.lightning_module, self._cuts)
+            parameters = partial_gradients(self.lightning_module, self._styles)
             sum_gradients([p.grad for p in parameters if p.grad is not None], self.mesh)
         return loss
 

@@ -37,7 +37,7 @@ from gpt_lightning.kernels.freed_memory import keep_freed_memory
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.gradients import norm
-from gpt_lightning.parallel.plan import Cut
+from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.completion_callback import CompletionCallback
@@ -302,25 +302,25 @@ class GPTLightningModule(LightningModule):
 
     # Tensor parallelism
 
-    def tensor_parallel_plan(self) -> dict[str, Cut]:
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
         """Attention is cut by heads, the MLP by hidden features, token table and head by the vocabulary."""
         config = self.model.config
         heads, d_ff = "model.config.n_heads", "model.config.d_ff"
         vocabulary = "model.config.vocab_size"
         plan = {
-            "model.token_embedding": Cut("vocab_embedding", option=vocabulary),
-            "model.position_embedding": Cut("sequence"),
-            "model.blocks.*.ln_[12]": Cut("sequence"),
-            "model.blocks.*.attn.qkv_proj": Cut("column", config.n_heads, heads),
-            "model.blocks.*.attn.out_proj": Cut("row", config.n_heads, heads),
-            "model.blocks.*.mlp.up_proj": Cut("column", option=d_ff),
-            "model.blocks.*.mlp.down_proj": Cut("row", option=d_ff),
-            "model.ln_f": Cut("sequence"),
-            "model.lm_head": Cut("vocab_head", option=vocabulary),
+            "model.token_embedding": ParallelStyle("vocab_embedding", option=vocabulary),
+            "model.position_embedding": ParallelStyle("sequence"),
+            "model.blocks.*.ln_[12]": ParallelStyle("sequence"),
+            "model.blocks.*.attn.qkv_proj": ParallelStyle("column", config.n_heads, heads),
+            "model.blocks.*.attn.out_proj": ParallelStyle("row", config.n_heads, heads),
+            "model.blocks.*.mlp.up_proj": ParallelStyle("column", option=d_ff),
+            "model.blocks.*.mlp.down_proj": ParallelStyle("row", option=d_ff),
+            "model.ln_f": ParallelStyle("sequence"),
+            "model.lm_head": ParallelStyle("vocab_head", option=vocabulary),
         }
         if config.dropout > 0:
-            plan["model.blocks.*.attn"] = Cut("sharded_dropout")
-            plan["model.blocks.*.dropout"] = plan["model.dropout"] = Cut("sequence")
+            plan["model.blocks.*.attn"] = ParallelStyle("sharded_dropout")
+            plan["model.blocks.*.dropout"] = plan["model.dropout"] = ParallelStyle("sequence")
         return plan
 
     # Optimizer and checkpoint
