@@ -1,12 +1,42 @@
-"""The size of a gradient, in as few calls and passes over memory as the device allows."""
+"""Gradients of which every tensor-parallel peer holds a part: their norm, their sums, and loss scaling."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
+
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.collectives import all_reduce
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
 
 _SMALL = 2**16  # elements
+WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
+
+
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
+) -> Tensor:
+    """The 2-norm of the whole model's gradient: every part counts, a replicated tensor once."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return torch.zeros(())
+    cut = [parameter.grad for parameter in with_gradient if parameter in shards]
+    replicated = [parameter.grad for parameter in with_gradient if parameter not in shards]
+    like = with_gradient[0]
+    return (all_reduce(_sum_of_squares(cut, like), mesh) + _sum_of_squares(replicated, like)).sqrt()
+
+
+def _sum_of_squares(gradients: list[Any], like: Tensor) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.stack(squares(gradients)).sum()
 
 
 def squares(gradients: Iterable[Tensor]) -> list[Tensor]:
@@ -35,3 +65,60 @@ def norm(gradients: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all together."""
     values = squares(gradients)
     return torch.stack(values).sum().sqrt() if values else torch.zeros(())
+
+
+def sum_gradients(gradients: list[Tensor], mesh: ParallelMesh) -> None:
+    """Sum gradients over the tensor-parallel peers, in place and in one message."""
+    if not gradients:
+        return
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = all_reduce(torch.cat([gradient.flatten().to(dtype) for gradient in gradients]), mesh)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
+
+
+def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) -> None:
+    """Refuse optimizers whose step for one element depends on others, of which a peer has only some."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
+    if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
+        raise UserError(
+            f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
+            "choose one that works element by element, such as AdamW, or "
+            "trainer.strategy.tensor_parallel_size=1"
+        )
+
+
+def adapt_precision(plugin: Precision, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh) -> None:
+    """Have the plugin clip by the norm of the whole model and skip steps on all peers together."""
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        parameters = list(plugin.main_params(optimizer))
+        clip_grads_with_norm_(parameters, float(clip_val), gradient_norm(parameters, shards, mesh))
+
+    # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
+    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        if not isinstance(plugin.scaler, TensorParallelGradScaler):
+            plugin.scaler = TensorParallelGradScaler(plugin.scaler, mesh)
+
+
+class TensorParallelGradScaler(torch.amp.GradScaler):
+    """Skips a step on all peers when the gradient of any peer's part overflows."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, mesh: ParallelMesh) -> None:
+        super().__init__(
+            scaler._device,
+            init_scale=scaler.get_scale(),
+            growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(),
+            growth_interval=scaler.get_growth_interval(),
+            enabled=scaler.is_enabled(),
+        )
+        self._mesh = mesh
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:
+        found_inf = super()._unscale_grads_(*args, **kwargs)
+        for found in found_inf.values():
+            all_reduce(found, self._mesh, dist.ReduceOp.MAX)
+        return found_inf

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 import gpt_lightning.checkpoint.folder as sharded_folder
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import (
@@ -37,7 +38,6 @@ from gpt_lightning.parallel.plan import (
     plan_of,
     resolve,
 )
-from gpt_lightning.parallel.precision import adapt_precision, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.state_dict import (
