@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
-from torch.nn.utils import clip_grads_with_norm_
+from torch.linalg import vector_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from gpt_lightning.exit_codes import UserError
@@ -16,55 +16,28 @@ from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
-_SMALL = 2**16  # elements
 WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
+
+
+def norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all together, in float32 at least: half precision would round it, or not hold it."""
+    return get_total_norm(
+        vector_norm(gradient, dtype=torch.float32) if gradient.element_size() < 4 else gradient
+        for gradient in gradients
+    )
 
 
 def gradient_norm(
     parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> Tensor:
     """The 2-norm of the whole model's gradient: every part counts, a replicated tensor once."""
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    if not with_gradient:
-        return torch.zeros(())
-    cut = [parameter.grad for parameter in with_gradient if parameter in shards]
-    replicated = [parameter.grad for parameter in with_gradient if parameter not in shards]
-    like = with_gradient[0]
-    return (all_reduce(_sum_of_squares(cut, like), mesh) + _sum_of_squares(replicated, like)).sqrt()
-
-
-def _sum_of_squares(gradients: list[Any], like: Tensor) -> Tensor:
+    gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        return torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    return torch.stack(squares(gradients)).sum()
-
-
-def squares(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Numbers of float32 at least, whose sum is that of the squares of all elements."""
-    small: list[Tensor] = []
-    large: list[Tensor] = []
-    others: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        if not (type(gradient) is Tensor and gradient.is_cpu and gradient.dtype == torch.float32):
-            others.setdefault(gradient.dtype, []).append(gradient)
-        elif gradient.numel() < _SMALL:
-            small.append(gradient)
-        else:
-            large.append(gradient)
-    pieces = [gradient.flatten() for gradient in large]
-    if small:  # a call for each takes longer than its elements do
-        pieces.append(_flatten_dense_tensors(small))  # DistributedDataParallel's: two thirds of a cat's time
-    values = [piece.dot(piece) for piece in pieces]
-    for dtype, tensors in others.items():
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
-        values.append(torch.stack(norms).square().sum())
-    return values
-
-
-def norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all together."""
-    values = squares(gradients)
-    return torch.stack(values).sum().sqrt() if values else torch.zeros(())
+        return torch.zeros(())
+    cut = norm(gradient for parameter, gradient in gradients if parameter in shards)
+    replicated = norm(gradient for parameter, gradient in gradients if parameter not in shards)
+    device = gradients[0][1].device  # the norm of no tensors is on the host
+    return (all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()).sqrt()
 
 
 def sum_gradients(gradients: list[Tensor], mesh: ParallelMesh) -> None:
