@@ -37,22 +37,29 @@ class ParallelMesh:
     ) -> None:
         self.dp_size, self.tp_size = world_size // tensor_parallel_size, tensor_parallel_size
         grid = torch.arange(world_size).view(self.dp_size, self.tp_size)
-        # Made here, since the groups that a DeviceMesh makes wait as long as they like.
-        self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout)
-        self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout)
+        dp_rank, tp_rank = divmod(dist.get_rank(), self.tp_size)
+        # Made here, since the groups that a DeviceMesh makes know no timeout.
+        self.dp_group, self.tp_group = _own_group(grid[:, tp_rank], timeout), _own_group(grid[dp_rank], timeout)
         self.device_mesh = DeviceMesh.from_group(
             [self.dp_group, self.tp_group], device_type, mesh=grid, mesh_dim_names=AXES
         )
-        self.dp_rank, self.tp_rank = dist.get_rank(self.dp_group), dist.get_rank(self.tp_group)
+        self.dp_rank, self.tp_rank = dp_rank, tp_rank
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":
         return self  # process groups cannot be copied, and a copied module talks to the same peers
 
     def tp_peer(self, tp_rank: int) -> int:
-        """Global rank of a tensor-parallel peer of this rank."""
+        """The global rank of a tensor-parallel peer of this rank."""
         return dist.get_global_rank(self.tp_group, tp_rank)
 
     def from_first_peer(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first tensor-parallel peer's tensor, such as the tokens that it sampled, in place."""
+        """Overwrites a tensor, such as sampled tokens, by that of the first tensor-parallel peer."""
         dist.broadcast(tensor, src=self.tp_peer(0), group=self.tp_group)
         return tensor
+
+
+def _own_group(ranks: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A group of this rank and others, about which the ranks outside of it hear nothing."""
+    group = dist.new_group(ranks.tolist(), timeout, use_local_synchronization=True)
+    assert group is not None
+    return group

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
+    """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
