@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.checkpoint import LAST
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 

@@ -24,8 +24,7 @@ from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
-from gpt_lightning.checkpoint.contents import ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import (
     checkpoints_folder,
@@ -97,6 +96,11 @@ class GPTLightningCLI(LightningCLI):
         # The strategies that spawn processes send the parser along, and with it this; the end stays here.
         return {**self.__dict__, "_ending": None}
 
+    @property
+    def _restored(self) -> dict[str, Any]:
+        """What the Trainer restores; nothing where a run begins."""
+        return self._origin.restored.contents if self._origin.restored is not None else {}
+
     # Options
 
     @override
@@ -159,7 +163,7 @@ class GPTLightningCLI(LightningCLI):
         if verb in ("fit", "prepare"):
             self._name_run(settings)
         self._origin = find_origin(verb, settings, root)
-        if self._origin.contents is not None:
+        if self._origin.checkpoint is not None:
             given = self.parser.parse_args(self._words, defaults=False)[verb]
             take_settings(verb, settings, given, self._origin)
         if verb != "prepare":
@@ -191,7 +195,7 @@ class GPTLightningCLI(LightningCLI):
                 trainer.max_steps = DEFAULT_MAX_STEPS
                 say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
             check_only_sampled(settings.generation)
-            if self._origin.initial is None and ORIGIN_KEY not in self._origin.restored:
+            if self._origin.initial is None and ORIGIN_KEY not in self._restored:
                 positions = settings.model.config.max_position_embeddings
                 warn_of_untrained_positions(settings.data.seq_len, positions)
             self._open_run(settings)
@@ -215,19 +219,19 @@ class GPTLightningCLI(LightningCLI):
 
         Its model may know more ids than its tokenizer gives.
         """
-        contents = self._origin.contents
-        if contents is None:
+        checkpoint = self._origin.checkpoint
+        if checkpoint is None:
             return datamodule.vocab_size
-        datamodule.use_tokenizer(checkpoint_tokenizer(contents))
-        return checkpoint_config(contents).vocab_size
+        datamodule.use_tokenizer(checkpoint.tokenizer)
+        return checkpoint.config.vocab_size
 
     @override
     def instantiate_classes(self) -> None:
         if self.subcommand == "prepare":
             self.config_init = self.config
             self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
-            if self._origin.contents is not None:
-                self.datamodule.use_tokenizer(checkpoint_tokenizer(self._origin.contents))
+            if self._origin.checkpoint is not None:
+                self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
             return
         if is_tensor_parallel(self.config[self.config["subcommand"]]):
             assert isinstance(self.parser, Parser)
@@ -257,7 +261,9 @@ class GPTLightningCLI(LightningCLI):
             settings["enable_checkpointing"] = False
             if self.subcommand == "predict":
                 settings["logger"] = False
-                callbacks.append(PredictionWriter(self._open_output(), sys.stdout, self._origin.path))
+                assert self._origin.restored is not None
+                digest = self._origin.restored.digest
+                callbacks.append(PredictionWriter(self._open_output(), sys.stdout, digest))
         by_steps = type(settings["val_check_interval"]) is int
         if by_steps:
             settings["check_val_every_n_epoch"] = None
@@ -276,7 +282,7 @@ class GPTLightningCLI(LightningCLI):
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
             # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
-            again_from = 1 + self._origin.restored.get("global_step", 0)
+            again_from = 1 + self._restored.get("global_step", 0)
             settings["logger"] = RunLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
@@ -284,7 +290,8 @@ class GPTLightningCLI(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint")
         checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
         guard, samples = (self._get(self.config_init, name) for name in ("non_finite", "samples"))
-        initial = InitialWeights(self._origin.init_from, self._origin.initial)
+        begins_with = self._origin.initial.contents if self._origin.initial is not None else None
+        initial = InitialWeights(self._origin.init_from, begins_with)
         callbacks = [initial, guard, ExactResume(), Throughput(), samples]
         return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
 
@@ -314,7 +321,7 @@ class GPTLightningCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _prepare_text(self, verb: str) -> None:
-        saved = self._origin.restored.get(DATA_KEY, {})
+        saved = self._restored.get(DATA_KEY, {})
         if verb == "fit":
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.rank_guard import RankGuard
-from gpt_lightning.checkpoint.files import CheckpointWriteError
-from gpt_lightning.checkpoint.snapshot import NonFiniteCheckpointError
+from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError
 from gpt_lightning.cli.checks import say
 from gpt_lightning.cli.parser import complaint_in, shorten
 from gpt_lightning.exit_codes import INTERRUPTED, NON_FINITE, WRITE_FAILED
