@@ -39,7 +39,8 @@ class ParallelMesh:
         grid = torch.arange(world_size).view(self.dp_size, self.tp_size)
         dp_rank, tp_rank = divmod(dist.get_rank(), self.tp_size)
         # Made here, since the groups that a DeviceMesh makes know no timeout.
-        self.dp_group, self.tp_group = _own_group(grid[:, tp_rank], timeout), _own_group(grid[dp_rank], timeout)
+        self.dp_group = _own_group(grid[:, tp_rank], timeout)
+        self.tp_group = _own_group(grid[dp_rank], timeout)
         self.device_mesh = DeviceMesh.from_group(
             [self.dp_group, self.tp_group], device_type, mesh=grid, mesh_dim_names=AXES
         )
@@ -47,6 +48,10 @@ class ParallelMesh:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":
         return self  # process groups cannot be copied, and a copied module talks to the same peers
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.dp_rank == self.tp_rank == 0
 
     def tp_peer(self, tp_rank: int) -> int:
         """The global rank of a tensor-parallel peer of this rank."""

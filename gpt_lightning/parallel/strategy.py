@@ -2,32 +2,29 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
-from lightning.fabric.utilities.types import _PATH
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.atomic import remove, set_aside
 from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.full_layout import FullLayout
 from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
@@ -41,15 +38,9 @@ from gpt_lightning.parallel.plan import (
 )
 from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
-from gpt_lightning.parallel.state_dict import (
-    cut_optimizer_state,
-    cut_state_dict,
-    full_optimizer_state,
-    full_state_dict,
-    read_mapped,
-)
 
-_PLAIN_LOAD = TorchCheckpointIO.load_checkpoint
+if TYPE_CHECKING:  # slow to import
+    from gpt_lightning.parallel.sharded_layout import ShardedLayout
 
 
 class TensorParallelDDPStrategy(DDPStrategy):
@@ -92,6 +83,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
         )
+        self.timeout = timeout
         self.tensor_parallel_size = tensor_parallel_size
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
         self.save_sharded = save_sharded
@@ -110,22 +102,23 @@ class TensorParallelDDPStrategy(DDPStrategy):
         return self._mesh
 
     @override
-    def _configure_launcher(self) -> None:
-        # Here the devices are known, and no process has been started.
+    def set_world_ranks(self) -> None:
+        """Called when the devices are known and no process has been started: what cannot be ends here."""
         check_devices(self.num_processes, self.tensor_parallel_size)
         every = self.replica_check_every_n_steps
         if every < 0:
             raise UserError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
         if self._layer_sync is not None:
             raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
-        super()._configure_launcher()
+        super().set_world_ranks()
 
     @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
         if self._mesh is None:  # called again by every fit, validate, test and predict
-            size, device_type = self.tensor_parallel_size, self.root_device.type
-            self._mesh = ParallelMesh(device_type, self.world_size, size, self._timeout)
+            self._mesh = ParallelMesh(
+                self.root_device.type, self.world_size, self.tensor_parallel_size, self.timeout
+            )
             if "PL_GLOBAL_SEED" not in os.environ:
                 # Tensor-parallel peers have to draw alike, also in a run that nobody seeded.
                 torch.manual_seed(self.broadcast(torch.initial_seed()))
@@ -140,7 +133,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         # Lightning would seed the workers by global rank right after this.
-        _auto_add_worker_init_fn(dataloader, self.distributed_sampler_kwargs["rank"])
+        if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", "") is None:
+            seed_worker = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
+            setattr(dataloader, "worker_init_fn", seed_worker)
         return dataloader
 
     # ---- the model
@@ -182,16 +177,13 @@ class TensorParallelDDPStrategy(DDPStrategy):
         for metric in self._metrics():
             metric.process_group = self.mesh.dp_group
         self._check_replicas("at the start")
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
+        if trainer.state.fn == TrainerFn.FITTING:
             if self.mesh.dp_size > 1:
                 self.configure_ddp()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 check_optimizer(optimizer, self._shards())
         self.setup_precision_plugin()
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def _parallelize(self, *, draw: bool = True) -> None:
         """Cut the model, once: when its weights are restored, or else in `setup`."""
@@ -208,9 +200,10 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelized = module
 
     @override
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+    def configure_ddp(self) -> None:
+        """Have gradients averaged over the ranks that hold the same part, not over all."""
         self._ddp_kwargs["process_group"] = self.mesh.dp_group
-        return super()._setup_model(model)
+        super().configure_ddp()
 
     def _metrics(self) -> list[Metric]:
         assert self.lightning_module is not None
@@ -224,7 +217,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
                 metric.process_group = None  # which nobody could copy or save
             if any(parameter.is_meta for parameter in module.parameters()):
                 # An error came before the model had any memory: there is nothing to move to the host.
-                self._lightning_module = self.model = None
+                super().connect(None)  # type: ignore[arg-type]
         super().teardown()
 
     # ---- gradients and steps
@@ -292,84 +285,45 @@ class TensorParallelDDPStrategy(DDPStrategy):
         dist.all_reduce(votes)
         return int(votes) == self.world_size if all else bool(votes)
 
-    # ---- checkpoints; what only sharded ones need is slow to import, and imported when one is met
+    # ---- checkpoints: saved in the layout that `save_sharded` chooses, loaded from either
+
+    def _layout(self, *, sharded: bool) -> "FullLayout | ShardedLayout":
+        assert self.lightning_module is not None
+        if sharded:
+            from gpt_lightning.parallel.sharded_layout import ShardedLayout  # slow to import
+
+            return ShardedLayout(self.lightning_module, self.mesh)
+        return FullLayout(self.lightning_module, self.mesh, self.checkpoint_io)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        if self.save_sharded:
-            from gpt_lightning.parallel.sharded_checkpoint import sharded_state_dict
-
-            return sharded_state_dict(self.lightning_module, self.mesh)
-        return full_state_dict(self.lightning_module, self.mesh) if self.mesh.dp_rank == 0 else {}
+        return self._layout(sharded=self.save_sharded).model_state()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
-        if self.save_sharded:
-            from gpt_lightning.parallel.sharded_checkpoint import sharded_optimizer_state
-
-            return sharded_optimizer_state(optimizer, self._shards(), self.mesh)
-        return full_optimizer_state(optimizer, self._shards(), self.mesh) if self.mesh.dp_rank == 0 else {}
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return self._layout(sharded=self.save_sharded).optimizer_state(plain)
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         self._check_replicas("before a checkpoint is written")
-        if self.save_sharded:
-            from gpt_lightning.parallel.sharded_checkpoint import save
-
-            save(checkpoint, Path(self.broadcast(str(filepath))))
-        elif self.is_global_zero:
-            # A plugin that takes options may only begin to write, and makes way itself when it does.
-            waits = storage_options is None
-            with set_aside(Path(filepath)) if waits and is_sharded(Path(filepath)) else nullcontext():
-                super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._layout(sharded=self.save_sharded).save(checkpoint, filepath, storage_options)
 
     @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        if self.is_global_zero and Path(filepath).is_dir():
-            remove(Path(filepath))
-        else:
-            super().remove_checkpoint(filepath)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
-        if is_sharded(Path(checkpoint_path)):
-            from gpt_lightning.parallel.sharded_checkpoint import read_rest_together
-
-            return read_rest_together(Path(checkpoint_path))
-        if Path(checkpoint_path).is_file() and type(self.checkpoint_io).load_checkpoint is _PLAIN_LOAD:
-            return read_mapped(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        return self._layout(sharded=is_sharded(Path(checkpoint_path))).read(checkpoint_path)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
-        assert self.lightning_module is not None
         self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
-        folder = checkpoint.get(FOLDER_KEY)
-        if folder is not None:
-            from gpt_lightning.parallel.sharded_checkpoint import load_weights
-
-            load_weights(Path(folder), self.lightning_module, self.mesh, strict=strict)
-            return
-        own = cut_state_dict(checkpoint["state_dict"], self.lightning_module)
-        self.lightning_module.load_state_dict(own, strict=strict)
+        self._layout(sharded=FOLDER_KEY in checkpoint).load_model(checkpoint, strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        folder = checkpoint.get(FOLDER_KEY)
-        for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
-            if folder is not None:
-                from gpt_lightning.parallel.sharded_checkpoint import load_optimizer_state
-
-                state = load_optimizer_state(
-                    Path(folder), number, optimizer, saved, self._shards(), self.mesh
-                )
-            else:
-                state = cut_optimizer_state(saved, optimizer, self._shards())
-            optimizer.load_state_dict(state)
-            _optimizer_to_device(optimizer, self.root_device)
+        self._layout(sharded=FOLDER_KEY in checkpoint).load_optimizers(checkpoint, self.optimizers)
