@@ -1,4 +1,4 @@
-"""Gradients of which every tensor-parallel peer holds a part: their norm, their sums, and loss scaling."""
+"""The gradient of a model that tensor-parallel peers share: its norm, sums over the peers, loss scaling."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,8 +40,9 @@ def gradient_norm(
     return (all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()).sqrt()
 
 
-def sum_gradients(gradients: list[Tensor], mesh: ParallelMesh) -> None:
-    """Sum gradients over the tensor-parallel peers, in place and in one message."""
+def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> None:
+    """Sum the parameters' gradients over the tensor-parallel peers, in place and in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Who works with whom: a grid of processes, data-parallel replicas by tensor-parallel peers."""
+"""The grid of processes, data-parallel replicas by tensor-parallel peers, and its process groups."""
 
 from datetime import timedelta
 from typing import Any
@@ -26,7 +26,7 @@ def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
 
 
 class ParallelMesh:
-    """The process groups of this rank. Tensor-parallel peers, which talk the most, have adjacent ranks."""
+    """Holds the process groups of this rank; tensor-parallel peers, which talk the most, are adjacent."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ParallelMesh:
 
 
 def _own_group(ranks: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
-    """A group of this rank and others, about which the ranks outside of it hear nothing."""
+    """Makes a group of this rank and others; the ranks outside of it take no part in that."""
     group = dist.new_group(ranks.tolist(), timeout, use_local_synchronization=True)
     assert group is not None
     return group

@@ -2,8 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -40,9 +39,8 @@ PARALLEL_LAYERS: dict[Kind, Callable[[Any, ParallelMesh, SequenceParallel], nn.M
 }
 
 
-@dataclass(frozen=True)
-class ParallelStyle:
-    """How tensor-parallel peers share a submodule.
+class ParallelStyle(NamedTuple):
+    """Says how tensor-parallel peers share a submodule.
 
     - `column`, `row`: nn.Linear layers sharded along their outputs and, after them, along their inputs.
     - `vocab_embedding`, `vocab_head`: the token embedding (nn.Embedding) and the output layer (nn.Linear
@@ -59,11 +57,11 @@ class ParallelStyle:
     option: str | None = None
 
 
-Plan = Mapping[str, "ParallelStyle | Kind"]
+Plan = Mapping[str, Kind | tuple[Kind, int | None, str | None]]  # the latter most often a ParallelStyle
 
 
 def plan_of(module: nn.Module) -> Plan:
-    """The plan that the module's `tensor_parallel_plan()` returns."""
+    """Returns what the module's `tensor_parallel_plan()` does."""
     make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
     if make is None:
         raise UserError(
@@ -74,11 +72,16 @@ def plan_of(module: nn.Module) -> Plan:
     return make()
 
 
+def styles_of(module: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:
+    """The styles in the module's own plan, by submodule; none where every rank has all of it."""
+    return resolve(module, plan_of(module), tp_size) if tp_size > 1 else {}
+
+
 def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelStyle]:
-    """The plan with a submodule's name for each pattern, checked; patterns are like those of file names."""
+    """Finds the submodules that the plan's patterns name, like those of files, and checks their styles."""
     styles: dict[str, ParallelStyle] = {}
-    for pattern, style in plan.items():
-        style = style if isinstance(style, ParallelStyle) else ParallelStyle(style)
+    for pattern, planned in plan.items():
+        style = ParallelStyle(planned) if isinstance(planned, str) else ParallelStyle(*planned)
         if style.kind not in LAYERS:
             raise UserError(
                 f"tensor_parallel_plan: {pattern!r} has the unknown style {style.kind!r}; "
@@ -102,7 +105,7 @@ def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelSt
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether they match as file names do: `*` stands for anything within one level of the hierarchy."""
+    """Matches as file names do: `*` stands for anything within one level of the hierarchy."""
     levels, patterns = name.split("."), pattern.split(".")
     return len(levels) == len(patterns) and all(map(fnmatch.fnmatchcase, levels, patterns))
 
@@ -156,8 +159,8 @@ def _check_vocabulary(name: str, module: nn.Module, style: ParallelStyle, tp_siz
             f"{style.option or name}={size} is too small to be cut over "
             f"trainer.strategy.tensor_parallel_size={tp_size}; choose a smaller tensor_parallel_size"
         )
-    table = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
-    for option in table if isinstance(module, nn.Embedding) else ["bias"]:
+    of_embeddings = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
+    for option in of_embeddings if isinstance(module, nn.Embedding) else ["bias"]:
         value = getattr(module, option)
         if value is not None and value is not False:
             raise UserError(

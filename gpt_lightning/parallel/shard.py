@@ -85,7 +85,7 @@ def map_optimizer_parts(
 
 
 def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
-    """Whether an entry of a parameter's optimizer state is cut like it: moments are, counters are not."""
+    """Tells whether an entry of a parameter's optimizer state is cut like it, as moments are."""
     if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
         return False
     if value.shape != parameter.shape:

@@ -28,14 +28,7 @@ from gpt_lightning.parallel.full_layout import FullLayout
 from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
-from gpt_lightning.parallel.plan import (
-    ParallelStyle,
-    check_module,
-    parallelize,
-    partial_gradients,
-    plan_of,
-    resolve,
-)
+from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
 
@@ -46,17 +39,17 @@ if TYPE_CHECKING:  # slow to import
 class TensorParallelDDPStrategy(DDPStrategy):
     """Tensor parallelism inside DDP: `devices / tensor_parallel_size` replicas, each cut over its peers.
 
-    The LightningModule's `tensor_parallel_plan()` says how the model is cut. The numbers are those of one
-    process, and checkpoints are ordinary files, whatever the sizes.
+    The LightningModule's `tensor_parallel_plan()` says how the model is cut. Losses and weights are those of
+    one process, and checkpoints are ordinary files, at every number of devices.
 
     Args:
         tensor_parallel_size: Devices that share one replica of the model; divides the devices of a node.
-        sequence_parallel: In training, cut what lies between the parallel layers along the sequence: less
-            memory for activations; the length must be divisible by tensor_parallel_size.
+        sequence_parallel: In training, cut the activations between the parallel layers along the sequence,
+            which saves memory; the length must be divisible by tensor_parallel_size.
         save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large
             for one file; `gpt-lightning consolidate` makes a file of it.
-        replica_check_every_n_steps: Compare what ranks should hold alike, at the start and every so many
-            optimizer steps, and stop the run if it differs; 0 for never.
+        replica_check_every_n_steps: Compare the parameters that ranks should hold alike, at the start and
+            every so many optimizer steps, and stop the run if they differ; 0 for never.
         find_unused_parameters: As in DistributedDataParallel.
         static_graph: As in DistributedDataParallel.
         gradient_as_bucket_view: As in DistributedDataParallel.
@@ -94,16 +87,17 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._sequence = SequenceParallel()
         self._optimizer_steps = 0
 
-    # ---- who is who
+    # ---- the ranks
 
     @property
     def mesh(self) -> ParallelMesh:
+        """The process groups of this rank."""
         assert self._mesh is not None, "the process groups do not exist before setup_environment"
         return self._mesh
 
     @override
     def set_world_ranks(self) -> None:
-        """Called when the devices are known and no process has been started: what cannot be ends here."""
+        """Refuse settings that cannot work: Lightning calls this before it starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
         every = self.replica_check_every_n_steps
         if every < 0:
@@ -126,13 +120,13 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Tensor-parallel peers read the same samples."""
+        """Has tensor-parallel peers read the same samples."""
         size = self.tensor_parallel_size
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        # Lightning would seed the workers by global rank right after this.
+        # Right after this, Lightning would seed the workers by global rank.
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", "") is None:
             seed_worker = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
             setattr(dataloader, "worker_init_fn", seed_worker)
@@ -146,32 +140,31 @@ class TensorParallelDDPStrategy(DDPStrategy):
         super().connect(model)
 
     def check(self, module: LightningModule) -> None:
-        """Raise what is wrong with the module's plan, before any process waits for another."""
+        """Raise UserError for a module or a plan that cannot work, before any process waits for another."""
         check_module(module, sequence_parallel=self.sequence_parallel)
         if module is not self._parallelized and not is_overridden("configure_model", module):
-            self._resolve(module)
+            self._styles = styles_of(module, self.tensor_parallel_size)
 
-    def _resolve(self, module: LightningModule) -> None:
-        if self.tensor_parallel_size > 1:
-            self._styles = resolve(module, plan_of(module), self.tensor_parallel_size)
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """With `empty_init`, build on the meta device: `setup` draws this rank's parts layer by layer."""
+        """With `empty_init`, models are built on the meta device, and `setup` draws this rank's parts."""
         with torch.device("meta") if empty_init else super().tensor_init_context(empty_init):
             yield
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """As DDPStrategy does it, with the model cut before it is moved, wrapped and optimized.
-
-        DDPStrategy would also broadcast rank 0's parts to everybody before an evaluation.
-        """
-        assert self.accelerator is not None and self.lightning_module is not None
+        """Does what DDPStrategy does, and cuts the model before it is moved, wrapped and optimized."""
+        # DDPStrategy's own `setup` would give rank 0's parts to all ranks before an evaluation.
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._parallelize()
-        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.model = self.precision_plugin.convert_module(self._module)
         self.model_to_device()
         adapt_precision(self.precision_plugin, self._shards(), self.mesh)
         for metric in self._metrics():
@@ -187,34 +180,33 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def _parallelize(self, *, draw: bool = True) -> None:
         """Cut the model, once: when its weights are restored, or else in `setup`."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         if module is self._parallelized:
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             if is_overridden("configure_model", module):
-                self._resolve(module)  # what the plan names was built by that hook
+                # That hook has built the layers that the plan names.
+                self._styles = styles_of(module, self.tensor_parallel_size)
             sequence = self._sequence if self.sequence_parallel else None
             parallelize(module, self._styles, self.mesh, sequence, draw=draw)
         self._parallelized = module
 
     @override
     def configure_ddp(self) -> None:
-        """Have gradients averaged over the ranks that hold the same part, not over all."""
+        """Wrap the model so that its gradients are averaged over the ranks that hold the same parts."""
         self._ddp_kwargs["process_group"] = self.mesh.dp_group
         super().configure_ddp()
 
     def _metrics(self) -> list[Metric]:
-        assert self.lightning_module is not None
-        return [module for module in self.lightning_module.modules() if isinstance(module, Metric)]
+        return [module for module in self._module.modules() if isinstance(module, Metric)]
 
     @override
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None:
             for metric in self._metrics():
-                metric.process_group = None  # which nobody could copy or save
+                metric.process_group = None  # a process group cannot be copied or saved
             if any(parameter.is_meta for parameter in module.parameters()):
                 # An error came before the model had any memory: there is nothing to move to the host.
                 super().connect(None)  # type: ignore[arg-type]
@@ -239,7 +231,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        output = super().optimizer_step(optimizer, partial(self._close, closure), model, **kwargs)
+        """Sums what sequence parallelism has left to sum, steps, and now and then compares the replicas."""
+        output = super().optimizer_step(optimizer, partial(self._summed, closure), model, **kwargs)
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
         # The first step already shows what drifts at every step.
@@ -247,29 +240,26 @@ class TensorParallelDDPStrategy(DDPStrategy):
             self._check_replicas(f"after {self._optimizer_steps} optimizer steps")
         return output
 
-    def _close(self, closure: Callable[[], Any]) -> Any:
-        """The backward passes, and then the sums that sequence parallelism leaves to be taken once a step."""
+    def _summed(self, closure: Callable[[], Any]) -> Any:
+        """Runs the closure, and sums over the peers the gradients that it left in parts."""
         loss = closure()
-        self._sequence.on = False  # also where a step without a loss had no backward pass
-        if self.sequence_parallel and self.lightning_module is not None:
-            parameters = partial_gradients(self.lightning_module, self._styles)
-            sum_gradients([p.grad for p in parameters if p.grad is not None], self.mesh)
+        self._sequence.on = False  # a step without a loss has had no backward pass
+        if self.sequence_parallel:
+            sum_gradients(partial_gradients(self._module, self._styles), self.mesh)
         return loss
 
     def _check_replicas(self, when: str) -> None:
-        assert self.lightning_module is not None
         if self.replica_check_every_n_steps:
-            check_replicas(self.lightning_module, self.mesh, when)
+            check_replicas(self._module, self.mesh, when)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The 2-norm of the whole model's gradient, the same on all ranks."""
         return gradient_norm(parameters, self._shards(), self.mesh)
 
     def _shards(self) -> dict[nn.Parameter, Any]:
-        assert self.lightning_module is not None
-        return sharded_parameters(self.lightning_module)
+        return sharded_parameters(self._module)
 
-    # ---- what is told between ranks: samples by data-parallel rank, decisions by all
+    # ---- what the ranks tell each other: numbers to their data-parallel group, decisions to all
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -288,12 +278,11 @@ class TensorParallelDDPStrategy(DDPStrategy):
     # ---- checkpoints: saved in the layout that `save_sharded` chooses, loaded from either
 
     def _layout(self, *, sharded: bool) -> "FullLayout | ShardedLayout":
-        assert self.lightning_module is not None
         if sharded:
             from gpt_lightning.parallel.sharded_layout import ShardedLayout  # slow to import
 
-            return ShardedLayout(self.lightning_module, self.mesh)
-        return FullLayout(self.lightning_module, self.mesh, self.checkpoint_io)
+            return ShardedLayout(self._module, self.mesh)
+        return FullLayout(self._module, self.mesh, self.checkpoint_io)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -312,16 +301,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._layout(sharded=self.save_sharded).save(checkpoint, filepath, storage_options)
 
     @override
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: Any = None) -> dict[str, Any]:
+        """Reads either layout, and never runs code from the file, whatever `weights_only` says."""
         return self._layout(sharded=is_sharded(Path(checkpoint_path))).read(checkpoint_path)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
-        self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
+        """Cuts the model, since `setup` comes later as a rule, and loads this rank's parts into it."""
+        self._parallelize(draw=not strict)  # a strict load overwrites every weight
         self._layout(sharded=FOLDER_KEY in checkpoint).load_model(checkpoint, strict=strict)
 
     @override
