@@ -19,7 +19,7 @@ from typing_extensions import override
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.parallel.gradients import squares
+from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
 
@@ -103,12 +103,14 @@ class FiniteGuard(Callback):
             optimizer.zero_grad(set_to_none=True)
 
     def _total(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
-        """Of losses and squares of gradients: not finite if one of them is not.
+        """The losses and the square of the gradient's norm, summed: not finite if one of them is not.
 
         A finite gradient whose square is infinite would end AdamW's moments.
         """
         gradients = [] if _lowers_its_scale(trainer) else self._gradients(module)
-        values = [*(loss.float() for loss in losses), *squares(gradients)]
+        values = [loss.float() for loss in losses]
+        if gradients:
+            values.append(norm(gradients).square())
         return torch.stack(values).sum() if values else torch.zeros((), device=module.device)
 
     def _gradients(self, module: LightningModule) -> list[Tensor]:

@@ -6,6 +6,7 @@ it is imported when the first such folder is met.
 """
 
 import pickle
+import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 # What a torn folder leads to.
 UNREADABLE = (
     *(CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError),
-    pickle.UnpicklingError,
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 
 

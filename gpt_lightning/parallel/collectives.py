@@ -1,8 +1,8 @@
-"""The differentiable moves between tensor-parallel peers.
+"""The differentiable collectives of tensor-parallel peers.
 
 In the forward pass a tensor is either replicated (all peers hold the same) or in parts: cut along features,
-cut along the sequence, or summands. Each move has its transpose in the backward pass, where replicated
-tensors have equal gradients on all peers.
+cut along the sequence, or summands. The backward pass of each collective is its transpose; replicated tensors
+have equal gradients on all peers.
 Shapes: B batch, T time, t = T / tp_size, D features.
 """
 
@@ -21,22 +21,22 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-# ---- the moves themselves, without gradients
+# ---- without gradients
 
 
 def all_reduce(x: Tensor, mesh: ParallelMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Elementwise over the tensor-parallel peers, in place."""
+    """Reduces elementwise over the tensor-parallel peers, in place."""
     dist.all_reduce(x, op=op, group=mesh.tp_group)
     return x
 
 
 def all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """[B, t, D] of each peer to [B, T, D]."""
+    """Joins the peers' parts of the sequence, [B, t, D] each, to [B, T, D]."""
     return start_all_gather_sequence(x, mesh)()
 
 
 def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begin `all_gather_sequence`; call what is returned for its result."""
+    """Begins `all_gather_sequence`; the function that it returns waits for the result."""
     B, t, D = _sequence_shape(x)
     parts = x.new_empty(mesh.tp_size * B, t, D)
     work = _all_gather(parts, x.contiguous(), group=mesh.tp_group, async_op=True)
@@ -49,11 +49,12 @@ def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Ten
 
 
 def reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """The sum of the peers' [B, T, D], of which each keeps its own part of the sequence, [B, t, D]."""
+    """Adds the peers' [B, T, D]; each keeps its own part of the sequence, [B, t, D]."""
     return start_reduce_scatter_sequence(x, mesh)()
 
 
 def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
+    """Begins `reduce_scatter_sequence`; the function that it returns waits for the result."""
     B, T, D = _sequence_shape(x)
     t = T // mesh.tp_size
     parts = x.reshape(B, mesh.tp_size, t, D).transpose(0, 1).contiguous()  # [tp, B, t, D]
@@ -77,7 +78,7 @@ def _sequence_shape(x: Tensor) -> torch.Size:
 
 
 def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begin to sum over the peers, in place; call what is returned for the result."""
+    """Begins to add in place; the function that it returns waits for the result."""
     work = dist.all_reduce(x, group=mesh.tp_group, async_op=True)
 
     def finish() -> Tensor:
@@ -88,7 +89,7 @@ def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
 
 
 def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
-    """Parts [..., sizes[tp_rank]] of each peer to [..., sum(sizes)]."""
+    """Joins the peers' parts, [..., sizes[tp_rank]] each, to [..., sum(sizes)]."""
     padded = x.new_zeros(*x.shape[:-1], max(sizes))
     padded[..., : x.shape[-1]] = x
     parts = x.new_empty(mesh.tp_size, *padded.shape)
@@ -100,79 +101,57 @@ def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
 
 
 def copy_to_peers(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """A replicated tensor into a region in parts: the gradients that come back are summands."""
-    return cast(Tensor, _Copy.apply(x, mesh))
+    """Takes a replicated tensor into a region in parts, from which its gradient comes back in summands."""
+    return _move(x, mesh, _same, _summed)
 
 
 def sum_over_peers(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Summands to their sum on all peers."""
-    return cast(Tensor, _Sum.apply(x, mesh))
+    """Adds the peers' summands; all peers have the sum."""
+    return _move(x, mesh, _summed, _same)
 
 
 def gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Parts of the sequence [B, t, D] into a region in parts that sees it whole, [B, T, D]."""
-    return cast(Tensor, _GatherSequence.apply(x, mesh))
+    """Takes parts of the sequence [B, t, D] into a region in parts that sees it whole, [B, T, D]."""
+    return _move(x, mesh, all_gather_sequence, reduce_scatter_sequence)
 
 
 def sum_and_cut_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Summands [B, T, D] to their sum, cut along the sequence, [B, t, D]."""
-    return cast(Tensor, _SumAndCutSequence.apply(x, mesh))
+    """Adds the peers' summands [B, T, D], and cuts the sum along the sequence, [B, t, D]."""
+    return _move(x, mesh, reduce_scatter_sequence, all_gather_sequence)
 
 
 def gather_features(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
-    """Parts of the last dim, of these sizes, to the whole on all peers."""
-    return cast(Tensor, _GatherFeatures.apply(x, sizes, mesh))
+    """Joins the parts of the last dim, of these sizes; all peers have the whole."""
+    start, size = sum(sizes[: mesh.tp_rank]), sizes[mesh.tp_rank]
+    return _move(
+        x,
+        mesh,
+        lambda part, mesh: gather_uneven(part, sizes, mesh),
+        lambda whole, mesh: whole.narrow(-1, start, size),
+    )
 
 
-class _Copy(torch.autograd.Function):
+Collective = Callable[[Tensor, ParallelMesh], Tensor]
+
+
+def _same(x: Tensor, mesh: ParallelMesh) -> Tensor:
+    return x.view_as(x)
+
+
+def _summed(x: Tensor, mesh: ParallelMesh) -> Tensor:
+    return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh)
+
+
+def _move(x: Tensor, mesh: ParallelMesh, forward: Collective, backward: Collective) -> Tensor:
+    return cast(Tensor, _Move.apply(x, mesh, forward, backward))
+
+
+class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh) -> Tensor:
-        ctx.mesh = mesh
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad_outputs[0].clone(memory_format=torch.contiguous_format), ctx.mesh), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh) -> Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh) -> Tensor:
-        ctx.mesh = mesh
-        return all_gather_sequence(x, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_sequence(grad_outputs[0], ctx.mesh), None
-
-
-class _SumAndCutSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh) -> Tensor:
-        ctx.mesh = mesh
-        return reduce_scatter_sequence(x, mesh)
+    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh, forward: Collective, backward: Collective) -> Tensor:
+        ctx.mesh, ctx.transpose = mesh, backward
+        return forward(x, mesh)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return all_gather_sequence(grad_outputs[0], ctx.mesh), None
-
-
-class _GatherFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
-        ctx.start, ctx.size = sum(sizes[: mesh.tp_rank]), sizes[mesh.tp_rank]
-        return gather_uneven(x, sizes, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0].narrow(-1, ctx.start, ctx.size), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.transpose(grad_outputs[0], ctx.mesh), None, None, None

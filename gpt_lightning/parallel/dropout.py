@@ -1,6 +1,6 @@
-"""Random numbers that differ between tensor-parallel peers, where each works on other values.
+"""Dropout that differs between tensor-parallel peers, where each works on other values.
 
-Outside of such regions peers draw the same numbers, since they were seeded alike and draw alike.
+Elsewhere the peers draw the same random numbers, since they are seeded alike and draw alike.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gpt_lightning.parallel.mesh import ParallelMesh
 
 
-def let_peers_differ(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
-    """In training, draw this peer's own random numbers inside of `module`, and go on as if none were drawn.
+def draw_own_numbers(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
+    """Have `module`, in training, draw random numbers of this peer's own, apart from the common ones.
 
-    The seed is itself drawn from the common stream. So whoever restores that stream (activation
-    checkpointing, a resumed run) restores these numbers too.
+    Their seed is drawn from the common stream. So whoever restores that stream (activation checkpointing, a
+    resumed run) restores these numbers too.
     """
     outer: list[tuple[torch.Generator, Tensor]] = []
 
@@ -34,7 +34,7 @@ def let_peers_differ(module: nn.Module, mesh: ParallelMesh, when: Callable[[], b
 
 
 def _switch(device: torch.device, tp_rank: int) -> tuple[torch.Generator, Tensor]:
-    seed = int(torch.randint(2**32, ()))  # on the host, where drawing does not wait for the device
+    seed = int(torch.randint(2**32, ()))  # on the host, which does not wait for the device
     generator = _default_generator(device)
     state = generator.get_state()
     # On the host a generator heeds the lowest 32 bits only.

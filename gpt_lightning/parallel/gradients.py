@@ -1,37 +1,98 @@
-"""The size of a gradient, in as few calls and passes over memory as the device allows."""
+"""The gradient of a model that tensor-parallel peers share: its norm, sums over the peers, loss scaling."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
-_SMALL = 2**16  # elements
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.collectives import all_reduce
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
 
-
-def squares(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Numbers of float32 at least, whose sum is that of the squares of all elements."""
-    small: list[Tensor] = []
-    large: list[Tensor] = []
-    others: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        if not (type(gradient) is Tensor and gradient.is_cpu and gradient.dtype == torch.float32):
-            others.setdefault(gradient.dtype, []).append(gradient)
-        elif gradient.numel() < _SMALL:
-            small.append(gradient)
-        else:
-            large.append(gradient)
-    pieces = [gradient.flatten() for gradient in large]
-    if small:  # a call for each takes longer than its elements do
-        pieces.append(_flatten_dense_tensors(small))  # DistributedDataParallel's: two thirds of a cat's time
-    values = [piece.dot(piece) for piece in pieces]
-    for dtype, tensors in others.items():
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.promote_types(dtype, torch.float32))
-        values.append(torch.stack(norms).square().sum())
-    return values
+WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
 
 
 def norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all together."""
-    values = squares(gradients)
-    return torch.stack(values).sum().sqrt() if values else torch.zeros(())
+    """The 2-norm of all together, in float32 at least: half precision would round it, or not hold it."""
+    return get_total_norm(
+        vector_norm(gradient, dtype=torch.float32) if gradient.element_size() < 4 else gradient
+        for gradient in gradients
+    )
+
+
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
+) -> Tensor:
+    """The 2-norm of the whole model's gradient: every part counts, a replicated tensor once."""
+    gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    cut = norm(gradient for parameter, gradient in gradients if parameter in shards)
+    replicated = norm(gradient for parameter, gradient in gradients if parameter not in shards)
+    device = gradients[0][1].device  # the norm of no tensors is on the host
+    return (all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()).sqrt()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> None:
+    """Sum the parameters' gradients over the tensor-parallel peers, in place and in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = all_reduce(torch.cat([gradient.flatten().to(dtype) for gradient in gradients]), mesh)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
+
+
+def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) -> None:
+    """Refuse optimizers whose step for one element depends on others, of which a peer has only some."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
+    if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
+        raise UserError(
+            f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
+            "choose one that works element by element, such as AdamW, or "
+            "trainer.strategy.tensor_parallel_size=1"
+        )
+
+
+def adapt_precision(plugin: Precision, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh) -> None:
+    """Have the plugin clip by the norm of the whole model and skip steps on all peers together."""
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        parameters = list(plugin.main_params(optimizer))
+        clip_grads_with_norm_(parameters, float(clip_val), gradient_norm(parameters, shards, mesh))
+
+    # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
+    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        if not isinstance(plugin.scaler, TensorParallelGradScaler):
+            plugin.scaler = TensorParallelGradScaler(plugin.scaler, mesh)
+
+
+class TensorParallelGradScaler(torch.amp.GradScaler):
+    """Skips a step on all peers when the gradient of any peer's part overflows."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, mesh: ParallelMesh) -> None:
+        super().__init__(
+            scaler._device,
+            init_scale=scaler.get_scale(),
+            growth_factor=scaler.get_growth_factor(),
+            backoff_factor=scaler.get_backoff_factor(),
+            growth_interval=scaler.get_growth_interval(),
+            enabled=scaler.is_enabled(),
+        )
+        self._mesh = mesh
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:
+        found_inf = super()._unscale_grads_(*args, **kwargs)
+        for found in found_inf.values():
+            all_reduce(found, self._mesh, dist.ReduceOp.MAX)
+        return found_inf

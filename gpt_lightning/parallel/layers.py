@@ -1,14 +1,15 @@
-"""Layers of which every tensor-parallel peer holds a part (Shoeybi et al. 2019, Korthikanti et al. 2022).
+"""The layers that tensor-parallel peers hold parts of (Shoeybi et al. 2019, Korthikanti et al. 2022).
 
-A column-parallel layer cuts its outputs, the row-parallel layer after it its inputs, so that between the two
-nothing is communicated: one all-reduce for the pair in the forward pass and one in the backward pass. With
-sequence parallelism the tensors outside of such pairs are cut along the sequence in training steps, where
-they are kept for the backward pass: an all-gather and a reduce-scatter take the place of each all-reduce.
+A column-parallel layer is cut along its outputs and the row-parallel layer after it along its inputs, so that
+nothing is communicated between them: the pair needs one all-reduce in the forward pass and one in the
+backward pass. With sequence parallelism, the activations outside of such pairs are cut along the sequence in
+training steps, which keep them for the backward pass; an all-gather and a reduce-scatter take the place of
+each all-reduce.
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,22 +19,25 @@ from torch import Tensor, nn
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.cross_entropy import VocabShard, linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
+    all_gather_sequence,
     all_reduce,
     copy_to_peers,
     gather_features,
     gather_sequence,
+    start_all_gather_sequence,
+    start_all_reduce,
+    start_reduce_scatter_sequence,
     sum_and_cut_sequence,
     sum_over_peers,
 )
-from gpt_lightning.parallel.column_linear import column_linear
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
 
 class SequenceParallel:
-    """Whether sequences are cut at this moment: one switch for all layers of a model.
+    """The switch, one for all layers of a model, that tells whether activations are cut along the sequence.
 
-    A layer's own training mode would not do: a frozen block in evaluation mode would take a part of the
+    A layer's training mode could not tell: a frozen block in evaluation mode would take a part of the
     sequence for the whole, without an error.
     """
 
@@ -45,7 +49,7 @@ class SequenceParallel:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Holds rows of the weight: makes some of the output features from all input features."""
+    """Holds rows of the weight: computes some of the output features from all input features."""
 
     def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
@@ -55,11 +59,52 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
+        return _column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
+
+
+def _column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
+) -> Tensor:
+    """Computes x @ weight.T + bias for this peer's rows of `weight`, and communicates during its arithmetic.
+
+    The gradient of x is summed over the peers. With `sequence_parallel`, x is this peer's part of the
+    sequence: all parts are gathered for the product, not kept, and gathered again in the backward pass.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, _ColumnLinear.apply(x, weight, bias, mesh, sequence_parallel))
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
+    ) -> Tensor:
+        ctx.mesh, ctx.sequence_parallel = mesh, sequence_parallel
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        whole = all_gather_sequence(x, mesh) if sequence_parallel else x
+        return F.linear(whole, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        y_grad = grad_outputs[0]
+        gathering = start_all_gather_sequence(x, ctx.mesh) if ctx.sequence_parallel else None
+        x_grad = y_grad @ weight.to(x.dtype)  # while the parts arrive
+        whole = x if gathering is None else gathering()
+        summing = (start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce)(
+            x_grad, ctx.mesh
+        )
+        rows = y_grad.flatten(0, -2)  # while the sum is taken
+        weight_grad = (rows.t() @ whole.flatten(0, -2)).to(weight.dtype)
+        bias_grad = None if ctx.bias_dtype is None else rows.sum(dim=0).to(ctx.bias_dtype)
+        return summing(), weight_grad, bias_grad, None, None
 
 
 class RowParallelLinear(nn.Module):
-    """Holds columns of the weight: its outputs are summands, which it sums over the peers."""
+    """Holds columns of the weight: its products are summands, which it adds up over the peers."""
 
     def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
@@ -78,13 +123,13 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Holds rows of the table; a token's vector comes from the one peer that has it."""
+    """Holds rows of the weight; a token's vector comes from the one peer that has its row."""
 
-    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
+    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
         self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(0, table.num_embeddings, mesh.tp_rank, mesh.tp_size)}
-        self.weight = table.weight
+        self.shards = {"weight": Shard(0, embedding.num_embeddings, mesh.tp_rank, mesh.tp_size)}
+        self.weight = embedding.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = input_ids - self.shards["weight"].start
@@ -101,12 +146,12 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class SequenceParallelEmbedding(nn.Module):
-    """A whole table that looks up this peer's part of the sequence: the learned positions."""
+    """Holds the whole weight, and looks up this peer's part of the sequence: the learned positions."""
 
-    def __init__(self, table: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
+    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
         self.mesh, self.sequence = mesh, sequence
-        self.weight = table.weight
+        self.weight = embedding.weight
 
     def forward(self, positions: Tensor) -> Tensor:
         if self.sequence.on:
@@ -116,7 +161,7 @@ class SequenceParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Holds rows of the output matrix; gathers logits on demand, and never for the loss."""
+    """Holds rows of the output layer's weight; gathers logits on demand, and never for the loss."""
 
     def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
@@ -125,7 +170,7 @@ class VocabParallelHead(nn.Module):
         self.weight = linear.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """All logits, on all peers, [..., V]."""
+        """Returns all logits, [..., V], on all peers."""
         logits = F.linear(self._enter(hidden), self.weight)
         return gather_features(logits, self.shards["weight"].sizes, self.mesh)
 

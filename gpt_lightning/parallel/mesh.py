@@ -1,4 +1,4 @@
-"""Who works with whom: a grid of processes, data-parallel replicas by tensor-parallel peers."""
+"""The grid of processes, data-parallel replicas by tensor-parallel peers, and its process groups."""
 
 from datetime import timedelta
 from typing import Any
@@ -26,7 +26,7 @@ def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
 
 
 class ParallelMesh:
-    """The process groups of this rank. Tensor-parallel peers, which talk the most, have adjacent ranks."""
+    """Holds the process groups of this rank; tensor-parallel peers, which talk the most, are adjacent."""
 
     def __init__(
         self,
@@ -37,22 +37,34 @@ class ParallelMesh:
     ) -> None:
         self.dp_size, self.tp_size = world_size // tensor_parallel_size, tensor_parallel_size
         grid = torch.arange(world_size).view(self.dp_size, self.tp_size)
-        # Made here, since the groups that a DeviceMesh makes wait as long as they like.
-        self.dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout)
-        self.tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout)
+        dp_rank, tp_rank = divmod(dist.get_rank(), self.tp_size)
+        # Made here, since the groups that a DeviceMesh makes know no timeout.
+        self.dp_group = _own_group(grid[:, tp_rank], timeout)
+        self.tp_group = _own_group(grid[dp_rank], timeout)
         self.device_mesh = DeviceMesh.from_group(
             [self.dp_group, self.tp_group], device_type, mesh=grid, mesh_dim_names=AXES
         )
-        self.dp_rank, self.tp_rank = dist.get_rank(self.dp_group), dist.get_rank(self.tp_group)
+        self.dp_rank, self.tp_rank = dp_rank, tp_rank
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":
         return self  # process groups cannot be copied, and a copied module talks to the same peers
 
+    @property
+    def is_first_rank(self) -> bool:
+        return self.dp_rank == self.tp_rank == 0
+
     def tp_peer(self, tp_rank: int) -> int:
-        """Global rank of a tensor-parallel peer of this rank."""
+        """The global rank of a tensor-parallel peer of this rank."""
         return dist.get_global_rank(self.tp_group, tp_rank)
 
     def from_first_peer(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first tensor-parallel peer's tensor, such as the tokens that it sampled, in place."""
+        """Overwrites a tensor, such as sampled tokens, by that of the first tensor-parallel peer."""
         dist.broadcast(tensor, src=self.tp_peer(0), group=self.tp_group)
         return tensor
+
+
+def _own_group(ranks: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Makes a group of this rank and others; the ranks outside of it take no part in that."""
+    group = dist.new_group(ranks.tolist(), timeout, use_local_synchronization=True)
+    assert group is not None
+    return group

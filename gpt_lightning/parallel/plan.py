@@ -1,9 +1,8 @@
-"""The plan of a parallel model, "submodule pattern -> style", and what it does to the model's modules."""
+"""A model's plan, submodule pattern -> ParallelStyle, and the parallel layers that it puts into the model."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.linear import is_plain_linear
-from gpt_lightning.parallel.dropout import let_peers_differ
+from gpt_lightning.parallel.dropout import draw_own_numbers
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -24,8 +23,8 @@ from gpt_lightning.parallel.layers import (
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 
-Style = Literal["column", "row", "vocab_embedding", "vocab_head", "sharded_dropout", "sequence"]
-KINDS: dict[Style, tuple[type[nn.Module], ...]] = {
+Kind = Literal["column", "row", "vocab_embedding", "vocab_head", "sharded_dropout", "sequence"]
+LAYERS: dict[Kind, tuple[type[nn.Module], ...]] = {
     "column": (nn.Linear,),
     "row": (nn.Linear,),
     "vocab_embedding": (nn.Embedding,),
@@ -33,31 +32,37 @@ KINDS: dict[Style, tuple[type[nn.Module], ...]] = {
     "sharded_dropout": (nn.Module,),
     "sequence": (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout),
 }
+PARALLEL_LAYERS: dict[Kind, Callable[[Any, ParallelMesh, SequenceParallel], nn.Module]] = {
+    "column": ColumnParallelLinear,
+    "row": RowParallelLinear,
+    "vocab_embedding": VocabParallelEmbedding,
+    "vocab_head": VocabParallelHead,
+}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How tensor-parallel peers share a submodule.
+class ParallelStyle(NamedTuple):
+    """Says how tensor-parallel peers share a submodule.
 
-    - `column`, `row`: nn.Linear layers cut along their outputs and, after them, along their inputs.
-    - `vocab_embedding`, `vocab_head`: the token table (nn.Embedding) and the output matrix (nn.Linear without
-      bias), cut along the vocabulary.
-    - `sharded_dropout`: a submodule with dropout between a column and a row: its random numbers differ.
-    - `sequence`: a layer norm, a dropout or a table of positions outside of such pairs: replicated, and under
-      sequence parallelism at work on a part of the sequence.
+    - `column`, `row`: nn.Linear layers sharded along their outputs and, after them, along their inputs.
+    - `vocab_embedding`, `vocab_head`: the token embedding (nn.Embedding) and the output layer (nn.Linear
+      without bias), sharded along the vocabulary.
+    - `sharded_dropout`: a submodule with dropout between a column and a row: each peer drops other elements.
+    - `sequence`: a layer norm, a dropout or a position embedding outside of such pairs: replicated and, under
+      sequence parallelism, applied to a part of the sequence.
 
-    `units` counts what a cut must leave whole, such as heads, and `option` is what users call that number.
+    `units` counts what a peer must have whole, such as heads, and `option` is what users call that number.
     """
 
-    style: Style
+    kind: Kind
     units: int | None = None
     option: str | None = None
 
 
-Plan = Mapping[str, "Cut | Style"]
+Plan = Mapping[str, Kind | tuple[Kind, int | None, str | None]]  # the latter most often a ParallelStyle
 
 
 def plan_of(module: nn.Module) -> Plan:
+    """Returns what the module's `tensor_parallel_plan()` does."""
     make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
     if make is None:
         raise UserError(
@@ -68,61 +73,58 @@ def plan_of(module: nn.Module) -> Plan:
     return make()
 
 
-def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, Cut]:
-    """Submodule name -> Cut, checked; patterns are those of file names: `blocks.*.attn`."""
-    cuts: dict[str, Cut] = {}
-    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
-    for pattern, cut in plan.items():
-        cut = cut if isinstance(cut, Cut) else Cut(cut)
-        if cut.style not in KINDS:
+def styles_of(module: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:
+    """The styles in the module's own plan, by submodule; none where every rank has all of it."""
+    return resolve(module, plan_of(module), tp_size) if tp_size > 1 else {}
+
+
+def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelStyle]:
+    """Finds the submodules that the plan's patterns name, like those of files, and checks their styles."""
+    styles: dict[str, ParallelStyle] = {}
+    for pattern, planned in plan.items():
+        style = ParallelStyle(planned) if isinstance(planned, str) else ParallelStyle(*planned)
+        if style.kind not in LAYERS:
             raise UserError(
-                f"tensor_parallel_plan: {pattern!r} has the unknown style {cut.style!r}; "
-                f"choose one of {', '.join(get_args(Style))}"
+                f"tensor_parallel_plan: {pattern!r} has the unknown style {style.kind!r}; "
+                f"choose one of {', '.join(get_args(Kind))}"
             )
-        matches = [name for name in names if _matches(name, pattern)]
-        if not matches:
+        names = [name for name, _ in module.named_modules(remove_duplicate=False) if _matches(name, pattern)]
+        if not names:
             raise UserError(
                 f"tensor_parallel_plan: {pattern!r} names no submodule of {type(module).__name__}; "
                 "correct the pattern or remove it"
             )
-        for name in matches:
-            if name in cuts:
+        for name in names:
+            if name in styles:
                 raise UserError(
                     f"tensor_parallel_plan: {pattern!r} names {name}, which another pattern names too; "
                     "let one of them name it"
                 )
-            _check(name, module.get_submodule(name), cut, tp_size)
-            cuts[name] = cut
-    return cuts
+            _check(name, module.get_submodule(name), style, tp_size)
+            styles[name] = style
+    return styles
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """As file names match: `*` stands for anything within one level of the hierarchy."""
+    """Matches as file names do: `*` stands for anything within one level of the hierarchy."""
     levels, patterns = name.split("."), pattern.split(".")
     return len(levels) == len(patterns) and all(map(fnmatch.fnmatchcase, levels, patterns))
 
 
-def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
-    if not isinstance(module, KINDS[cut.style]):
-        kinds = " or ".join(kind.__name__ for kind in KINDS[cut.style])
+def _check(name: str, module: nn.Module, style: ParallelStyle, tp_size: int) -> None:
+    if not isinstance(module, LAYERS[style.kind]):
+        kinds = " or ".join(kind.__name__ for kind in LAYERS[style.kind])
         raise UserError(
-            f"tensor_parallel_plan: {name} is a {type(module).__name__}, but the style {cut.style!r} is for "
+            f"tensor_parallel_plan: {name} is a {type(module).__name__}, but the style {style.kind!r} is for "
             f"{kinds}; choose another style, or build the model anew if it was cut before"
         )
-    if cut.style in ("column", "row", "vocab_embedding", "vocab_head"):
+    if style.kind in PARALLEL_LAYERS:
         _check_forward(name, module)
-    if cut.style in ("column", "row"):
+    if style.kind in ("column", "row"):
         assert isinstance(module, nn.Linear)
-        size = module.out_features if cut.style == "column" else module.in_features
-        units = cut.units or size
-        if units % tp_size:
-            option = cut.option or f"the {'outputs' if cut.style == 'column' else 'inputs'} of {name}"
-            raise UserError(
-                f"{option}={units} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}; "
-                f"choose a multiple of {tp_size}, or a tensor_parallel_size that divides {units}"
-            )
-    if cut.style in ("vocab_embedding", "vocab_head"):
-        _check_vocabulary(name, module, cut, tp_size)
+        _check_units(name, module, style, tp_size)
+    if style.kind in ("vocab_embedding", "vocab_head"):
+        _check_vocabulary(name, module, style, tp_size)
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
@@ -135,25 +137,36 @@ def _check_forward(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_vocabulary(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
+def _check_units(name: str, linear: nn.Linear, style: ParallelStyle, tp_size: int) -> None:
+    outputs = style.kind == "column"
+    units = style.units or (linear.out_features if outputs else linear.in_features)
+    if units % tp_size:
+        option = style.option or f"the {'outputs' if outputs else 'inputs'} of {name}"
+        raise UserError(
+            f"{option}={units} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}; "
+            f"choose a multiple of {tp_size}, or a tensor_parallel_size that divides {units}"
+        )
+
+
+def _check_vocabulary(name: str, module: nn.Module, style: ParallelStyle, tp_size: int) -> None:
     size = module.num_embeddings if isinstance(module, nn.Embedding) else getattr(module, "out_features")
     if Shard(0, size, tp_size - 1, tp_size).sizes[-1] < 1:
         raise UserError(
-            f"{cut.option or name}={size} is too small to be cut over trainer.strategy.tensor_parallel_size="
-            f"{tp_size}; choose a smaller tensor_parallel_size"
+            f"{style.option or name}={size} is too small to be cut over "
+            f"trainer.strategy.tensor_parallel_size={tp_size}; choose a smaller tensor_parallel_size"
         )
-    table = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
-    for option in table if isinstance(module, nn.Embedding) else ["bias"]:
+    of_embeddings = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
+    for option in of_embeddings if isinstance(module, nn.Embedding) else ["bias"]:
         value = getattr(module, option)
         if value is not None and value is not False:
             raise UserError(
-                f"tensor_parallel_plan: {name} has {option}, which the style {cut.style!r} does not know; "
+                f"tensor_parallel_plan: {name} has {option}, which the style {style.kind!r} does not know; "
                 "build it without"
             )
 
 
 def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
-    """Raise for what no plan can help: a step without a known end, layers that cannot be drawn one by one."""
+    """Raise UserError for a module that no plan can make parallel, by its steps or by its layers."""
     if sequence_parallel and not module.automatic_optimization:
         raise UserError(
             "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
@@ -175,30 +188,30 @@ def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
 
 def parallelize(
     module: nn.Module,
-    cuts: Mapping[str, Cut],
+    styles: Mapping[str, ParallelStyle],
     mesh: ParallelMesh,
     sequence: SequenceParallel | None = None,
     *,
     draw: bool = True,
 ) -> None:
-    """Replace the submodules named by their parallel versions, which keep this rank's part of each parameter.
+    """Replace the submodules named by parallel ones, which keep this rank's part of each parameter.
 
-    Parameters keep their identity, so ties survive. Those on the meta device are drawn here, layer by layer
-    in the order of `modules()` and whole, so that they are what one process draws, yet never all in memory.
-    Without `draw` they only get memory, for a checkpoint to fill. With `sequence`, sequences are cut while
-    it is on.
+    Parameters keep their identity, so tied ones stay tied. Those on the meta device are drawn whole, layer by
+    layer in the order of `modules()`: they get the values that one process draws, and are never all in
+    memory. Without `draw` they get memory alone, for a checkpoint to fill. With `sequence`, activations are
+    cut along the sequence while it is on.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
     cut_already: set[nn.Parameter] = set()
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(module.named_modules()):
         _materialize(layer, built, draw)
-        if name not in cuts:
+        if name not in styles:
             continue
-        parallel = _parallel_version(layer, cuts[name].style, mesh, sequence)
+        parallel = _parallel_version(layer, styles[name].kind, mesh, sequence)
         replaced[layer] = parallel.train(layer.training)
         for parameter, shard in sharded_parameters(parallel).items():
-            if parameter not in cut_already:  # a tied one is met twice
+            if parameter not in cut_already:  # a tied one comes twice
                 parameter.data = shard.cut(parameter.data).clone(memory_format=torch.contiguous_format)
                 cut_already.add(parameter)
     for parent in list(module.modules()):
@@ -208,24 +221,17 @@ def parallelize(
 
 
 def _parallel_version(
-    layer: nn.Module, style: Style, mesh: ParallelMesh, sequence: SequenceParallel | None
+    layer: nn.Module, kind: Kind, mesh: ParallelMesh, sequence: SequenceParallel | None
 ) -> nn.Module:
-    switch = sequence or SequenceParallel()
-    if style == "column" and isinstance(layer, nn.Linear):
-        return ColumnParallelLinear(layer, mesh, switch)
-    if style == "row" and isinstance(layer, nn.Linear):
-        return RowParallelLinear(layer, mesh, switch)
-    if style == "vocab_head" and isinstance(layer, nn.Linear):
-        return VocabParallelHead(layer, mesh, switch)
-    if style == "vocab_embedding" and isinstance(layer, nn.Embedding):
-        return VocabParallelEmbedding(layer, mesh, switch)
-    if style == "sharded_dropout":
-        let_peers_differ(layer, mesh)
-    if style == "sequence" and sequence is not None:
+    if kind in PARALLEL_LAYERS:
+        return PARALLEL_LAYERS[kind](layer, mesh, sequence or SequenceParallel())
+    if kind == "sharded_dropout":
+        draw_own_numbers(layer, mesh)
+    if kind == "sequence" and sequence is not None:
         if isinstance(layer, nn.Embedding):
             return SequenceParallelEmbedding(layer, mesh, sequence)
         if isinstance(layer, nn.Dropout):
-            let_peers_differ(layer, mesh, lambda: sequence.on)
+            draw_own_numbers(layer, mesh, lambda: sequence.on)
     return layer
 
 
@@ -242,11 +248,11 @@ def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw
         layer._parameters[key] = built.setdefault(original, drawn)  # a tied one was drawn before
 
 
-def partial_gradients(module: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[nn.Parameter]:
-    """Replicated parameters of which, under sequence parallelism, a peer has its own tokens' gradient."""
-    for name, cut in cuts.items():
+def partial_gradients(module: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[nn.Parameter]:
+    """The replicated parameters whose gradients, under sequence parallelism, are those of a peer's tokens."""
+    for name, style in styles.items():
         layer = module.get_submodule(name)
-        if cut.style == "sequence":
+        if style.kind == "sequence":
             yield from layer.parameters()
         elif isinstance(layer, RowParallelLinear) and layer.bias is not None:
             yield layer.bias

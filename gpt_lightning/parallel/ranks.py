@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other, and what a run of one rank has no need to ask."""
+"""Objects that all ranks of a run exchange; a run of one rank needs no process group for it."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import torch.distributed as dist
 
 
 def is_distributed() -> bool:
+    """Tells whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values of all ranks, by rank; all ranks call it."""
+    """Returns the values of all ranks, by rank; all ranks call it."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

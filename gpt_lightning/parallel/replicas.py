@@ -1,4 +1,4 @@
-"""A cheap proof that ranks which should hold the same numbers do."""
+"""A cheap check that the ranks which should hold the same parameters do."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
-    """Stop the run, on all ranks, if they hold different numbers."""
+    """Raise RuntimeError, on all ranks, if parameters differ that should be the same."""
     name = differing_parameter(module, mesh)
     if name is not None:
         raise RuntimeError(
@@ -22,9 +22,9 @@ def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
 
 
 def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
-    """The first parameter that is not bit for bit the same wherever it is replicated; all ranks agree.
+    """Names the first parameter that is not bit for bit the same wherever it is replicated, on all ranks.
 
-    Parts are compared over the data-parallel ranks, everything else over all ranks, by sums of the bits.
+    Parts are compared over the data-parallel ranks and all else over all ranks, by the sums of their bits.
     """
     shards = sharded_parameters(module)
     named = list(module.named_parameters())
@@ -34,7 +34,7 @@ def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
     sums = torch.stack([_bit_sum(parameter.detach()) for _, parameter in named])
     differs = _differs(sums, mesh.dp_group)
     differs |= _differs(sums, mesh.tp_group) & ~cut.to(differs.device)
-    # Whoever sees a difference tells all others, so that all stop together.
+    # A rank that sees a difference tells all others, so that all stop together.
     verdict = differs.to(torch.int32)
     dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
     different = verdict.nonzero()
@@ -46,7 +46,7 @@ def _bit_sum(x: Tensor) -> Tensor:
 
 
 def _differs(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Whether the least and the greatest of a group differ, per entry."""
+    """Tells, per entry, whether the least and the greatest value in a group differ."""
     extremes = torch.stack([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     return extremes[0] != -extremes[1]

@@ -1,17 +1,21 @@
-"""How one tensor is cut over the tensor-parallel peers."""
+"""How a tensor is cut over the tensor-parallel peers, and which of a model and its optimizer are cut."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpt_lightning.exit_codes import UserError
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor cut along `dim` into `tp_size` parts, the first ones of equal size and the last what remains.
+    """A tensor cut along `dim` into `tp_size` parts by the rule of `torch.chunk` and DTensor.
 
-    That is `torch.chunk`'s rule and DTensor's; a vocabulary that tp_size does not divide needs no padding.
+    The first parts are equal and the last is what remains: a size that tp_size does not divide needs no
+    padding.
     """
 
     dim: int
@@ -20,7 +24,7 @@ class Shard:
     tp_size: int
 
     def bounds(self, tp_rank: int) -> tuple[int, int]:
-        """Where a peer's part starts and stops along `dim`."""
+        """The start and stop of a peer's part along `dim`."""
         part = -(-self.full_size // self.tp_size)
         return min(tp_rank * part, self.full_size), min((tp_rank + 1) * part, self.full_size)
 
@@ -42,13 +46,13 @@ class Shard:
 
 
 class ParallelLayer(Protocol):
-    """A layer that holds parts of its parameters: name -> Shard. What is not named is replicated."""
+    """A layer that holds a part of some parameters, and all of those that `shards` does not name."""
 
     shards: dict[str, Shard]
 
 
 def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
-    """The parameters of which this rank holds a part, as the layers tell, which survive copies and moves."""
+    """The parameters of which this rank holds a part; the layers say so, also after a copy or a move."""
     return dict(_sharded_parameters(module))
 
 
@@ -57,3 +61,36 @@ def _sharded_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard
         for name, shard in getattr(layer, "shards", {}).items():
             if (parameter := layer._parameters.get(name)) is not None:
                 yield parameter, shard
+
+
+def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters in the order by which a state dict numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def map_optimizer_parts(
+    optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], change: Callable[[Tensor, Shard], Any]
+) -> dict[str, Any]:
+    """The optimizer's state dict with `change` applied to every tensor that is cut like its parameter."""
+
+    def changed(value: Any, parameter: nn.Parameter) -> Any:
+        return change(value, shards[parameter]) if _is_cut(value, parameter, shards) else value
+
+    state_dict, parameters = optimizer.state_dict(), parameters_by_index(optimizer)
+    state = {
+        index: {key: changed(value, parameters[index]) for key, value in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
+    """Tells whether an entry of a parameter's optimizer state is cut like it, as moments are."""
+    if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    if value.shape != parameter.shape:
+        raise UserError(
+            f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
+            "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
+        )
+    return True

@@ -37,7 +37,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.sharding import tensor_parallel_plan
 from gpt_lightning.parallel.gradients import norm
-from gpt_lightning.parallel.plan import Cut
+from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.completion_callback import CompletionCallback
@@ -302,9 +302,9 @@ class GPTLightningModule(LightningModule):
 
     # Tensor parallelism
 
-    def tensor_parallel_plan(self) -> dict[str, Cut]:
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
         plan = tensor_parallel_plan(self.model.config)
-        return {f"model.{name}": Cut(*sharding) for name, sharding in plan.items()}
+        return {f"model.{name}": ParallelStyle(*sharding) for name, sharding in plan.items()}
 
     # Optimizer and checkpoint
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.parallel.full_layout import gather_to_first
 from gpt_lightning.parallel.shard import sharded_parameters
-from gpt_lightning.parallel.state_dict import gather_to_first
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig

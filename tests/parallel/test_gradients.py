@@ -1,15 +1,21 @@
-"""Squares and norms against those of one long vector in float64."""
+"""The norm of a gradient of which each peer holds a part, against that of one long vector in float64."""
+
+from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from gpt_lightning.parallel.gradients import _SMALL, norm, squares
+from gpt_lightning.parallel.gradients import gradient_norm
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
+from tests.distributed import run_ranks
 
 
 def gradients() -> list[Tensor]:
     torch.manual_seed(0)
-    matrix = torch.randn(300, 2 * _SMALL // 300)
+    matrix = torch.randn(300, 400)
     return [
         torch.randn(7, 5),
         torch.randn(()),
@@ -22,19 +28,42 @@ def gradients() -> list[Tensor]:
     ]
 
 
-def test_squares_are_those_of_all_elements() -> None:
-    expected = sum(float(gradient.double().square().sum()) for gradient in gradients())
-    assert sum(map(float, squares(gradients()))) == pytest.approx(expected, rel=1e-6)
-    assert float(norm(gradients())) == pytest.approx(expected**0.5, rel=1e-6)
+PLACES = [place for place, gradient in enumerate(gradients()) if gradient.numel()]
+VALUES = [float("nan"), float("inf"), -float("inf")]
 
 
-def test_nothing_has_no_length() -> None:
-    assert squares([]) == [] and norm([]) == 0
+def norms(cut: Iterable[int]) -> list[Tensor]:
+    """In a rank: the norm of all gradients, of none, and of all with one element that is not finite."""
+    dist.init_process_group("gloo")
+    mesh = ParallelMesh("cpu", dist.get_world_size(), dist.get_world_size())
+
+    def norm_of(whole: list[Tensor]) -> Tensor:
+        parameters, shards = [], {}
+        for place, gradient in enumerate(whole):
+            shard = Shard(0, len(gradient), mesh.tp_rank, mesh.tp_size) if place in cut else None
+            part = gradient if shard is None else shard.cut(gradient)
+            parameter = nn.Parameter(torch.empty_like(part))
+            parameter.grad = part
+            parameters.append(parameter)
+            if shard is not None:
+                shards[parameter] = shard
+        return gradient_norm(parameters, shards, mesh)
+
+    found = [norm_of(gradients()), norm_of([])]
+    for place in PLACES:
+        for value in VALUES:
+            given = gradients()
+            given[place][(-1,) * given[place].dim()] = value
+            found.append(norm_of(given))
+    return found
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 3, 5, 6, 7])  # all that have elements
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_element_that_is_not_finite_shows(place: int, value: float) -> None:
-    given = gradients()
-    given[place][(-1,) * given[place].dim()] = value
-    assert not norm(given).isfinite()
+@pytest.mark.parametrize("cut", [(), (0, 2, 3, 6), (0, 2, 3, 5, 6, 7)], ids=["none", "some", "most"])
+def test_the_norm_counts_every_element_once(cut: tuple[int, ...]) -> None:
+    expected = sum(float(gradient.double().square().sum()) for gradient in gradients()) ** 0.5
+    first, second = run_ranks(norms, 2, cut)
+    whole, nothing, *not_finite = first
+    assert float(whole) == pytest.approx(expected, rel=1e-5) and nothing == 0
+    assert len(not_finite) == len(PLACES) * len(VALUES)
+    assert not any(norm.isfinite() for norm in not_finite)
+    assert [norm.isfinite() for norm in first] == [norm.isfinite() for norm in second] and second[0] == whole

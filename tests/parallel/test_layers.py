@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 import gpt_lightning.kernels.cross_entropy as linear_cross_entropy
 from gpt_lightning.model.gpt import LMHead
+from gpt_lightning.parallel.full_layout import FullLayout, gather_to_first
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.plan import parallelize, resolve
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
-from gpt_lightning.parallel.state_dict import full_state_dict, gather_to_first
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -213,7 +214,7 @@ def whole() -> dict[str, Tensor]:
     model, groups = LanguageModel(), mesh()
     parallelize(model, resolve(model, PLAN, groups.tp_size), groups)
     assert model.head.weight is model.table.weight, "the tie was lost"
-    return full_state_dict(model, groups)
+    return FullLayout(model, groups, TorchCheckpointIO()).model_state()
 
 
 def test_a_gathered_state_dict_is_the_uncut_one() -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import Linear
-from gpt_lightning.parallel.plan import Cut, plan_of, resolve
+from gpt_lightning.parallel.plan import ParallelStyle, plan_of, resolve
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
@@ -117,8 +117,8 @@ def test_sizes_that_cannot_be_cut(sizes: dict[str, Any], tp: int, words: list[st
         ({"net.0": "vocab_embedding"}, ["net.0 is a Linear", "Embedding"]),
         ({"net.0": "columns"}, ["unknown style 'columns'", "column, row"]),
         ({"net.2": "vocab_head"}, ["net.2 has bias"]),
-        ({"net.0": Cut("column", 5, "model.groups")}, ["model.groups=5 is not divisible"]),
-        ({"net.2": Cut("row", 5)}, ["the inputs of net.2=5 is not divisible"]),
+        ({"net.0": ParallelStyle("column", 5, "model.groups")}, ["model.groups=5 is not divisible"]),
+        ({"net.2": ParallelStyle("row", 5)}, ["the inputs of net.2=5 is not divisible"]),
     ],
 )
 def test_plans_that_make_no_sense(plan: Any, words: list[str]) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt_lightning.parallel.precision import TensorParallelGradScaler
+from gpt_lightning.parallel.gradients import TensorParallelGradScaler
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of, validate

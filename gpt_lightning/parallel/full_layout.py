@@ -1,0 +1,120 @@
+"""Checkpoints as one ordinary file: parts are gathered to save it, and cut from it to load it."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpt_lightning.checkpoint.atomic import set_aside
+from gpt_lightning.checkpoint.files import is_sharded, verify
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_by_index, sharded_parameters
+
+
+class FullLayout:
+    """Saves and loads the file that one process would have written, whatever the number of ranks.
+
+    All ranks call every method; what is gathered is complete on the first one, and empty on the others.
+    """
+
+    def __init__(self, module: nn.Module, mesh: ParallelMesh, checkpoint_io: CheckpointIO) -> None:
+        self.module, self.mesh, self.checkpoint_io = module, mesh, checkpoint_io
+
+    def model_state(self) -> dict[str, Any]:
+        """The state dict of the whole model."""
+        if self.mesh.dp_rank != 0:  # replicas have nothing to add
+            return {}
+        shards = sharded_parameters(self.module)
+        gathered: dict[nn.Parameter, Tensor | None] = {}
+        full: dict[str, Any] = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter) and value in shards:
+                if value not in gathered:  # tied parameters are one tensor in the file too
+                    gathered[value] = gather_to_first(value, shards[value], self.mesh)
+                full[name] = gathered[value]
+            else:
+                full[name] = value.detach() if isinstance(value, Tensor) else value
+        return full if self.mesh.tp_rank == 0 else {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state dict that the optimizer of the whole model would have."""
+        if self.mesh.dp_rank != 0:
+            return {}
+        shards = sharded_parameters(self.module)
+        full = map_optimizer_parts(
+            optimizer, shards, lambda part, shard: gather_to_first(part, shard, self.mesh)
+        )
+        return full if self.mesh.tp_rank == 0 else {}
+
+    def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+        """Write the file, in the first rank; a sharded checkpoint of that name makes way."""
+        if not self.mesh.is_first_rank:
+            return
+        # A plugin that takes options may only begin to write, and makes way itself when it does.
+        makes_way = storage_options is None and is_sharded(Path(path))
+        with set_aside(Path(path)) if makes_way else nullcontext():
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    def read(self, path: str | Path) -> dict[str, Any]:
+        """The checkpoint, mapped and not read: a rank that takes its parts never has the whole in memory."""
+        is_plain = type(self.checkpoint_io).load_checkpoint is TorchCheckpointIO.load_checkpoint
+        if is_plain and Path(path).is_file():
+            verify(Path(path))
+            mapped: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return mapped
+        return self.checkpoint_io.load_checkpoint(path, weights_only=True)
+
+    def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
+        """Give the module this rank's part of each tensor."""
+        shards, own = sharded_parameters(self.module), self.module.state_dict(keep_vars=True)
+        state = dict(checkpoint["state_dict"])
+        for name, value in state.items():
+            parameter = own.get(name)
+            if isinstance(parameter, nn.Parameter) and parameter in shards:
+                state[name] = _cut(value, parameter, shards[parameter])
+        self.module.load_state_dict(state, strict=strict)
+
+    def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Give the optimizers this rank's part of their state."""
+        shards = sharded_parameters(self.module)
+        for optimizer, whole in zip(optimizers, checkpoint["optimizer_states"]):
+            parameters, state = parameters_by_index(optimizer), {}
+            for index, entry in whole["state"].items():
+                parameter = parameters[index]
+                if parameter in shards:
+                    entry = {key: _cut(value, parameter, shards[parameter]) for key, value in entry.items()}
+                # Copied, since the optimizer changes it and the whole may be mapped from a file.
+                state[index] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in entry.items()}
+            optimizer.load_state_dict({**whole, "state": state})
+
+
+def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | None:
+    """The full tensor, in host memory of the first tensor-parallel peer; None on the others.
+
+    Parts arrive one after the other, so that a device never holds more than its own part and one more.
+    """
+    if mesh.tp_rank != 0:
+        dist.send(part.detach().contiguous(), dst=mesh.tp_peer(0), group=mesh.tp_group)
+        return None
+    full = torch.empty(shard.full_shape(part), dtype=part.dtype)
+    for peer in range(mesh.tp_size):
+        start, stop = shard.bounds(peer)
+        target = full.narrow(shard.dim, start, stop - start)
+        arrived = part.detach()
+        if peer != 0:
+            arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
+            dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
+        target.copy_(arrived)
+    return full
+
+
+def _cut(value: Any, parameter: nn.Parameter, shard: Shard) -> Any:
+    """This rank's part of a whole tensor; another shape stays, for `load_state_dict` to complain about."""
+    is_whole = isinstance(value, Tensor) and list(value.shape) == shard.full_shape(parameter)
+    return shard.cut(value) if is_whole else value

@@ -1,0 +1,242 @@
+"""Checkpoints as a folder to which every rank adds its part, to be read again at any topology.
+
+This module is slow to import, as checkpoint.folder is: it is imported when the first such folder is met.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as DTensorShard
+from torch.optim import Optimizer
+
+from gpt_lightning.checkpoint.atomic import put_folder, remove, unfinished_folder
+from gpt_lightning.checkpoint.files import (
+    FOLDER_KEY,
+    REST,
+    CheckpointWriteError,
+    digest_of,
+    first_non_finite,
+    refuse_non_finite,
+    write,
+    write_error,
+)
+from gpt_lightning.checkpoint.folder import (
+    CONTENTS,
+    DIGESTS_KEY,
+    OPTIMIZERS,
+    TIED_KEY,
+    WEIGHTS,
+    Reader,
+    check_files,
+    complaining,
+    missing_parts,
+    read_rest,
+    tensors_in,
+    with_tensors,
+)
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_by_index, sharded_parameters
+
+
+class ShardedLayout:
+    """Saves and loads such a folder. All ranks call every method."""
+
+    def __init__(self, module: nn.Module, mesh: ParallelMesh) -> None:
+        self.module, self.mesh = module, mesh
+
+    def model_state(self) -> dict[str, Any]:
+        """The state dict with each part as a DTensor, which knows where it belongs; without communication."""
+        shards = sharded_parameters(self.module)
+        return {
+            name: self._as_dtensor(value, shards[value]) if value in shards else value.detach()
+            for name, value in self.module.state_dict(keep_vars=True).items()
+        }
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state dict with each part as a DTensor."""
+        return map_optimizer_parts(optimizer, sharded_parameters(self.module), self._as_dtensor)
+
+    def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+        """Write the folder, which gets its name when it is whole; options are for files."""
+        folder = Path(gathered(str(path))[0])
+        tied = _tied_names(checkpoint[WEIGHTS])
+        tensors = dict(_named_tensors(checkpoint, tied))
+        parts = ((name, _local(value)) for name, value in tensors.items())
+        refuse_non_finite(_first_of(first_non_finite(parts)))
+        temporary = unfinished_folder(folder)
+        with _failing_together(folder):
+            if self.mesh.is_first_rank:
+                remove(temporary)  # parts of a save that was interrupted
+        with _failing_together(folder):
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
+        digests = gathered(_digests_of_own(temporary))
+        with _failing_together(folder):
+            if self.mesh.is_first_rank:
+                _check_all_arrived(temporary)
+                rest = {**_without_tensors(checkpoint), TIED_KEY: tied}
+                rest[DIGESTS_KEY] = {name: digest for own in digests for name, digest in own.items()}
+                write(rest, temporary / REST)
+                put_folder(temporary, folder)
+
+    def read(self, path: str | Path) -> dict[str, Any]:
+        """All of the checkpoint but its tensors; the ranks share the work of verifying the files."""
+        folder, complaint = Path(path), None
+        try:
+            rest = read_rest(folder)
+            with complaining(folder):
+                check_files(folder, rest, share=dist.get_rank(), shares=dist.get_world_size())
+        except UserError as error:
+            complaint = str(error)
+        if (complaint := _first_of(complaint)) is not None:
+            raise UserError(complaint)
+        return rest
+
+    def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
+        """Read this rank's part of every tensor into the module."""
+        folder, tied = Path(checkpoint[FOLDER_KEY]), checkpoint[TIED_KEY]
+        own, shards = self.module.state_dict(keep_vars=True), sharded_parameters(self.module)
+        saved = {key.partition("/")[2] for key, _ in tensors_in(folder, f"{WEIGHTS}/")}
+        missing, unexpected = own.keys() - saved - tied.keys(), saved.union(tied) - own.keys()
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"{folder} does not fit {type(self.module).__name__}: missing {sorted(missing)}, unexpected "
+                f"{sorted(unexpected)}"
+            )
+        keys = {name: f"{WEIGHTS}/{tied.get(name, name)}" for name in own if name not in missing}
+        wanted: dict[str, Tensor] = {}
+        for name, key in keys.items():
+            value = own[name]
+            part = self._as_dtensor(value, shards[value]) if value in shards else value.detach()
+            wanted.setdefault(key, part)
+        with complaining(folder):
+            dcp.load(wanted, storage_reader=Reader(folder))
+        for name, key in keys.items():
+            read = _local(wanted[key])
+            if read.data_ptr() != own[name].data_ptr():  # tied in the file alone, or on the mesh's device
+                own[name].detach().copy_(read)
+
+    def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Read this rank's part of the optimizers' state."""
+        folder = Path(checkpoint[FOLDER_KEY])
+        for number, (optimizer, rest) in enumerate(zip(optimizers, checkpoint[OPTIMIZERS])):
+            parts = self._empty_parts(folder, number, optimizer)
+            with complaining(folder):
+                dcp.load(parts, storage_reader=Reader(folder))
+            own = {key: _local(part) for key, part in parts.items()}
+            optimizer.load_state_dict(with_tensors(rest, own))
+
+    def _empty_parts(self, folder: Path, number: int, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Memory for this rank's part of each of an optimizer's tensors."""
+        shards, parameters = sharded_parameters(self.module), parameters_by_index(optimizer)
+        parts: dict[str, Tensor] = {}
+        for key, meta in tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
+            parameter, dtype = parameters[int(key.split("/")[2])], meta.properties.dtype
+            if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
+                parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shards[parameter])
+            else:
+                parts[key] = torch.empty(meta.size, dtype=dtype)
+        return parts
+
+    def _as_dtensor(self, part: Tensor, shard: Shard) -> DTensor:
+        placements: list[Placement] = [Replicate(), DTensorShard(shard.dim)]
+        shape = torch.Size(shard.full_shape(part))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part.detach(), self.mesh.device_mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+
+def _local(value: Tensor) -> Tensor:
+    """This rank's part, of which nothing is communicated."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+# ---- what the ranks tell each other
+
+
+@contextmanager
+def _failing_together(folder: Path) -> Generator[None, None, None]:
+    """Have what fails on one rank fail on all, in one line, and leave nothing behind."""
+    complaint = None
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, OSError):
+            raise
+        complaint = str(cause) if isinstance(cause, CheckpointWriteError) else str(write_error(folder, cause))
+    complaint = _first_of(complaint)
+    if complaint is not None:
+        if dist.get_rank() == 0:
+            remove(unfinished_folder(folder))
+        raise CheckpointWriteError(complaint)
+
+
+def _first_of(complaint: str | None) -> str | None:
+    """The complaint of the first rank that has one."""
+    return next((text for text in gathered(complaint) if text is not None), None)
+
+
+def _digests_of_own(folder: Path) -> dict[str, str]:
+    """The digests of the files that this rank has written."""
+    own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / CONTENTS] if dist.get_rank() == 0 else [])]
+    return {path.name: digest_of(path) for path in own}
+
+
+def _check_all_arrived(folder: Path) -> None:
+    if missing := missing_parts(folder):
+        raise CheckpointWriteError(
+            f"{folder} lacks {', '.join(missing)}: trainer.strategy.save_sharded needs a folder that "
+            "all nodes share"
+        )
+
+
+# ---- the two halves of a checkpoint: its tensors, and the rest
+
+
+def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """The earlier name of each tensor that has two."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, value in state_dict.items():
+        local = _local(value)
+        if local.numel() and first.setdefault(local.data_ptr(), name) != name:
+            tied[name] = first[local.data_ptr()]
+    return tied
+
+
+def _named_tensors(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The tensors of the model and of its optimizers, each under a name of its own."""
+    for name, value in checkpoint[WEIGHTS].items():
+        if name not in tied:
+            yield f"{WEIGHTS}/{name}", value
+    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
+        for index, entry in state["state"].items():
+            for key, value in entry.items():
+                if isinstance(value, Tensor):
+                    yield f"{OPTIMIZERS}/{number}/{index}/{key}", value
+
+
+def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """All else that the checkpoint holds."""
+    rest = {**checkpoint, WEIGHTS: {}}
+    if OPTIMIZERS in rest:
+        rest[OPTIMIZERS] = [
+            {**optimizer, "state": {index: _scalars(entry) for index, entry in optimizer["state"].items()}}
+            for optimizer in rest[OPTIMIZERS]
+        ]
+    return rest
+
+
+def _scalars(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
