@@ -14,6 +14,7 @@ from typing_extensions import override
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.trainer import validation_is_due
 
 RESUME_KEY = "resume"
 
@@ -57,7 +58,7 @@ class ExactResume(Callback):
         fit_loop = checkpoint["loops"]["fit_loop"]
         checkpoint[RESUME_KEY] = {
             "random_states": _of_all_ranks(_random_state(pl_module.device)),
-            "validation_is_due": _validation_is_due(trainer),
+            "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
             "samples_per_step": _samples_per_step(trainer),
@@ -83,7 +84,7 @@ class ExactResume(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_that_all_go_on_alike(trainer)
-        if not _validation_is_due(trainer):  # by the schedule of this run
+        if not validation_is_due(trainer):  # by the schedule of this run
             self._end_at_the_last_step(trainer)
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
@@ -176,18 +177,6 @@ def _epoch_is_finished(fit_loop: dict[str, Any], batches: float) -> bool:
     """Whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
     epochs, trained = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]
     return bool(epochs["processed"] < epochs["started"] and trained["processed"] >= batches)
-
-
-def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
-        return False
-    should_stop, trainer.should_stop = trainer.should_stop, False
-    try:
-        return bool(loop._should_check_val_fx(fetcher))
-    finally:
-        trainer.should_stop = should_stop
 
 
 def _place_in_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:

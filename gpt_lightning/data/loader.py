@@ -28,13 +28,16 @@ class TokenBatch(NamedTuple):
     targets: Tensor  # [B, T], -100 where nothing is scored
     document_ids: Tensor | None  # [B, T]
     sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
+    step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
     def to(self, device: torch.device) -> "TokenBatch":
         """Lightning calls it; without it, it would search each batch for what can be moved."""
         if device.type == "cpu":  # where batches are made
             return self
         in_background = device.type != "mps"  # https://github.com/pytorch/pytorch/issues/83015
-        return TokenBatch._make(x if x is None else x.to(device, non_blocking=in_background) for x in self)
+        return TokenBatch._make(
+            x.to(device, non_blocking=in_background) if isinstance(x, Tensor) else x for x in self
+        )
 
 
 class WindowBatches(Dataset[TokenBatch]):
@@ -63,27 +66,27 @@ class WindowBatches(Dataset[TokenBatch]):
         self.seq_len, self.batch_size = seq_len, batch_size
         self.rank, self.ranks = rank, ranks
         self.document_mask = document_mask
-        self.seed = seed
-        self.start, self.accumulate = start, accumulate
-        self.windows = windows.n_windows(split.n_tokens, seq_len)
+        self.seed, self.start = seed, start
+        n_windows = windows.n_windows(split.n_tokens, seq_len)
+        self.epochs = windows.Epochs(n_windows, batch_size * ranks, accumulate)
 
     def __len__(self) -> int:
-        return windows.n_batches(self.windows, self.batch_size * self.ranks, self.accumulate)
+        return self.epochs.n_batches(self.epochs.windows)
+
+    def n_targets(self, batches: range) -> int:
+        """Targets that are scored in these batches, by all ranks."""
+        spans = (self.epochs.span(self.start, batch) for batch in batches)
+        return sum(int(self._cut(np.arange(*span))[1].sum()) for span in spans)
+
+    def _cut(self, positions: windows.Ints) -> tuple[windows.Ints, windows.Ints]:
+        n_tokens = self.split.n_tokens
+        return windows.cut_windows(positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed)
 
     def __getitem__(self, batch: int) -> TokenBatch:
         sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
-        n_tokens = self.split.n_tokens
-        span = windows.batch_span(
-            self.start,
-            batch,
-            windows=self.windows,
-            global_batch=self.batch_size * self.ranks,
-            accumulate=self.accumulate,
-        )
+        span = self.epochs.span(self.start, batch)
         positions = windows.rank_positions(span, rank=self.rank, ranks=self.ranks)
-        starts, lengths = windows.cut_windows(
-            positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
-        )
+        starts, lengths = self._cut(positions)
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
@@ -95,7 +98,7 @@ class WindowBatches(Dataset[TokenBatch]):
         if self.document_mask:
             document_starts = self.split.document_starts
             document_ids = torch.from_numpy(
-                windows.document_ids(document_starts, starts, lengths, n_tokens=n_tokens, **sizes)
+                windows.document_ids(document_starts, starts, lengths, n_tokens=self.split.n_tokens, **sizes)
             )
         sample_ids = np.full(self.batch_size, -1)
         sample_ids[: len(positions)] = positions
