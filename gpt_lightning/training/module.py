@@ -153,23 +153,6 @@ class GPTLightningModule(LightningModule):
         if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
             self.log("step", float(self.trainer.global_step))
 
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if gradient_clip_algorithm not in (None, "norm") or self.device.type != "cpu":
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-                length = self.trainer.strategy.gradient_norm(parameters)
-            else:
-                length = norm(p.grad for p in parameters if p.grad is not None)
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, length)
-
     def _epoch(self) -> float:
         """As a fraction of the corpus, where Lightning would log whole ones."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
