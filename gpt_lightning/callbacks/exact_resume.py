@@ -56,8 +56,11 @@ class ExactResume(Callback):
     ) -> None:
         """All ranks call it: a checkpoint is dumped by all of them."""
         fit_loop = checkpoint["loops"]["fit_loop"]
+        states = gathered(_random_state(pl_module.device))
+        are_alike = all(_plain(state) == _plain(states[0]) for state in states[1:])
         checkpoint[RESUME_KEY] = {
-            "random_states": _of_all_ranks(_random_state(pl_module.device)),
+            # One, where all are alike, so that another number of ranks can go on from it.
+            "random_states": states[:1] if are_alike else states,
             "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
@@ -138,17 +141,8 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"])
 
 
-def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """By rank; a single one where all are equal, so that another number of ranks can go on from it."""
-    states = gathered(state)
-    return states[:1] if all(_equal(states[0], other) for other in states) else states
-
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    def plain(state: dict[str, Any]) -> list[Any]:
-        return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
-
-    return plain(one) == plain(other)
+def _plain(state: dict[str, Any]) -> list[Any]:
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
 
 
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:

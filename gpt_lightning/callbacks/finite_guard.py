@@ -14,9 +14,8 @@ from typing_extensions import override
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.gradients import norm
-from gpt_lightning.parallel.ranks import gathered, is_distributed
-from gpt_lightning.training.metrics import is_logging_step
-from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback
+from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
 DEVICES_THAT_SKIP = ("cuda",)
@@ -87,7 +86,7 @@ class FiniteGuard(TrainerCallback):
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
         refused = (~self._looked_at(trainer, pl_module, step.losses).isfinite()).float()
-        if is_distributed():
+        if trainer.world_size > 1:
             dist.all_reduce(refused, op=dist.ReduceOp.MAX)
         if self._device_decides:
             self._leave_out_on_device(optimizer, refused)

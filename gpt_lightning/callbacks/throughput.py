@@ -13,9 +13,9 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import StepRow, is_logging_step
+from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback
+from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 

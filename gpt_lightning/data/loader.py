@@ -30,15 +30,6 @@ class TokenBatch(NamedTuple):
     sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
-    def to(self, device: torch.device) -> "TokenBatch":
-        """Lightning calls it; without it, it would search each batch for what can be moved."""
-        if device.type == "cpu":  # where batches are made
-            return self
-        in_background = device.type != "mps"  # https://github.com/pytorch/pytorch/issues/83015
-        return TokenBatch._make(
-            x.to(device, non_blocking=in_background) if isinstance(x, Tensor) else x for x in self
-        )
-
 
 class WindowBatches(Dataset[TokenBatch]):
     """One rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
@@ -84,8 +75,9 @@ class WindowBatches(Dataset[TokenBatch]):
 
     def __getitem__(self, batch: int) -> TokenBatch:
         sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
-        span = self.epochs.span(self.start, batch)
-        positions = windows.rank_positions(span, rank=self.rank, ranks=self.ranks)
+        first, last = self.epochs.span(self.start, batch)
+        # Ranks take turns, so the global batch is the same for any number of ranks.
+        positions = np.arange(first + self.rank, last, self.ranks)
         starts, lengths = self._cut(positions)
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.

@@ -4,7 +4,7 @@ Lightning restores its loop counters by itself, so this keeps no second count th
 remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
@@ -25,20 +25,20 @@ class TrainingOrder:
 
     def start(self) -> None:
         """Begin anew with a trainer that has not seen what an earlier one restored."""
-        if self._counts()[0] < self._first_batch:
+        if self._counts().total < self._first_batch:
             self.first_sample = self._first_batch = self._first_epoch_batches = 0
             self._first_epoch_is_finished = False
 
     def consumed_samples(self, epochs: Epochs) -> int:
         """The position: windows that were trained on, over all ranks and epochs."""
-        return epochs.span(self.first_sample, self._since_restored()[0])[0]
+        return epochs.span(self.first_sample, self._counts().since_restored)[0]
 
     def state_dict(self, epochs: Epochs) -> dict[str, int]:
-        since, of_epoch = self._since_restored()
+        counts = self._counts()
         return {
             "consumed_samples": self.consumed_samples(epochs),
-            "batches": self._first_batch + since,
-            "epoch_batches": of_epoch,
+            "batches": self._first_batch + counts.since_restored,
+            "epoch_batches": counts.of_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -53,7 +53,8 @@ class TrainingOrder:
 
     def batch_numbers(self, epochs: Epochs) -> BatchNumbers:
         """The rest of the epoch, numbered from the restored position."""
-        first, of_epoch = self._since_restored()
+        counts = self._counts()
+        first, of_epoch = counts.since_restored, counts.of_epoch
         if self._is_to_close_an_epoch():
             return BatchNumbers(range(first, first), of_epoch)
         usual = epochs.n_batches(epochs.windows)
@@ -70,13 +71,14 @@ class TrainingOrder:
         """
         trainer = self._datamodule.trainer
         assert trainer is not None
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        ready = batches.current.ready
         accumulate, of_epoch = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
         left = accumulate - ready % accumulate
         if ready < of_epoch:  # else Lightning resumes in an epoch that is finished, and goes on with it
             left = min(left, of_epoch - ready)
         # With overfit_batches Lightning has each epoch begin with batch 0.
-        first = ready if trainer.overfit_batches else self._since_restored()[0]
+        first = ready if trainer.overfit_batches else batches.total.processed - self._first_batch
         return ready % accumulate == 0, range(first, first + left)
 
     def keep_epoch_length_true(self, epochs: Epochs) -> None:
@@ -91,34 +93,36 @@ class TrainingOrder:
             trainer.reload_dataloaders_every_n_epochs = self._usual_reload
             self._usual_reload = None
 
-    def _counts(self) -> tuple[int, int, int]:
-        """Lightning's: batches trained in all epochs, trained in this one, and made ready in this one.
-
-        Those that are `processed` are right in every hook in which a checkpoint is saved.
-        """
+    def _counts(self) -> "_Counts":
         trainer = self._datamodule.trainer
         if trainer is None:
-            return 0, 0, 0
+            return _Counts(0, 0, self._first_epoch_batches, 0)
         batches = trainer.fit_loop.epoch_loop.batch_progress
-        return batches.total.processed, batches.current.processed, batches.current.ready
-
-    def _since_restored(self) -> tuple[int, int]:
-        """Batches trained since the restored position, and in Lightning's epoch."""
-        total, of_epoch, _ = self._counts()
-        # Lightning restores its counters after this state; until then it has trained on fewer.
-        since = max(0, total - self._first_batch)
-        return since, of_epoch if since else self._first_epoch_batches
+        # `processed` is right in every hook in which a checkpoint is saved. Lightning restores its counters
+        # after this state; until then it has trained on fewer.
+        since = max(0, batches.total.processed - self._first_batch)
+        of_epoch = batches.current.processed if since else self._first_epoch_batches
+        return _Counts(batches.total.processed, since, of_epoch, batches.current.ready)
 
     def _is_to_close_an_epoch(self) -> bool:
         """Until Lightning has asked for the batches of that epoch."""
-        total, _, ready = self._counts()
-        if not self._first_epoch_is_finished or total > self._first_batch:
+        counts = self._counts()
+        if not self._first_epoch_is_finished or counts.since_restored:
             return False
         # Nothing is counted before the counters are restored, and in the epoch after that one.
-        return total < self._first_batch or ready > 0
+        return counts.total < self._first_batch or counts.ready > 0
 
     def _epochs_are_limited(self, usual: int) -> bool:
         """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""
         trainer = self._datamodule.trainer
         limit = 1.0 if trainer is None else trainer.limit_train_batches
         return limit < (usual if isinstance(limit, int) else 1)
+
+
+class _Counts(NamedTuple):
+    """Batches that were trained, and those of Lightning's epoch that were begun."""
+
+    total: int
+    since_restored: int
+    of_epoch: int
+    ready: int

@@ -56,14 +56,6 @@ class Epochs:
         return epoch_start + min(self.windows, first), epoch_start + min(self.windows, last)
 
 
-def rank_positions(span: tuple[int, int], *, rank: int, ranks: int) -> Ints:
-    """What one data-parallel rank takes of a global batch.
-
-    Ranks take turns, so the global batch is the same for any number of ranks.
-    """
-    return np.arange(span[0] + rank, span[1], ranks, dtype=np.int64)
-
-
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
     """First target and number of targets of the windows at these positions, all of one epoch.
 

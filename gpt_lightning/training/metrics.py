@@ -10,10 +10,6 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 
-def is_logging_step(trainer: Trainer, step: int) -> bool:
-    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
-
-
 class StepRow:
     """The numbers of a logging step: for callbacks and bars at once, for loggers all in one row.
 

@@ -35,7 +35,7 @@ from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.completion_callback import CompletionCallback
-from gpt_lightning.training.metrics import StepRow, TokenLoss, is_logging_step
+from gpt_lightning.training.metrics import StepRow, TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
@@ -44,7 +44,7 @@ from gpt_lightning.training.optim import (
     keep_settings,
 )
 from gpt_lightning.training.prediction_rows import after_token, prediction_row
-from gpt_lightning.training.trainer import has_logged
+from gpt_lightning.training.trainer import has_logged, is_logging_step
 
 
 class GPTLightningModule(LightningModule):
@@ -114,7 +114,7 @@ class GPTLightningModule(LightningModule):
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         # Lightning divides by the number of micro-batches, and DDP by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
-        self._step_tokens = _tokens_of_step(batch, parts)
+        self._step_tokens = batch.step_tokens or _own_tokens(batch, parts)
         return (nll / (self._step_tokens / parts)).float()
 
     @override
@@ -309,10 +309,8 @@ class GPTLightningModule(LightningModule):
             checkpoint[VALIDATION_KEY] = self._last_validation
 
 
-def _tokens_of_step(batch: TokenBatch, parts: int) -> int:
-    """Targets that the optimizer step of this micro-batch scores, in all its parts."""
-    if batch.step_tokens is not None:
-        return batch.step_tokens
+def _own_tokens(batch: TokenBatch, parts: int) -> int:
+    """Targets that a batch scores which does not say what its step does, and is all of it."""
     if parts > 1:
         raise UserError(
             "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "

@@ -100,7 +100,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, h
 
 
 def keep_settings(settings: OptimizerConfig, checkpoint: dict[str, Any]) -> None:
-    """Put this run's settings into a checkpoint, of which PyTorch would restore those of the run that saved."""
+    """Put this run's settings into a checkpoint: PyTorch would restore those of the run that saved it."""
     for state in checkpoint.get("optimizer_states", []):
         for group in state["param_groups"]:
             group["lr"] *= settings.learning_rate / group["initial_lr"]

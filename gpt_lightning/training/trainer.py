@@ -3,11 +3,15 @@
 tests/training/test_trainer.py fails when one of them goes away, or is used anywhere else.
 """
 
+import subprocess
+import threading
 from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
@@ -44,24 +48,20 @@ class GPTTrainer(Trainer):
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """Save, and tell the callbacks before and after."""
-        for callback in told(self):
+        told = [callback for callback in self.callbacks if isinstance(callback, TrainerCallback)]
+        for callback in told:
             callback.on_save_start(self)
         super().save_checkpoint(filepath, weights_only, storage_options)
-        for callback in told(self):
+        for callback in told:
             callback.on_save_end(self)
-
-
-def told(trainer: Trainer) -> list[TrainerCallback]:
-    """The callbacks that hear of more than Lightning tells: all of that kind, with a GPTTrainer."""
-    is_ours = isinstance(trainer, GPTTrainer)
-    return [each for each in trainer.callbacks if is_ours and isinstance(each, TrainerCallback)]
 
 
 class _EpochLoop(_TrainingEpochLoop):
     @override
     def _on_before_fetch(self) -> None:
-        for callback in told(self.trainer):
-            callback.on_fetch_start(self.trainer)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, TrainerCallback):
+                callback.on_fetch_start(self.trainer)
         super()._on_before_fetch()
 
     @override
@@ -73,6 +73,11 @@ class _NoSignals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
         """None: Lightning's save nothing, end with code 0, and hang when one rank alone is signalled."""
+
+
+def is_logging_step(trainer: Trainer, step: int) -> bool:
+    """Whether the numbers of this optimizer step are logged."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
 def is_inside_a_step(trainer: Trainer) -> bool:
@@ -110,6 +115,23 @@ def has_logged(trainer: Trainer) -> bool:
 def log_step_now(trainer: Trainer) -> None:
     """Hand the loggers what was logged in this step with `self.log`; Lightning does it after the hooks."""
     trainer._logger_connector.update_train_step_metrics()
+
+
+def starts_ranks_as_programs(trainer: Trainer) -> bool:
+    """Whether Lightning starts the machine's other ranks, each as this program anew."""
+    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+
+
+def started_ranks(trainer: Trainer) -> dict[int, "subprocess.Popen[bytes]"]:
+    """The processes of the ranks that this one has started, which Lightning watches no longer."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return {}
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            # It would kill all ranks when one has a non-zero exit code, as those have that agreed to stop.
+            thread._child_processes = []
+    return {trainer.global_rank + 1 + number: child for number, child in enumerate(launcher.procs)}
 
 
 def timeout_of(trainer: Trainer) -> timedelta | None:

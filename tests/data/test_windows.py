@@ -97,7 +97,7 @@ def test_seeking_is_instant_anywhere() -> None:
     n_tokens, began = 10**16, time.perf_counter()
     count = windows.n_windows(n_tokens, 1024)
     span = windows.Epochs(count, global_batch=512).span(10**15, 10**9)
-    positions = windows.rank_positions(span, rank=1, ranks=64)
+    positions = np.arange(*span)[1::64]
     starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
     assert time.perf_counter() - began < 5  # walking there would take minutes
     assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
@@ -129,27 +129,6 @@ def test_every_optimizer_step_of_an_epoch_is_whole() -> None:
     assert windows.Epochs(16, 4, accumulate=4).n_batches(16) == 4
 
 
-@pytest.mark.parametrize("global_batch", [4, 8])
-def test_global_batch_is_the_same_on_any_number_of_ranks(global_batch: int) -> None:
-    count = 21
-
-    def global_batches(ranks: int) -> list[list[int]]:
-        found, start = [], 0
-        while start < 2 * count:
-            span = windows.Epochs(count, global_batch).span(start, 0)
-            shares = [
-                windows.rank_positions(span, rank=rank, ranks=ranks).tolist() for rank in range(ranks)
-            ]
-            assert all(len(share) <= global_batch // ranks for share in shares)
-            found.append(sorted(sum(shares, [])))
-            start = span[1]
-        return found
-
-    one = global_batches(1)
-    assert sum(one, []) == list(range(2 * count))
-    assert global_batches(2) == one and global_batches(4) == one
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: int, ranks: int) -> None:
@@ -159,7 +138,7 @@ def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: 
     for rank in range(ranks):
         for batch in range(epochs.n_batches(epochs.windows)):
             span = epochs.span(0, batch)
-            positions = windows.rank_positions(span, rank=rank, ranks=ranks)
+            positions = np.arange(*span)[rank::ranks]
             cut = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=None)
             inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
             assert inputs.shape == targets.shape == (batch_size, seq_len)
