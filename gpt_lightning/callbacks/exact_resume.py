@@ -1,4 +1,4 @@
-"""What a resumed run needs beside weights, optimizer and data position to be the run that never ended."""
+"""All that a resumed run needs, beside weights, optimizer and data, to be the run that never ended."""
 
 import logging
 import random
@@ -22,7 +22,7 @@ _log = logging.getLogger("gpt_lightning")
 
 
 class ExactResume(Callback):
-    """Random states of all ranks, and the place in Lightning's loops, saved and restored."""
+    """Saves and restores the random states of all ranks, and where Lightning's loops were."""
 
     def __init__(self) -> None:
         self._validating = False
@@ -81,7 +81,7 @@ class ExactResume(Callback):
         # The limit trainer.max_time is one of this process: a job that goes on has all of it again.
         checkpoint["callbacks"].pop(Timer.__qualname__, None)
         due, done = saved["validation_is_due"], saved["validation_is_done"]
-        _place_in_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
+        _set_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
         self._owes_last_validation = due and not done and checkpoint["global_step"] == trainer.max_steps
 
     @override
@@ -162,22 +162,22 @@ def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
 
 
 def _inside_a_batch(fit_loop: dict[str, Any]) -> bool:
-    """Whether the checkpoint is dumped in `on_train_batch_end`."""
+    """Tells whether the checkpoint is made in `on_train_batch_end`."""
     total = fit_loop["epoch_loop.batch_progress"]["total"]
     return bool(total["processed"] > total["completed"])
 
 
 def _epoch_is_finished(fit_loop: dict[str, Any], batches: float) -> bool:
-    """Whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
+    """Tells whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
     epochs, trained = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]
     return bool(epochs["processed"] < epochs["started"] and trained["processed"] >= batches)
 
 
-def _place_in_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
-    """Have Lightning go on at the end of the batch that was trained last.
+def _set_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
+    """Has Lightning go on at the end of the batch that was trained last.
 
-    Of a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end,
-    the epoch's end with it; of one saved during a validation it would validate on a part of the text.
+    After a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end,
+    the epoch's end with it; after one saved during a validation it would validate on a part of the text.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["total"]
     if _inside_a_batch(fit_loop):

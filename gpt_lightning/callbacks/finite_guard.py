@@ -30,7 +30,7 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass
 class _Step:
-    """What has to be told of an optimizer step if it is refused: its micro-batches."""
+    """Keeps what is told of an optimizer step if it is refused: its micro-batches."""
 
     number: int = 0
     losses: list[Tensor] = field(default_factory=list)
@@ -99,10 +99,10 @@ class FiniteGuard(TrainerCallback):
             optimizer.zero_grad(set_to_none=True)
 
     def _looked_at(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
-        """A number that is not finite if a loss or the square of the gradient that this rank holds is not.
+        """Returns what is not finite if a loss is not, or the squared norm of this rank's gradients.
 
-        A finite gradient whose square is infinite would end AdamW's moments. Infinite ones are no news while
-        fp16's scaler can lower its scale, and leaves out the step itself.
+        A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
+        its scale, it leaves out steps of infinite gradients itself.
         """
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         is_scaled = scaler is not None and scaler.get_scale() > 1
@@ -118,7 +118,7 @@ class FiniteGuard(TrainerCallback):
         optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]
 
     def _look(self, trainer: Trainer) -> None:
-        """At the steps that the device has decided about, which is to wait for it."""
+        """Waits for the device, and reads what it has decided about the steps since the last look."""
         unseen, self._unseen = self._unseen, []
         if unseen:
             refused = torch.stack([flag for _, flag in unseen]).tolist()
@@ -170,7 +170,7 @@ class FiniteGuard(TrainerCallback):
 
 
 def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
-    """Whether its step does nothing, on the device, where `found_inf` is 1; fp16's scaler sets it itself."""
+    """Tells whether a step does nothing, on the device, where `found_inf` is 1; fp16's scaler sets it."""
     device = trainer.strategy.root_device.type
     if device not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
         return False
@@ -179,7 +179,7 @@ def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
 
 
 def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, str]:
-    """What is not finite, and in which samples: those of the losses that are not, else all of the step."""
+    """Says what is not finite, and in which samples: those of the losses that are not, else of the step."""
     bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
     ids = [[int(i) for i in ids if i >= 0] for ids in sample_ids]
     all_found = gathered(
@@ -191,7 +191,7 @@ def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, 
 
 
 def _ranges(numbers: set[int]) -> str:
-    """`3-6, 9`."""
+    """Writes numbers as `3-6, 9`."""
     starts = sorted(n for n in numbers if n - 1 not in numbers)
     ends = sorted(n for n in numbers if n + 1 not in numbers)
     return ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(starts, ends))

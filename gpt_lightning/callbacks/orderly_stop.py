@@ -20,7 +20,7 @@ EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTE
 
 
 class Stopped(Exception):
-    """The run ended before its time, in order, on all ranks, and with this exit code."""
+    """Ends a run before its time, in order, on all ranks, and with this exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 class OrderlyStop(Callback):
-    """Must be the last callback: it ends the run when all others have seen the step.
+    """Ends the run when all other callbacks have seen the step, and so must be the last.
 
     A GPTTrainer has no handlers of Lightning's, which save nothing, end with code 0, and hang when one rank
     alone is signalled.
@@ -53,7 +53,7 @@ class OrderlyStop(Callback):
                     self._former_handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; a second SIGINT ends at once, as everywhere."""
+        """Remembers the signal; a second SIGINT ends at once, as everywhere."""
         name = signal.Signals(number).name
         if name == "SIGINT" and self._exit_code == INTERRUPTED:
             raise KeyboardInterrupt

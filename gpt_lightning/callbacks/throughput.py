@@ -21,7 +21,7 @@ PARTS = ("data", "step", "validation", "checkpoint", "other")
 
 
 class Throughput(TrainerCallback):
-    """Logs, at logging steps and of the time since the last one, under `throughput/`:
+    """Logs at logging steps, about the time since the last one, under `throughput/`:
 
     - `tokens_per_second`: scored tokens of all data-parallel ranks (tensor-parallel peers see the same
       tokens) over the time that is neither validation nor the writing of checkpoints.
@@ -132,7 +132,7 @@ class Throughput(TrainerCallback):
 
 
 class Stopwatch:
-    """Every moment belongs to the part that was turned to last."""
+    """Adds up the time of each part; every moment belongs to the part that was turned to last."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -140,7 +140,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def turn_to(self, part: str) -> str:
-        """The part that was on before."""
+        """Returns the part that was on before."""
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         former, self._part, self._since = self._part, part, now

@@ -209,9 +209,8 @@ class TextDataModule(LightningDataModule):
             raise self._no_train_files()
         epochs = self._epochs()
         self._order.keep_epoch_length_true(epochs)
-        self._training = self._window_batches(
-            split, seed=self.seed, start=self._order.first_sample, accumulate=epochs.accumulate
-        )
+        order = {"seed": self.seed, "start": self._order.first_sample, "accumulate": epochs.accumulate}
+        self._training = self._window_batches(split, **order)
         return self._loader(self._training, lambda: self._order.batch_numbers(epochs))
 
     @override
@@ -235,12 +234,10 @@ class TextDataModule(LightningDataModule):
         split = self._split(name)
         if split is None:
             return []
-        dataset = self._window_batches(split, seed=None, start=0, accumulate=1)
+        dataset = self._window_batches(split)
         return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
 
-    def _window_batches(
-        self, split: TokenSplit, *, seed: int | None, start: int, accumulate: int
-    ) -> WindowBatches:
+    def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
         return WindowBatches(
             split,
@@ -249,10 +246,8 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             ranks=ranks,
             document_mask=self.document_mask,
-            seed=seed,
-            start=start,
-            accumulate=accumulate,
             vocab_size=self.vocab_size,
+            **order,
         )
 
     def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:

@@ -27,12 +27,12 @@ class TokenBatch(NamedTuple):
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
     document_ids: Tensor | None  # [B, T]
-    sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
+    sample_ids: Tensor | None = None  # [B], positions in the training order; -1 for a row that none fills
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
 
 class WindowBatches(Dataset[TokenBatch]):
-    """One rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
+    """Makes one rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
 
     A batch is gathered in one go, and its number is all that a worker is told: what it holds cannot depend on
     how many workers there are. Numbers count from the sample at `start`, over epoch ends.
@@ -47,10 +47,10 @@ class WindowBatches(Dataset[TokenBatch]):
         rank: int,
         ranks: int,
         document_mask: bool,
-        seed: int | None,
-        start: int,
-        accumulate: int,
         vocab_size: int,
+        seed: int | None = None,
+        start: int = 0,
+        accumulate: int = 1,
     ) -> None:
         self.split = split
         self.vocab_size = vocab_size
@@ -65,7 +65,7 @@ class WindowBatches(Dataset[TokenBatch]):
         return self.epochs.n_batches(self.epochs.windows)
 
     def n_targets(self, batches: range) -> int:
-        """Targets that are scored in these batches, by all ranks."""
+        """Counts the targets that all ranks score in these batches."""
         spans = (self.epochs.span(self.start, batch) for batch in batches)
         return sum(int(self._cut(np.arange(*span))[1].sum()) for span in spans)
 

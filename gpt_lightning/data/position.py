@@ -13,7 +13,7 @@ from gpt_lightning.data.windows import Epochs
 
 
 class TrainingOrder:
-    """The position of one datamodule's training, and the batches left in its epoch and optimizer step."""
+    """Tells one datamodule's position in training, and the batches left in its epoch and optimizer step."""
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
@@ -30,7 +30,7 @@ class TrainingOrder:
             self._first_epoch_is_finished = False
 
     def consumed_samples(self, epochs: Epochs) -> int:
-        """The position: windows that were trained on, over all ranks and epochs."""
+        """Counts the windows that were trained on, over all ranks and epochs: the position."""
         return epochs.span(self.first_sample, self._counts().since_restored)[0]
 
     def state_dict(self, epochs: Epochs) -> dict[str, int]:
@@ -52,7 +52,7 @@ class TrainingOrder:
         self._first_epoch_is_finished = True
 
     def batch_numbers(self, epochs: Epochs) -> BatchNumbers:
-        """The rest of the epoch, numbered from the restored position."""
+        """Numbers the rest of the epoch from the restored position."""
         counts = self._counts()
         first, of_epoch = counts.since_restored, counts.of_epoch
         if self._is_to_close_an_epoch():
@@ -65,7 +65,7 @@ class TrainingOrder:
         return BatchNumbers(range(first, first + left), of_epoch + left)
 
     def rest_of_step(self) -> tuple[bool, range]:
-        """Whether the next batch begins an optimizer step, and the numbers of its batches from this one on.
+        """Tells whether the next batch begins an optimizer step, and the step's batches from this one on.
 
         Lightning steps after `accumulate_grad_batches` batches of an epoch, and after its last.
         """

@@ -57,7 +57,7 @@ class Epochs:
 
 
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
-    """First target and number of targets of the windows at these positions, all of one epoch.
+    """Returns first target and number of targets of the windows at these positions, all of one epoch.
 
     Without a seed the windows come in reading order, as evaluation wants them.
     """
@@ -124,7 +124,7 @@ def document_ids(
 
 
 def _permuted(index: Ints, size: int, key: int) -> Ints:
-    """`permute` of one batch, from a block of neighbours where it lies in one: they come next."""
+    """Permutes one batch, from a block of neighbours where it lies in one: they come next."""
     block = int(index[0]) // _BLOCK if len(index) else 0
     if not len(index) or int(index[-1]) // _BLOCK != block:
         return permute(index, size, key=key)

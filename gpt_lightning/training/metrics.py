@@ -11,7 +11,7 @@ from typing_extensions import override
 
 
 class StepRow:
-    """The numbers of a logging step: for callbacks and bars at once, for loggers all in one row.
+    """Gives the numbers of a logging step to callbacks and bars at once, and to loggers in one row.
 
     `self.log` would read what is for the progress bar from the device after every batch, and lose the row of
     a step that ends the run. `is_shared` tells that a callback adds to what the module adds, and writes then.

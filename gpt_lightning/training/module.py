@@ -109,7 +109,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """This micro-batch's part of the mean over all tokens scored in the optimizer step, by all ranks."""
+        """Returns the batch's part of the mean over all tokens that the optimizer step scores."""
         nll = self._nll(batch)
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         # Lightning divides by the number of micro-batches, and DDP by that of replicas.
@@ -154,15 +154,14 @@ class GPTLightningModule(LightningModule):
             self.log("step", float(self.trainer.global_step))
 
     def _epoch(self) -> float:
-        """As a fraction of the corpus, where Lightning would log whole ones."""
+        """Counts the epochs trained, with the fraction of this one; Lightning would log whole ones."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return self.trainer.current_epoch + done / self.trainer.num_training_batches
 
     def _nll(self, batch: TokenBatch) -> Tensor:
-        """The summed negative log-likelihood of the batch's targets."""
-        return self.model(
-            batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids
-        ).loss
+        """Sums the negative log-likelihood of the batch's targets."""
+        options = {"reduction": "sum", "document_ids": batch.document_ids}
+        return self.model(batch.input_ids, batch.targets, **options).loss
 
     # Validation and test
 
@@ -172,7 +171,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORE_INDEX).sum())
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -186,7 +185,7 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        """Loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
+        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
@@ -287,7 +286,7 @@ class GPTLightningModule(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Lightning's own, of plain data alone: nothing in the file runs, and nothing that it names."""
+        """Loads as Lightning does, but plain data alone: nothing in the file runs, nor what it names."""
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         check_own(checkpoint_path, read_checked(checkpoint_path))
@@ -310,7 +309,7 @@ class GPTLightningModule(LightningModule):
 
 
 def _own_tokens(batch: TokenBatch, parts: int) -> int:
-    """Targets that a batch scores which does not say what its step does, and is all of it."""
+    """Counts the targets of a batch that does not say what its step scores: it must be all of it."""
     if parts > 1:
         raise UserError(
             "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "

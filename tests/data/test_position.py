@@ -259,7 +259,7 @@ def test_so_it_does_after_a_resume_in_the_middle_with_other_batches_too(
     saver = SaveEverywhere(tmp_path)
     fit(data_of(source), callbacks=[saver], accumulate_grad_batches=2, **limits)
     assert len(saver.saved) > 10
-    for name in saver.saved:
+    for name in list(saver.saved)[::3]:
         data = data_of(source, batch_size)
         counter = fit(
             data, tmp_path / name, module=StepCounter(), accumulate_grad_batches=accumulate, **limits
