@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from gpt_lightning.callbacks.absent_hooks import leave_out_absent_hooks
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.initial_weights import InitialWeights
@@ -54,16 +54,9 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.run_logger import RunLogger
+from gpt_lightning.training.trainer import GPTTrainer
 
 DEFAULT_MAX_STEPS = 2000
-
-
-class PreparingTrainer(Trainer):
-    """The Trainer, with the verb that needs only the data."""
-
-    def prepare(self, datamodule: TextDataModule) -> None:
-        """Tokenize the texts into the cache, without training."""
 
 
 class GPTLightningCLI(LightningCLI):
@@ -78,7 +71,7 @@ class GPTLightningCLI(LightningCLI):
             GPTLightningModule,
             TextDataModule,
             save_config_callback=RunConfig,
-            trainer_class=PreparingTrainer,
+            trainer_class=GPTTrainer,
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
             parser_class=Parser,
@@ -276,14 +269,13 @@ class GPTLightningCLI(LightningCLI):
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             trainer.val_check_interval *= trainer.accumulate_grad_batches
         trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
-        leave_out_absent_hooks(trainer.callbacks)
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
             # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
             again_from = 1 + self._restored.get("global_step", 0)
-            settings["logger"] = RunLogger(
+            settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
         self.save_config_kwargs = {"folder": self._run_folder}
