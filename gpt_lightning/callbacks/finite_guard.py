@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.exit_codes import UserError
+from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import squares
 from gpt_lightning.parallel.ranks import gathered, is_distributed
 from gpt_lightning.training.step_metrics import is_logging_step
@@ -32,6 +32,8 @@ _log = logging.getLogger("gpt_lightning")
 
 class NonFiniteError(ArithmeticError):
     """A loss or gradient that is NaN or infinite, with the step and the samples."""
+
+    exit_code = NON_FINITE
 
 
 @dataclass

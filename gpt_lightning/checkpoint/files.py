@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gpt_lightning.exit_codes import UserError
+from gpt_lightning.exit_codes import WRITE_FAILED, UserError
 
 END = b"PK\x05\x06"  # begins the record that ends every zip archive, and that ends in the comment's length
 END_BYTES = 22
@@ -44,6 +44,8 @@ _verified: set[tuple[int, ...]] = set()
 
 class CheckpointWriteError(OSError):
     """A checkpoint could not be written, or not safely: its text says what stands under its name."""
+
+    exit_code = WRITE_FAILED
 
 
 # ---- writing

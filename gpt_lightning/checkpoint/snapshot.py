@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt_lightning.exit_codes import NON_FINITE
+
 LOOKED_AT = ("state_dict", "optimizer_states")
 
 
 class NonFiniteCheckpointError(ValueError):
     """The weights or the optimizer's state hold NaN or infinity, from which no run could go on."""
+
+    exit_code = NON_FINITE
 
 
 class HostMemory:

@@ -13,10 +13,10 @@ import torch
 
 from gpt_lightning.checkpoint.checkpoint import load_model
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
+from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Conversation, check_shown
-from gpt_lightning.cli.verbs import VERBS
 from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig

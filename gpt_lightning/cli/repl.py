@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gpt_lightning.cli.parser import shorten
+from gpt_lightning.cli.errors import shorten
 from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
