@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from tests.distributed import run_ranks
@@ -48,7 +48,7 @@ def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: p
     command = ["fit", "--config", str(path), *words]
     main(command) if devices == 1 else run_ranks(main, devices, command)
     # Reads plain data alone, and checks that it is what was written.
-    read_checkpoint(tmp_path / "checkpoints" / path.stem / "last.ckpt")
+    Checkpoint.open(tmp_path / "checkpoints" / path.stem / "last.ckpt").contents
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ PACKAGE = Path(gpt_lightning.__file__).parent
 # A room, and the rooms (or the files of one) that it may import; every room may import `exit_codes`.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "data": set(),
+    "data": {"checkpoint.atomic"},
     "model": {"kernels"},
     "checkpoint": {"model", "data.tokenizer"},
     "parallel": {"kernels", "checkpoint.atomic", "checkpoint.files", "checkpoint.folder"},

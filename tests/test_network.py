@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.tokenizer import load_tokenizer
 from gpt_lightning.huggingface.importing import import_gpt2
 from tests.huggingface.gpt2_folders import write_gpt2
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_enough_where_its_tokenizer_came_from_the_hub(
     tiny_config: Config, connections: list[object], tmp_path: Path
 ) -> None:
     main(["fit", "--config", str(tiny_config(data={"tokenizer": "bytes"}))])
-    checkpoint = dict(read_checkpoint(Path("checkpoints/tiny/last.ckpt")))
+    checkpoint = dict(Checkpoint.open(Path("checkpoints/tiny/last.ckpt")).contents)
     data = checkpoint["TextDataModule"]
     checkpoint["TextDataModule"] = {**data, "settings": {**data["settings"], "tokenizer": "owner/name"}}
     torch.save(checkpoint, "checkpoints/tiny/hub.ckpt")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
@@ -71,7 +71,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trainer = small_trainer(folder, max_steps=1)
     trainer.fit(small_module(), datamodule=small_data(folder))
     trainer.save_checkpoint(folder / "x.ckpt")
-    return read_checkpoint(folder / "x.ckpt")
+    return Checkpoint.open(folder / "x.ckpt").contents
 
 
 def small_trainer(folder: Path, **options: Any) -> Trainer:

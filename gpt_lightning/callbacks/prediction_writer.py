@@ -13,14 +13,13 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.checkpoint import checkpoint_digest
-from gpt_lightning.checkpoint.files import sync_folder, temporary_beside
+from gpt_lightning.checkpoint.atomic import written_file
 from gpt_lightning.data.loader import is_first_of_replica
 from gpt_lightning.generation.journal import (
-    Basis,
     Journal,
-    basis_of,
+    Settings,
     finished_prompts,
+    journal_settings,
     read_journals,
     remove_journals,
 )
@@ -34,14 +33,14 @@ _log = logging.getLogger("gpt_lightning")
 class PredictionWriter(CompletionCallback):
     """Writes the completions of all ranks, each once: into `output`, and as text to `stream`.
 
-    `checkpoint` is where the weights are from. With it, what is finished is kept in journals beside `output`,
-    and a run with the same weights, prompts and settings goes on from there, on however many ranks.
+    With a `checkpoint_digest` of the weights, what is finished is kept in journals beside `output`, and a
+    run with the same weights, prompts and settings goes on from there, on however many ranks.
     """
 
-    def __init__(self, output: Path, stream: TextIO, checkpoint: Path | None = None) -> None:
+    def __init__(self, output: Path, stream: TextIO, checkpoint_digest: str | None = None) -> None:
         self.output = output
         self.stream = stream
-        self.checkpoint = checkpoint
+        self.checkpoint_digest = checkpoint_digest
         self._is_keeping = True
         self._journal: Journal | None = None
         self._finished: list[dict[str, Any]] = []  # by earlier runs; on the rank that writes
@@ -54,23 +53,19 @@ class PredictionWriter(CompletionCallback):
         self._finished, self._rows = [], []
         # Tensor-parallel peers have the same rows.
         self._is_keeping = is_first_of_replica(trainer)
-        if self.checkpoint is not None:
+        if self.checkpoint_digest is not None:
             assert isinstance(pl_module, GPTLightningModule)
-            # Of one rank, since they must agree, and others need not see the same files.
-            basis = gathered(self._basis(trainer, pl_module) if trainer.is_global_zero else None)[0]
-            self._go_on(trainer, basis, pl_module.generation.num_samples)
+            options = {f"generation.{name}": value for name, value in asdict(pl_module.generation).items()}
+            options["trainer.precision"] = trainer.precision
+            settings = journal_settings(self.checkpoint_digest, trainer.datamodule.all_prompts, options)
+            settings = gathered(settings)[0]  # all ranks must take the same, and need not see the same files
+            self._go_on(trainer, settings, pl_module.generation.num_samples)
             if self._is_keeping:
-                self._journal = Journal(self.output, trainer.global_rank, basis)
+                self._journal = Journal(self.output, trainer.global_rank, settings)
 
-    def _basis(self, trainer: Trainer, module: GPTLightningModule) -> Basis:
-        assert self.checkpoint is not None
-        settings = {f"generation.{name}": value for name, value in asdict(module.generation).items()}
-        settings["trainer.precision"] = trainer.precision
-        return basis_of(checkpoint_digest(self.checkpoint), trainer.datamodule.all_prompts, settings)
-
-    def _go_on(self, trainer: Trainer, basis: Basis, num_samples: int) -> None:
+    def _go_on(self, trainer: Trainer, settings: Settings, num_samples: int) -> None:
         """Take over what earlier runs have finished, from the disks of all nodes."""
-        found = gathered(read_journals(self.output, basis) if trainer.local_rank == 0 else ([], []))
+        found = gathered(read_journals(self.output, settings) if trainer.local_rank == 0 else ([], []))
         finished = finished_prompts((row for rows, _ in found for row in rows), num_samples)
         trainer.datamodule.finished_prompts = finished.keys()
         if not trainer.is_global_zero:
@@ -99,7 +94,7 @@ class PredictionWriter(CompletionCallback):
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-        if self.checkpoint is not None:
+        if self.checkpoint_digest is not None:
             trainer.strategy.barrier("predictions written")
             if trainer.local_rank == 0:
                 remove_journals(self.output)
@@ -130,15 +125,10 @@ class PredictionWriter(CompletionCallback):
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Whole or not at all, also if the machine crashes."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(self.output) as temporary:
-            try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    for row in rows:
-                        line = {key: value for key, value in row.items() if key != "index"}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.output)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.output)) from error
-        sync_folder(self.output.parent)
+        try:
+            with written_file(self.output) as file:
+                for row in rows:
+                    line = {key: value for key, value in row.items() if key != "index"}
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.output)) from error

@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.checkpoint import LAST
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
@@ -80,6 +80,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_every_n_steps = every_n_train_steps
         self._last_interval = train_time_interval
         self._background = background
+        self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
         self._former_dirpath: str | None = None
         self._targets: list[str] = []
         self._outdated: list[str] = []
@@ -88,6 +89,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_at_seconds = 0.0
 
     # ---- when
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        plugin = trainer.strategy.checkpoint_io
+        one_file = isinstance(plugin, DurableCheckpointIO) and _writes_one_file(trainer.strategy)
+        self._writer = plugin if one_file else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +123,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (writer := _writer(trainer)) is not None:
-            writer.raise_failure()
+        if self._writer is not None:
+            self._writer.raise_failure()
         self._stop_between_steps(trainer)
         if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
             return
@@ -157,7 +165,8 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, judge=self.monitor is None)
-        self._wait(trainer)
+        if self._writer is not None:
+            self._writer.finish()
 
     def save_now(self, trainer: Trainer) -> None:
         """Write `last.ckpt`, unless it is of this step already, and wait until it is safe; all ranks call it.
@@ -167,12 +176,8 @@ class RunCheckpoint(ModelCheckpoint):
         if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
             self._add_last(trainer)
             self._write(trainer)
-        self._wait(trainer)
-
-    def _wait(self, trainer: Trainer) -> None:
-        if (writer := _writer(trainer)) is not None:
-            writer.wait()
-            writer.raise_failure()
+        if self._writer is not None:
+            self._writer.finish()
 
     # ---- what
 
@@ -190,7 +195,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _add_last(self, trainer: Trainer) -> None:
         assert self.dirpath is not None
         self.last_model_path = str(Path(self.dirpath) / LAST)
-        self._save_checkpoint(trainer, self.last_model_path)
+        self._targets.append(self.last_model_path)
         self._last_step = trainer.global_step
 
     @override
@@ -205,7 +210,7 @@ class RunCheckpoint(ModelCheckpoint):
         first, *others = dict.fromkeys(self._targets)
         outdated = self._outdated
         self._targets, self._outdated = [], []
-        if _writer(trainer) is not None and _writes_one_file(trainer.strategy):
+        if self._writer is not None:
             also, remove = (tuple(map(Path, paths)) for paths in (others, outdated))
             options = SaveOptions(background=self._background, also=also, remove=remove)
             trainer.save_checkpoint(first, self.save_weights_only, options)
@@ -259,11 +264,6 @@ class RunCheckpoint(ModelCheckpoint):
         if not path or not Path(path).is_relative_to(self._former_dirpath):
             return ""
         return str(Path(self.dirpath) / Path(path).relative_to(self._former_dirpath))
-
-
-def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
-    plugin = trainer.strategy.checkpoint_io
-    return plugin if isinstance(plugin, DurableCheckpointIO) else None
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

@@ -1,41 +1,33 @@
-"""The bytes of a checkpoint file: written whole or not at all, and one flipped byte is noticed.
-
-A file is what torch.save writes, a zip archive, with the SHA-256 of all that stands before it as its comment.
-"""
+"""The bytes of a checkpoint file: written whole or not at all, and verified by their zip archive's CRCs."""
 
 import errno
 import hashlib
+import io
 import os
-import re
-import secrets
 import shutil
-import struct
 import time
 import zipfile
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
-from gpt_lightning.exit_codes import WRITE_FAILED, UserError
+from gpt_lightning.checkpoint.atomic import NameNotSyncedError, set_aside, written_file
+from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
 
-END = b"PK\x05\x06"  # begins the record that ends every zip archive, and that ends in the comment's length
-END_BYTES = 22
-LABEL = b"sha256:"
-COMMENT_BYTES = len(LABEL) + 2 * hashlib.sha256().digest_size
-CHUNK_BYTES = 1 << 22
+END, END_BYTES = b"PK\x05\x06", 22  # the record that ends every zip archive, and then its comment
 JUST_NOW_SECONDS = 2
-# What a killed save leaves: a file of `temporary_beside`, whose probe is an attempt to write into a folder at
-# all, or the folder of a sharded save.
-LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
-LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
-CHANGED = "its bytes are not those that were written"
+REST = "rest.pt"  # the file by which a folder is a sharded checkpoint
+FOLDER_KEY = "sharded_folder"  # where it lies, among the contents of one that is opened
+FINITE_PARTS = ("state_dict", "optimizer_states")  # what else a checkpoint holds may be anything
 ELSEWHERE = "choose another folder (checkpoint.dirpath)"
 REMEDIES = {
-    errno.ENOSPC: "make room, or choose another folder (checkpoint.dirpath)",
-    errno.EDQUOT: "make room, or choose another folder (checkpoint.dirpath)",
+    errno.ENOSPC: f"make room, or {ELSEWHERE}",
+    errno.EDQUOT: f"make room, or {ELSEWHERE}",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
 }
 
@@ -48,241 +40,172 @@ class CheckpointWriteError(OSError):
     exit_code = WRITE_FAILED
 
 
+class NonFiniteCheckpointError(ValueError):
+    """The weights or the optimizer's state hold NaN or infinity, from which no run could go on."""
+
+    exit_code = NON_FINITE
+
+
 # ---- writing
 
 
 def write(checkpoint: Any, path: Path) -> None:
-    """Write beside the target, flush to disk, rename."""
-    size = 0
+    """Write beside the target, flush to disk, rename; a sharded checkpoint of that name makes way."""
+    stream = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as temporary:
-            with temporary.open("xb") as file:
-                stream = _HashingStream(file)
-                try:
-                    torch.save(checkpoint, stream)  # type: ignore[arg-type]
-                finally:
-                    size = stream.size
-                stream.finish()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with set_aside(path) if is_sharded(path) else nullcontext(), written_file(path) as file:
+            stream = _Stream(file)
+            torch.save(checkpoint, stream)  # type: ignore[arg-type]
+            if stream.error is not None:
+                raise stream.error
     except OSError as error:
-        raise write_error(path, error, size) from error
-    sync_name(path)
+        raise write_error(path, error, stream.size if stream else 0) from error
 
 
-@contextmanager
-def temporary_beside(path: Path) -> Generator[Path, None, None]:
-    """A name in the same folder, and nothing of that name afterwards."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+class _Stream(io.RawIOBase):
+    """Passes on what torch.save writes.
+
+    An error waits in `error`: inside PyTorch's zip writer it could end the process. Bytes that come after it
+    are only counted, so that the size that was needed is known.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+        self.size = 0
+
+    @override
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except BaseException as error:
+                self.error = error
+        return len(data)
 
 
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
     """One line: what, why, how much room there is, what is left, what to do."""
+    reason = error.strerror or str(error).strip().split("\n")[-1][:120]
+    if isinstance(error, NameNotSyncedError):
+        problem = f"is written, but may not outlive a power failure ({reason}); {ELSEWHERE}"
+        return CheckpointWriteError(f"{path} {problem}")
+    reason = reason if error.filename is None else f"{reason}: {error.filename}"
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
     free = _in_units(shutil.disk_usage(folder).free)
     room = f"it needs {_in_units(size)} and {free} are free; " if size else ""
     left = "the former file is as it was" if os.path.lexists(path) else "no file was left behind"
     remedy = REMEDIES.get(error.errno or 0, ELSEWHERE)
-    return CheckpointWriteError(f"{path} cannot be written ({_reason(error)}): {room}{left}; {remedy}")
-
-
-def _reason(error: OSError) -> str:
-    reason = error.strerror or str(error).strip().split("\n")[-1][:120]
-    return reason if error.filename is None else f"{reason}: {error.filename}"
+    return CheckpointWriteError(f"{path} cannot be written ({reason}): {room}{left}; {remedy}")
 
 
 def _in_units(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-class _HashingStream:
-    """What torch.save writes to, front to back.
-
-    An error waits for `finish`: inside PyTorch's zip writer it could end the process. Bytes that come after
-    it are only counted, so that the size that was needed is known.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._held = b""  # the last two bytes: in the end those of the comment's length
-        self._error: BaseException | None = None
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        self.size += len(data)
-        if self._error is None:
-            try:
-                self._hold_back(data)
-            except BaseException as error:
-                self._error = error
-        return len(data)
-
-    def _hold_back(self, data: Any) -> None:
-        """Pass on all but the last two bytes."""
-        if len(data) < 2:
-            data = self._held + bytes(data)
-        else:
-            self._pass_on(self._held)
-        self._pass_on(data[:-2])
-        self._held = bytes(data[-2:])
-
-    def flush(self) -> None:
-        """torch.save asks for it; `finish` does it."""
-
-    def finish(self) -> None:
-        if self._error is None:
-            assert self._held == b"\0\0", "torch.save has written a comment of its own"
-            self._pass_on(struct.pack("<H", COMMENT_BYTES))
-            self._file.write(LABEL + self._digest.hexdigest().encode())
-            self._file.flush()
-        else:
-            raise self._error
-
-    def _pass_on(self, data: memoryview | bytes) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-
-
-def sync_name(path: Path) -> None:
-    """Make the name that a checkpoint has just got outlive a power failure."""
-    try:
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"{path} is written, but may not outlive a power failure ({_reason(error)}); {ELSEWHERE}"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was created or renamed in the folder outlive a power failure."""
-    if os.name == "nt":  # which opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def sweep(folder: Path) -> list[Path]:
-    """Remove what killed saves left in the folder, into which nobody else may be writing."""
-    stale = [path for path in folder.glob(".*.tmp") if _is_left_over(path)]
-    for path in stale:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    return stale
-
-
-def _is_left_over(path: Path) -> bool:
-    pattern = LEFT_FOLDER if path.is_dir() else LEFT_FILE
-    return pattern.fullmatch(path.name) is not None and not path.is_symlink()
-
-
 # ---- reading
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether it is a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
+    return (path / REST).is_file()
 
 
 def verify(path: Path) -> None:
     """Raise UserError, in one line that names the file, if it is not as it was written."""
     try:
         check_bytes(path)
-    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # what a changed byte in a zip archive leads to may be anything
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
+    reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    reason = reason.strip().split("\n")[0][:120]
     return UserError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 
 
 def check_bytes(path: Path, digest: str | None = None) -> None:
-    """Raise what is wrong with a file, by the digest of all its bytes or, without one, by that at its end.
+    """Raise what is wrong with a file, by the SHA-256 of all its bytes or, without one, by its records' CRCs.
 
-    Where another program wrote it, its records' checksums have to do. A process reads a file for this once,
-    as long as it does not change.
+    A process reads a file for this once, as long as it does not change.
     """
     with path.open("rb") as file:
-        key = _identity(file)
-        if key in _verified:
+        stat = os.fstat(file.fileno())
+        identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        if identity in _verified:
             return
-        size = os.fstat(file.fileno()).st_size
-        if digest is None:
-            digest, size = _written_digest(file), size - COMMENT_BYTES
         if digest is None:
             _check_records(file)
-        elif digest != _digest(file, size):
-            raise UserError(CHANGED)
-        _remember(key, file)
+        elif digest != digest_of(path):
+            raise UserError("its bytes are not those that were written")
+    # Clocks of file systems tick slowly: what changed just now may change again unseen.
+    if stat.st_ctime < time.time() - JUST_NOW_SECONDS:
+        _verified.add(identity)
+
+
+def _check_records(file: BinaryIO) -> None:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise UserError("it is empty")
+    with zipfile.ZipFile(file) as archive:
+        # Zip readers look for the end of an archive in whatever follows it.
+        file.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
+        end = file.read(END_BYTES)
+        if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(archive.comment):
+            raise UserError("it is cut short, or no checkpoint")
+        if (broken := archive.testzip()) is not None:
+            raise UserError(f"the checksum of its record {broken} is wrong")
 
 
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
-        return _digest(file, os.fstat(file.fileno()).st_size)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def known_digest(path: Path) -> str:
-    """What the file says of itself, or else what its bytes say."""
-    with path.open("rb") as file:
-        return _written_digest(file) or _digest(file, os.fstat(file.fileno()).st_size)
+def fingerprint(path: Path) -> str:
+    """Tells one file from another, by the names and checksums of its records, not their bytes."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+    return hashlib.sha256(repr(records).encode()).hexdigest()
 
 
-def _written_digest(file: BinaryIO) -> str | None:
-    """What the comment says; None without a comment."""
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        raise UserError("it is empty")
-    file.seek(max(0, size - END_BYTES - COMMENT_BYTES))
-    tail = file.read()
-    if tail[-END_BYTES:].startswith(END) and tail.endswith(b"\0\0"):
-        return None
-    record, comment = tail[:END_BYTES], tail[END_BYTES:]
-    if not record.startswith(END) or record[-2:] != struct.pack("<H", COMMENT_BYTES):
-        raise UserError("it is cut short, or no checkpoint")
-    if not comment.startswith(LABEL):
-        raise UserError(CHANGED)
-    return comment.removeprefix(LABEL).decode("ascii", errors="replace")
+# ---- numbers
 
 
-def _digest(file: BinaryIO, size: int) -> str:
-    """Of the first `size` bytes."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
-    file.seek(0)
-    while size > 0:
-        read = file.readinto(buffer[: min(size, CHUNK_BYTES)])  # type: ignore[attr-defined]
-        if not read:
-            raise UserError("it became shorter while it was read")
-        digest.update(buffer[:read])
-        size -= read
-    return digest.hexdigest()
+def check_finite(checkpoint: Mapping[str, Any]) -> None:
+    """Raise if the weights or the optimizers' state hold NaN or infinity."""
+    parts = {part: checkpoint.get(part, {}) for part in FINITE_PARTS}
+    refuse_non_finite(first_non_finite(named_tensors(parts)))
 
 
-def _check_records(file: BinaryIO) -> None:
-    with zipfile.ZipFile(file) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise UserError(f"the checksum of its record {broken} is wrong")
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested containers, under the path that leads to each."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named_tensors(entry, f"{name}.{key}" if name else str(key))
 
 
-def _identity(file: BinaryIO) -> tuple[int, ...]:
-    """Changes with whatever is done to a file."""
-    stat = os.fstat(file.fileno())
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first that holds NaN or infinity."""
+    for name, tensor in tensors:
+        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        numbers = tensor.detach()
+        if numbers.itemsize == 1:  # has no arithmetic of its own
+            numbers = numbers.float()
+        # A finite sum has finite terms, and needs no memory; an infinite one may be an overflow.
+        if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
+            return name
+    return None
 
 
-def _remember(key: tuple[int, ...], file: BinaryIO) -> None:
-    # Clocks of file systems tick slowly: what changed just now may change again unseen.
-    just_now = time.time() - JUST_NOW_SECONDS
-    if key == _identity(file) and os.fstat(file.fileno()).st_ctime < just_now:
-        _verified.add(key)
+def refuse_non_finite(name: str | None) -> None:
+    if name is not None:
+        raise NonFiniteCheckpointError(
+            f"{name} holds NaN or infinity: no checkpoint is written of it, and the former ones are as they "
+            "were; go on from one of them with a lower learning rate"
+        )

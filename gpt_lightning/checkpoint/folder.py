@@ -1,89 +1,35 @@
-"""The folder of a sharded checkpoint: what it is made of, whether it is whole, and how it gets its name.
+"""The folder of a sharded checkpoint: what it is made of, whether it is whole, and what is in it.
 
 It holds tensors in the files of torch.distributed.checkpoint, `.metadata`, their table of contents, and
-`rest.pt`, all else that a checkpoint has, with the digests of the other files. Whether a checkpoint is such a
-folder is asked of every one: torch.distributed.checkpoint, slow to import, waits for the first that is.
+`rest.pt`, all else that a checkpoint has, with the digests of the other files. This module is slow to import:
+it is imported when the first such folder is met.
 """
 
 import pickle
-import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from typing_extensions import override
 
-from gpt_lightning.checkpoint.files import check_bytes
+from gpt_lightning.checkpoint.files import FOLDER_KEY, REST, check_bytes
 from gpt_lightning.exit_codes import UserError
 
-REST = "rest.pt"
-FOLDER_KEY = "sharded_folder"
+CONTENTS = ".metadata"
 TIED_KEY = "tied_parameters"
 DIGESTS_KEY = "digests"
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / REST).is_file()
-
-
-# ---- names
-
-
-@contextmanager
-def replaced_by_a_file(path: Path) -> Generator[None, None, None]:
-    """Make way for a file under the name of a sharded checkpoint, which comes back if none is written."""
-    with set_aside(path) if is_sharded(path) else nullcontext():
-        yield
-
-
-@contextmanager
-def set_aside(path: Path) -> Generator[None, None, None]:
-    old = path.with_name(f".{path.name}.old")
-    remove(old)
-    if path.exists():
-        path.rename(old)
-    try:
-        yield
-    except BaseException:
-        if old.exists():
-            old.rename(path)
-        raise
-    remove(old)
-
-
-def restore_set_aside(folder: Path) -> None:
-    """Give back their names to checkpoints below `folder` that a crash left between two names."""
-    for old in folder.glob("**/.*.ckpt.old"):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not path.exists():
-            with suppress(FileNotFoundError):  # another rank was faster
-                old.rename(path)
-
-
-def remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    else:
-        folder.unlink(missing_ok=True)
-
-
-# ---- contents
-
-
-def _unreadable() -> tuple[type[BaseException], ...]:
-    """What a torn folder leads to."""
-    from torch.distributed.checkpoint import CheckpointException
-
-    return (
-        CheckpointException,
-        OSError,
-        EOFError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        pickle.UnpicklingError,
-    )
+WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
+# What a torn folder leads to.
+UNREADABLE = (
+    *(CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError),
+    pickle.UnpicklingError,
+)
 
 
 @contextmanager
@@ -91,25 +37,20 @@ def complaining(folder: Path) -> Generator[None, None, None]:
     """One line for whatever a torn folder leads to."""
     try:
         yield
-    except _unreadable() as error:
+    except UNREADABLE as error:
         reason = str(error).strip().split("\n")[-1][:120]
         raise UserError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
 
 
-def missing_parts(folder: Path) -> list[str]:
-    """The files that the folder's table of contents names and that are not there."""
-    from gpt_lightning.checkpoint.folder_reader import Reader
-
-    storage = Reader(folder).read_metadata().storage_data or {}
-    names = {place.relative_path for place in storage.values()}
-    return sorted(name for name in names if not (folder / name).is_file())
+# ---- whether it is whole
 
 
-def check_whole(folder: Path) -> None:
-    """Raise UserError, in one line, if a file of the folder is missing or not as it was written."""
+def check_whole(folder: Path) -> dict[str, Any]:
+    """All but the tensors; raises UserError, in one line, if a file is missing or not as it was written."""
     rest = read_rest(folder)
     with complaining(folder):
         check_files(folder, rest)
+    return rest
 
 
 def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares: int = 1) -> None:
@@ -123,9 +64,93 @@ def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares
             raise UserError(f"{name}: {error}") from error
 
 
+def missing_parts(folder: Path) -> list[str]:
+    """The files that the folder's table of contents names and that are not there."""
+    storage = Reader(folder).read_metadata().storage_data or {}
+    names = {part.relative_path for part in storage.values()}
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+# ---- what is in it
+
+
 def read_rest(folder: Path) -> dict[str, Any]:
     """All of the checkpoint but its tensors."""
     with complaining(folder):
         check_bytes(folder / REST)
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     return {**rest, FOLDER_KEY: str(folder)}
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """The ordinary checkpoint that the folder stands for, read by one process."""
+    whole = {
+        key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in tensors_in(folder, "")
+    }
+    with complaining(folder):
+        dcp.load(whole, storage_reader=Reader(folder), no_dist=True)
+    checkpoint = read_rest(folder)
+    del checkpoint[FOLDER_KEY]
+    checkpoint.pop(DIGESTS_KEY, None)  # old folders have none
+    weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}
+    for name, original in checkpoint.pop(TIED_KEY).items():
+        weights[name] = weights[original]
+    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
+        own = {key: value for key, value in whole.items() if key.startswith(f"{OPTIMIZERS}/{number}/")}
+        checkpoint[OPTIMIZERS][number] = with_tensors(state, own)
+    return {**checkpoint, WEIGHTS: weights}
+
+
+def tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
+    """The names of the folder's tensors that begin with `prefix`, and what is known of each."""
+    with complaining(folder):
+        contents = Reader(folder).read_metadata().state_dict_metadata
+    return [
+        (key, meta)
+        for key, meta in contents.items()
+        if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata)
+    ]
+
+
+def with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state dict of its two halves."""
+    state = {index: dict(entry) for index, entry in saved["state"].items()}
+    for key, value in tensors.items():
+        _, _, index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    return {**saved, "state": state}
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads the table of contents without running what a stranger may have put there."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / CONTENTS).open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        # What FileSystemReader does beside unpickling.
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in HARMLESS:
+            return super().find_class(module_name, global_name)
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+HARMLESS = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+}

@@ -6,22 +6,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from gpt_lightning.checkpoint.checkpoint import (
-    LOCK,
-    checkpoints_below,
-    is_whole,
-    newest_checkpoint,
-    newest_of,
-    step_of,
-)
-from gpt_lightning.checkpoint.files import sweep, temporary_beside
-from gpt_lightning.checkpoint.folder import restore_set_aside
+from gpt_lightning.checkpoint.atomic import release, restore_set_aside, sweep, take_lock
+from gpt_lightning.checkpoint.contents import load_plain
+from gpt_lightning.checkpoint.files import is_sharded, verify
 from gpt_lightning.exit_codes import UserError
 
 CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+LOCK = ".lock"  # held by the process that writes into a folder
 NUMBERED = ".numbered"  # holds the name that was asked for, in a folder that got a number to it
+Warn = Callable[[str], None]  # is told, in one line, of each checkpoint that had to be skipped
 
 
 def checkpoints_folder(default_root_dir: str | None) -> Path:
@@ -31,17 +27,7 @@ def checkpoints_folder(default_root_dir: str | None) -> Path:
 # ---- which checkpoint
 
 
-def newest_of_run(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
-    # Not those that only look like it: somebody may have named a run so.
-    numbered = [marker.parent for marker in folder.parent.glob(f"{folder.name}-*/{NUMBERED}")]
-    numbered = [other for other in numbered if (other / NUMBERED).read_text() == folder.name]
-    return newest_of([path for run in (folder, *numbered) for path in checkpoints_below(run)], warn)
-
-
-def find_checkpoint(
-    given: str | None, folder: Path, warn: Callable[[str], None] = lambda line: None
-) -> Path:
+def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: None) -> Path:
     """The checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
     if given is not None and given != "last":
         return Path(given)
@@ -52,6 +38,92 @@ def find_checkpoint(
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
     return newest
+
+
+def newest_checkpoint(folder: Path, warn: Warn = lambda line: None) -> Path | None:
+    """The last written checkpoint below `folder` that is as it was written; None if there is none at all."""
+    return _newest_of(_checkpoints_below(folder), warn)
+
+
+def newest_of_run(folder: Path, warn: Warn = lambda line: None) -> Path | None:
+    """The newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
+    # Not those that only look like it: somebody may have named a run so.
+    numbered = [marker.parent for marker in folder.parent.glob(f"{folder.name}-*/{NUMBERED}")]
+    numbered = [other for other in numbered if (other / NUMBERED).read_text() == folder.name]
+    return _newest_of([path for run in (folder, *numbered) for path in _checkpoints_below(run)], warn)
+
+
+def step_of(path: Path) -> int | None:
+    """The optimizer step at which a checkpoint was saved, without a look at the rest; None if unreadable."""
+    try:
+        if is_sharded(path):
+            from gpt_lightning.checkpoint.folder import read_rest  # slow to import
+
+            return int(read_rest(path)["global_step"])
+        return int(load_plain(path)["global_step"])
+    except Exception:  # what a changed byte in a pickle leads to may be anything
+        return None
+
+
+def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
+    """In the folder that was last written to, that of the latest step: copies of earlier ones may be younger.
+
+    Where no step can be read, the time it was written counts.
+    """
+    times: dict[Path, int] = {}
+    for path in paths:
+        with suppress(FileNotFoundError):  # a running fit has just replaced it by a better one
+            times[path] = path.stat().st_mtime_ns
+    complaints: list[str] = []
+    for among in _by_folder(times):
+        steps = {path: step_of(path) for path in among}
+        ranks = {path: (steps[path] or 0, times[path], path.name == LAST) for path in among}
+        for path in sorted(among, key=lambda path: ranks[path], reverse=True):
+            if not _is_whole(path, complaints.append):
+                continue
+            for other in among:
+                if steps[other] is None and ranks[other] < ranks[path] and times[other] > times[path]:
+                    _is_whole(other, complaints.append)
+            for complaint in complaints:
+                warn(f"skipped: {complaint.removesuffix('; name another')}")
+            return path
+    if complaints:
+        others = f" (nor are {len(complaints) - 1} others)" if len(complaints) > 1 else ""
+        raise UserError(f"no checkpoint is whole: {complaints[0]}{others}")
+    return None
+
+
+def _by_folder(times: dict[Path, int]) -> list[list[Path]]:
+    """The checkpoints of each folder, that which was last written to first."""
+    newest_first = sorted(times, key=lambda path: times[path], reverse=True)
+    folders = dict.fromkeys(path.parent for path in newest_first)
+    return [[path for path in newest_first if path.parent == folder] for folder in folders]
+
+
+def _is_whole(path: Path, complain: Warn = lambda line: None) -> bool:
+    """Whether it is as it was written; `complain` is told of what is wrong, unless the file is just gone."""
+    try:
+        if is_sharded(path):
+            from gpt_lightning.checkpoint.folder import check_whole  # slow to import
+
+            check_whole(path)
+        else:
+            verify(path)
+    except UserError as error:
+        if path.exists():
+            complain(str(error))
+        return False
+    return True
+
+
+def _checkpoints_below(folder: Path) -> list[Path]:
+    for parent in {old.parent for old in folder.glob("**/.*.ckpt.old")}:
+        with suppress(OSError):
+            # A run that is writing there sets aside and gives back itself.
+            if (lock := take_lock(parent / LOCK)) is not None:
+                restore_set_aside(parent)
+                release(lock)
+    return [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
 
 
 # ---- which folder
@@ -67,9 +139,7 @@ class OpenRun:
 
     def close(self) -> None:
         """Let others in; of the folders that were made for the run, those in which nothing is go again."""
-        with suppress(OSError):
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
+        release(self._lock)
         with suppress(OSError):  # it is gone already
             if _is_empty(self.folder):
                 (self.folder / NUMBERED).unlink(missing_ok=True)
@@ -106,7 +176,7 @@ def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> O
     run = _opened(folder)
     if run is None:
         raise _is_open(folder, option, "another folder")
-    if checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
+    if _checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
         run.close()
         raise UserError(f"{option} holds checkpoints that this run would overwrite; give another folder")
     return run
@@ -131,7 +201,7 @@ def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
     assert resumed_from is not None
     own = step_of(resumed_from)
     return own is not None and not any(
-        (step_of(path) or 0) > own and is_whole(path) for path in checkpoints_below(folder)
+        (step_of(path) or 0) > own and _is_whole(path) for path in _checkpoints_below(folder)
     )
 
 
@@ -148,7 +218,7 @@ def _is_free(folder: Path, begins_again: bool) -> bool:
     """Whether nothing is in it, or, for a run that begins again, no checkpoint."""
     if not folder.is_dir() or _is_empty(folder):
         return True
-    return begins_again and not checkpoints_below(folder)
+    return begins_again and not _checkpoints_below(folder)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -159,14 +229,10 @@ def _opened(folder: Path) -> OpenRun | None:
     """None if another process has it open."""
     made = tuple(path for path in (folder, *folder.parents) if not path.exists())
     folder.mkdir(parents=True, exist_ok=True)
-    run = OpenRun(folder, FileLock(folder / LOCK, thread_local=False), made)
-    try:
-        run._lock.acquire(blocking=False)
-    except Timeout:
+    if (lock := take_lock(folder / LOCK)) is None:
         return None
+    run = OpenRun(folder, lock, made)
     try:
-        with temporary_beside(folder / "probe") as probe:
-            probe.touch()
         sweep(folder)
         restore_set_aside(folder)
     except BaseException:

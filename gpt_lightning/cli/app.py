@@ -26,8 +26,7 @@ from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint.checkpoint import DATA_KEY, checkpoint_config, checkpoint_tokenizer
-from gpt_lightning.checkpoint.contents import ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import (
     checkpoints_folder,
@@ -143,7 +142,8 @@ class GPTLightningCLI(LightningCLI):
         if self.verb in ("fit", "prepare"):
             _name_run(settings)
         self._origin = find_origin(self.verb, settings, root)
-        if self._origin.contents is not None:
+        self._restored = self._origin.restored.contents if self._origin.restored is not None else {}
+        if self._origin.checkpoint is not None:
             given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
             take_settings(self.verb, settings, given, self._origin)
         check_options(self.verb, settings)
@@ -158,10 +158,10 @@ class GPTLightningCLI(LightningCLI):
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-        if origin.initial is None and ORIGIN_KEY not in origin.restored:
+        if origin.initial is None and ORIGIN_KEY not in self._restored:
             warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
-        self._checkpoint = RunCheckpoint(**settings.checkpoint)
+        self._saver = RunCheckpoint(**settings.checkpoint)
         folder = root / settings.run_name
         self._run_folder = choose_run_folder(folder, origin.path, begins_again=origin.begins_again)
         if not trainer.fast_dev_run and this_rank() == 0:
@@ -184,26 +184,28 @@ class GPTLightningCLI(LightningCLI):
 
         Its model may know more ids than its tokenizer gives.
         """
-        contents = self._origin.contents
-        if contents is None:
+        checkpoint = self._origin.checkpoint
+        if checkpoint is None:
             return datamodule.vocab_size
-        datamodule.use_tokenizer(checkpoint_tokenizer(contents))
-        return checkpoint_config(contents).vocab_size
+        datamodule.use_tokenizer(checkpoint.tokenizer)
+        return checkpoint.config.vocab_size
 
     @override
     def instantiate_classes(self) -> None:
         if self.verb == "prepare":
             self.datamodule = TextDataModule(**self.config.data.as_dict())
-            if self._origin.contents is not None:
-                self.datamodule.use_tokenizer(checkpoint_tokenizer(self._origin.contents))
+            if self._origin.checkpoint is not None:
+                self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
             return
-        is_cut = is_tensor_parallel(self.config)
-        instantiators = [(build_without_memory, GPTLightningModule, True)] if is_cut else None
+        is_split = is_tensor_parallel(self.config)
+        instantiators = [(build_without_memory, GPTLightningModule, True)] if is_split else None
         self.config_init = self.parser.instantiate(self.config, instantiators=instantiators)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
         self.model.generation = self.config_init.generation
         self.trainer = self.instantiate_trainer()
-        check_topology(self.trainer, self.model, self.datamodule.seq_len if self.verb == "fit" else None)
+        if is_split:
+            seq_len = self.datamodule.seq_len if self.verb == "fit" else None
+            check_topology(self.trainer.strategy, self.model, seq_len)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -223,7 +225,7 @@ class GPTLightningCLI(LightningCLI):
             settings["enable_checkpointing"] = False
         if self.verb == "predict":
             settings["logger"] = False
-            callbacks.append(PredictionWriter(self._open_output(), sys.stdout, self._origin.path))
+            callbacks.append(self._prediction_writer())
         if type(settings["val_check_interval"]) is int:
             # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
             settings["val_check_interval"] *= settings["accumulate_grad_batches"]
@@ -240,29 +242,32 @@ class GPTLightningCLI(LightningCLI):
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
             # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
-            again_from = 1 + self._origin.restored.get("global_step", 0)
+            again_from = 1 + self._restored.get("global_step", 0)
             settings["logger"] = RunLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        initial = InitialWeights(self._origin.init_from, self._origin.initial)
+        begins_with = self._origin.initial.contents if self._origin.initial is not None else None
+        initial = InitialWeights(self._origin.init_from, begins_with)
         callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
         if settings["enable_checkpointing"] is not False:
-            self._checkpoint.dirpath = self._checkpoint.dirpath or str(self._run_folder)
-            callbacks.append(self._checkpoint)
+            self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
+            callbacks.append(self._saver)
         if not settings["fast_dev_run"]:
             callbacks.append(RunConfig(self.parser, self.config, self._run_folder))
         return callbacks
 
-    def _open_output(self) -> Path:
-        assert self._origin.path is not None
+    def _prediction_writer(self) -> PredictionWriter:
+        """Locks the file that is written: a mistake in it fails now rather than after the generation."""
+        checkpoint = self._origin.restored
+        assert checkpoint is not None
         given = self.config.output
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
             raise UserError(f"output={given!r} is no file; name one, such as predictions.jsonl")
-        output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
-        output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
+        output = Path(given) if given else checkpoint.path.parent / "predictions.jsonl"
+        output.parent.mkdir(parents=True, exist_ok=True)
         if this_rank() == 0:
             self._ending.callback(lock_output(output))
-        return output
+        return PredictionWriter(output, sys.stdout, checkpoint.digest)
 
     # Verbs
 
@@ -279,7 +284,7 @@ class GPTLightningCLI(LightningCLI):
             self._report_fit()
 
     def _prepare_text(self) -> None:
-        saved = self._origin.restored.get(DATA_KEY, {})
+        saved = self._restored.get(DATA_KEY, {})
         if self.verb == "fit":
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():

@@ -5,15 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint.checkpoint import (
-    DATA_KEY,
-    check_not_sharded,
-    checkpoint_config,
-    newest_checkpoint,
-    read_checkpoint,
-)
-from gpt_lightning.checkpoint.contents import OPTIMIZERS_KEY
-from gpt_lightning.checkpoint.runs import find_checkpoint, newest_of_run
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, check_is_file
+from gpt_lightning.checkpoint.contents import DATA_KEY, OPTIMIZERS_KEY
+from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.checks import say
 from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
@@ -24,27 +18,26 @@ NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, t
 
 @dataclass(frozen=True)
 class Origin:
-    """`contents` decide the architecture and the tokenizer.
+    """The checkpoint that the Trainer restores, or the one with whose weights a run begins at step 0.
 
-    `path` is the checkpoint that the Trainer restores, of which `contents` are; without one they are those of
-    `init_from`, with whose weights a run begins at step 0. A run that `begins_again` was asked to go on from
-    its last checkpoint, and its folder has none.
+    `init_from` is what the latter was called. A run that `begins_again` was asked to go on from its last
+    checkpoint, and its folder has none.
     """
 
-    path: Path | None = None
+    restored: Checkpoint | None = None
+    initial: Checkpoint | None = None
     init_from: str | None = None
-    contents: dict[str, Any] | None = None
     begins_again: bool = False
 
     @property
-    def restored(self) -> dict[str, Any]:
-        """What the Trainer restores; empty where a run begins."""
-        return self.contents or {} if self.path is not None else {}
+    def checkpoint(self) -> Checkpoint | None:
+        """Decides the architecture and the tokenizer."""
+        return self.restored or self.initial
 
     @property
-    def initial(self) -> dict[str, Any] | None:
-        """Whose weights a run begins with."""
-        return self.contents if self.path is None else None
+    def path(self) -> Path | None:
+        """Where the Trainer restores from."""
+        return self.restored.path if self.restored is not None else None
 
 
 def find_origin(verb: str, settings: Any, root: Path) -> Origin:
@@ -54,22 +47,22 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
         path, begins_again = _resume_path(settings, root / settings.run_name)
     elif verb != "prepare":
         path = find_checkpoint(settings.ckpt_path, root, say)
+    initial = None
     if path is not None:
-        contents = _read(path, settings)
-        if verb != "fit" or not _is_untrained(path, contents):
+        checkpoint = _open(path, settings)
+        if verb != "fit" or not _is_untrained(checkpoint):
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
-            return Origin(path, contents=contents, begins_again=begins_again)
-        settings.ckpt_path, settings.init_from = None, str(path)
+            return Origin(checkpoint, begins_again=begins_again)
+        settings.ckpt_path, settings.init_from, initial = None, str(path), checkpoint
     init_from = settings.init_from if verb in ("fit", "prepare") else None
     if init_from is not None:
-        contents = _contents_of(init_from, settings)
+        initial = initial or _open_initial(init_from, settings)
         say(f"starting from the weights of {init_from}")
-        return Origin(init_from=init_from, contents=contents, begins_again=begins_again)
-    if begins_again:
+    elif begins_again:
         own = settings.checkpoint.dirpath
         say(f"no checkpoint in {own or root / settings.run_name} yet: starting from scratch")
-    return Origin(begins_again=begins_again)
+    return Origin(None, initial, init_from, begins_again)
 
 
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
@@ -87,17 +80,18 @@ def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
     return newest, newest is None or own is not None
 
 
-def _read(path: Path, settings: Any) -> dict[str, Any]:
+def _open(path: Path, settings: Any) -> Checkpoint:
     if not is_tensor_parallel(settings):
-        check_not_sharded(path)
-    return read_checkpoint(path)
+        check_is_file(path)
+    return Checkpoint.open(path)
 
 
-def _is_untrained(path: Path, contents: dict[str, Any]) -> bool:
+def _is_untrained(checkpoint: Checkpoint) -> bool:
     """Whether it is an imported one, with which a run can only begin."""
-    if OPTIMIZERS_KEY in contents:
+    if OPTIMIZERS_KEY in checkpoint.contents:
         return False
-    if contents.get("global_step", 0) > 0:
+    if checkpoint.step > 0:
+        path = checkpoint.path
         raise UserError(
             f"ckpt_path={path} holds weights alone (checkpoint.save_weights_only), from which no run can go "
             f"on; begin a new one with them: --init_from {path}"
@@ -105,30 +99,31 @@ def _is_untrained(path: Path, contents: dict[str, Any]) -> bool:
     return True
 
 
-def _contents_of(init_from: str, settings: Any) -> dict[str, Any]:
-    """Those of a checkpoint, or of what would be imported."""
+def _open_initial(init_from: str, settings: Any) -> Checkpoint:
+    """A checkpoint, or what would be imported as one."""
     path = Path(os.path.expanduser(init_from))
-    if path.is_file() or path.suffix == ".ckpt":
-        try:
-            return _read(path, settings)
-        except UserError as error:
-            raise UserError(str(error).replace("ckpt_path=", "init_from=", 1)) from None
-    return import_gpt2(init_from, "init_from")
+    if not path.is_file() and path.suffix != ".ckpt":
+        return Checkpoint(path, import_gpt2(init_from, "init_from"))
+    try:
+        return _open(path, settings)
+    except UserError as error:
+        raise UserError(str(error).replace("ckpt_path=", "init_from=", 1)) from None
 
 
 def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> None:
     """Take over what must be as the origin has it, and refuse `explicit` options that say otherwise."""
-    assert origin.contents is not None
-    architecture = asdict(checkpoint_config(origin.contents))
+    checkpoint = origin.checkpoint
+    assert checkpoint is not None
+    architecture = asdict(checkpoint.config)
     saved = {f"model.config.{name}": architecture[name] for name in architecture.keys() - NOT_ARCHITECTURE}
-    data = origin.contents.get(DATA_KEY, {}).get("settings", {})
-    names = data.keys() & {"tokenizer"} if verb == "predict" or origin.path is None else data
+    data = checkpoint.contents.get(DATA_KEY, {}).get("settings", {})
+    names = data.keys() & {"tokenizer"} if verb == "predict" or origin.restored is None else data
     saved.update({f"data.{name}": data[name] for name in names})
     for key, value in saved.items():
         given = explicit.get(key)
         if given is not None and given != value:
             raise UserError(
-                f"{key}={given} contradicts {origin.path or origin.init_from}, which has {value}; "
+                f"{key}={given} contradicts {origin.init_from or checkpoint.path}, which has {value}; "
                 "leave the option out, or train anew"
             )
         settings[key] = value

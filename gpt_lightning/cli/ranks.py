@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -38,13 +38,12 @@ def build_without_memory(
         return class_type(*args, **kwargs)
 
 
-def check_topology(trainer: Trainer, module: GPTLightningModule, seq_len: int | None) -> None:
+def check_topology(strategy: Strategy, module: GPTLightningModule, seq_len: int | None) -> None:
     """Raise what would stop every rank later; `seq_len` is that of the training windows, if any."""
-    strategy = trainer.strategy
-    if isinstance(strategy, TensorParallelDDPStrategy):
-        strategy.check(module)
-        if strategy.sequence_parallel and seq_len is not None:
-            check_sequence(seq_len, strategy.tensor_parallel_size)
+    assert isinstance(strategy, TensorParallelDDPStrategy)
+    strategy.check(module)
+    if strategy.sequence_parallel and seq_len is not None:
+        check_sequence(seq_len, strategy.tensor_parallel_size)
 
 
 @contextmanager

@@ -5,13 +5,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from gpt_lightning.checkpoint.atomic import written_file, written_folder
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_docs_fingerprint
 from gpt_lightning.exit_codes import UserError
 
@@ -74,28 +74,15 @@ def _leave_no_trace(folder: Path, made: list[Path]) -> None:
 def _build(
     folder: Path, described: list[dict[str, Any]], build: Callable[[Path], dict[str, Any]]
 ) -> None:
-    # Beside the target: the rename stays on one disk, and what a killed build leaves, the next one sweeps.
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    replaced = folder.with_name(f"{folder.name}.replaced")
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir()
     try:
-        built = build(unfinished)
-        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
-        _write_meta(unfinished, {"sources": described, "files": files, "built": built})
+        with written_folder(folder) as unfinished:
+            built = build(unfinished)
+            files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+            _write_meta(unfinished, {"sources": described, "files": files, "built": built})
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(folder)) from error  # of what could not be written
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
@@ -144,7 +131,5 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Replaced as a whole: a reader sees the old one or the new one."""
-    temporary = folder / f"{_META}.new"
-    temporary.write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    temporary.replace(folder / _META)
+    with written_file(folder / _META) as file:
+        file.write(json.dumps(meta, indent=2).encode())

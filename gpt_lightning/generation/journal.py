@@ -1,7 +1,7 @@
 """What `predict` has finished so far, kept beside its output for a run that goes on after a kill.
 
-Each data-parallel rank appends to a journal of its own: one line of what the completions depend on, then one
-line a completion. How many ranks there were does not matter to the run that goes on.
+Each data-parallel rank appends to a journal of its own: one line of the settings that the completions depend
+on, then one line a completion. How many ranks there were does not matter to the run that goes on.
 """
 
 import glob
@@ -10,37 +10,37 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from gpt_lightning.checkpoint.files import temporary_beside
+from gpt_lightning.checkpoint.atomic import release, take_lock
 from gpt_lightning.exit_codes import UserError
 
-Basis = dict[str, Any]  # what the completions depend on, by the names of the options
+Settings = dict[str, Any]  # what the completions depend on, by the names of the options
 Row = dict[str, Any]
 
 FORMAT = 1
-CHECKPOINT, PROMPTS = "checkpoint", "prompts"  # of which the basis holds a digest
+CHECKPOINT, PROMPTS = "checkpoint", "prompts"  # of which the settings hold a digest
 
 
-def basis_of(checkpoint_digest: str, prompts: list[str], settings: dict[str, Any]) -> Basis:
-    """`settings` are those that change what is generated."""
+def journal_settings(checkpoint_digest: str, prompts: list[str], options: dict[str, Any]) -> Settings:
+    """`options` are those that change what is generated."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    basis = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **settings}
-    as_read_back: Basis = json.loads(json.dumps(basis))
+    settings = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **options}
+    as_read_back: Settings = json.loads(json.dumps(settings))
     return as_read_back
 
 
 class Journal:
     """One rank's, to which it alone appends. What was appended outlives the process, however it ends."""
 
-    def __init__(self, output: Path, rank: int, basis: Basis) -> None:
-        # Each basis has journals of its own: what an interrupted run has finished outlives a try of another.
-        self._path = output.with_name(f".{output.name}.part-{_digest(basis)}-{rank}")
-        self._basis = basis
+    def __init__(self, output: Path, rank: int, settings: Settings) -> None:
+        # Other settings have other journals: what an interrupted run has finished outlives a try of others.
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        self._path = output.with_name(f".{output.name}.part-{digest}-{rank}")
+        self._settings = settings
         self._file: FileIO | None = None  # until there is a row
 
     def append(self, row: Row) -> None:
@@ -58,11 +58,11 @@ class Journal:
     def _open(self) -> FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("ab", buffering=0)
-        if _lines(self._path)[:1] == [self._basis]:
+        if _lines(self._path)[:1] == [self._settings]:
             file.truncate(self._path.read_bytes().rfind(b"\n") + 1)  # a line that a kill has torn
         else:
             file.truncate(0)
-            _write_line(file, self._basis)
+            _write_line(file, self._settings)
         return file
 
 
@@ -72,21 +72,21 @@ def _write_line(file: FileIO, value: dict[str, Any]) -> None:
         line = line[file.write(line) :]
 
 
-def read_journals(output: Path, basis: Basis) -> tuple[list[Row], list[str]]:
-    """The rows of the journals of this basis, and what is another in those of others, which stay."""
+def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str]]:
+    """The rows of the journals of these settings, and in what the others, which stay, differ."""
     rows: list[Row] = []
-    differences: list[str] = []
+    differences: set[str] = set()
     for path in _journals(output):
-        lines = _lines(path)
-        if lines and lines[0] == basis:
-            rows += lines[1:]
-        elif lines:
-            differences += _differences(lines[0], basis)
-    return rows, sorted(set(differences))
+        found, *found_rows = _lines(path) or [settings]
+        if found == settings:
+            rows += found_rows
+        else:
+            differences.update(_differences(found, settings))
+    return rows, sorted(differences)
 
 
 def remove_journals(output: Path) -> None:
-    """Those of every basis, and what a kill has left of an output that was just being written."""
+    """Those of all settings, and what a kill has left of an output that was just being written."""
     left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
     for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)
@@ -105,27 +105,13 @@ def finished_prompts(rows: Iterable[Row], num_samples: int) -> dict[int, list[Ro
 
 
 def lock_output(output: Path) -> Callable[[], None]:
-    """Keep other processes from writing it, until the function is called that this gives, or the end."""
-    with temporary_beside(output) as probe:
-        probe.touch()
-    lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    """Keep other processes from writing it, until the function that this returns is called, or the end."""
+    lock = take_lock(output.with_name(f".{output.name}.lock"))
+    if lock is None:
         raise UserError(
             f"output={output}: another process is writing it; wait for it, or give another --output"
-        ) from None
-
-    def release() -> None:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-    return release
-
-
-def _digest(basis: Basis) -> str:
-    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:8]
+        )
+    return partial(release, lock)
 
 
 def _journals(output: Path) -> list[Path]:
@@ -144,12 +130,10 @@ def _lines(path: Path) -> list[Row]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def _differences(found: Basis, basis: Basis) -> list[str]:
-    """For a sentence that says why the one is not taken for the other."""
-    if not isinstance(found, dict):
-        return []
+def _differences(found: Settings, settings: Settings) -> list[str]:
+    """Why the completions of the one are not those of the other."""
     return [
         f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
-        for name, value in basis.items()
+        for name, value in settings.items()
         if found.get(name) != value
     ]

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
-from gpt_lightning.checkpoint.snapshot import first_non_finite
+from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     hub_is_reachable,
@@ -45,8 +44,10 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
 )
-SAFETENSORS_FILES = (SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors")
-BIN_FILES = (BIN, BIN + INDEX, "pytorch_model-*.bin")
+WEIGHT_FILES = {  # of each form, the names to fetch
+    SAFETENSORS: (SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"),
+    BIN: (BIN, BIN + INDEX, "pytorch_model-*.bin"),
+}
 BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
 
@@ -84,29 +85,35 @@ def _find(name: str, option: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
-    if not is_hub_name(name):
-        kind = "is a file" if folder.exists() else "is not there"
-        raise UserError(f"{option}={name} {kind}; give a folder that holds {CONFIG}, or a name on the hub")
-    return _download(name, option)
+    if is_hub_name(name):
+        return _download(name, option)
+    kind = "is a file" if folder.exists() else "is not there"
+    raise UserError(f"{option}={name} {kind}; give a folder that holds {CONFIG}, or a name on the hub")
 
 
 def _download(name: str, option: str) -> Path:
     """The files of one form of the weights, in the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=not reachable))
-
     reachable = hub_is_reachable()
+    others = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
-        folder = fetch(CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *SAFETENSORS_FILES)
-        return folder if _has(folder, SAFETENSORS) else fetch(*BIN_FILES)
+        for form, files in WEIGHT_FILES.items():
+            patterns = [*others, *files]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
+            if _has(folder, form):
+                break
+        return folder
     except Exception as error:  # network, hub and cache each raise their own kinds
         reason = _first_line(error) if reachable else "it cannot be reached"
         raise UserError(
             f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
             "or give a folder"
         ) from None
+
+
+def _has(folder: Path, form: str) -> bool:
+    return (folder / form).is_file() or (folder / (form + INDEX)).is_file()
 
 
 # ---- what
@@ -166,55 +173,43 @@ def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
     return None
 
 
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).is_file() or (folder / (name + INDEX)).is_file()
-
-
 def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
     """Mapped from the files where their form allows it."""
-    if _has(folder, SAFETENSORS):
-        return _read_parts(folder, SAFETENSORS, _read_safetensors, complaint)
-    if _has(folder, BIN):
-        return _read_parts(folder, BIN, _read_bin, complaint)
-    raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
+    from huggingface_hub import load_state_dict_from_file
 
-
-def _read_parts(
-    folder: Path, name: str, read: Callable[[Path], dict[str, Tensor]], complaint: str
-) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for file in [name] if (folder / name).is_file() else _files_of_index(folder / (name + INDEX), complaint):
-        if not (folder / file).is_file():
+    for file in _weight_files(folder, complaint):
+        path = folder / file
+        if not path.is_file():
             raise UserError(f"{complaint} lacks {file}, a part of its weights; fetch it again")
         try:
-            weights |= read(folder / file)
+            # What is no safetensors file is read as weights alone, said outright: left out, an environment
+            # variable could turn it off.
+            part = load_state_dict_from_file(
+                path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path), safe=False
+            )
+            if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
+                raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
             raise UserError(
                 f"{complaint}: {file} cannot be read as weights ({_first_line(error)}); fetch it again"
             ) from None
+        weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
 
 
-def _files_of_index(path: Path, complaint: str) -> list[str]:
-    files = _read_json(path, complaint).get("weight_map")
+def _weight_files(folder: Path, complaint: str) -> list[str]:
+    """The names of the files that the weights are in, all of one form."""
+    form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
+    if form is None:
+        raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
+    if (folder / form).is_file():
+        return [form]
+    files = _read_json(folder / (form + INDEX), complaint).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{complaint}: {path.name} lists no files beside it; fetch it again")
+        raise UserError(f"{complaint}: {form + INDEX} lists no files beside it; fetch it again")
     return names
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    # Said outright: left out, an environment variable could turn it off.
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError("it holds other things than tensors")
-    return {str(name): tensor.detach() for name, tensor in loaded.items()}
 
 
 def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> dict[str, Tensor]:

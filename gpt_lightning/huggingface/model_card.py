@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt_lightning.checkpoint.checkpoint import checkpoint_config, checkpoint_tokenizer
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
 from gpt_lightning.model.gpt import GPTModel
 
@@ -29,27 +29,29 @@ print(pipeline("text-generation", model="{name}")("The")[0]["generated_text"])
 """
 
 
-def model_card(checkpoint: dict[str, Any], name: str) -> str:
+def model_card(checkpoint: Checkpoint, name: str) -> str:
     name = _in_a_line(name)
-    architecture = f"A language model of GPT-2's architecture with {_n_parameters(checkpoint):,} parameters"
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in GPTModel(checkpoint.config).parameters())
+    architecture = f"A language model of GPT-2's architecture with {n_parameters:,} parameters"
     parts = (
         HEADER,
         f"# {name}\n\n{architecture}, written by gpt_lightning's `export-hf`.\n",
-        "## Data\n\n" + _listed(_data(checkpoint)),
-        "## Recipe\n\n" + _listed(_recipe(checkpoint)),
+        "## Data\n\n" + _as_list(_data(checkpoint)),
+        "## Recipe\n\n" + _as_list(_recipe(checkpoint)),
         "## Final perplexity\n\n" + _result(checkpoint) + "\n",
         USE.format(name=name),
     )
     return "\n".join(parts)
 
 
-def _data(checkpoint: dict[str, Any]) -> dict[str, str]:
-    state = checkpoint[DATA_KEY]
+def _data(checkpoint: Checkpoint) -> dict[str, str]:
+    n_ids = checkpoint.tokenizer.vocab_size
+    state = checkpoint.contents[DATA_KEY]
     text, settings = _mapping(state.get("text")), _mapping(state.get("settings"))
     train, held_out = _file_names(text.get("train_files")), _file_names(text.get("val_files"))
     if not held_out and train and "val_fraction" in settings:
         held_out = f"{settings['val_fraction']} of it, held out before anything was cut into windows"
-    n_ids = checkpoint_tokenizer(checkpoint).vocab_size
     return {
         "training text": train or "not known to the checkpoint",
         "validation text": held_out or "not known to the checkpoint",
@@ -57,60 +59,49 @@ def _data(checkpoint: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _recipe(checkpoint: dict[str, Any]) -> dict[str, str]:
-    chosen = _mapping(checkpoint.get("hyper_parameters"))
-    steps = checkpoint["global_step"]
-    architecture = _options(vars(checkpoint_config(checkpoint)))
-    recipe = {"begun from": _begun_from(checkpoint), "architecture": architecture}
-    if steps:
+def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
+    chosen = _mapping(checkpoint.contents.get("hyper_parameters"))
+    origin = checkpoint.contents.get(ORIGIN_KEY)
+    recipe = {
+        "begun from": "random weights" if origin is None else f"the weights of {_code(origin)}",
+        "architecture": _options(vars(checkpoint.config)),
+    }
+    if checkpoint.step:
         recipe |= {
             "AdamW": _options(_mapping(chosen.get("optimizer"))),
             "learning rate over time": _options(_mapping(chosen.get("schedule"))),
-            "training": f"{steps:,} optimizer steps{_tokens_seen(checkpoint)}",
+            "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
         }
     else:
         recipe["training"] = "none since"
     return recipe
 
 
-def _begun_from(checkpoint: dict[str, Any]) -> str:
-    origin = checkpoint.get(ORIGIN_KEY)
-    return "random weights" if origin is None else f"the weights of {_code(origin)}"
-
-
-def _tokens_seen(checkpoint: dict[str, Any]) -> str:
-    state = checkpoint[DATA_KEY]
+def _tokens_seen(checkpoint: Checkpoint) -> str:
+    state = checkpoint.contents[DATA_KEY]
     windows, seq_len = state.get("consumed_samples"), _mapping(state.get("settings")).get("seq_len")
     if type(windows) is not int or type(seq_len) is not int:
         return ""
     return f", {windows:,} windows of {seq_len:,} tokens ({windows * seq_len:,} tokens)"
 
 
-def _result(checkpoint: dict[str, Any]) -> str:
-    last = _mapping(checkpoint.get(VALIDATION_KEY))
+def _result(checkpoint: Checkpoint) -> str:
+    last = _mapping(checkpoint.contents.get(VALIDATION_KEY))
     loss, step = last.get("loss"), last.get("step")
     if type(loss) is not float or type(step) is not int:
         return "Not known: the checkpoint was saved before any validation."
     part = "every token" if last.get("whole") is True else "a part"
+    perplexity = math.exp(loss) if loss < 700 else math.inf
     return (
-        f"Perplexity **{_exp(loss):,.2f}** (loss {loss:.4f} nats a token) over {part} of the validation "
-        f"text, at step {step:,} of {checkpoint['global_step']:,}."
+        f"Perplexity **{perplexity:,.2f}** (loss {loss:.4f} nats a token) over {part} of the validation "
+        f"text, at step {step:,} of {checkpoint.step:,}."
     )
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _n_parameters(checkpoint: dict[str, Any]) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPTModel(checkpoint_config(checkpoint)).parameters())
 
 
 # ---- text
 
 
-def _listed(entries: Mapping[str, str]) -> str:
+def _as_list(entries: Mapping[str, str]) -> str:
     return "".join(f"- {name}: {text}\n" for name, text in entries.items() if text)
 
 

@@ -10,40 +10,38 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 
+from gpt_lightning.checkpoint.atomic import put_folder, remove, unfinished_folder
 from gpt_lightning.checkpoint.files import (
+    REST,
     CheckpointWriteError,
     digest_of,
-    sync_folder,
-    sync_name,
+    first_non_finite,
+    refuse_non_finite,
     write,
     write_error,
 )
 from gpt_lightning.checkpoint.folder import (
+    CONTENTS,
     DIGESTS_KEY,
-    FOLDER_KEY,
-    REST,
+    OPTIMIZERS,
     TIED_KEY,
+    WEIGHTS,
+    Reader,
     check_files,
     complaining,
     missing_parts,
     read_rest,
-    remove,
-    set_aside,
+    tensors_in,
+    with_tensors,
 )
-from gpt_lightning.checkpoint.folder_reader import CONTENTS, Reader
-from gpt_lightning.checkpoint.snapshot import first_non_finite, refuse_non_finite
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 from gpt_lightning.parallel.state_dict import map_optimizer_parts, parameters_by_index
-
-WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
-
 
 # ---- writing
 
@@ -84,7 +82,7 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
     tensors.update(_flat_optimizer_states(checkpoint.get(OPTIMIZERS, [])))
     own = ((name, _local(value)) for name, value in tensors.items())
     refuse_non_finite(_first(first_non_finite(own)))
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = unfinished_folder(folder)
     with _for_all(folder):
         if dist.get_rank() == 0:
             remove(temporary)  # parts of a save that was interrupted
@@ -95,10 +93,7 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
         if dist.get_rank() == 0:
             _check_all_arrived(temporary)
             _write_rest(checkpoint, tied, {k: v for own in digests for k, v in own.items()}, temporary)
-            sync_folder(temporary)
-            with set_aside(folder):
-                temporary.rename(folder)
-            sync_name(folder)
+            put_folder(temporary, folder)
 
 
 @contextmanager
@@ -115,7 +110,7 @@ def _for_all(folder: Path) -> Generator[None, None, None]:
     complaint = _first(complaint)
     if complaint is not None:
         if dist.get_rank() == 0:
-            remove(folder.with_name(f".{folder.name}.tmp"))
+            remove(unfinished_folder(folder))
         raise CheckpointWriteError(complaint)
 
 
@@ -202,7 +197,7 @@ def read_rest_together(folder: Path) -> dict[str, Any]:
 def load_weights(folder: Path, module: nn.Module, mesh: ParallelMesh, *, strict: bool = True) -> None:
     """Read this rank's part of every tensor into the module; all ranks call it."""
     tied = read_rest(folder)[TIED_KEY]
-    saved = {key.partition("/")[2] for key, _ in _tensors_in(folder, f"{WEIGHTS}/")}
+    saved = {key.partition("/")[2] for key, _ in tensors_in(folder, f"{WEIGHTS}/")}
     own = module.state_dict(keep_vars=True)
     missing, unexpected = own.keys() - saved - tied.keys(), saved.union(tied) - own.keys()
     if strict and (missing or unexpected):
@@ -236,7 +231,7 @@ def load_optimizer_state(
     """This rank's part of an optimizer's state dict, whose other half is `saved`; all ranks call it."""
     parameters = parameters_by_index(optimizer)
     wanted: dict[str, Tensor] = {}
-    for key, meta in _tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
+    for key, meta in tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
         parameter = parameters[int(key.split("/")[2])]
         if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
             part = torch.empty_like(parameter, dtype=meta.properties.dtype)
@@ -245,42 +240,4 @@ def load_optimizer_state(
             wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
     with complaining(folder):
         dcp.load(wanted, storage_reader=Reader(folder))
-    return _with_tensors(saved, wanted)
-
-
-def _with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state dict of its two halves."""
-    state = {index: dict(entry) for index, entry in saved["state"].items()}
-    for key, value in tensors.items():
-        _, _, index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = _local(value)
-    return {**saved, "state": state}
-
-
-def _tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
-    with complaining(folder):
-        contents = Reader(folder).read_metadata().state_dict_metadata
-    return [
-        (key, meta)
-        for key, meta in contents.items()
-        if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata)
-    ]
-
-
-def read_whole(folder: Path) -> dict[str, Any]:
-    """The ordinary checkpoint that the folder stands for, read by one process."""
-    whole = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in _tensors_in(folder, "")
-    }
-    with complaining(folder):
-        dcp.load(whole, storage_reader=Reader(folder), no_dist=True)
-    checkpoint = read_rest(folder)
-    del checkpoint[FOLDER_KEY]
-    checkpoint.pop(DIGESTS_KEY, None)  # old folders have none
-    weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}
-    for name, original in checkpoint.pop(TIED_KEY).items():
-        weights[name] = weights[original]
-    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
-        own = {key: value for key, value in whole.items() if key.startswith(f"{OPTIMIZERS}/{number}/")}
-        checkpoint[OPTIMIZERS][number] = _with_tensors(state, own)
-    return {**checkpoint, WEIGHTS: weights}
+    return with_tensors(saved, {key: _local(value) for key, value in wanted.items()})

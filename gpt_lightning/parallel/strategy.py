@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-import gpt_lightning.checkpoint.folder as sharded_folder
+from gpt_lightning.checkpoint.atomic import remove, set_aside
+from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
@@ -323,20 +324,20 @@ class TensorParallelDDPStrategy(DDPStrategy):
         elif self.is_global_zero:
             # A plugin that takes options may only begin to write, and makes way itself when it does.
             waits = storage_options is None
-            with sharded_folder.replaced_by_a_file(Path(filepath)) if waits else nullcontext():
+            with set_aside(Path(filepath)) if waits and is_sharded(Path(filepath)) else nullcontext():
                 super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero and Path(filepath).is_dir():
-            sharded_folder.remove(Path(filepath))
+            remove(Path(filepath))
         else:
             super().remove_checkpoint(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
-        if sharded_folder.is_sharded(Path(checkpoint_path)):
+        if is_sharded(Path(checkpoint_path)):
             from gpt_lightning.parallel.sharded_checkpoint import read_rest_together
 
             return read_rest_together(Path(checkpoint_path))
@@ -349,7 +350,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         """Before `setup` as a rule: the model is cut first and takes its parts of the file's tensors."""
         assert self.lightning_module is not None
         self._parallelize(draw=not strict)  # a strict load leaves no weight as it was
-        folder = checkpoint.get(sharded_folder.FOLDER_KEY)
+        folder = checkpoint.get(FOLDER_KEY)
         if folder is not None:
             from gpt_lightning.parallel.sharded_checkpoint import load_weights
 
@@ -360,7 +361,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        folder = checkpoint.get(sharded_folder.FOLDER_KEY)
+        folder = checkpoint.get(FOLDER_KEY)
         for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"])):
             if folder is not None:
                 from gpt_lightning.parallel.sharded_checkpoint import load_optimizer_state

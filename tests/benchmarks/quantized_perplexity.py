@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.interface import CausalLanguageModel
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.checkpoint)
-    settings = read_checkpoint(options.checkpoint)[DATA_KEY]["settings"]
+    settings = Checkpoint.open(options.checkpoint).contents[DATA_KEY]["settings"]
     with tempfile.TemporaryDirectory() as folder:
         datamodule = TextDataModule(
             train_files=options.files, batch_size=BATCH, cache_dir=folder, **settings

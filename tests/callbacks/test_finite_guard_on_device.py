@@ -16,7 +16,7 @@ from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.throughput import Throughput
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training import module as training_module
@@ -122,7 +122,7 @@ def test_it_is_seen_before_a_checkpoint_and_counted_in_it(
             enable_checkpointing=True,
         )
     assert sorted(path.name for path in tmp_path.glob("step*.ckpt")) == ["step000003.ckpt", "step000006.ckpt"]
-    checkpoint = read_checkpoint(tmp_path / "step000006.ckpt")
+    checkpoint = Checkpoint.open(tmp_path / "step000006.ckpt").contents
     assert checkpoint["callbacks"]["FiniteGuard"] == {"skipped_steps": 1}
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint["state_dict"].values())
 

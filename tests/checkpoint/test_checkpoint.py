@@ -1,284 +1,34 @@
+"""A checkpoint is opened once: what is wrong with it is told in one line, and nothing in it acts."""
+
 import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-import gpt_lightning.checkpoint.io as checkpoint_module
-import gpt_lightning.checkpoint.snapshot as snapshot_module
-from gpt_lightning.checkpoint.checkpoint import newest_checkpoint, read_checkpoint
-from gpt_lightning.checkpoint.files import CheckpointWriteError, write
-from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
-from gpt_lightning.checkpoint.snapshot import NonFiniteCheckpointError
-
-BACKGROUND = SaveOptions(background=True)
+import gpt_lightning.checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.checkpoint.files import write
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
 
 
-def loaded(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
+def test_load_model_is_had_from_the_package() -> None:
+    assert gpt_lightning.checkpoint.load_model is load_model
+    with pytest.raises(AttributeError, match="no attribute 'loaded'"):
+        gpt_lightning.checkpoint.loaded
 
 
-class SlowDisk:
-    """Writes wait until they are let go, one permit each, and fail for the names in `broken`."""
-
-    def __init__(self) -> None:
-        self.permits = threading.Semaphore(0)
-        self.broken: set[str] = set()
-        self.started: list[str] = []
-
-    def write(self, checkpoint: Any, path: Path) -> None:
-        self.started.append(path.name)
-        assert self.permits.acquire(timeout=30)
-        if path.name in self.broken:
-            raise CheckpointWriteError(f"{path} cannot be written")
-        write(checkpoint, path)
-
-    def let_go(self, count: int) -> None:
-        self.permits.release(count)
+def contents(step: int = 3, fill: float = 1.0) -> dict[str, Any]:
+    return {"gpt_config": {}, "state_dict": {}, "global_step": step, "more": torch.full((9,), fill)}
 
 
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
-    disk = SlowDisk()
-    monkeypatch.setattr(checkpoint_module, "write", disk.write)
-    yield disk
-    disk.let_go(100)
-
-
-def training_state() -> tuple[dict[str, Any], nn.Linear, torch.optim.Optimizer]:
-    """A layer whose weight is tied and half shown, its optimizer after one step, and a nested counter."""
-    layer = nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    train(layer, optimizer)
-    weights = {**layer.state_dict(), "tied": layer.weight.detach(), "half": layer.weight.detach()[:, 1::2]}
-    checkpoint = {"state_dict": weights, "optimizer_states": [optimizer.state_dict()]}
-    return {**checkpoint, "loops": {"batches": [1]}}, layer, optimizer
-
-
-def train(layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
-    layer(torch.ones(2, 4)).pow(2).sum().backward()
-    optimizer.step()
-
-
-def test_a_file_in_the_background_is_of_the_moment_of_the_save(disk: SlowDisk, tmp_path: Path) -> None:
-    checkpoint, layer, optimizer = training_state()
-    write(checkpoint, tmp_path / "expected.ckpt")
-    plugin = DurableCheckpointIO()
-    options = SaveOptions(background=True, also=(tmp_path / "last.ckpt",))
-    plugin.save_checkpoint(checkpoint, tmp_path / "best.ckpt", options)
-    for _ in range(3):
-        train(layer, optimizer)
-    checkpoint["loops"]["batches"][0] = 7
-    disk.let_go(2)
-    plugin.wait()
-    plugin.raise_failure()
-    expected = loaded(tmp_path / "expected.ckpt")
-    for name in ("best.ckpt", "last.ckpt"):
-        torch.testing.assert_close(loaded(tmp_path / name), expected, rtol=0, atol=0)
-    assert not torch.equal(layer.weight, expected["state_dict"]["weight"])  # else nothing was tested
-    weights = loaded(tmp_path / "best.ckpt")["state_dict"]
-    pointers = {name: tensor.untyped_storage().data_ptr() for name, tensor in weights.items()}
-    assert pointers["weight"] == pointers["tied"] == pointers["half"] != pointers["bias"]
-    assert (tmp_path / "best.ckpt").stat().st_size == (tmp_path / "expected.ckpt").stat().st_size
-
-
-def test_a_second_snapshot_waits_for_the_first_to_be_written(disk: SlowDisk, tmp_path: Path) -> None:
-    plugin, weights = DurableCheckpointIO(), {"w": torch.full((3,), 1.0)}
-    plugin.save_checkpoint({"state_dict": weights}, tmp_path / "1.ckpt", BACKGROUND)
-    weights["w"].fill_(2.0)
-    arguments = ({"state_dict": weights}, tmp_path / "2.ckpt", BACKGROUND)
-    second = threading.Thread(target=plugin.save_checkpoint, args=arguments)
-    second.start()
-    second.join(0.05)
-    assert second.is_alive() and disk.started == ["1.ckpt"]
-    disk.let_go(2)
-    second.join(30)
-    plugin.wait()
-    written = [loaded(tmp_path / f"{number}.ckpt")["state_dict"]["w"].tolist() for number in (1, 2)]
-    assert written == [[1.0] * 3, [2.0] * 3]
-
-
-def test_snapshots_of_different_shapes_do_not_mix(tmp_path: Path) -> None:
-    plugin = DurableCheckpointIO()
-    for number, sizes in enumerate([(3, 5), (5, 3), (5,), (5, 3, 2)]):
-        tensors = [torch.randn(size) for size in sizes]
-        path = tmp_path / f"{number}.ckpt"
-        plugin.save_checkpoint({"state_dict": {}, "tensors": tensors}, path, BACKGROUND)
-        plugin.wait()
-        torch.testing.assert_close(loaded(path)["tensors"], tensors, rtol=0, atol=0)
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shapes", ["the same", "others each time"])
-def test_memory_holds_one_snapshot_however_fast_saves_come(
-    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size, most, next_one = 100_000_000, 0, threading.Event()
-
-    def measure() -> None:
-        nonlocal most
-        most = max(most, resident_bytes())
-
-    def slow(checkpoint: Any, path: Path) -> None:
-        """Until the next save has had time to take its snapshot, if it does not wait."""
-        next_one.wait(30)
-        deadline = time.monotonic() + 0.1
-        while time.monotonic() < deadline:
-            measure()
-
-    copy_bytes = snapshot_module._copy_bytes
-    monkeypatch.setattr(snapshot_module, "_copy_bytes", lambda *pair: (copy_bytes(*pair), measure()))
-    monkeypatch.setattr(checkpoint_module, "write", slow)
-    monkeypatch.setattr(checkpoint_module, "check_finite", lambda checkpoint: None)
-    # By NumPy: threads of PyTorch's would not survive the fork of later tests.
-    plugin, weights = DurableCheckpointIO(), np.ones(size // 4, dtype=np.float32)
-    before = resident_bytes()
-    for number in range(10):
-        # Parts above 32 MiB, which the allocator gives back to the system at once.
-        cut = 9_000_000 + (300_000 * number if shapes == "others each time" else 0)
-        parts = {str(part.size): torch.from_numpy(part.copy()) for part in np.split(weights, [cut])}
-        next_one.set()
-        plugin.save_checkpoint({"state_dict": parts}, tmp_path / "last.ckpt", BACKGROUND)
-        next_one.clear()
-        del parts
-    next_one.set()
-    plugin.teardown()
-    assert 0.9 < (most - before) / size < 2.2  # with the parts themselves
-
-
-def test_a_failure_in_the_background_is_raised_once_and_the_old_files_stay(
-    disk: SlowDisk, tmp_path: Path
-) -> None:
-    for name in ("last.ckpt", "old.ckpt"):
-        write({"step": 1}, tmp_path / name)
-    plugin = DurableCheckpointIO()
-    disk.broken = {"last.ckpt"}
-    options = SaveOptions(background=True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
-    plugin.save_checkpoint({"step": 2}, tmp_path / "best.ckpt", options)
-    plugin.raise_failure()  # it has not failed yet
-    disk.let_go(2)
-    plugin.wait()
-    with pytest.raises(CheckpointWriteError, match="last.ckpt cannot be written"):
-        plugin.raise_failure()
-    plugin.raise_failure()
-    steps = {path.name: loaded(path)["step"] for path in tmp_path.iterdir()}
-    assert steps == {"best.ckpt": 2, "last.ckpt": 1, "old.ckpt": 1}
-
-
-@pytest.mark.parametrize("when", ["the next save", "the end"])
-def test_a_failure_is_not_lost(when: str, disk: SlowDisk, tmp_path: Path) -> None:
-    plugin = DurableCheckpointIO()
-    disk.broken = {"last.ckpt"}
-    plugin.save_checkpoint({"step": 2}, tmp_path / "last.ckpt", BACKGROUND)
-    disk.let_go(9)
-    with pytest.raises(CheckpointWriteError):
-        if when == "the end":
-            plugin.teardown()
-        else:
-            plugin.save_checkpoint({"step": 3}, tmp_path / "next.ckpt")
-
-
-def test_what_is_replaced_is_removed_last(disk: SlowDisk, tmp_path: Path) -> None:
-    write({"step": 1}, tmp_path / "old.ckpt")
-    options = SaveOptions(True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
-    plugin = DurableCheckpointIO()
-    plugin.save_checkpoint({"step": 2}, tmp_path / "best.ckpt", options)
-    disk.let_go(1)
-    while disk.started != ["best.ckpt", "last.ckpt"]:
-        pass
-    assert (tmp_path / "old.ckpt").exists()
-    disk.let_go(1)
-    plugin.wait()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
-
-
-POISONED: list[tuple[Tensor, str | None]] = [
-    (torch.tensor([1.0, float("nan")]), "w"),
-    (torch.tensor([1.0, float("inf"), float("-inf")]), "w"),
-    (torch.tensor([1.0, float("-inf")], dtype=torch.bfloat16), "w"),
-    (torch.full((1000,), 60000.0, dtype=torch.float16), None),  # their sum is no float16
-    (torch.full((9,), 3e38), None),
-    (torch.tensor([2**62, 2**62]), None),
-    (torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn), "w"),
-]
-
-
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("part", ["state_dict", "optimizer_states"])
-@pytest.mark.parametrize("tensor, name", POISONED)
-def test_only_finite_numbers_are_written(
-    tensor: Tensor, name: str | None, part: str, background: bool, tmp_path: Path
-) -> None:
-    write({"step": 1}, tmp_path / "last.ckpt")
-    checkpoint = {"state_dict": {"a": torch.ones(2)}, "optimizer_states": [{"state": {0: {}}}]}
-    place: Any = checkpoint[part] if part == "state_dict" else checkpoint[part][0]["state"][0]  # type: ignore
-    place["w"] = tensor
-    plugin = DurableCheckpointIO()
-    options = SaveOptions(background, remove=(tmp_path / "last.ckpt",))
-    if name is None:
-        plugin.save_checkpoint(checkpoint, tmp_path / "next.ckpt", options)
-        plugin.teardown()
-        assert [path.name for path in tmp_path.iterdir()] == ["next.ckpt"]
-        return
-    with pytest.raises(NonFiniteCheckpointError, match=f"{part}.*{name} holds NaN or infinity"):
-        plugin.save_checkpoint(checkpoint, tmp_path / "next.ckpt", options)
-        plugin.teardown()
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
-    DurableCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "last.ckpt").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_the_newest_is_the_last_written(tmp_path: Path) -> None:
-    for number, name in enumerate(("b/last.ckpt", "a/step000010.ckpt", "a/last.ckpt")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        torch.save({}, tmp_path / name)
-        os.utime(tmp_path / name, (number, number))
-    assert newest_checkpoint(tmp_path) == tmp_path / "a" / "last.ckpt"
-    os.utime(tmp_path / "b" / "last.ckpt", (9, 9))
-    assert newest_checkpoint(tmp_path) == tmp_path / "b" / "last.ckpt"
-    assert newest_checkpoint(tmp_path / "nowhere") is None
-
-
-def saved(path: Path, step: int, seconds: int) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    write({"global_step": step}, path)
-    os.utime(path, (seconds, seconds))
-    return path
-
-
-def test_in_a_folder_the_latest_step_is_the_newest(tmp_path: Path) -> None:
-    saved(tmp_path / "a" / "best.ckpt", 4, seconds=1)
-    last = saved(tmp_path / "a" / "last.ckpt", 6, seconds=2)
-    saved(tmp_path / "a" / "copy.ckpt", 4, seconds=9)
-    saved(tmp_path / "b" / "last.ckpt", 8, seconds=8)
-    assert newest_checkpoint(tmp_path) == last
-    last.unlink()
-    assert newest_checkpoint(tmp_path) == tmp_path / "a" / "copy.ckpt"
-
-
-@pytest.mark.parametrize("seconds, told", [(1, False), (9, True)])
-def test_a_younger_file_without_a_readable_step_is_told_of(seconds: int, told: bool, tmp_path: Path) -> None:
-    last = saved(tmp_path / "last.ckpt", 6, seconds=2)
-    saved(tmp_path / "torn.ckpt", 8, seconds=0)
-    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "torn.ckpt").read_bytes()[:300])
-    os.utime(tmp_path / "torn.ckpt", (seconds, seconds))
-    lines: list[str] = []
-    assert newest_checkpoint(tmp_path, lines.append) == last
-    assert ["torn.ckpt" in line for line in lines] == [True] * told
+def test_checkpoints_differ_by_their_digests(tmp_path: Path) -> None:
+    """One number, anywhere in it, makes another; another name or a copy does not."""
+    for name, options in {"a": {}, "copy": {}, "step": {"step": 4}, "tensor": {"fill": 1.0000001}}.items():
+        write(contents(**options), tmp_path / f"{name}.ckpt")
+    digests = {path.stem: Checkpoint.open(path).digest for path in tmp_path.iterdir()}
+    assert digests["a"] == digests["copy"] and len(set(digests.values())) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 torn"])
@@ -286,14 +36,14 @@ def test_unreadable_files_are_named_in_one_line(content: bytes, tmp_path: Path) 
     path = tmp_path / "torn.ckpt"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        read_checkpoint(path)
+        Checkpoint.open(path)
     assert "torn.ckpt" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
     with pytest.raises(ValueError, match="last.ckpt"):
-        read_checkpoint(tmp_path / "lost.ckpt")
+        Checkpoint.open(tmp_path / "lost.ckpt")
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
@@ -303,17 +53,17 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
     torch.save({"gpt_config": Payload()}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="evil.ckpt"):
-        read_checkpoint(tmp_path / "evil.ckpt")
+        Checkpoint.open(tmp_path / "evil.ckpt")
     assert not (tmp_path / "canary").exists()
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="not written by gpt_lightning"):
-        read_checkpoint(tmp_path / "foreign.ckpt")
+        Checkpoint.open(tmp_path / "foreign.ckpt")
 
 
-@pytest.mark.parametrize("how", ["read_checkpoint", "plugin"])
+@pytest.mark.parametrize("how", ["open", "plugin"])
 def test_nothing_brings_back_code_in_checkpoints(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,16 +77,5 @@ def test_nothing_brings_back_code_in_checkpoints(
         if how == "plugin":
             DurableCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
         else:
-            read_checkpoint(tmp_path / "evil.ckpt")
+            Checkpoint.open(tmp_path / "evil.ckpt")
     assert not (tmp_path / "canary").exists()
-
-
-def test_the_plugin_reads_what_is_being_written(disk: SlowDisk, tmp_path: Path) -> None:
-    plugin = DurableCheckpointIO()
-    plugin.save_checkpoint({"gpt_config": {}, "step": 4}, tmp_path / "last.ckpt", BACKGROUND)
-    disk.let_go(1)
-    assert plugin.load_checkpoint(tmp_path / "last.ckpt")["step"] == 4
-    plugin.save_checkpoint({"gpt_config": {}, "step": 5}, tmp_path / "last.ckpt", BACKGROUND)
-    disk.let_go(1)
-    plugin.remove_checkpoint(tmp_path / "last.ckpt")
-    assert list(tmp_path.iterdir()) == []

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.runs import (
     NUMBERED,
     choose_run_folder,
     find_checkpoint,
+    newest_checkpoint,
     newest_of_run,
     open_run_folder,
 )
@@ -23,12 +25,13 @@ fork = multiprocessing.get_context("fork")
 
 
 def save(path: Path, step: int, age_seconds: int = 0) -> Path:
-    write({"gpt_config": {}, "global_step": step, "state_dict": {}}, path)
+    write({"global_step": step, "weights": torch.ones(1000)}, path)
     os.utime(path, (1_000_000 - age_seconds,) * 2)
     return path
 
 
 def flip(path: Path) -> None:
+    """A bit of the weights."""
     stat, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -190,3 +193,45 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_its_f
     run.close()
     save(folder / "last.ckpt", 3)
     assert choose_run_folder(folder, None, begins_again=True) == tmp_path / "run-2"
+
+
+# ---- the newest
+
+
+def test_the_newest_is_the_last_written(tmp_path: Path) -> None:
+    for number, name in enumerate(("b/last.ckpt", "a/step000010.ckpt", "a/last.ckpt")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({}, tmp_path / name)
+        os.utime(tmp_path / name, (number, number))
+    assert newest_checkpoint(tmp_path) == tmp_path / "a" / "last.ckpt"
+    os.utime(tmp_path / "b" / "last.ckpt", (9, 9))
+    assert newest_checkpoint(tmp_path) == tmp_path / "b" / "last.ckpt"
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def saved(path: Path, step: int, seconds: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    write({"global_step": step}, path)
+    os.utime(path, (seconds, seconds))
+    return path
+
+
+def test_in_a_folder_the_latest_step_is_the_newest(tmp_path: Path) -> None:
+    saved(tmp_path / "a" / "best.ckpt", 4, seconds=1)
+    last = saved(tmp_path / "a" / "last.ckpt", 6, seconds=2)
+    saved(tmp_path / "a" / "copy.ckpt", 4, seconds=9)
+    saved(tmp_path / "b" / "last.ckpt", 8, seconds=8)
+    assert newest_checkpoint(tmp_path) == last
+    last.unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "a" / "copy.ckpt"
+
+
+@pytest.mark.parametrize("seconds, told", [(1, False), (9, True)])
+def test_a_younger_file_without_a_readable_step_is_told_of(seconds: int, told: bool, tmp_path: Path) -> None:
+    last = saved(tmp_path / "last.ckpt", 6, seconds=2)
+    saved(tmp_path / "torn.ckpt", 8, seconds=0)
+    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "torn.ckpt").read_bytes()[:300])
+    os.utime(tmp_path / "torn.ckpt", (seconds, seconds))
+    lines: list[str] = []
+    assert newest_checkpoint(tmp_path, lines.append) == last
+    assert ["torn.ckpt" in line for line in lines] == [True] * told

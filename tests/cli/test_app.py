@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.generation.journal import lock_output
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def test_fit_leaves_a_run_folder(fitted: Path, capsys: pytest.CaptureFixture[str
     assert not (fitted / "last.ckpt").is_symlink()
     best = [name for name in names if name.startswith("step")]
     assert best and set(best) < {"step000003.ckpt", "step000006.ckpt"}
-    checkpoint = read_checkpoint(fitted / "last.ckpt")
+    checkpoint = Checkpoint.open(fitted / "last.ckpt").contents
     assert checkpoint["global_step"] == 6
     captured = capsys.readouterr()
     command = shlex.split(captured.err.strip().splitlines()[-1])
@@ -179,7 +179,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(tiny_config: Config, tmp_pat
     middle = tmp_path / "checkpoints" / "whole" / "step000006.ckpt"
     main(["fit", "--config", config, "--run_name", "resumed", "--ckpt_path", str(middle)])
     folders = [tmp_path / "checkpoints" / name for name in ("whole", "resumed")]
-    whole, resumed = (read_checkpoint(folder / "last.ckpt") for folder in folders)
+    whole, resumed = (Checkpoint.open(folder / "last.ckpt").contents for folder in folders)
     assert whole["global_step"] == resumed["global_step"] == 12
     assert whole["TextDataModule"]["consumed_samples"] == resumed["TextDataModule"]["consumed_samples"] == 48
     for name, tensor in whole["state_dict"].items():
@@ -202,7 +202,7 @@ def test_print_config_gives_a_file_that_runs(
 
 def test_the_saved_configuration_names_no_checkpoint(fitted: Path, tmp_path: Path) -> None:
     main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9"])
-    assert read_checkpoint(fitted / "last.ckpt")["global_step"] == 9
+    assert Checkpoint.open(fitted / "last.ckpt").step == 9
     assert yaml.safe_load((fitted / "config.yaml").read_text(encoding="utf-8"))["ckpt_path"] is None
 
 
@@ -232,7 +232,7 @@ def test_epochs_mean_passes_over_the_corpus(
     monkeypatch.chdir(tmp_path)
     config = str(tiny_config(trainer={"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0}))
     main(["fit", "--config", config])
-    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "tiny" / "last.ckpt")
+    checkpoint = Checkpoint.open(tmp_path / "checkpoints" / "tiny" / "last.ckpt").contents
     (tokens,) = (tmp_path / "cache").glob("tokens-*/train.tokens.bin")
     windows = math.ceil(tokens.stat().st_size / 2 / 16)
     assert checkpoint["TextDataModule"]["consumed_samples"] == 2 * windows
@@ -311,7 +311,7 @@ def test_a_place_that_cannot_be_written_is_named(
 def test_optimizer_options_win_over_the_checkpoint(fitted: Path, tmp_path: Path) -> None:
     options = ["--model.optimizer.learning_rate", "0.002", "--model.optimizer.weight_decay", "0.5"]
     main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "7", *options])
-    checkpoint = read_checkpoint(fitted / "last.ckpt")
+    checkpoint = Checkpoint.open(fitted / "last.ckpt").contents
     decayed, plain = checkpoint["optimizer_states"][0]["param_groups"]
     assert decayed["initial_lr"] == plain["initial_lr"] == 0.002
     assert decayed["weight_decay"] == 0.5 and plain["weight_decay"] == 0.0
@@ -336,11 +336,11 @@ def test_another_split_or_tokenizer_than_the_checkpoints_is_refused(
 def test_last_is_the_newest_of_the_runs_of_a_name(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "tiny.yaml"])
     main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "8"])
-    assert read_checkpoint(fitted.with_name("tiny-2") / "last.ckpt")["global_step"] == 8
-    assert read_checkpoint(fitted / "last.ckpt")["global_step"] == 6
+    assert Checkpoint.open(fitted.with_name("tiny-2") / "last.ckpt").step == 8
+    assert Checkpoint.open(fitted / "last.ckpt").step == 6
     # Without a configuration, that of the newest run.
     main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "9"])
-    assert read_checkpoint(fitted.with_name("tiny-2") / "last.ckpt")["global_step"] == 9
+    assert Checkpoint.open(fitted.with_name("tiny-2") / "last.ckpt").step == 9
 
 
 @pytest.mark.parametrize("prompt", ["# Title", "null", "12", "[1] The", "a: b", "The cat: "])
@@ -390,14 +390,14 @@ def test_a_folder_for_checkpoints_is_not_written_over(
     monkeypatch.chdir(tmp_path)
     words = ["fit", "--config", str(tiny_config(checkpoint={"dirpath": "kept"}))]
     main(words)
-    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 6
+    assert Checkpoint.open(tmp_path / "kept" / "last.ckpt").step == 6
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         main(words)
     assert exit.value.code == 2 and sorted(tmp_path.rglob("*")) == before
     assert "error: checkpoint.dirpath=kept holds checkpoints" in capsys.readouterr().err
     main([*words, "--ckpt_path", "last", "--trainer.max_steps", "8"])
-    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 8
+    assert Checkpoint.open(tmp_path / "kept" / "last.ckpt").step == 8
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["tiny"]
 
 
@@ -417,4 +417,4 @@ def test_processes_may_be_spawned(
     monkeypatch.chdir(tmp_path)
     words = ["--trainer.strategy", "ddp_spawn", "--trainer.devices", "1", "--trainer.max_steps", "3"]
     main(["fit", "--config", str(tiny_config()), *words])
-    assert read_checkpoint(tmp_path / "checkpoints" / "tiny" / "last.ckpt")["global_step"] == 3
+    assert Checkpoint.open(tmp_path / "checkpoints" / "tiny" / "last.ckpt").step == 3

@@ -17,12 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.initial_weights import InitialWeights
-from gpt_lightning.checkpoint.checkpoint import (
-    checkpoint_config,
-    checkpoint_tokenizer,
-    load_model,
-    read_checkpoint,
-)
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.data.datamodule import TextDataModule
 from tests.distributed import run_ranks
@@ -53,9 +48,8 @@ def losses(run: str, name: str = "train/loss") -> list[float]:
 
 def first_batch_loss(folder: str, corpus: Path, **options: Any) -> float:
     """Of transformers' model, on the windows that a run begins with."""
-    tokenizer = checkpoint_tokenizer(read_checkpoint(Path("x.ckpt")))
     data = TextDataModule(train_files=str(corpus), seq_len=16, batch_size=4, cache_dir="cache", **options)
-    data.use_tokenizer(tokenizer)
+    data.use_tokenizer(Checkpoint.open(Path("x.ckpt")).tokenizer)
     data.prepare()
     batch = next(iter(data.train_dataloader()))
     with torch.no_grad():
@@ -77,16 +71,16 @@ def test_a_run_begins_with_the_weights_wherever_they_come_from(
         main(["fit", "--config", config, "--run_name", name, *words])
         assert f"starting from the weights of {words[1]}\n" in capsys.readouterr().err
         curves.append(losses(name))
-        checkpoint = read_checkpoint(Path("checkpoints") / name / "last.ckpt")
-        assert checkpoint["global_step"] == 3 and checkpoint["begun_from"] == "theirs"
-        assert checkpoint_config(checkpoint).vocab_size == 301
-        assert checkpoint_config(checkpoint).dropout == 0.0  # the command line's, not GPT-2's
-        assert checkpoint["TextDataModule"]["consumed_samples"] == 12
+        checkpoint = Checkpoint.open(Path("checkpoints") / name / "last.ckpt")
+        assert checkpoint.step == 3 and checkpoint.contents["begun_from"] == "theirs"
+        assert checkpoint.config.vocab_size == 301
+        assert checkpoint.config.dropout == 0.0  # the command line's, not GPT-2's
+        assert checkpoint.contents["TextDataModule"]["consumed_samples"] == 12
     assert curves[0][0] == pytest.approx(expected, abs=1e-5)
     assert curves[0] == curves[1] == curves[2]
     # A trained checkpoint of ours does as well, and its steps do not count.
     main(["fit", "--config", config, "--run_name", "again", "--init_from", "checkpoints/folder/last.ckpt"])
-    assert read_checkpoint(Path("checkpoints/again/last.ckpt"))["global_step"] == 3
+    assert Checkpoint.open(Path("checkpoints/again/last.ckpt")).step == 3
     assert losses("again")[0] < curves[0][0]
 
 
@@ -99,13 +93,13 @@ def test_the_same_line_begins_a_run_and_goes_on_with_it(
     main([*words, "--trainer.max_steps", "5"])
     captured = capsys.readouterr().err
     assert "resuming: " in captured and "starting from" not in captured and "trains only" not in captured
-    checkpoint = read_checkpoint(Path("checkpoints/tiny/last.ckpt"))
+    checkpoint = Checkpoint.open(Path("checkpoints/tiny/last.ckpt")).contents
     assert checkpoint["global_step"] == 5 and checkpoint["begun_from"] == "theirs"
     # The configuration beside the checkpoint names x.ckpt; what goes on, or is judged, is the checkpoint.
     Path("x.ckpt").unlink()
     main(["validate", "--ckpt_path", "checkpoints/tiny/last.ckpt"])
     main(["fit", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--trainer.max_steps", "6"])
-    assert read_checkpoint(Path("checkpoints/tiny/last.ckpt"))["global_step"] == 6
+    assert Checkpoint.open(Path("checkpoints/tiny/last.ckpt")).step == 6
 
 
 def test_without_a_configuration_given_weights_are_fine_tuned(config: str) -> None:
@@ -147,7 +141,7 @@ def test_what_contradicts_the_weights_is_refused(config: str, capsys: pytest.Cap
     message = fails(["validate", "--init_from", "x.ckpt"], capsys)
     assert "init_from=x.ckpt begins a fit; for validate give --ckpt_path" in message
     assert not Path("checkpoints").exists()
-    torch.save({**read_checkpoint(Path("x.ckpt")), "global_step": 7}, "weights.ckpt")
+    torch.save({**Checkpoint.open(Path("x.ckpt")).contents, "global_step": 7}, "weights.ckpt")
     message = fails([*fit, "--ckpt_path", "weights.ckpt"], capsys)
     assert "from which no run can go on; begin a new one with them: --init_from weights.ckpt" in message
 

@@ -186,9 +186,9 @@ def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
     killed.start()
     killed.join()
     left = [path.name for path in cache.iterdir() if path.is_dir()]
-    assert killed.exitcode == 9 and len(left) == 1 and left[0].endswith(".unfinished")
+    assert killed.exitcode == 9 and len(left) == 1 and left[0].endswith(".tmp")
     assert len(documents_of(prepare_tokens(corpus(source), BYTES, str(cache))["train"])) > 20
-    assert not any(path.name.endswith(".unfinished") for path in cache.iterdir())
+    assert not any(path.name.endswith(".tmp") for path in cache.iterdir())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from tests.distributed import torchrun_environments
 
 STARTING, TRAINING, VALIDATING, ENDED = range(4)
@@ -148,6 +148,6 @@ def _show_phase(phase: mmap.mmap) -> None:
 def weights_hash(path: Path) -> str:
     """SHA-256 of a checkpoint's weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_checkpoint(path)["state_dict"].items()):
+    for name, tensor in sorted(Checkpoint.open(path).contents["state_dict"].items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

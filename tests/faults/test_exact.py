@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from tests.faults.harness import Process, run, weights_hash
 from tests.faults.runs import BATCHES_PER_EPOCH, MAX_STEPS, TOPOLOGIES, callback, newest_last, write_run
 from tests.faults.trace import differences, read_trace
@@ -147,7 +147,7 @@ def test_an_older_checkpoint_goes_on_in_a_folder_of_its_own(tmp_path: Path) -> N
     code, output = run([*words, "--ckpt_path", str(folder / "step000005.ckpt")], tmp_path, log="second.log")
     assert code == 0, output
     assert {path.name: weights_hash(path) for path in folder.glob("*.ckpt")} == kept
-    assert read_checkpoint(folder.with_name("run-2") / "last.ckpt")["global_step"] == 10
+    assert Checkpoint.open(folder.with_name("run-2") / "last.ckpt").step == 10
 
 
 @pytest.mark.parametrize("other", ["--trainer.limit_val_batches=0", "--trainer.val_check_interval=7"])
@@ -157,5 +157,5 @@ def test_with_another_schedule_too_the_run_ends_at_its_last_step(other: str, tmp
     assert code == -signal.SIGKILL, output
     code, output = run([*write_run(tmp_path, "run", trainer={"max_steps": 10}), other], tmp_path)
     assert code == 0, output
-    assert read_checkpoint(newest_last(tmp_path, "run"))["global_step"] == 10
+    assert Checkpoint.open(newest_last(tmp_path, "run")).step == 10
     assert read_trace(tmp_path / "run")[-1]["at"] == "batch 10"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from tests.faults.harness import Process, run, weights_hash
 from tests.faults.runs import TOPOLOGIES, callback, newest_last, write_run
 from tests.faults.trace import differences, read_trace
@@ -17,7 +17,7 @@ def assert_finite(folder: Path) -> None:
     paths = list(folder.glob("checkpoints/*/*.ckpt"))
     assert paths
     for path in paths:
-        checkpoint = read_checkpoint(path)
+        checkpoint = Checkpoint.open(path).contents
         tensors = list(checkpoint["state_dict"].values())
         for entry in checkpoint["optimizer_states"][0]["state"].values():
             tensors += entry.values()
@@ -34,7 +34,7 @@ def test_the_run_ends_before_the_step(what: str, value: str, tmp_path: Path) -> 
     assert f"error: step 8: the {what} is not finite (samples 56-63); the step was not taken" in output
     assert "Traceback" not in output
     assert_finite(tmp_path)
-    assert read_checkpoint(newest_last(tmp_path, "run"))["global_step"] == 7
+    assert Checkpoint.open(newest_last(tmp_path, "run")).step == 7
     assert read_trace(tmp_path / "run")[-1]["step"] == 7
 
 
@@ -60,7 +60,7 @@ def test_steps_are_left_out_by_option_and_counted(tmp_path: Path) -> None:
         assert f"step {step}: the loss is not finite" in output
         assert f"left out, {number} of at most 2" in output
     assert_finite(tmp_path)
-    assert read_checkpoint(newest_last(tmp_path, "whole"))["global_step"] == 40
+    assert Checkpoint.open(newest_last(tmp_path, "whole")).step == 40
     # The count goes on with the run, and the run is the same when it is killed between the two.
     for moment in ("batch_end 10", None):
         kill = [callback("KillAt", moment=moment)] if moment else []
@@ -84,7 +84,7 @@ def test_a_step_that_is_left_out_changes_no_weight(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "run"
     seven, eight, nine = (folder / f"step00000{step}.ckpt" for step in (7, 8, 9))
     assert weights_hash(seven) == weights_hash(eight) != weights_hash(nine)
-    states = [read_checkpoint(path)["optimizer_states"][0]["state"] for path in (seven, eight)]
+    states = [Checkpoint.open(path).contents["optimizer_states"][0]["state"] for path in (seven, eight)]
     for index, entry in states[0].items():
         assert all(torch.equal(value, states[1][index][name]) for name, value in entry.items())
 

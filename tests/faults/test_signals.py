@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gpt_lightning.checkpoint.checkpoint import read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from tests.faults.harness import TRAINING, Process, run, weights_hash
 from tests.faults.runs import TOPOLOGIES, callback, newest_last, write_run
 from tests.faults.trace import differences, read_trace
@@ -44,7 +44,7 @@ def test_a_signal_ends_the_run_after_its_step(name: str, code: int, moment: str,
     step = 7 if moment == "batch 26" else 5
     assert f"stopped by a signal at step {step}; go on with --ckpt_path checkpoints/run/last.ckpt" in output
     assert "Traceback" not in output
-    assert read_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")["global_step"] == step
+    assert Checkpoint.open(tmp_path / "checkpoints" / "run" / "last.ckpt").step == step
     finish(tmp_path, whole, **settings)
 
 
@@ -79,7 +79,7 @@ def test_a_second_interrupt_ends_at_once_and_tears_nothing(tmp_path: Path) -> No
     twice = [callback("SignalAt", moment="batch 8", name="SIGINT", times=2)]
     code, output = run(write_run(tmp_path, "run", trainer={"callbacks": twice}), tmp_path)
     assert code == 130, output
-    assert read_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")["global_step"] == 6
+    assert Checkpoint.open(tmp_path / "checkpoints" / "run" / "last.ckpt").step == 6
     code, output = run(write_run(tmp_path, "run"), tmp_path)
     assert code == 0 and differences(tmp_path / "run", tmp_path / "whole") == []
     assert weights_hash(newest_last(tmp_path, "run")) == whole
@@ -98,7 +98,7 @@ def test_a_job_that_goes_on_has_all_of_its_time_limit_again(tmp_path: Path) -> N
     for number in range(2):
         code, output = run([*words, "--trainer.max_time", "00:00:00:02"], tmp_path, log=f"{number}.log")
         assert code == 0, output
-        steps.append(read_checkpoint(newest_last(tmp_path, "run"))["global_step"])
+        steps.append(Checkpoint.open(newest_last(tmp_path, "run")).step)
     assert steps[0] < steps[1] < steps[2]
 
 
@@ -109,7 +109,7 @@ def test_the_time_limit_ends_at_a_step_with_a_checkpoint(tmp_path: Path) -> None
     limit = {**settings["trainer"], "callbacks": [callback("TimeIsOver", batch=26)]}
     code, output = run(write_run(tmp_path, "run", data=settings["data"], trainer=limit), tmp_path)
     assert code == 0, output
-    assert read_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")["global_step"] == 7
+    assert Checkpoint.open(tmp_path / "checkpoints" / "run" / "last.ckpt").step == 7
     code, output = run(write_run(tmp_path, "run", **settings), tmp_path)
     assert code == 0, output
     # The stop itself validates, which the whole run did not.

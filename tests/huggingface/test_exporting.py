@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
-import gpt_lightning.huggingface.exporting as huggingface_export
+import gpt_lightning.checkpoint.atomic as atomic
 from gpt_lightning.__main__ import main
-from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.contents import CONFIG_KEY
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from gpt_lightning.generation.engine import generate
@@ -137,7 +137,7 @@ def test_it_writes_these_files_for_everybody_to_read(checkpoint: Path) -> None:
 
 
 def test_a_model_without_biases_gives_the_same_logits(checkpoint: Path) -> None:
-    contents = read_checkpoint(checkpoint)
+    contents = Checkpoint.open(checkpoint).contents
     weights = {name: t for name, t in contents["state_dict"].items() if not name.endswith(".bias")}
     config = {**contents[CONFIG_KEY], "bias": False}
     torch.save({**contents, "state_dict": weights, CONFIG_KEY: config}, "plain.ckpt")
@@ -180,7 +180,7 @@ def test_an_empty_folder_may_have_any_name(
 def test_a_checkpoint_without_a_tokenizer_leaves_nothing_behind(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    contents = read_checkpoint(checkpoint)
+    contents = Checkpoint.open(checkpoint).contents
     del contents["TextDataModule"]
     torch.save(contents, "bare.ckpt")
     with pytest.raises(SystemExit):
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface_export.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     before = sorted(path.name for path in Path().iterdir())
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
@@ -225,17 +225,18 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 def test_the_card_of_an_imported_model_invents_nothing(checkpoint: Path) -> None:
-    card = model_card(read_checkpoint(checkpoint), "back")
+    card = model_card(Checkpoint.open(checkpoint), "back")
     assert "begun from: the weights of `theirs`" in card
     assert "training text: not known" in card and "training: none since" in card
     assert "Not known: the checkpoint was saved before any validation." in card
 
 
 def test_the_card_of_a_stranger_stays_a_card(checkpoint: Path) -> None:
-    contents = read_checkpoint(checkpoint)
+    contents = Checkpoint.open(checkpoint).contents
     data = {**contents["TextDataModule"], "text": {"train_files": [["a`b\n# c", "0"], 3], "val_files": "x"}}
     evil = {"TextDataModule": data, "begun_from": "x`\n\n# y", "last_validation": {"loss": "1", "step": None}}
-    card = model_card({**contents, **evil, "hyper_parameters": 7, "global_step": 3}, "back\n# z")
+    contents = {**contents, **evil, "hyper_parameters": 7, "global_step": 3}
+    card = model_card(Checkpoint(checkpoint, contents), "back\n# z")
     headings = [line for line in card.splitlines() if line.startswith("#")]
     assert headings == ["# back # z", "## Data", "## Recipe", "## Final perplexity", "## Use"]
     assert "training text: `ab # c`" in card

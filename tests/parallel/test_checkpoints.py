@@ -18,10 +18,10 @@ from lightning.pytorch.plugins import MixedPrecision
 import gpt_lightning.checkpoint.io as checkpoint_module
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
-from gpt_lightning.checkpoint.checkpoint import consolidate, load_model, newest_checkpoint, read_checkpoint
-from gpt_lightning.checkpoint.files import CheckpointWriteError, write
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, consolidate, load_model
+from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError, write
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
-from gpt_lightning.checkpoint.snapshot import NonFiniteCheckpointError
+from gpt_lightning.checkpoint.runs import newest_checkpoint
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
@@ -78,7 +78,7 @@ def saved(shared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.mark.parametrize("name", ["2x2", "consolidated"])
 def test_the_file_is_that_of_one_process(name: str, saved: dict[str, Path]) -> None:
-    one, other = (read_checkpoint(saved[which]) for which in ("one", name))
+    one, other = (Checkpoint.open(saved[which]).contents for which in ("one", name))
     assert one.keys() == other.keys()
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for key, tensor in one["state_dict"].items():
@@ -104,7 +104,7 @@ def test_a_tied_tensor_is_written_once(saved: dict[str, Path]) -> None:
     keys = [key for key, _ in sharded_checkpoint._tensors_in(saved["sharded"], "state_dict/")]
     assert "state_dict/model.token_embedding.weight" in keys
     assert not any("lm_head" in key for key in keys)
-    weights = read_checkpoint(saved["2x2"])["state_dict"]
+    weights = Checkpoint.open(saved["2x2"]).contents["state_dict"]
     assert weights["model.lm_head.weight"].data_ptr() == weights["model.token_embedding.weight"].data_ptr()
 
 
@@ -205,7 +205,7 @@ def test_a_torn_folder_is_told_in_one_line(
     shutil.copytree(saved["sharded"], folder)
     tear(folder, how)
     with pytest.raises(ValueError, match=f"ckpt_path={folder} cannot be read") as error:
-        read_checkpoint(folder)
+        Checkpoint.open(folder).contents
     assert "\n" not in str(error.value)
     for message in run_ranks(complaint, 2, Run(2, 1, steps=8, resume_from=str(folder)), shared_corpus):
         assert message.startswith(f"ckpt_path={folder} cannot be read") and "\n" not in message
@@ -225,7 +225,7 @@ def test_a_file_with_a_flipped_bit_is_refused_whatever_reads_it(
     saved: dict[str, Path], shared_corpus: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "flipped.ckpt"
-    write(read_checkpoint(saved["2x2"]), path)
+    write(Checkpoint.open(saved["2x2"]).contents, path)
     flip(path)
     for plugins in (None, lambda: [DurableCheckpointIO()]):
         run = Run(2, 1, steps=8, resume_from=str(path), plugins=plugins)
@@ -266,13 +266,13 @@ def test_a_failed_save_fails_on_all_ranks_and_keeps_the_old_one(
     expected = "up_proj.weight holds NaN" if how == "not finite" else f"{path} cannot be written (No space"
     assert expected in first
     assert list(tmp_path.iterdir()) == [path]
-    read_checkpoint(path)
+    Checkpoint.open(path).contents
 
 
 def test_a_sharded_best_makes_way_for_a_file(saved: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(saved["sharded"], tmp_path / "last.ckpt")
     shutil.copytree(saved["sharded"], tmp_path / "old.ckpt")
-    checkpoint = read_checkpoint(saved["one"])
+    checkpoint = Checkpoint.open(saved["one"]).contents
     plugin = DurableCheckpointIO()
     options = SaveOptions(True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
     plugin.save_checkpoint(checkpoint, tmp_path / "best.ckpt", options)

@@ -31,7 +31,7 @@ def predict(run: Run, corpus: Path, checkpoint: Path, settings: GenerationConfig
     datamodule.prompts = PROMPTS
     trainer = trainer_of(run, corpus.parent, Recorder(None))
     with output.with_suffix(".txt").open("w") as stream:
-        trainer.callbacks.append(PredictionWriter(output, stream, checkpoint))
+        trainer.callbacks.append(PredictionWriter(output, stream, "checkpoint"))
         trainer.predict(module, datamodule, ckpt_path=checkpoint, return_predictions=False, weights_only=True)
 
 

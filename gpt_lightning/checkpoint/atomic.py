@@ -1,0 +1,168 @@
+"""Files and folders that are written whole or not at all, and the lock of those who write them."""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+# What a killed process leaves of a checkpoint, or of the probe whether a folder can be written at all.
+LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
+LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
+
+
+class NameNotSyncedError(OSError):
+    """What was written has its name, which may not outlive a power failure."""
+
+
+# ---- one file
+
+
+@contextmanager
+def written_file(path: Path) -> Generator[BinaryIO, None, None]:
+    """A file beside `path`, which takes that name when all of it is on the disk."""
+    with temporary_beside(path) as temporary:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    _sync_name(path)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Generator[Path, None, None]:
+    """A name in the same folder, and nothing of that name afterwards."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+# ---- one folder
+
+
+@contextmanager
+def written_folder(folder: Path) -> Generator[Path, None, None]:
+    """An empty folder beside `folder`, which takes that name when all that was put into it is on the disk."""
+    temporary = unfinished_folder(folder)
+    remove(temporary)  # what a kill has left
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        put_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where a folder is while it is being filled: all processes that fill it together know the name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def put_folder(temporary: Path, folder: Path) -> None:
+    """Name a folder once all of it is on the disk; what had the name goes, or stays if this fails."""
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    with set_aside(folder):
+        temporary.rename(folder)
+    _sync_name(folder)
+
+
+@contextmanager
+def set_aside(path: Path) -> Generator[None, None, None]:
+    """Make way under a name; what had it comes back if the block fails, and goes if not."""
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    if path.exists():
+        path.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    remove(old)
+
+
+def restore_set_aside(folder: Path) -> None:
+    """Give back their names to checkpoints below `folder` that a crash left between two names."""
+    for old in folder.glob("**/.*.ckpt.old"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not path.exists():
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed saves left in the folder, into which nobody else may be writing."""
+    stale = [path for path in folder.glob(".*.tmp") if not path.is_symlink() and _is_left_over(path)]
+    for path in stale:
+        remove(path)
+    return stale
+
+
+def _is_left_over(path: Path) -> bool:
+    return bool((LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name))
+
+
+# ---- the disk, and the others
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or the names in a folder, outlive a power failure."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_name(path: Path) -> None:
+    try:
+        sync(path.parent)
+    except OSError as error:
+        raise NameNotSyncedError(error.errno, error.strerror, str(path)) from error
+
+
+def take_lock(path: Path) -> FileLock | None:
+    """Keep others out, until `release` or the process's end; None where another process holds the lock.
+
+    Raises OSError where nothing can be written beside it.
+    """
+    with temporary_beside(path.with_name("probe")) as probe:
+        probe.touch()
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def release(lock: FileLock) -> None:
+    """Let others in, and leave no file behind."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
