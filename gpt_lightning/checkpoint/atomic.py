@@ -111,15 +111,13 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what killed saves left in the folder, into which nobody else may be writing."""
-    stale = [path for path in folder.glob(".*.tmp") if not path.is_symlink() and _is_left_over(path)]
-    for path in stale:
-        remove(path)
+    """Remove, and return, what killed saves left in the folder, into which nobody else may be writing."""
+    stale = []
+    for path in folder.glob(".*.tmp"):
+        if (LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name) and not path.is_symlink():
+            remove(path)
+            stale.append(path)
     return stale
-
-
-def _is_left_over(path: Path) -> bool:
-    return bool((LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name))
 
 
 # ---- the disk, and the others

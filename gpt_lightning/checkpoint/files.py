@@ -117,13 +117,12 @@ def verify(path: Path) -> None:
     """Raise UserError, in one line that names the file, if it is not as it was written."""
     try:
         check_bytes(path)
-    except Exception as error:  # what a changed byte in a zip archive leads to may be anything
+    except (UserError, OSError) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    reason = reason.strip().split("\n")[0][:120]
+    reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
     return UserError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 
 
@@ -149,14 +148,18 @@ def check_bytes(path: Path, digest: str | None = None) -> None:
 def _check_records(file: BinaryIO) -> None:
     if os.fstat(file.fileno()).st_size == 0:
         raise UserError("it is empty")
-    with zipfile.ZipFile(file) as archive:
-        # Zip readers look for the end of an archive in whatever follows it.
-        file.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
-        end = file.read(END_BYTES)
-        if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(archive.comment):
-            raise UserError("it is cut short, or no checkpoint")
-        if (broken := archive.testzip()) is not None:
-            raise UserError(f"the checksum of its record {broken} is wrong")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken, comment = archive.testzip(), archive.comment
+    except Exception as error:  # what a changed byte in a zip archive leads to may be anything
+        raise UserError(str(error) or type(error).__name__) from error
+    if broken is not None:
+        raise UserError(f"the checksum of its record {broken} is wrong")
+    # Zip readers look for the end of an archive in whatever follows it.
+    file.seek(-END_BYTES - len(comment), os.SEEK_END)
+    end = file.read(END_BYTES)
+    if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):
+        raise UserError("it is cut short, or no checkpoint")
 
 
 def digest_of(path: Path) -> str:

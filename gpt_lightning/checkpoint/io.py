@@ -62,7 +62,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _write_all(checkpoint, Path(path), options)
 
     def finish(self) -> None:
-        """Wait until everything that was to be written is; raise the error of a save in the background, once."""
+        """Wait until everything that was to be written is; raise what went wrong in the background, once."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()

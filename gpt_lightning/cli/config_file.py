@@ -20,21 +20,21 @@ def complete_words(words: list[str]) -> list[str]:
     `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
     """
     words = _verbatim_prompts(words)
-    init_from = _last(_values(words, "--init_from"))
+    values = _values(words)
+    names = ("--init_from", "--ckpt_path", "--trainer.default_root_dir")
+    init_from, given, root = (values[name][-1] if name in values else None for name in names)
     if init_from is not None and words[0] not in ("fit", "prepare"):
         raise UserError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
-    given = _last(_values(words, "--ckpt_path"))
     if init_from is not None and given not in (None, "last", "null"):
         raise UserError(
             f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
         )
-    files = _values(words, "--config", "-c")
-    for file in files:
-        check_config_file(Path(file))
-    if files:
+    if files := [*values.get("--config", []), *values.get("-c", [])]:
+        for file in files:
+            check_config_file(Path(file))
         return words
     verb, rest = words[0], words[1:]
-    folder = checkpoints_folder(_last(_values(words, "--trainer.default_root_dir")))
+    folder = checkpoints_folder(root)
     resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
     if init_from is not None:
         return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
@@ -109,18 +109,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _values(words: list[str], *names: str) -> list[str]:
-    """The values of an option on the command line, as `--name value` or `--name=value`."""
-    values = []
+def _values(words: list[str]) -> dict[str, list[str]]:
+    """The values of every option on the command line, said as `--name value` or `--name=value`."""
+    values: dict[str, list[str]] = {}
     for word, following in zip(words, [*words[1:], ""]):
         name, equals, value = word.partition("=")
-        if name in names:
-            values.append(value if equals else following)
+        if name.startswith("-"):
+            values.setdefault(name, []).append(value if equals else following)
     return values
-
-
-def _last(values: list[str]) -> str | None:
-    return values[-1] if values else None
 
 
 def _shipped_config(name: str) -> Path:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 
+import gpt_lightning.checkpoint.folder as sharded_folder
 import gpt_lightning.checkpoint.io as checkpoint_module
 import gpt_lightning.parallel.sharded_checkpoint as sharded_checkpoint
 import gpt_lightning.parallel.state_dict as state_dict
@@ -101,7 +102,7 @@ def test_any_model_loads_it(saved: dict[str, Path]) -> None:
 
 
 def test_a_tied_tensor_is_written_once(saved: dict[str, Path]) -> None:
-    keys = [key for key, _ in sharded_checkpoint._tensors_in(saved["sharded"], "state_dict/")]
+    keys = [key for key, _ in sharded_folder.tensors_in(saved["sharded"], "state_dict/")]
     assert "state_dict/model.token_embedding.weight" in keys
     assert not any("lm_head" in key for key in keys)
     weights = Checkpoint.open(saved["2x2"]).contents["state_dict"]
@@ -125,7 +126,7 @@ def test_a_strangers_table_of_contents_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     torch.save({}, tmp_path / "rest.pt")
     with pytest.raises(ValueError, match="has no place in a checkpoint"):
-        sharded_checkpoint.read_whole(tmp_path)
+        sharded_folder.read_whole(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -230,7 +231,7 @@ def test_a_file_with_a_flipped_bit_is_refused_whatever_reads_it(
     for plugins in (None, lambda: [DurableCheckpointIO()]):
         run = Run(2, 1, steps=8, resume_from=str(path), plugins=plugins)
         for message in run_ranks(complaint, 2, run, shared_corpus):
-            assert message.startswith(f"ckpt_path={path} cannot be read") and "not those" in message
+            assert message.startswith(f"ckpt_path={path} cannot be read") and "the checksum of its record" in message
 
 
 def failing_save(run: Run, corpus: Path, how: str) -> str:
