@@ -1,4 +1,4 @@
-"""What a resumed run needs beside weights, optimizer and data position to be the run that never ended."""
+"""All that a resumed run needs, beside weights, optimizer and data, to be the run that never ended."""
 
 import logging
 import random
@@ -14,6 +14,7 @@ from typing_extensions import override
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.trainer import validation_is_due
 
 RESUME_KEY = "resume"
 
@@ -21,7 +22,7 @@ _log = logging.getLogger("gpt_lightning")
 
 
 class ExactResume(Callback):
-    """Random states of all ranks, and the place in Lightning's loops, saved and restored."""
+    """Saves and restores the random states of all ranks, and where Lightning's loops were."""
 
     def __init__(self) -> None:
         self._validating = False
@@ -55,9 +56,12 @@ class ExactResume(Callback):
     ) -> None:
         """All ranks call it: a checkpoint is dumped by all of them."""
         fit_loop = checkpoint["loops"]["fit_loop"]
+        states = gathered(_random_state(pl_module.device))
+        are_alike = all(_plain(state) == _plain(states[0]) for state in states[1:])
         checkpoint[RESUME_KEY] = {
-            "random_states": _of_all_ranks(_random_state(pl_module.device)),
-            "validation_is_due": _validation_is_due(trainer),
+            # One, where all are alike, so that another number of ranks can go on from it.
+            "random_states": states[:1] if are_alike else states,
+            "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
             "samples_per_step": _samples_per_step(trainer),
@@ -77,13 +81,13 @@ class ExactResume(Callback):
         # The limit trainer.max_time is one of this process: a job that goes on has all of it again.
         checkpoint["callbacks"].pop(Timer.__qualname__, None)
         due, done = saved["validation_is_due"], saved["validation_is_done"]
-        _place_in_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
+        _set_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
         self._owes_last_validation = due and not done and checkpoint["global_step"] == trainer.max_steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_that_all_go_on_alike(trainer)
-        if not _validation_is_due(trainer):  # by the schedule of this run
+        if not validation_is_due(trainer):  # by the schedule of this run
             self._end_at_the_last_step(trainer)
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
@@ -137,17 +141,8 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"])
 
 
-def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """By rank; a single one where all are equal, so that another number of ranks can go on from it."""
-    states = gathered(state)
-    return states[:1] if all(_equal(states[0], other) for other in states) else states
-
-
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    def plain(state: dict[str, Any]) -> list[Any]:
-        return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
-
-    return plain(one) == plain(other)
+def _plain(state: dict[str, Any]) -> list[Any]:
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
 
 
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
@@ -167,34 +162,22 @@ def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
 
 
 def _inside_a_batch(fit_loop: dict[str, Any]) -> bool:
-    """Whether the checkpoint is dumped in `on_train_batch_end`."""
+    """Tells whether the checkpoint is made in `on_train_batch_end`."""
     total = fit_loop["epoch_loop.batch_progress"]["total"]
     return bool(total["processed"] > total["completed"])
 
 
 def _epoch_is_finished(fit_loop: dict[str, Any], batches: float) -> bool:
-    """Whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
+    """Tells whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
     epochs, trained = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]
     return bool(epochs["processed"] < epochs["started"] and trained["processed"] >= batches)
 
 
-def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
-        return False
-    should_stop, trainer.should_stop = trainer.should_stop, False
-    try:
-        return bool(loop._should_check_val_fx(fetcher))
-    finally:
-        trainer.should_stop = should_stop
+def _set_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
+    """Has Lightning go on at the end of the batch that was trained last.
 
-
-def _place_in_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:
-    """Have Lightning go on at the end of the batch that was trained last.
-
-    Of a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end,
-    the epoch's end with it; of one saved during a validation it would validate on a part of the text.
+    After a checkpoint saved in `on_train_batch_end` it would leave out the validation and, at an epoch's end,
+    the epoch's end with it; after one saved during a validation it would validate on a part of the text.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["total"]
     if _inside_a_batch(fit_loop):

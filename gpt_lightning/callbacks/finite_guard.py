@@ -1,27 +1,21 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
 import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import NON_FINITE, UserError
-from gpt_lightning.parallel.gradients import squares
-from gpt_lightning.parallel.ranks import gathered, is_distributed
-from gpt_lightning.training.step_metrics import is_logging_step
+from gpt_lightning.parallel.gradients import norm
+from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
 DEVICES_THAT_SKIP = ("cuda",)
@@ -38,19 +32,19 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass
 class _Step:
-    """What has to be told of an optimizer step if it is refused: its micro-batches."""
+    """Keeps what is told of an optimizer step if it is refused: its micro-batches."""
 
     number: int = 0
     losses: list[Tensor] = field(default_factory=list)
     sample_ids: list[Tensor] = field(default_factory=list)
 
 
-class FiniteGuard(Callback):
+class FiniteGuard(TrainerCallback):
     """Looks at loss and gradient before each optimizer step, on all ranks together.
 
     On a GPU the device itself leaves out a refused step, and all that would follow one too many; the host
     looks at logging steps and before validations and checkpoints, and waits for the device only then. (With
-    fp16's scaler, which waits at every step, it looks at every step.)
+    fp16's scaler, which waits at every step, and with Lightning's own Trainer it looks at every step.)
 
     Args:
         max_skipped_steps: Leave out up to so many optimizer steps whose loss or gradient is NaN or infinite,
@@ -65,14 +59,16 @@ class FiniteGuard(Callback):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         self._step = _Step()
+        self._device_decides = False
         self._unseen: list[tuple[_Step, Tensor]] = []  # steps, and whether they are refused, on the device
         self._refused: Tensor | None = None  # how many are, on the device
-        self._parameters: tuple[LightningModule | None, list[Parameter]] = (None, [])
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._unseen, self._refused, self._parameters = _Step(), [], None, (None, [])
-        surround_saves(trainer, lambda: self._looking(trainer))
+        self._step, self._unseen, self._refused = _Step(), [], None
+        self._device_decides = isinstance(trainer, GPTTrainer) and all(
+            _skips_by_itself(optimizer, trainer) for optimizer in trainer.optimizers
+        )
 
     @override
     def on_train_batch_start(
@@ -91,33 +87,30 @@ class FiniteGuard(Callback):
     ) -> None:
         step, self._step = self._step, _Step()
         step.number = trainer.global_step + 1
-        total = self._total(trainer, pl_module, step.losses)
-        if _skips_by_itself(optimizer, pl_module.device, trainer):
-            refused = _on_any_rank(_is_non_finite(total))
+        refused = (~self._looked_at(trainer, pl_module, step.losses).isfinite()).float()
+        if trainer.world_size > 1:
+            dist.all_reduce(refused, op=dist.ReduceOp.MAX)
+        if self._device_decides:
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((step, refused))
             if is_logging_step(trainer, step.number) or len(self._unseen) == MOST_STEPS_UNSEEN:
                 self._look(trainer)
-        # One rank on a CPU reads the number: four calls less.
-        elif _on_any_rank(_is_non_finite(total)) if is_distributed() else not math.isfinite(total):
+        elif refused:
             self._refuse(trainer, step)
             # Without gradients no optimizer changes anything: no weight, no moment, no decay.
             optimizer.zero_grad(set_to_none=True)
 
-    def _total(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
-        """Of losses and squares of gradients: not finite if one of them is not.
+    def _looked_at(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
+        """Returns what is not finite if a loss is not, or the squared norm of this rank's gradients.
 
-        A finite gradient whose square is infinite would end AdamW's moments.
+        A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
+        its scale, it leaves out steps of infinite gradients itself.
         """
-        gradients = [] if _lowers_its_scale(trainer) else self._gradients(module)
-        values = [*(loss.float() for loss in losses), *squares(gradients)]
-        return torch.stack(values).sum() if values else torch.zeros((), device=module.device)
-
-    def _gradients(self, module: LightningModule) -> list[Tensor]:
-        """Those that this rank holds."""
-        if self._parameters[0] is not module:  # to look for them takes longer than to look at them
-            self._parameters = module, list(module.parameters())
-        return [grad for parameter in self._parameters[1] if (grad := parameter.grad) is not None]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        is_scaled = scaler is not None and scaler.get_scale() > 1
+        parameters = () if is_scaled else module.parameters()
+        square = norm(p.grad for p in parameters if p.grad is not None).square()
+        return torch.stack([square.to(module.device), *(loss.float() for loss in losses)]).sum()
 
     def _leave_out_on_device(self, optimizer: Optimizer, refused: Tensor) -> None:
         if self._refused is None:
@@ -127,17 +120,16 @@ class FiniteGuard(Callback):
         optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]
 
     def _look(self, trainer: Trainer) -> None:
-        """At the steps that the device has decided about, which is to wait for it."""
+        """Waits for the device, and reads what it has decided about the steps since the last look."""
         unseen, self._unseen = self._unseen, []
         if unseen:
             refused = torch.stack([flag for _, flag in unseen]).tolist()
             for step in (step for (step, _), is_refused in zip(unseen, refused) if is_refused):
                 self._refuse(trainer, step)
 
-    @contextmanager
-    def _looking(self, trainer: Trainer) -> Iterator[None]:
+    @override
+    def on_save_start(self, trainer: Trainer) -> None:
         self._look(trainer)
-        yield
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +146,6 @@ class FiniteGuard(Callback):
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        leave_saves(trainer)
         for optimizer in trainer.optimizers:
             optimizer.__dict__.pop("found_inf", None)
 
@@ -180,33 +171,17 @@ class FiniteGuard(Callback):
         self.skipped_steps = state_dict["skipped_steps"]
 
 
-def _skips_by_itself(optimizer: Optimizer, device: torch.device, trainer: Trainer) -> bool:
-    """Whether its step does nothing, on the device, where `found_inf` is 1; fp16's scaler sets it itself."""
-    if device.type not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
+def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
+    """Tells whether a step does nothing, on the device, where `found_inf` is 1; fp16's scaler sets it."""
+    device = trainer.strategy.root_device.type
+    if device not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
         return False
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
 
 
-def _is_non_finite(total: Tensor) -> Tensor:
-    """1.0 or 0.0."""
-    return total.isfinite().logical_not().float()
-
-
-def _lowers_its_scale(trainer: Trainer) -> bool:
-    """Whether fp16's scaler leaves out steps of infinite gradients itself; at 1 the scale is not to blame."""
-    plugin = trainer.precision_plugin
-    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.get_scale() > 1
-
-
-def _on_any_rank(flag: Tensor) -> Tensor:
-    if is_distributed():
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return flag
-
-
 def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, str]:
-    """What is not finite, and in which samples: those of the losses that are not, else all of the step."""
+    """Says what is not finite, and in which samples: those of the losses that are not, else of the step."""
     bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
     ids = [[int(i) for i in ids if i >= 0] for ids in sample_ids]
     all_found = gathered(
@@ -218,7 +193,7 @@ def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, 
 
 
 def _ranges(numbers: set[int]) -> str:
-    """`3-6, 9`."""
+    """Writes numbers as `3-6, 9`."""
     starts = sorted(n for n in numbers if n - 1 not in numbers)
     ends = sorted(n for n in numbers if n + 1 not in numbers)
     return ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in zip(starts, ends))

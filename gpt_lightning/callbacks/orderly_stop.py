@@ -14,12 +14,13 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
+from gpt_lightning.training.trainer import log_step_now, timeout_of
 
 EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
 
 
 class Stopped(Exception):
-    """The run ended before its time, in order, on all ranks, and with this exit code."""
+    """Ends a run before its time, in order, on all ranks, and with this exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -27,9 +28,10 @@ class Stopped(Exception):
 
 
 class OrderlyStop(Callback):
-    """Must be the last callback: it ends the run when all others have seen the step.
+    """Ends the run when all other callbacks have seen the step, and so must be the last.
 
-    Lightning's own handlers save nothing, end with code 0, and hang when one rank alone is signalled.
+    A GPTTrainer has no handlers of Lightning's, which save nothing, end with code 0, and hang when one rank
+    alone is signalled.
     """
 
     def __init__(self) -> None:
@@ -40,22 +42,18 @@ class OrderlyStop(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Without it a signal ends an evaluation or a prediction as it ends any process.
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        if stage != "fit":
+        if stage != "fit":  # a signal ends an evaluation or a prediction as it ends any process
             return
-        # With it goes a broadcast before every batch, which would make the host wait for the device.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
-            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
+            self._group = dist.new_group(backend="gloo", timeout=timeout_of(trainer))
         if threading.current_thread() is threading.main_thread():
             for name in EXIT_CODES:
                 if (number := getattr(signal, name, None)) is not None:
                     self._former_handlers[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; a second SIGINT ends at once, as everywhere."""
+        """Remembers the signal; a second SIGINT ends at once, as everywhere."""
         name = signal.Signals(number).name
         if name == "SIGINT" and self._exit_code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -83,23 +81,19 @@ class OrderlyStop(Callback):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        code = self._of_all_ranks(self._exit_code)
+        code = self._exit_code
+        if self._group is not None:
+            codes = torch.tensor(code)
+            dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group)
+            code = int(codes)
         if not code:
             return
         saved = ""
         if isinstance(trainer.checkpoint_callback, RunCheckpoint) and trainer.global_step:
             trainer.checkpoint_callback.save_now(trainer)
             saved = f"; go on with --ckpt_path {trainer.checkpoint_callback.last_model_path}"
-        # Lightning hands them to the loggers after this hook.
-        trainer._logger_connector.update_train_step_metrics()
+        log_step_now(trainer)
         raise Stopped(f"stopped by a signal at step {trainer.global_step:,}{saved}", code)
-
-    def _of_all_ranks(self, code: int) -> int:
-        if self._group is None:
-            return code
-        codes = torch.tensor(code)
-        dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group)
-        return int(codes)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

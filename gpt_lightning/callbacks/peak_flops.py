@@ -1,4 +1,4 @@
-"""The most matrix arithmetic that a device can do in a second: what utilization is a share of."""
+"""The most matrix arithmetic that a device can do in a second, which utilization is a share of."""
 
 import re
 import time
@@ -46,7 +46,7 @@ _DTYPES = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Of one device a second, in the format that a Trainer of this `precision` multiplies in."""
+    """Returns one device's operations a second, in the format that this `precision` multiplies in."""
     number_format = _number_format(device, precision)
     if device.type == "cuda":
         known = known_flops(torch.cuda.get_device_name(device), number_format)
@@ -56,7 +56,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def known_flops(device_name: str, number_format: str) -> float | None:
-    """By the table; None where it does not say."""
+    """Looks the device up in the table; None where it does not say."""
     matches = (re.search(rf"\b({pattern})\b", device_name) for pattern in _TFLOPS)
     rows = [(match.end() - match.start(), row) for match, row in zip(matches, _TFLOPS.values()) if match]
     if not rows or _OTHER_DEVICE.search(device_name):
@@ -66,7 +66,7 @@ def known_flops(device_name: str, number_format: str) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """The best rate of multiplying square matrices, as large as the time allows; draws no random numbers.
+    """Times products of square matrices, as large as the time allows; draws no random numbers.
 
     Ranks that share a processor have to measure at the same time, to find the share that each will have.
     """

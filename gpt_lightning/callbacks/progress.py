@@ -23,13 +23,13 @@ from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.step_metrics import is_logging_step
+from gpt_lightning.training.trainer import is_logging_step
 
 REFRESHES_PER_SECOND = 2  # each takes 2 ms of CPU
 
 
 class StepProgressBar(ProgressBar, CompletionCallback):
-    """Lightning's bars count batches of an epoch; a GPT is trained by steps, a few epochs or part of one.
+    """Shows optimizer steps; Lightning's bars count an epoch's batches, of which a GPT may need a part.
 
     Everything goes to stderr. Where that is no terminal, only the lines after validations are written,
     and one when all prompts are continued.
@@ -194,7 +194,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
 
 class TokenRate:
-    """What one rank has generated since this was made, and how fast it does."""
+    """Counts what one rank has generated since this was made, and how fast."""
 
     def __init__(self) -> None:
         self.tokens = self.completions = 0
@@ -207,7 +207,7 @@ class TokenRate:
         return time.perf_counter() - self._begun
 
     def count(self) -> bool:
-        """One more token; whether `recent` is new, which it is about every second."""
+        """Counts one more token, and tells whether `recent` is new, which it is about every second."""
         self.tokens += 1
         now, (then, tokens) = time.perf_counter(), self._mark
         if now - then < 1:

@@ -1,19 +1,16 @@
 """Ends a run of several ranks when one of them is lost, instead of letting the others wait for it."""
 
 import os
-import subprocess
-import threading
 from collections.abc import Callable
 
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from gpt_lightning.parallel.rank_peers import Place
 from gpt_lightning.parallel.rank_watch import RankWatch
+from gpt_lightning.training.trainer import started_ranks, starts_ranks_as_programs, timeout_of
 
 PARENT = "GPT_LIGHTNING_PARENT"
 
@@ -30,8 +27,7 @@ class RankGuard(Callback):
         self._is_connected = False
 
     def begin(self, trainer: Trainer) -> None:
-        launcher = trainer.strategy.launcher
-        if trainer.world_size > 1 and isinstance(launcher, _SubprocessScriptLauncher):
+        if trainer.world_size > 1 and starts_ranks_as_programs(trainer):
             self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
@@ -41,10 +37,10 @@ class RankGuard(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.local_rank,
-            children=lambda: _children(trainer),
+            children=lambda: started_ranks(trainer),
             parent=_parent(trainer),
         )
-        timeout = getattr(trainer.strategy, "_timeout", None) or default_pg_timeout
+        timeout = timeout_of(trainer) or default_pg_timeout
         self.watch = RankWatch(place, timeout, before_exit=lambda: self._finish(trainer))
         self.watch.start()
 
@@ -85,14 +81,3 @@ def _parent(trainer: Trainer) -> int | None:
     elif isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):
         return int(os.environ[PARENT]) if PARENT in os.environ else None
     return None
-
-
-def _children(trainer: Trainer) -> dict[int, "subprocess.Popen[bytes]"]:
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return {}
-    for thread in threading.enumerate():
-        if isinstance(thread, _ChildProcessObserver):
-            # It would kill all ranks when one has a non-zero exit code, as those have that agreed to stop.
-            thread._child_processes = []
-    return {trainer.global_rank + 1 + number: child for number, child in enumerate(launcher.procs)}

@@ -19,6 +19,7 @@ from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -135,13 +136,13 @@ class RunCheckpoint(ModelCheckpoint):
     def _stop_between_steps(self, trainer: Trainer) -> None:
         """Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost."""
         if self._stop_asked or trainer.should_stop:
-            inside = trainer.fit_loop.epoch_loop._should_accumulate()
+            inside = is_inside_a_step(trainer)
             trainer.should_stop, self._stop_asked = not inside, inside
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if is_end_of_epoch(trainer):
             # Without validations nothing else would save before the end of training. Here, and not when the
             # epoch has ended: of that moment Lightning ends the epoch again where it resumes.
             due = due or not trainer.enable_validation or not sum(trainer.num_val_batches)
@@ -153,7 +154,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _is_last_step(self, trainer: Trainer) -> bool:
         """Saved here, not after the loops have ended: in the state from which every resumed run goes on."""
-        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        stops = trainer.should_stop and can_stop_early(trainer)
         return trainer.global_step == trainer.max_steps or stops
 
     @override

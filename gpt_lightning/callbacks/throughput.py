@@ -1,28 +1,27 @@
 """How fast a run trains, what of the devices it uses, and what its time goes to."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.peak_flops import peak_flops
-from gpt_lightning.callbacks.saves import leave_saves, surround_saves
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.step_metrics import StepRow, is_logging_step
+from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 
 
-class Throughput(Callback):
-    """Logs, at logging steps and of the time since the last one, under `throughput/`:
+class Throughput(TrainerCallback):
+    """Logs at logging steps, about the time since the last one, under `throughput/`:
 
     - `tokens_per_second`: scored tokens of all data-parallel ranks (tensor-parallel peers see the same
       tokens) over the time that is neither validation nor the writing of checkpoints.
@@ -35,10 +34,13 @@ class Throughput(Callback):
       follows a validation, such as samples, counts with it; of a checkpoint, what training waits for. A
       device that is still busy while the host waits for data is a step's work under the name of data.
     - `peak_memory_gib`: of the first rank since its start: tensors on the device, or the process on a CPU.
+
+    Lightning's own Trainer tells neither of waiting nor of saving: both are `other` then, and count.
     """
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
+        self._part_before_save = "other"
         self._logged_step = self._logged_tokens = 0
         self._peak_flops: float | None = None  # of all devices
 
@@ -49,18 +51,18 @@ class Throughput(Callback):
         if self._peak_flops is None:
             trainer.strategy.barrier()  # to measure at the same time where it has to be measured
             self._peak_flops = sum(gathered(peak_flops(self._device, str(trainer.precision))))
-        loop = trainer.fit_loop.epoch_loop
-        before_fetch = loop._on_before_fetch
-
-        def note_fetch() -> None:  # there is no hook for it
-            self._clock.turn_to("data")
-            before_fetch()
-
-        loop._on_before_fetch = note_fetch
-        surround_saves(trainer, self._saving)
-        self._logged_step, self._logged_tokens = trainer.global_step, int(pl_module.trained_tokens)
+        if not isinstance(trainer, GPTTrainer):
+            rank_zero_warn(
+                "Throughput: this Trainer does not tell of waiting for data and of saving, which count as "
+                "other_share; make a gpt_lightning.training.trainer.GPTTrainer"
+            )
+        self._logged_step, self._logged_tokens = trainer.global_step, pl_module.trained_tokens
         pl_module.step_row = StepRow(is_shared=True)
         self._clock = Stopwatch()
+
+    @override
+    def on_fetch_start(self, trainer: Trainer) -> None:
+        self._clock.turn_to("data")
 
     @override
     def on_train_batch_start(
@@ -75,13 +77,13 @@ class Throughput(Callback):
         step = trainer.global_step
         if step != self._logged_step and is_logging_step(trainer, step):
             assert isinstance(pl_module, GPTLightningModule)
-            tokens = int(pl_module.trained_tokens)  # waits for the device, so the clock is read after it
+            tokens = pl_module.trained_tokens  # the module has waited for the device to log the loss
             self._clock.turn_to("other")
             flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
             values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
             row = {f"throughput/{name}": value for name, value in values.items()}
-            pl_module.step_row.add(trainer, step, row)
-            pl_module.step_row.write(trainer)
+            pl_module.step_row.add(trainer, row)
+            pl_module.step_row.write(trainer, step)
             self._logged_step, self._logged_tokens = step, tokens
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")
@@ -107,30 +109,30 @@ class Throughput(Callback):
             finish_queue(self._device)  # of steps that are to be counted as such
             self._clock.turn_to("validation")
 
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
+    @override
+    def on_save_start(self, trainer: Trainer) -> None:
         finish_queue(self._device)
-        interrupted = self._clock.turn_to("checkpoint")
-        yield
-        self._clock.turn_to(interrupted)
+        self._part_before_save = self._clock.turn_to("checkpoint")
+
+    @override
+    def on_save_end(self, trainer: Trainer) -> None:
+        self._clock.turn_to(self._part_before_save)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(trainer, pl_module)
+        self._leave(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer, pl_module)
+        self._leave(pl_module)
 
-    def _leave(self, trainer: Trainer, module: LightningModule) -> None:
-        leave_saves(trainer)
+    def _leave(self, module: LightningModule) -> None:
         if isinstance(module, GPTLightningModule):
             module.step_row = StepRow()
-        trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
 
 
 class Stopwatch:
-    """Every moment belongs to the part that was turned to last."""
+    """Adds up the time of each part; every moment belongs to the part that was turned to last."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -138,7 +140,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def turn_to(self, part: str) -> str:
-        """The part that was on before."""
+        """Returns the part that was on before."""
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         former, self._part, self._since = self._part, part, now

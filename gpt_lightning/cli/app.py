@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from gpt_lightning.callbacks.absent_hooks import leave_out_absent_hooks
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.initial_weights import InitialWeights
@@ -58,7 +58,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.run_logger import RunLogger
+from gpt_lightning.training.trainer import GPTTrainer
 
 DEFAULT_MAX_STEPS = 2000
 
@@ -81,6 +81,7 @@ class GPTLightningCLI(LightningCLI):
             TextDataModule,
             run=False,
             save_config_callback=None,
+            trainer_class=GPTTrainer,
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
             parser_class=TrainerParser,
@@ -123,7 +124,7 @@ class GPTLightningCLI(LightningCLI):
         )
         if self.verb != "prepare":
             skipped: set[str | int] = {*self.subcommands()[self.verb]}
-            self._verb_options = parser.add_method_arguments(Trainer, self.verb, skip=skipped)
+            self._verb_options = parser.add_method_arguments(GPTTrainer, self.verb, skip=skipped)
         if self.verb == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_argument(
@@ -231,19 +232,18 @@ class GPTLightningCLI(LightningCLI):
             settings["val_check_interval"] *= settings["accumulate_grad_batches"]
             settings["check_val_every_n_epoch"] = None
         try:
-            trainer = Trainer(**{**settings, "callbacks": callbacks})
+            trainer = GPTTrainer(**{**settings, "callbacks": callbacks})
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
         trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
-        leave_out_absent_hooks(trainer.callbacks)
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
         if settings["logger"] in (None, True):
             # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
             again_from = 1 + self._restored.get("global_step", 0)
-            settings["logger"] = RunLogger(
+            settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
         begins_with = self._origin.initial.contents if self._origin.initial is not None else None

@@ -17,7 +17,7 @@ from gpt_lightning.data.loader import (
     batch_loader,
     rank_and_ranks,
 )
-from gpt_lightning.data.position import EpochShape, TrainingOrder
+from gpt_lightning.data.position import TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
 from gpt_lightning.data.token_cache import (
     Corpus,
@@ -93,6 +93,8 @@ class TextDataModule(LightningDataModule):
         self._splits: dict[str, TokenSplit] | None = None
         self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
+        self._training: WindowBatches | None = None
+        self._step_tokens: int | None = None  # of the optimizer step that is under way
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -195,6 +197,7 @@ class TextDataModule(LightningDataModule):
             if self.train_files is None:
                 raise self._no_train_files()
             self._order.start()
+            self._step_tokens = None
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
             raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
@@ -204,12 +207,11 @@ class TextDataModule(LightningDataModule):
         split = self._split("train")
         if split is None:
             raise self._no_train_files()
-        shape = self._epoch_shape()
-        self._order.keep_epoch_length_true(shape)
-        dataset = self._window_batches(
-            split, seed=self.seed, start=self._order.first_sample, accumulate=shape.accumulate
-        )
-        return self._loader(dataset, lambda: self._order.batch_numbers(shape))
+        epochs = self._epochs()
+        self._order.keep_epoch_length_true(epochs)
+        order = {"seed": self.seed, "start": self._order.first_sample, "accumulate": epochs.accumulate}
+        self._training = self._window_batches(split, **order)
+        return self._loader(self._training, lambda: self._order.batch_numbers(epochs))
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -232,12 +234,10 @@ class TextDataModule(LightningDataModule):
         split = self._split(name)
         if split is None:
             return []
-        dataset = self._window_batches(split, seed=None, start=0, accumulate=1)
+        dataset = self._window_batches(split)
         return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
 
-    def _window_batches(
-        self, split: TokenSplit, *, seed: int | None, start: int, accumulate: int
-    ) -> WindowBatches:
+    def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
         return WindowBatches(
             split,
@@ -246,10 +246,8 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             ranks=ranks,
             document_mask=self.document_mask,
-            seed=seed,
-            start=start,
-            accumulate=accumulate,
             vocab_size=self.vocab_size,
+            **order,
         )
 
     def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
@@ -261,16 +259,26 @@ class TextDataModule(LightningDataModule):
 
     # ---- the position in the training order
 
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Adds to a training batch how many targets its optimizer step scores, which no rank has to ask."""
+        if self._training is None or self.trainer is None or not self.trainer.training:
+            return batch
+        begins, rest_of_step = self._order.rest_of_step()
+        if begins or self._step_tokens is None:
+            self._step_tokens = self._training.n_targets(rest_of_step)
+        return batch._replace(step_tokens=self._step_tokens)
+
     @property
     def consumed_samples(self) -> int:
         """Windows trained on so far, over all ranks and epochs: the position in the training order."""
-        return self._order.consumed_samples(self._epoch_shape())
+        return self._order.consumed_samples(self._epochs())
 
     @property
     def samples_per_step(self) -> int:
         """Windows that an optimizer step takes, over all ranks and micro-batches."""
-        shape = self._epoch_shape()
-        return shape.global_batch * shape.accumulate
+        epochs = self._epochs()
+        return epochs.global_batch * epochs.accumulate
 
     def close_epoch_first(self) -> None:
         """For a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""
@@ -278,7 +286,7 @@ class TextDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        order = self._order.state_dict(self._epoch_shape())
+        order = self._order.state_dict(self._epochs())
         settings = {name: getattr(self, name) for name in SETTINGS_OF_A_RUN}
         tokenizer = self.text_tokenizer.to_dict()
         return {**order, "settings": settings, "tokenizer": tokenizer, "text": self.trained_text.described}
@@ -297,9 +305,9 @@ class TextDataModule(LightningDataModule):
             )
         self._order.load_state_dict(state_dict)
 
-    def _epoch_shape(self) -> EpochShape:
+    def _epochs(self) -> windows.Epochs:
         n_tokens = self.prepare()["train"].n_tokens
-        return EpochShape(
+        return windows.Epochs(
             windows=windows.n_windows(n_tokens, self.seq_len),
             global_batch=self.batch_size * self._rank_and_ranks()[1],
             accumulate=1 if self.trainer is None else self.trainer.accumulate_grad_batches,

@@ -27,18 +27,12 @@ class TokenBatch(NamedTuple):
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
     document_ids: Tensor | None  # [B, T]
-    sample_ids: Tensor | None = None  # [B], places in the training order; -1 for a row that none fills
-
-    def to(self, device: torch.device) -> "TokenBatch":
-        """Lightning calls it; without it, it would search each batch for what can be moved."""
-        if device.type == "cpu":  # where batches are made
-            return self
-        in_background = device.type != "mps"  # https://github.com/pytorch/pytorch/issues/83015
-        return TokenBatch._make(x if x is None else x.to(device, non_blocking=in_background) for x in self)
+    sample_ids: Tensor | None = None  # [B], positions in the training order; -1 for a row that none fills
+    step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
 
 class WindowBatches(Dataset[TokenBatch]):
-    """One rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
+    """Makes one rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
 
     A batch is gathered in one go, and its number is all that a worker is told: what it holds cannot depend on
     how many workers there are. Numbers count from the sample at `start`, over epoch ends.
@@ -53,37 +47,38 @@ class WindowBatches(Dataset[TokenBatch]):
         rank: int,
         ranks: int,
         document_mask: bool,
-        seed: int | None,
-        start: int,
-        accumulate: int,
         vocab_size: int,
+        seed: int | None = None,
+        start: int = 0,
+        accumulate: int = 1,
     ) -> None:
         self.split = split
         self.vocab_size = vocab_size
         self.seq_len, self.batch_size = seq_len, batch_size
         self.rank, self.ranks = rank, ranks
         self.document_mask = document_mask
-        self.seed = seed
-        self.start, self.accumulate = start, accumulate
-        self.windows = windows.n_windows(split.n_tokens, seq_len)
+        self.seed, self.start = seed, start
+        n_windows = windows.n_windows(split.n_tokens, seq_len)
+        self.epochs = windows.Epochs(n_windows, batch_size * ranks, accumulate)
 
     def __len__(self) -> int:
-        return windows.n_batches(self.windows, self.batch_size * self.ranks, self.accumulate)
+        return self.epochs.n_batches(self.epochs.windows)
+
+    def n_targets(self, batches: range) -> int:
+        """Counts the targets that all ranks score in these batches."""
+        spans = (self.epochs.span(self.start, batch) for batch in batches)
+        return sum(int(self._cut(np.arange(*span))[1].sum()) for span in spans)
+
+    def _cut(self, positions: windows.Ints) -> tuple[windows.Ints, windows.Ints]:
+        n_tokens = self.split.n_tokens
+        return windows.cut_windows(positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed)
 
     def __getitem__(self, batch: int) -> TokenBatch:
         sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
-        n_tokens = self.split.n_tokens
-        span = windows.batch_span(
-            self.start,
-            batch,
-            windows=self.windows,
-            global_batch=self.batch_size * self.ranks,
-            accumulate=self.accumulate,
-        )
-        positions = windows.rank_positions(span, rank=self.rank, ranks=self.ranks)
-        starts, lengths = windows.cut_windows(
-            positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed
-        )
+        first, last = self.epochs.span(self.start, batch)
+        # Ranks take turns, so the global batch is the same for any number of ranks.
+        positions = np.arange(first + self.rank, last, self.ranks)
+        starts, lengths = self._cut(positions)
         inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
@@ -95,7 +90,7 @@ class WindowBatches(Dataset[TokenBatch]):
         if self.document_mask:
             document_starts = self.split.document_starts
             document_ids = torch.from_numpy(
-                windows.document_ids(document_starts, starts, lengths, n_tokens=n_tokens, **sizes)
+                windows.document_ids(document_starts, starts, lengths, n_tokens=self.split.n_tokens, **sizes)
             )
         sample_ids = np.full(self.batch_size, -1)
         sample_ids[: len(positions)] = positions

@@ -7,6 +7,7 @@ A sample's position is one global counter; the epoch is position // n_windows.
 """
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,40 +26,38 @@ def n_windows(n_tokens: int, seq_len: int) -> int:
     return -(-n_tokens // seq_len)
 
 
-def n_batches(windows: int, global_batch: int, accumulate: int = 1) -> int:
-    """Batches an epoch: as many as its optimizer steps need, which take `accumulate` batches each.
+@dataclass(frozen=True)
+class Epochs:
+    """How batches and optimizer steps take an epoch's windows; a resumed run may take them otherwise."""
 
-    The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
-    """
-    return -(-windows // (global_batch * accumulate)) * accumulate
+    windows: int
+    global_batch: int
+    accumulate: int = 1
 
+    def n_batches(self, windows: int) -> int:
+        """Batches for so many windows: as many as their optimizer steps need, of `accumulate` batches each.
 
-def batch_span(
-    start: int, batch: int, *, windows: int, global_batch: int, accumulate: int = 1
-) -> tuple[int, int]:
-    """First position, and the one after the last, of batch number `batch` counted from position `start`.
+        The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
+        """
+        return -(-windows // (self.global_batch * self.accumulate)) * self.accumulate
 
-    A batch never crosses the end of an epoch.
-    """
-    epoch, within = divmod(start, windows)
-    rest_of_epoch = n_batches(windows - within, global_batch, accumulate)
-    if batch >= rest_of_epoch:
-        epochs, batch = divmod(batch - rest_of_epoch, n_batches(windows, global_batch, accumulate))
-        epoch, within = epoch + 1 + epochs, 0
-    first = within + batch * global_batch
-    return epoch * windows + min(windows, first), epoch * windows + min(windows, first + global_batch)
+    def span(self, start: int, batch: int) -> tuple[int, int]:
+        """First position, and the one after the last, of batch number `batch` counted from position `start`.
 
-
-def rank_positions(span: tuple[int, int], *, rank: int, ranks: int) -> Ints:
-    """What one data-parallel rank takes of a global batch.
-
-    Ranks take turns, so the global batch is the same for any number of ranks.
-    """
-    return np.arange(span[0] + rank, span[1], ranks, dtype=np.int64)
+        A batch never crosses the end of an epoch.
+        """
+        epoch, within = divmod(start, self.windows)
+        rest_of_epoch = self.n_batches(self.windows - within)
+        if batch >= rest_of_epoch:
+            epochs, batch = divmod(batch - rest_of_epoch, self.n_batches(self.windows))
+            epoch, within = epoch + 1 + epochs, 0
+        first, epoch_start = within + batch * self.global_batch, epoch * self.windows
+        last = first + self.global_batch
+        return epoch_start + min(self.windows, first), epoch_start + min(self.windows, last)
 
 
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
-    """First target and number of targets of the windows at these positions, all of one epoch.
+    """Returns first target and number of targets of the windows at these positions, all of one epoch.
 
     Without a seed the windows come in reading order, as evaluation wants them.
     """
@@ -125,7 +124,7 @@ def document_ids(
 
 
 def _permuted(index: Ints, size: int, key: int) -> Ints:
-    """`permute` of one batch, from a block of neighbours where it lies in one: they come next."""
+    """Permutes one batch, from a block of neighbours where it lies in one: they come next."""
     block = int(index[0]) // _BLOCK if len(index) else 0
     if not len(index) or int(index[-1]) // _BLOCK != block:
         return permute(index, size, key=key)

@@ -1,4 +1,4 @@
-"""Whether a run trains through torch.compile, and with which backend: decided here, by device and length."""
+"""The decision, by device and length of the run, whether it trains through torch.compile, and how."""
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,9 +22,9 @@ def check_backend(name: str | None) -> None:
 
 
 def choose_backend(name: str | None, *, device: str, passes: float, can_compile: bool) -> str | None:
-    """The backend to compile with, None for none; `passes` are those through the model in the whole run.
+    """Returns the backend to compile with; `passes` are those through the model in the whole run.
 
-    All of the run, not what is left of it: a resumed run must compute as the one that was interrupted.
+    Not in what is left of it: a resumed run must compute as the one that was interrupted.
     """
     if name is not None:
         return None if name == OFF else name
@@ -32,7 +32,7 @@ def choose_backend(name: str | None, *, device: str, passes: float, can_compile:
 
 
 def compile_blocks(blocks: nn.ModuleList, trainer: Trainer, name: str | None) -> None:
-    """In place, so that names in checkpoints stay; all blocks run the code that is compiled for the first."""
+    """Compiles in place: names in checkpoints stay, and all blocks run the code made for the first."""
     device = trainer.strategy.root_device.type
     backend = choose_backend(
         name,

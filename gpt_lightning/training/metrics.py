@@ -1,12 +1,41 @@
-"""Loss over many batches, exact on any batch size and device count."""
+"""The numbers of a logging step, and the loss over many batches, exact on any batch size and device count."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 from typing_extensions import override
+
+
+class StepRow:
+    """Gives the numbers of a logging step to callbacks and bars at once, and to loggers in one row.
+
+    `self.log` would read what is for the progress bar from the device after every batch, and lose the row of
+    a step that ends the run. `is_shared` tells that a callback adds to what the module adds, and writes then.
+    """
+
+    def __init__(self, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
+        self._numbers: dict[str, float] = {}
+
+    def add(
+        self, trainer: Trainer, values: Mapping[str, Tensor | float], progress_bar: Collection[str] = ()
+    ) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        tensors = {name: torch.tensor(number) for name, number in numbers.items()}
+        trainer.callback_metrics.update(tensors)
+        trainer.logged_metrics.update(tensors)
+        trainer.progress_bar_metrics.update({name: numbers[name] for name in progress_bar})
+        self._numbers.update(numbers)
+
+    def write(self, trainer: Trainer, step: int) -> None:
+        numbers, self._numbers = self._numbers, {}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step)
+            logger.save()
 
 
 class TokenLoss(Metric):

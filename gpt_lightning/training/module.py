@@ -6,14 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.contents import (
@@ -32,7 +27,6 @@ from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
-from gpt_lightning.kernels.device import runs_ahead
 from gpt_lightning.kernels.freed_memory import keep_freed_memory
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -41,18 +35,16 @@ from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.completion_callback import CompletionCallback
-from gpt_lightning.training.metrics import TokenLoss
+from gpt_lightning.training.metrics import StepRow, TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
-    learning_rate_factor,
+    build_schedule,
+    keep_settings,
 )
 from gpt_lightning.training.prediction_rows import after_token, prediction_row
-from gpt_lightning.training.step_metrics import StepRow, StepSums, is_logging_step
-
-# Of which `_gradient_norm` is that of the whole gradient.
-_KNOWN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, TensorParallelDDPStrategy)
+from gpt_lightning.training.trainer import has_logged, is_logging_step
 
 
 class GPTLightningModule(LightningModule):
@@ -96,138 +88,90 @@ class GPTLightningModule(LightningModule):
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self.step_row = StepRow()
-        self._sums = StepSums()
+        self.trained_tokens = 0  # scored by all ranks in this process's optimizer steps
+        self._replicas = 1
+        self._step_nll: Tensor | None = None  # of this rank's micro-batches of the step that is under way
+        self._step_tokens = 0  # scored in all of that step, by all ranks
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
-        self.trained_tokens: Tensor | int = 0  # scored by all ranks in this process's optimizer steps
-
-    @override
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes every hook of a step, and nn.Module asks each time whether that is a parameter.
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     # Training
 
     @override
     def on_fit_start(self) -> None:
-        self._sums = StepSums()  # an interrupted run may have left some
+        self._step_nll = None  # an interrupted run may have left one
         if self.device.type == "cpu":
             keep_freed_memory()
 
     @override
     def on_train_start(self) -> None:
+        self._replicas = rank_and_ranks(self.trainer)[1]
         compile_blocks(self.model.blocks, self.trainer, self.compile_backend)
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        nll, tokens = self._nll(batch)
-        self._sums.add(nll.detach(), tokens, batch.targets.numel())
-        # Divided by the places, a constant; `on_before_optimizer_step` turns that into the tokens scored.
-        return (nll / self._sums.places).float()
+        """Returns the batch's part of the mean over all tokens that the optimizer step scores."""
+        nll = self._nll(batch)
+        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+        # Lightning divides by the number of micro-batches, and DDP by that of replicas.
+        parts = self._replicas * self.trainer.accumulate_grad_batches
+        self._step_tokens = batch.step_tokens or _own_tokens(batch, parts)
+        return (nll / (self._step_tokens / parts)).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradient that of the mean over all tokens scored in this step, and log."""
-        nll, tokens = self._sums.take()
-        ranks = rank_and_ranks(self.trainer)[1]
-        if ranks > 1:
-            nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
-            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        self.trained_tokens = self.trained_tokens + tokens  # on the device
-        self._rescale_gradients(self._sums.places * ranks * self.trainer.accumulate_grad_batches, tokens)
+        assert self._step_nll is not None
+        nll, self._step_nll = self._step_nll, None
+        self.trained_tokens += self._step_tokens
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
-            self._log_step(nll / tokens, optimizer)
-
-    def _rescale_gradients(self, places: int, tokens: Tensor) -> None:
-        """From the mean over places (what the backward passes made) to the mean over scored tokens.
-
-        The two differ where micro-batches hold padding: the end of an epoch. Lightning's division by
-        accumulate_grad_batches is undone with it where limit_train_batches ends an epoch inside a step.
-        """
-        # Reading the number on an accelerator would make the host wait; multiplying by one is cheaper.
-        if not runs_ahead(tokens.device) and int(tokens) == places:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients:  # else the step is left out
-            torch._foreach_mul_(gradients, (places / tokens).float())
+            if self._replicas > 1:
+                nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
+            self._log_step(nll / self._step_tokens, optimizer)
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         values = {
             "train/loss": loss,
             "train/ppl": loss.exp(),
-            "train/grad_norm": self._gradient_norm(optimizer),
+            "train/grad_norm": self._gradient_norm(),
             "lr-AdamW": optimizer.param_groups[0]["lr"],
             "epoch": self._epoch(),
         }
-        self.step_row.add(self.trainer, self.trainer.global_step + 1, values, progress_bar=("train/loss",))
+        self.step_row.add(self.trainer, values, progress_bar=("train/loss",))
         if not self.step_row.is_shared:
-            self.step_row.write(self.trainer)
+            self.step_row.write(self.trainer, self.trainer.global_step + 1)
+
+    def _gradient_norm(self) -> Tensor:
+        if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
+            return self.trainer.strategy.gradient_norm(self.parameters())
+        return norm(p.grad for p in self.parameters() if p.grad is not None)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        if not self._sums:  # a step was taken
+        if self._step_nll is None:  # a step was taken
             # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
-            for parameter in _parameters(self.trainer.optimizers[0]):
-                parameter.grad = None
+            self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
-        if is_logging_step(self.trainer, self.trainer.global_step) and self.trainer._results:
+        if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
             self.log("step", float(self.trainer.global_step))
 
-    @override
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        # Most often `on_train_batch_end` has dropped them; to ask takes a fifth of the time of not asking.
-        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
-            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        plugin = self.trainer.precision_plugin
-        is_plain = (
-            gradient_clip_algorithm in (None, "norm")
-            and type(self.trainer.strategy) in _KNOWN_STRATEGIES
-            and type(plugin).clip_grad_by_norm is Precision.clip_grad_by_norm
-        )
-        if runs_ahead(self.device) or not is_plain or not gradient_clip_val:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        # PyTorch multiplies a gradient that is short enough by one: on a CPU 1 % of a step at 124M weights.
-        length = self._gradient_norm(optimizer)
-        if not length + 1e-6 <= gradient_clip_val:
-            clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, length)
-
-    def _gradient_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.gradient_norm(_parameters(optimizer))
-        return norm(p.grad for p in _parameters(optimizer) if p.grad is not None)
-
     def _epoch(self) -> float:
-        """As a fraction of the corpus, where Lightning would log whole ones."""
+        """Counts the epochs trained, with the fraction of this one; Lightning would log whole ones."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return self.trainer.current_epoch + done / self.trainer.num_training_batches
 
-    def _nll(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Summed negative log-likelihood of the batch and the number of tokens it is summed over."""
-        loss = self.model(
-            batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids
-        ).loss
-        return loss, (batch.targets != IGNORE_INDEX).sum()
+    def _nll(self, batch: TokenBatch) -> Tensor:
+        """Sums the negative log-likelihood of the batch's targets."""
+        options = {"reduction": "sum", "document_ids": batch.document_ids}
+        return self.model(batch.input_ids, batch.targets, **options).loss
 
     # Validation and test
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(*self._nll(batch))
+        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORE_INDEX).sum())
 
     @override
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(*self._nll(batch))
+        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORE_INDEX).sum())
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -241,7 +185,7 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        """Loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
+        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
@@ -327,16 +271,8 @@ class GPTLightningModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        horizon = self.trainer.estimated_stepping_batches
-        if self.schedule.warmup_steps >= horizon:
-            rank_zero_warn(
-                f"model.schedule.warmup_steps={self.schedule.warmup_steps} is not below the {horizon} steps "
-                "of this run: the learning rate never reaches its peak"
-            )
         optimizer = build_optimizer(self.model, self.optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.schedule, horizon)
-        )
+        scheduler = build_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @classmethod
@@ -350,7 +286,7 @@ class GPTLightningModule(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Lightning's own, of plain data alone: nothing in the file runs, and nothing that it names."""
+        """Loads as Lightning does, but plain data alone: nothing in the file runs, nor what it names."""
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         check_own(checkpoint_path, read_checked(checkpoint_path))
@@ -363,14 +299,7 @@ class GPTLightningModule(LightningModule):
         """Keep this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
-        for state in checkpoint.get("optimizer_states", []):
-            for group in state["param_groups"]:
-                group["lr"] *= self.optimizer.learning_rate / group["initial_lr"]
-                group["initial_lr"] = self.optimizer.learning_rate
-                group["betas"] = self.optimizer.betas
-                group["weight_decay"] = self.optimizer.weight_decay if group["weight_decay"] else 0.0
-        for state in checkpoint.get("lr_schedulers", []):
-            state["base_lrs"] = [self.optimizer.learning_rate for _ in state["base_lrs"]]
+        keep_settings(self.optimizer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -379,5 +308,11 @@ class GPTLightningModule(LightningModule):
             checkpoint[VALIDATION_KEY] = self._last_validation
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _own_tokens(batch: TokenBatch, parts: int) -> int:
+    """Counts the targets of a batch that does not say what its step scores: it must be all of it."""
+    if parts > 1:
+        raise UserError(
+            "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "
+            "the optimizer step, or use TextDataModule"
+        )
+    return int((batch.targets != IGNORE_INDEX).sum())

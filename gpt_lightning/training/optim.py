@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from gpt_lightning.exit_codes import UserError
 
@@ -86,3 +88,24 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.
     # with bf16 too. So the scaler unscales before the step, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:
+    if settings.warmup_steps >= horizon:
+        rank_zero_warn(
+            f"model.schedule.warmup_steps={settings.warmup_steps} is not below the {horizon} steps "
+            "of this run: the learning rate never reaches its peak"
+        )
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, horizon))
+
+
+def keep_settings(settings: OptimizerConfig, checkpoint: dict[str, Any]) -> None:
+    """Put this run's settings into a checkpoint: PyTorch would restore those of the run that saved it."""
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            group["lr"] *= settings.learning_rate / group["initial_lr"]
+            group["initial_lr"] = settings.learning_rate
+            group["betas"] = settings.betas
+            group["weight_decay"] = settings.weight_decay if group["weight_decay"] else 0.0
+    for state in checkpoint.get("lr_schedulers", []):
+        state["base_lrs"] = [settings.learning_rate for _ in state["base_lrs"]]

@@ -51,7 +51,7 @@ SAVE_EVERY, SEQ_LEN = 200, 32
 WARM_UP = SAVE_EVERY + 25  # with what the first checkpoint imports; no later one is at the end of a turn
 LEARNT = 3.0  # 11 letters by chance are ln 11 = 2.4, and 5.5 before training
 PASS_EVERY, LONGEST = 50, 300  # steps; seconds to wait for others
-TARGET_MS = 0.3
+TARGET_MS = 1.0
 SHAPE = {"max_position_embeddings": SEQ_LEN, "n_layers": 2, "n_heads": 2, "d_model": 32}
 Seconds = tuple[float, float]  # CPU, wall; of a step
 

@@ -19,7 +19,8 @@ def step(
     module.device = torch.device("cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     precision = MixedPrecision("16-mixed", "cpu", scaler) if scaler else MixedPrecision("bf16-mixed", "cpu")
-    trainer: Any = SimpleNamespace(precision_plugin=precision, global_step=4, is_global_zero=True)
+    rank = {"is_global_zero": True, "world_size": 1}
+    trainer: Any = SimpleNamespace(precision_plugin=precision, global_step=4, **rank)
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
     if scaler is not None:

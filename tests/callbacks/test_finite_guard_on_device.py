@@ -19,8 +19,8 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.training import module as training_module
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.trainer import GPTTrainer
 from tests.faults.trace import Poison
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,6 @@ STEPS = 12
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the CPU taken for a device whose results the host would wait for."""
     monkeypatch.setattr(finite_guard, "DEVICES_THAT_SKIP", ("cpu",))
-    monkeypatch.setattr(training_module, "runs_ahead", lambda device: True)
 
 
 class States(pl.Callback):
@@ -46,12 +45,18 @@ class States(pl.Callback):
         self.after[trainer.global_step] = [tensor.clone() for tensor in tensors]
 
 
-def fit(corpus: Path, folder: Path, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+def fit(
+    corpus: Path,
+    folder: Path,
+    callbacks: list[pl.Callback],
+    kind: type[pl.Trainer] = GPTTrainer,
+    **options: Any,
+) -> pl.Trainer:
     settings = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 2, "cache_dir": str(folder / "cache")}
     datamodule = TextDataModule(train_files=[str(corpus)], **settings)  # type: ignore[arg-type]
     torch.manual_seed(1)
     module = GPTLightningModule(GPTConfig(datamodule.vocab_size, 16, n_layers=1, n_heads=2, d_model=16))
-    trainer = pl.Trainer(
+    trainer = kind(
         accelerator="cpu",
         max_steps=STEPS,
         limit_val_batches=0,
@@ -134,6 +139,15 @@ def test_weights_alone_are_looked_at_too(corpus: Path, tmp_path: Path, on_device
     with pytest.raises(NonFiniteError, match="step 4"):
         fit(corpus, tmp_path, [Poison([4]), FiniteGuard(), saves], enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) == 3
+
+
+def test_it_is_seen_at_once_with_a_trainer_that_tells_of_no_checkpoint(
+    corpus: Path, tmp_path: Path, on_device: None
+) -> None:
+    states = States()
+    with pytest.raises(NonFiniteError, match="step 4"):
+        fit(corpus, tmp_path, [Poison([4]), FiniteGuard(), states], kind=pl.Trainer, log_every_n_steps=10)
+    assert sorted(states.after) == [1, 2, 3]
 
 
 class Reads(TorchDispatchMode):

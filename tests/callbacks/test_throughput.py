@@ -14,6 +14,7 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.trainer import GPTTrainer
 from tests.distributed import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -53,8 +54,8 @@ class Timed(GPTLightningModule):
 class Batches(torch.utils.data.Dataset):
     """Of 16 targets, 12 of which are scored."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, step_tokens: int) -> None:
+        self.clock, self.step_tokens = clock, step_tokens
 
     def __len__(self) -> int:
         return 100
@@ -63,7 +64,7 @@ class Batches(torch.utils.data.Dataset):
         self.clock.seconds += 1
         targets = torch.full((2, 8), -100)
         targets.view(-1)[:12] = 1
-        return TokenBatch(torch.ones(2, 8, dtype=torch.long), targets, None)
+        return TokenBatch(torch.ones(2, 8, dtype=torch.long), targets, None, step_tokens=self.step_tokens)
 
 
 class Record(pl.Callback):
@@ -80,12 +81,20 @@ class Record(pl.Callback):
             }
 
 
-def fit(folder: Path, *, resume_from: Path | None = None, **options: Any) -> Record:
+def fit(
+    folder: Path,
+    *,
+    resume_from: Path | None = None,
+    replicas: int = 1,
+    kind: type[pl.Trainer] = GPTTrainer,
+    **options: Any,
+) -> Record:
     clock, record = Clock(), Record()
+    step_tokens = 12 * replicas * options.get("accumulate_grad_batches", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(throughput, "time", clock)
         patch.setattr(throughput, "peak_flops", lambda device, precision: PEAK)
-        trainer = pl.Trainer(
+        trainer = kind(
             accelerator="cpu",
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -101,7 +110,9 @@ def fit(folder: Path, *, resume_from: Path | None = None, **options: Any) -> Rec
             enable_model_summary=False,
             **{"max_steps": 9, "val_check_interval": 2, **options},
         )
-        training, validation = (DataLoader(Batches(clock), batch_size=None) for _ in range(2))
+        training, validation = (
+            DataLoader(Batches(clock, step_tokens), batch_size=None) for _ in range(2)
+        )
         trainer.fit(Timed(clock), training, validation, ckpt_path=resume_from, weights_only=True)
     return record
 
@@ -128,6 +139,14 @@ def test_validation_and_saving_have_shares_of_their_own(
         assert 0.01 < found["peak_memory_gib"] < 1000
 
 
+def test_a_trainer_that_tells_of_less_is_told_so_and_its_waiting_and_saving_count(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="which count as other_share; make a .*GPTTrainer"):
+        found = fit(tmp_path, kind=pl.Trainer, max_steps=3).at[3]
+    assert found["data_share"] == found["checkpoint_share"] == 0
+    # The fetch after the validation is taken for a part of it.
+    assert found["tokens_per_second"] == pytest.approx(36 / (9 + 500 - 1))
+
+
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path) -> None:
     fit(tmp_path, max_steps=4)
     record = fit(tmp_path, resume_from=tmp_path / "step=4.ckpt", max_steps=6)
@@ -139,7 +158,7 @@ def test_a_resumed_run_counts_its_own_steps(tmp_path: Path) -> None:
 def fit_in_parallel(folder: str, size: int) -> dict[int, dict[str, float]]:
     strategy = TensorParallelDDPStrategy(size)
     world = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
-    return fit(Path(folder), max_steps=3, val_check_interval=50, **world).at
+    return fit(Path(folder), max_steps=3, val_check_interval=50, replicas=2 // size, **world).at
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

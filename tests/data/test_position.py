@@ -85,9 +85,33 @@ def data_of(source: Path, batch_size: int = BATCH_SIZE, num_workers: int = 0) ->
     )
 
 
-def fit(data: TextDataModule, ckpt_path: Path | None = None, ask: bool = False, **options: Any) -> Recorder:
+class StepCounter(Recorder):
+    """Counts, for each optimizer step, the targets of its micro-batches, beside what they say of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[int, list[int | None]]] = []
+        self._scored, self._told = 0, list[int | None]()
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> torch.Tensor:
+        self._scored += int((batch.targets != -100).sum())
+        self._told.append(batch.step_tokens)
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps.append((self._scored, self._told))
+        self._scored, self._told = 0, []
+
+
+def fit(
+    data: TextDataModule,
+    ckpt_path: Path | None = None,
+    ask: bool = False,
+    module: Any = None,
+    **options: Any,
+) -> Any:
     data.val_files and Path(str(data.val_files)).write_text("held out text")
-    module = Recorder(ask)
+    module = module or Recorder(ask)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "num_sanity_val_steps": 0}
     options = {"accelerator": "cpu", **quiet, **options}
@@ -191,6 +215,77 @@ def test_two_real_ranks_share_the_batches_of_one(source: Path, tmp_path: Path) -
     assert len(whole) == len(ranks[0]) == len(ranks[1]) == 8
     for first, second, together in zip(*ranks, whole, strict=True):
         assert sorted(rows_of([first, second])) == sorted(rows_of([together]))
+
+
+def told_and_counted(*ranks: StepCounter) -> tuple[list[int], list[int]]:
+    """What all micro-batches of a step were told, and the targets counted in them; by step."""
+    told, counted = [], []
+    for steps in zip(*(rank.steps for rank in ranks), strict=True):
+        (every,) = {number for _, numbers in steps for number in numbers}
+        assert all(len(numbers) == len(steps[0][1]) for _, numbers in steps)
+        told.append(every)
+        counted.append(sum(scored for scored, _ in steps))
+    return told, counted
+
+
+# 13 windows, the one of the last four targets of 100 anywhere among them.
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "accumulate, limits",
+    [
+        (1, {"max_epochs": 3}),
+        (3, {"max_epochs": 3}),  # the last steps have batches of padding only
+        (3, {"max_epochs": 5, "limit_train_batches": 4}),  # the last step of an epoch is of one batch
+        (2, {"max_epochs": 5, "limit_train_batches": 0.8}),  # 6 of 8
+        (3, {"max_epochs": 3, "overfit_batches": 4}),
+    ],
+)
+def test_a_batch_tells_how_many_targets_its_optimizer_step_scores(
+    source: Path, accumulate: int, limits: dict[str, Any], num_workers: int
+) -> None:
+    data = data_of(source, num_workers=num_workers)
+    counter = fit(data, module=StepCounter(), accumulate_grad_batches=accumulate, **limits)
+    told, counted = told_and_counted(counter)
+    assert told == counted and len(set(told)) > 1
+    if len(limits) == 1:
+        assert sum(told) == 3 * 100
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_epochs": 4, "limit_train_batches": 5}])
+@pytest.mark.parametrize("batch_size, accumulate", [(2, 2), (2, 3), (4, 1), (1, 4)])
+def test_so_it_does_after_a_resume_in_the_middle_with_other_batches_too(
+    source: Path, tmp_path: Path, batch_size: int, accumulate: int, limits: dict[str, Any]
+) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fit(data_of(source), callbacks=[saver], accumulate_grad_batches=2, **limits)
+    assert len(saver.saved) > 10
+    for name in list(saver.saved)[::3]:
+        data = data_of(source, batch_size)
+        counter = fit(
+            data, tmp_path / name, module=StepCounter(), accumulate_grad_batches=accumulate, **limits
+        )
+        told, counted = told_and_counted(counter)
+        assert told == counted, name
+
+
+class KeepSteps(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        torch.save(module.steps, self.folder / f"rank{trainer.global_rank}")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_so_it_does_on_two_ranks(source: Path, tmp_path: Path, accumulate: int) -> None:
+    counter = StepCounter()
+    world = {"strategy": "ddp_fork", "devices": 2, "callbacks": [KeepSteps(tmp_path)]}
+    fit(data_of(source), module=counter, max_epochs=2, accumulate_grad_batches=accumulate, **world)
+    ranks = [StepCounter() for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        rank.steps = torch.load(tmp_path / f"rank{number}")
+    told, counted = told_and_counted(*ranks)
+    assert told == counted and sum(told) == 2 * 100
 
 
 def test_predictions_of_a_trainer_are_in_prompt_order(source: Path) -> None:

@@ -96,8 +96,8 @@ def test_the_order_is_that_of_every_earlier_version() -> None:
 def test_seeking_is_instant_anywhere() -> None:
     n_tokens, began = 10**16, time.perf_counter()
     count = windows.n_windows(n_tokens, 1024)
-    span = windows.batch_span(10**15, 10**9, windows=count, global_batch=512)
-    positions = windows.rank_positions(span, rank=1, ranks=64)
+    span = windows.Epochs(count, global_batch=512).span(10**15, 10**9)
+    positions = np.arange(*span)[1::64]
     starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
     assert time.perf_counter() - began < 5  # walking there would take minutes
     assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
@@ -117,49 +117,28 @@ def walk(start: int, count: int, global_batch: int, accumulate: int) -> Iterator
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_batch_span_equals_walking_there(accumulate: int) -> None:
     for count, global_batch in ((10, 4), (10, 5), (3, 7), (1, 1), (12, 1)):
-        sizes = {"windows": count, "global_batch": global_batch, "accumulate": accumulate}
+        epochs = windows.Epochs(count, global_batch, accumulate)
         for start in range(2 * count + 1):
             for batch, span in enumerate(islice(walk(start, count, global_batch, accumulate), 12)):
-                assert windows.batch_span(start, batch, **sizes) == span
+                assert epochs.span(start, batch) == span
 
 
 def test_every_optimizer_step_of_an_epoch_is_whole() -> None:
-    assert windows.n_batches(21, 4) == 6
-    assert windows.n_batches(21, 4, accumulate=4) == 8
-    assert windows.n_batches(16, 4, accumulate=4) == 4
-
-
-@pytest.mark.parametrize("global_batch", [4, 8])
-def test_global_batch_is_the_same_on_any_number_of_ranks(global_batch: int) -> None:
-    count = 21
-
-    def global_batches(ranks: int) -> list[list[int]]:
-        found, start = [], 0
-        while start < 2 * count:
-            span = windows.batch_span(start, 0, windows=count, global_batch=global_batch)
-            shares = [
-                windows.rank_positions(span, rank=rank, ranks=ranks).tolist() for rank in range(ranks)
-            ]
-            assert all(len(share) <= global_batch // ranks for share in shares)
-            found.append(sorted(sum(shares, [])))
-            start = span[1]
-        return found
-
-    one = global_batches(1)
-    assert sum(one, []) == list(range(2 * count))
-    assert global_batches(2) == one and global_batches(4) == one
+    assert windows.Epochs(21, 4).n_batches(21) == 6
+    assert windows.Epochs(21, 4, accumulate=4).n_batches(21) == 8
+    assert windows.Epochs(16, 4, accumulate=4).n_batches(16) == 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: int, ranks: int) -> None:
     n_tokens, seq_len = 103, 5
-    tokens, count = np.arange(n_tokens), windows.n_windows(103, 5)
+    tokens, epochs = np.arange(n_tokens), windows.Epochs(windows.n_windows(103, 5), batch_size * ranks)
     seen: list[int] = []
     for rank in range(ranks):
-        for batch in range(windows.n_batches(count, batch_size * ranks)):
-            span = windows.batch_span(0, batch, windows=count, global_batch=batch_size * ranks)
-            positions = windows.rank_positions(span, rank=rank, ranks=ranks)
+        for batch in range(epochs.n_batches(epochs.windows)):
+            span = epochs.span(0, batch)
+            positions = np.arange(*span)[rank::ranks]
             cut = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=None)
             inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
             assert inputs.shape == targets.shape == (batch_size, seq_len)

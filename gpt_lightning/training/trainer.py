@@ -1,0 +1,134 @@
+"""The Trainer of this program, and all that is needed of Lightning's private names.
+
+tests/training/test_trainer.py fails when one of them goes away, or is used anywhere else.
+"""
+
+import subprocess
+import threading
+from datetime import timedelta
+from typing import Any
+
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from typing_extensions import override
+
+
+class TrainerCallback(Callback):
+    """A callback that a GPTTrainer also tells of what Lightning has no hook for."""
+
+    def on_fetch_start(self, trainer: Trainer) -> None:
+        """Called before a training batch is asked for."""
+
+    def on_save_start(self, trainer: Trainer) -> None:
+        """Called before anything of a checkpoint is made; `on_save_checkpoint` comes in the middle."""
+
+    def on_save_end(self, trainer: Trainer) -> None:
+        """Called when training may go on, whether the checkpoint is written or only copied."""
+
+
+class GPTTrainer(Trainer):
+    """Tells its callbacks of fetches and saves, and leaves signals to OrderlyStop."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = _EpochLoop(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
+        self._signal_connector = _NoSignals(self)
+
+    @override
+    def save_checkpoint(
+        self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Save, and tell the callbacks before and after."""
+        told = [callback for callback in self.callbacks if isinstance(callback, TrainerCallback)]
+        for callback in told:
+            callback.on_save_start(self)
+        super().save_checkpoint(filepath, weights_only, storage_options)
+        for callback in told:
+            callback.on_save_end(self)
+
+
+class _EpochLoop(_TrainingEpochLoop):
+    @override
+    def _on_before_fetch(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, TrainerCallback):
+                callback.on_fetch_start(self.trainer)
+        super()._on_before_fetch()
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: at every batch the host would wait for the device."""
+
+
+class _NoSignals(_SignalConnector):
+    @override
+    def register_signal_handlers(self) -> None:
+        """None: Lightning's save nothing, end with code 0, and hang when one rank alone is signalled."""
+
+
+def is_logging_step(trainer: Trainer, step: int) -> bool:
+    """Whether the numbers of this optimizer step are logged."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
+
+
+def is_inside_a_step(trainer: Trainer) -> bool:
+    """Whether the optimizer step is still to come after the batch that was trained last."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_end_of_epoch(trainer: Trainer) -> bool:
+    """Whether the batch that was trained last is the epoch's last."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def can_stop_early(trainer: Trainer) -> bool:
+    """Whether the least steps and epochs that were asked for are done."""
+    return trainer.fit_loop._can_stop_early
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
+        return False
+    should_stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+    finally:
+        trainer.should_stop = should_stop
+
+
+def has_logged(trainer: Trainer) -> bool:
+    """Whether somebody has logged a value of this loop with `self.log`."""
+    return bool(trainer._results)
+
+
+def log_step_now(trainer: Trainer) -> None:
+    """Hand the loggers what was logged in this step with `self.log`; Lightning does it after the hooks."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def starts_ranks_as_programs(trainer: Trainer) -> bool:
+    """Whether Lightning starts the machine's other ranks, each as this program anew."""
+    return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+
+
+def started_ranks(trainer: Trainer) -> dict[int, "subprocess.Popen[bytes]"]:
+    """The processes of the ranks that this one has started, which Lightning watches no longer."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return {}
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            # It would kill all ranks when one has a non-zero exit code, as those have that agreed to stop.
+            thread._child_processes = []
+    return {trainer.global_rank + 1 + number: child for number, child in enumerate(launcher.procs)}
+
+
+def timeout_of(trainer: Trainer) -> timedelta | None:
+    """How long a rank waits for the others in a collective operation, where the strategy says it."""
+    return getattr(trainer.strategy, "_timeout", None)

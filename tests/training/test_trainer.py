@@ -1,0 +1,119 @@
+"""Lightning's private names: each is there, and all of the package's uses of them lie in one file."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+import gpt_lightning
+from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback
+
+PACKAGE = Path(gpt_lightning.__file__).parent
+HOME = "training/trainer.py"
+# What the rooms that may not import `training` need: a type, and three helpers of Lightning's strategies.
+BELOW = {
+    "checkpoint": {"_PATH"},
+    "parallel": {"_PATH", "_auto_add_worker_init_fn", "_optimizer_to_device", "_optimizers_to_device"},
+}
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (_TrainingEpochLoop, "_on_before_fetch"),
+        (_TrainingEpochLoop, "_broadcast_sigterm_tensor"),
+        (_TrainingEpochLoop, "_should_accumulate"),
+        (_TrainingEpochLoop, "_num_ready_batches_reached"),
+        (_TrainingEpochLoop, "_should_check_val_fx"),
+        (_FitLoop, "_can_stop_early"),
+        (_SignalConnector, "register_signal_handlers"),
+        (_LoggerConnector, "update_train_step_metrics"),
+        (pl.Trainer, "_results"),
+        (pl.Trainer(logger=False, enable_checkpointing=False), "_signal_connector"),
+        (pl.Trainer(logger=False, enable_checkpointing=False), "_logger_connector"),
+        (pl.Trainer(logger=False, enable_checkpointing=False).fit_loop, "_data_fetcher"),
+        (DDPStrategy(), "_timeout"),
+        (_ChildProcessObserver(0, []), "_child_processes"),
+    ],
+)
+def test_lightning_still_has_the_name(owner: Any, name: str) -> None:
+    assert hasattr(owner, name)
+    assert name in (PACKAGE / HOME).read_text(encoding="utf-8")
+
+
+def private_uses(path: Path) -> set[str]:
+    """Private names that are imported from Lightning, or read from what is not the file's own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning"):
+            found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and _is_lightnings(node.value):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            if _is_lightnings(node.args[0]) and ast.unparse(node.args[1]).startswith("'_"):
+                found.add(ast.unparse(node.args[1]))
+    return {name for name in found if not name.endswith("__")}
+
+
+def _is_lightnings(owner: ast.expr) -> bool:
+    """`trainer`, `self.trainer`, and all that hangs on them."""
+    return "trainer" in ast.unparse(owner).split(".")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_other_file_uses_private_names_of_lightning(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    if name != HOME:
+        assert private_uses(path) <= BELOW.get(name.partition("/")[0], set())
+
+
+def test_the_file_that_may_is_found_out() -> None:
+    assert {"_results", "_TrainingEpochLoop", "_can_stop_early"} < private_uses(PACKAGE / HOME)
+
+
+class Heard(TrainerCallback):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_fetch_start(self, trainer: pl.Trainer) -> None:
+        self.heard.append("fetch")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.heard.append("batch")
+
+    def on_save_start(self, trainer: pl.Trainer) -> None:
+        self.heard.append("save")
+
+    def state_dict(self) -> dict[str, Any]:
+        self.heard.append("make")
+        return {}
+
+    def on_save_end(self, trainer: pl.Trainer) -> None:
+        self.heard.append("go on")
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (GPTTrainer, ["fetch", "batch", "fetch", "batch", "save", "make", "go on"]),
+        (pl.Trainer, ["batch", "batch", "make"]),
+    ],
+)
+def test_callbacks_hear_of_fetches_and_saves(
+    kind: type[pl.Trainer], expected: list[str], tmp_path: Path
+) -> None:
+    heard = Heard()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": tmp_path}
+    trainer = kind(accelerator="cpu", max_steps=2, callbacks=[heard], **quiet)
+    trainer.fit(BoringModel())
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    assert heard.heard == expected
