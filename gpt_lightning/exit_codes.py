@@ -9,7 +9,9 @@ TERMINATED = 143  # SIGTERM or SIGUSR1, after a checkpoint
 
 
 class UserError(ValueError):
-    """What a user can mend: the text names option, value, rule and remedy, and ends the program in one line.
+    """Tells what a user can mend: option, value, rule and remedy, in the one line that ends the program.
 
-    Any other error is a fault of the program, whose traceback somebody will want to read.
+    An error without an exit code is a fault of the program, whose traceback somebody will want to read.
     """
+
+    exit_code = MISTAKE

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.cli.verbs import VERBS
-from gpt_lightning.cli.without_trainer import WITHOUT_TRAINER
+from gpt_lightning.cli.main import VERBS, WITHOUT_TRAINER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.cli.app import GPTLightningCLI
-from gpt_lightning.cli.start import without_collector
+from gpt_lightning.cli.main import without_collector
 from tests.cli.test_generate import write_checkpoint
 
 PROGRAM = """
@@ -69,18 +69,18 @@ def test_a_verb_is_the_only_one_whose_parser_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = []
-    prepare = GPTLightningCLI._prepare_subcommand_parser
+    init_parser = GPTLightningCLI.init_parser
 
-    def counting(cli: GPTLightningCLI, klass: type, subcommand: str, **options: object) -> object:
-        made.append(subcommand)
-        return prepare(cli, klass, subcommand, **options)
+    def counting(cli: GPTLightningCLI, **options: object) -> object:
+        made.append(options["prog"])
+        return init_parser(cli, **options)
 
-    monkeypatch.setattr(GPTLightningCLI, "_prepare_subcommand_parser", counting)
+    monkeypatch.setattr(GPTLightningCLI, "init_parser", counting)
     for verb in ("fit", "predict", "prepare"):
         made.clear()
         with pytest.raises(SystemExit):
             main([verb, "--help"])
-        assert made == [verb] and f" {verb} [--config FILE]" in capsys.readouterr().out
+        assert made == [f"gpt-lightning {verb}"] and f" {verb} [--config FILE]" in capsys.readouterr().out
 
 
 class Cycle:

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.exit_codes import UserError
+from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
@@ -26,6 +26,8 @@ _log = logging.getLogger("gpt_lightning")
 
 class NonFiniteError(ArithmeticError):
     """A loss or gradient that is NaN or infinite, with the step and the samples."""
+
+    exit_code = NON_FINITE
 
 
 @dataclass

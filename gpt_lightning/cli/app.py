@@ -1,4 +1,7 @@
-"""The program: LightningCLI with its four verbs and `prepare`, and its known stumbling blocks removed."""
+"""The verbs that a Trainer runs, and `prepare`: LightningCLI makes the objects of one verb from its options.
+
+Its subcommands are not used (`run=False`): they know no `prepare`, and let a checkpoint's options win.
+"""
 
 import sys
 from contextlib import ExitStack
@@ -10,7 +13,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
@@ -33,22 +35,24 @@ from gpt_lightning.checkpoint.runs import (
     open_run_folder,
 )
 from gpt_lightning.cli.checks import (
-    check_before_seeding,
-    check_before_work,
-    check_only_sampled,
+    check_before_opening,
+    check_options,
     say,
     warn_of_untrained_positions,
 )
 from gpt_lightning.cli.config_file import complete_words
-from gpt_lightning.cli.errors import in_order
-from gpt_lightning.cli.imports import limited_imports
-from gpt_lightning.cli.noise import quiet
+from gpt_lightning.cli.errors import one_line_errors, shorten
+from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.origin import Origin, find_origin, take_settings
-from gpt_lightning.cli.parser import shorten
+from gpt_lightning.cli.ranks import (
+    build_without_memory,
+    check_topology,
+    is_tensor_parallel,
+    leaving_together,
+    this_rank,
+)
 from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
-from gpt_lightning.cli.tensor_parallel import build_without_memory, check_topology, is_tensor_parallel
-from gpt_lightning.cli.trainer_parser import Parser
-from gpt_lightning.cli.verbs import VERBS
+from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
@@ -60,50 +64,44 @@ DEFAULT_MAX_STEPS = 2000
 
 
 class GPTLightningCLI(LightningCLI):
-    """`args` are the words of the command line, the verb first; `ending` is closed when the program ends."""
+    """Makes the objects of one verb, whose options are all that its parser knows; `run_verb` then runs it.
 
-    def __init__(self, args: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
-        self._words = args
+    `words` are the command line, the verb first; `ending` is closed when the program ends.
+    """
+
+    def __init__(
+        self, words: list[str], rank_guard: RankGuard, ending: ExitStack, *, show_all: bool = False
+    ) -> None:
+        self.verb = words[0]
         self._rank_guard, self._ending = rank_guard, ending
+        self._show_all = show_all
         self._origin = Origin()
-        self._run_folder = Path()
         super().__init__(
             GPTLightningModule,
             TextDataModule,
-            save_config_callback=RunConfig,
+            run=False,
+            save_config_callback=None,
             trainer_class=GPTTrainer,
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "gpt-lightning",
-                **{verb: {"description": VERBS[verb]} for verb in self.subcommands()},
-            },
+            parser_class=TrainerParser,
+            parser_kwargs={"prog": f"gpt-lightning {self.verb}", "description": VERBS[self.verb]},
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
             load_from_checkpoint_support=False,
-            args=args,
+            args=words[1:],
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # The strategies that spawn processes send the parser along, and with it this; the end stays here.
         return {**self.__dict__, "_ending": None}
 
-    @property
-    def _restored(self) -> dict[str, Any]:
-        """What the Trainer restores; nothing where a run begins."""
-        return self._origin.restored.contents if self._origin.restored is not None else {}
-
     # Options
 
     @override
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The verb that is asked for: the parser of each takes a tenth of a second to make."""
-        verb = self._words[0]
-        return {verb: {**LightningCLI.subcommands(), "prepare": {"datamodule"}}[verb]}
-
-    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        assert isinstance(parser, TrainerParser)
+        parser.show_all = self._show_all
         parser.add_argument(
             "--run_name",
             type=str | None,
@@ -116,20 +114,18 @@ class GPTLightningCLI(LightningCLI):
             default=None,
             help="Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name.",
         )
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(FiniteGuard, "non_finite")
-        parser.add_lightning_class_args(TextSamples, "samples")
+        # Only fit makes these callbacks, though a configuration is given to other verbs too.
+        of_fit = {"checkpoint": RunCheckpoint, "non_finite": FiniteGuard, "samples": TextSamples}
+        for group, callback in of_fit.items():
+            parser.add_class_arguments(callback, group, instantiate=False, sub_configs=True)
         parser.add_class_arguments(GenerationConfig, "generation")
         parser.link_arguments(
             "data", "model.config.vocab_size", compute_fn=self._choose_vocabulary, apply_on="instantiate"
         )
-
-    @override
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+        if self.verb != "prepare":
+            skipped: set[str | int] = {*self.subcommands()[self.verb]}
+            self._verb_options = parser.add_method_arguments(GPTTrainer, self.verb, skip=skipped)
+        if self.verb == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_argument(
                 "--output",
@@ -137,75 +133,52 @@ class GPTLightningCLI(LightningCLI):
                 default=None,
                 help="predictions.jsonl beside the checkpoint by default.",
             )
-        return parser
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(self._words)  # without the parent's warning about passing `args`
-
-    @override
-    def _parse_ckpt_path(self) -> None:
-        """What fits only the checkpoint's weights and split comes from it, all else from the command line.
-
-        Lightning would let all of the checkpoint's hyper-parameters win, without a word.
-        """
-        verb = self.config["subcommand"]
-        settings = self.config[verb]
-        check_before_seeding(settings)
+        """Settles every option: what fits only a checkpoint's weights and split comes from it."""
+        self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        check_before_opening(settings)
         root = checkpoints_folder(settings.trainer.default_root_dir)
-        if verb in ("fit", "prepare"):
-            self._name_run(settings)
-        self._origin = find_origin(verb, settings, root)
+        if self.verb in ("fit", "prepare"):
+            _name_run(settings)
+        self._origin = find_origin(self.verb, settings, root)
+        self._restored = self._origin.restored.contents if self._origin.restored is not None else {}
         if self._origin.checkpoint is not None:
-            given = self.parser.parse_args(self._words, defaults=False)[verb]
-            take_settings(verb, settings, given, self._origin)
-        if verb != "prepare":
+            given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+            take_settings(self.verb, settings, given, self._origin)
+        check_options(self.verb, settings)
+        if self.verb != "prepare":
             settings.weights_only = True
-        if verb == "fit":
-            origin = self._origin
-            folder = root / settings.run_name
-            self._run_folder = choose_run_folder(folder, origin.path, begins_again=origin.begins_again)
+        if self.verb == "fit":
+            self._begin_run(settings, root)
 
-    def _name_run(self, settings: Any) -> None:
-        if settings.run_name is None:
-            files = settings.config or []
-            settings.run_name = Path(str(files[-1])).stem if files else "run"
-        if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
-            raise UserError(
-                f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes"
-            )
+    def _begin_run(self, settings: Any, root: Path) -> None:
+        """Makes the callbacks whose options are ours, and opens the run's folder."""
+        trainer, origin = settings.trainer, self._origin
+        if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
+            trainer.max_steps = DEFAULT_MAX_STEPS
+            say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
+        if origin.initial is None and ORIGIN_KEY not in self._restored:
+            warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
+        self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
+        self._saver = RunCheckpoint(**settings.checkpoint)
+        folder = root / settings.run_name
+        self._run_folder = choose_run_folder(folder, origin.path, begins_again=origin.begins_again)
+        if not trainer.fast_dev_run and this_rank() == 0:
+            self._keep_others_out(folder, settings.checkpoint.dirpath)
+        settings.run_name = self._run_folder.name
+
+    def _keep_others_out(self, folder: Path, own: str | None) -> None:
+        """Only the first rank writes into the run's folder, and no other process."""
+        path = self._origin.path
+        run = open_run_folder(folder, path, begins_again=self._origin.begins_again)
+        self._ending.callback(run.close)
+        self._run_folder = run.folder
+        if own is not None:
+            self._ending.callback(open_named_folder(Path(own), path, f"checkpoint.dirpath={own}").close)
 
     # From options to objects
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        assert self.subcommand is not None
-        settings = self.config[self.subcommand]
-        check_before_work(settings, needs_data=self.subcommand != "predict")
-        if self.subcommand == "fit":
-            trainer = settings.trainer
-            if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
-                trainer.max_steps = DEFAULT_MAX_STEPS
-                say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-            check_only_sampled(settings.generation)
-            if self._origin.initial is None and ORIGIN_KEY not in self._restored:
-                positions = settings.model.config.max_position_embeddings
-                warn_of_untrained_positions(settings.data.seq_len, positions)
-            self._open_run(settings)
-
-    @rank_zero_only
-    def _open_run(self, settings: Any) -> None:
-        """Keep other processes out of the run's folder; only the first rank writes into it."""
-        if not settings.trainer.fast_dev_run:
-            root = checkpoints_folder(settings.trainer.default_root_dir)
-            folder, path = root / settings.run_name, self._origin.path
-            run = open_run_folder(folder, path, begins_again=self._origin.begins_again)
-            self._ending.callback(run.close)
-            self._run_folder = run.folder
-            if (own := settings.checkpoint.dirpath) is not None:
-                option = f"checkpoint.dirpath={own}"
-                self._ending.callback(open_named_folder(Path(own), path, option).close)
-        settings.run_name = self._run_folder.name
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
         """A checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
@@ -220,54 +193,49 @@ class GPTLightningCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        if self.subcommand == "prepare":
-            self.config_init = self.config
-            self.datamodule = TextDataModule(**self._get(self.config, "data").as_dict())
+        if self.verb == "prepare":
+            self.datamodule = TextDataModule(**self.config.data.as_dict())
             if self._origin.checkpoint is not None:
                 self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
             return
-        if is_tensor_parallel(self.config[self.config["subcommand"]]):
-            assert isinstance(self.parser, Parser)
-            self.parser.instantiators = [(build_without_memory, GPTLightningModule, True)]
-        super().instantiate_classes()
-        self.model.generation = self._get(self.config_init, "generation")
-        check_topology(
-            self.trainer, self.model, self.datamodule.seq_len if self.subcommand == "fit" else None
-        )
+        is_split = is_tensor_parallel(self.config)
+        instantiators = [(build_without_memory, GPTLightningModule, True)] if is_split else None
+        self.config_init = self.parser.instantiate(self.config, instantiators=instantiators)
+        self.datamodule, self.model = self.config_init.data, self.config_init.model
+        self.model.generation = self.config_init.generation
+        self.trainer = self.instantiate_trainer()
+        if is_split:
+            seq_len = self.datamodule.seq_len if self.verb == "fit" else None
+            check_topology(self.trainer.strategy, self.model, seq_len)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        settings = {**self._get(self.config_init, "trainer"), **kwargs}
-        callbacks: list[Callback] = []
-        if not any(isinstance(callback, ProgressBar) for callback in _as_list(settings["callbacks"])):
-            if settings["enable_progress_bar"] is not False:
-                callbacks.append(StepProgressBar())
+        settings = {**self.config_init.trainer, **kwargs}
+        callbacks = _as_list(settings["callbacks"])
+        shows_progress = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        callbacks.append(self._rank_guard)  # before those that talk to other ranks when a run fails
+        if not shows_progress and settings["enable_progress_bar"] is not False:
+            callbacks.append(StepProgressBar())
         writer = DurableCheckpointIO()
         settings["plugins"] = [*_as_list(settings["plugins"]), writer]
         self._rank_guard.before_exit = writer.wait
-        callbacks.insert(0, self._rank_guard)  # before those that talk to other ranks when a run fails
-        if self.subcommand == "fit":
+        if self.verb == "fit":
             callbacks += self._prepare_fit(settings)
         else:
-            self.save_config_callback = None
             settings["logger"] = settings["logger"] or False
             settings["enable_checkpointing"] = False
-            if self.subcommand == "predict":
-                settings["logger"] = False
-                assert self._origin.restored is not None
-                digest = self._origin.restored.digest
-                callbacks.append(PredictionWriter(self._open_output(), sys.stdout, digest))
-        by_steps = type(settings["val_check_interval"]) is int
-        if by_steps:
+        if self.verb == "predict":
+            settings["logger"] = False
+            callbacks.append(self._prediction_writer())
+        if type(settings["val_check_interval"]) is int:
+            # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
+            settings["val_check_interval"] *= settings["accumulate_grad_batches"]
             settings["check_val_every_n_epoch"] = None
         try:
-            trainer = self._instantiate_trainer(settings, callbacks)
+            trainer = GPTTrainer(**{**settings, "callbacks": callbacks})
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
-        if by_steps and not trainer.fast_dev_run:
-            # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
-            trainer.val_check_interval *= trainer.accumulate_grad_batches
         trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
 
@@ -278,55 +246,66 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        self.save_config_kwargs = {"folder": self._run_folder}
-        checkpoint = self._get(self.config_init, "checkpoint")
-        checkpoint.dirpath = checkpoint.dirpath or str(self._run_folder)
-        guard, samples = (self._get(self.config_init, name) for name in ("non_finite", "samples"))
         begins_with = self._origin.initial.contents if self._origin.initial is not None else None
         initial = InitialWeights(self._origin.init_from, begins_with)
-        callbacks = [initial, guard, ExactResume(), Throughput(), samples]
-        return callbacks if settings["enable_checkpointing"] is False else [*callbacks, checkpoint]
+        callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
+        if settings["enable_checkpointing"] is not False:
+            self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
+            callbacks.append(self._saver)
+        if not settings["fast_dev_run"]:
+            callbacks.append(RunConfig(self.parser, self.config, self._run_folder))
+        return callbacks
 
-    def _open_output(self) -> Path:
-        assert self._origin.path is not None
-        given = self._get(self.config, "output")
+    def _prediction_writer(self) -> PredictionWriter:
+        """Locks the file that is written: a mistake in it fails now rather than after the generation."""
+        checkpoint = self._origin.restored
+        assert checkpoint is not None
+        given = self.config.output
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
             raise UserError(f"output={given!r} is no file; name one, such as predictions.jsonl")
-        output = Path(given) if given else self._origin.path.parent / "predictions.jsonl"
-        output.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the generation
-        self._lock(output)
-        return output
-
-    @rank_zero_only
-    def _lock(self, output: Path) -> None:
-        self._ending.callback(lock_output(output))
+        output = Path(given) if given else checkpoint.path.parent / "predictions.jsonl"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if this_rank() == 0:
+            self._ending.callback(lock_output(output))
+        return PredictionWriter(output, sys.stdout, checkpoint.digest)
 
     # Verbs
 
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "predict":
+    def run_verb(self) -> None:
+        if self.verb != "predict":
             # Before the Trainer starts: unusable text is to be found before anything is written.
-            self._prepare_text(subcommand)
-        if subcommand != "prepare":
-            self._rank_guard.begin(self.trainer)
-            super()._run_subcommand(subcommand)
+            self._prepare_text()
+        if self.verb == "prepare":
+            return
+        self._rank_guard.begin(self.trainer)
+        options = {name: self.config[name] for name in self._verb_options}
+        getattr(self.trainer, self.verb)(self.model, datamodule=self.datamodule, **options)
+        if self.verb == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            self._report_fit()
 
-    def _prepare_text(self, verb: str) -> None:
+    def _prepare_text(self) -> None:
         saved = self._restored.get(DATA_KEY, {})
-        if verb == "fit":
+        if self.verb == "fit":
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():
             say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents")
-        if verb in ("validate", "test") and (warning := self.datamodule.trained_text.warning(saved, verb)):
-            say(f"warning: {warning}")
+        if self.verb in ("validate", "test"):
+            if warning := self.datamodule.trained_text.warning(saved, self.verb):
+                say(f"warning: {warning}")
 
-    def after_fit(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            data = self._get(self.config, "data").as_dict()
-            chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
-            log_hyperparameters(self.trainer, {**self.model.hparams, "data": chosen})
-            tell_how_to_go_on(self.trainer, self._run_folder, self._get(self.config_init, "samples").latest)
+    def _report_fit(self) -> None:
+        data = self.config.data
+        chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
+        log_hyperparameters(self.trainer, {**self.model.hparams, "data": chosen})
+        tell_how_to_go_on(self.trainer, self._run_folder, self._samples.latest)
+
+
+def _name_run(settings: Any) -> None:
+    if settings.run_name is None:
+        files = settings.config or []
+        settings.run_name = Path(str(files[-1])).stem if files else "run"
+    if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
+        raise UserError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -336,10 +315,11 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def run(words: list[str]) -> None:
-    """Run one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
-    Parser.show_all = "--help-all" in words
+    """Runs one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
+    show_all = "--help-all" in words
     words = ["--help" if word == "--help-all" else word for word in words]
-    quiet()
     rank_guard = RankGuard()
-    with in_order(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        GPTLightningCLI(complete_words(words), rank_guard, ending)
+    with one_line_errors(this_rank), leaving_together(rank_guard):
+        with ExitStack() as ending, limited_imports(words) as words:
+            cli = GPTLightningCLI(complete_words(words), rank_guard, ending, show_all=show_all)
+            cli.run_verb()

@@ -15,31 +15,7 @@ from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
-def check_before_work(settings: Any, *, needs_data: bool) -> None:
-    """Raise what can be raised before a tokenizer is trained or a file written."""
-    config = GPTConfig(**{**settings.model.config.as_dict(), "vocab_size": 1})
-    OptimizerConfig(**settings.model.optimizer.as_dict())
-    ScheduleConfig(**settings.model.schedule.as_dict())
-    GenerationConfig(**settings.generation.as_dict())
-    _check_trainer(settings.trainer)
-    if needs_data and settings.data.seq_len > config.max_position_embeddings:
-        raise UserError(
-            f"data.seq_len={settings.data.seq_len} is over "
-            f"model.config.max_position_embeddings={config.max_position_embeddings}; "
-            f"{'lower it' if settings.get('init_from') else 'lower the one or raise the other'}"
-        )
-
-
-def check_only_sampled(generation: Any) -> None:
-    """Raise what has no meaning for the samples that `fit` shows."""
-    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
-        if generation[name] != default:
-            raise UserError(
-                f"generation.{name}={generation[name]} is for predict and generate; leave it out of fit"
-            )
-
-
-def check_before_seeding(settings: Any) -> None:
+def check_before_opening(settings: Any) -> None:
     """Raise what even the seed and the checkpoint must not be tried with."""
     seed = settings.seed_everything
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
@@ -48,6 +24,32 @@ def check_before_seeding(settings: Any) -> None:
         raise UserError(
             "weights_only=False would let a checkpoint run code, and none of ours needs it; leave it out"
         )
+
+
+def check_options(verb: str, settings: Any) -> None:
+    """Raise what can be raised before a tokenizer is trained or a file written."""
+    config = GPTConfig(**{**settings.model.config, "vocab_size": 1})
+    OptimizerConfig(**settings.model.optimizer)
+    ScheduleConfig(**settings.model.schedule)
+    GenerationConfig(**settings.generation)
+    _check_trainer(settings.trainer)
+    if verb != "predict" and settings.data.seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len={settings.data.seq_len} is over "
+            f"model.config.max_position_embeddings={config.max_position_embeddings}; "
+            f"{'lower it' if settings.get('init_from') else 'lower the one or raise the other'}"
+        )
+    if verb == "fit":
+        _check_only_sampled(settings.generation)
+
+
+def _check_only_sampled(generation: Any) -> None:
+    """Raise what has no meaning for the samples that `fit` shows."""
+    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
+        if generation[name] != default:
+            raise UserError(
+                f"generation.{name}={generation[name]} is for predict and generate; leave it out of fit"
+            )
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.checkpoint.checkpoint import consolidate
-from gpt_lightning.cli.verbs import VERBS
+from gpt_lightning.cli.main import VERBS
 
 
 def run_consolidate(words: list[str]) -> None:

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from gpt_lightning.checkpoint.files import write
+from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
-from gpt_lightning.cli.verbs import VERBS
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.exporting import export_gpt2
 from gpt_lightning.huggingface.importing import import_gpt2

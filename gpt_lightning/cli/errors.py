@@ -1,69 +1,91 @@
-"""How the program ends: in one line, with a code that says why, and with all its ranks."""
+"""How the program ends: in one line where it is known what went wrong, with a code that says what."""
 
+import logging
+import os
+import re
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED
 
-from gpt_lightning.callbacks.finite_guard import NonFiniteError
-from gpt_lightning.callbacks.orderly_stop import Stopped
-from gpt_lightning.callbacks.rank_guard import RankGuard
-from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError
-from gpt_lightning.cli.checks import say
-from gpt_lightning.cli.parser import complaint_in, shorten
-from gpt_lightning.exit_codes import INTERRUPTED, NON_FINITE, WRITE_FAILED
+NOISE = (
+    r".*does not have many workers.*",
+    r".*exists and is not empty.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",
+    r".*torch.distributed is disabled, unavailable or uninitialized.*",
+    r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
+)
 
 
 @contextmanager
-def in_order(rank_guard: RankGuard) -> Iterator[None]:
-    """Run the program; what is known to go wrong ends it with a line and a code, the rest by a traceback."""
+def one_line_errors(rank: Callable[[], int] | None = None) -> Iterator[None]:
+    """Ends the program with a line and a code after a known error; any other shows its traceback.
+
+    `rank` is this process's in a run of several; without it, there is no run.
+    """
     try:
         yield
-        _leave_together(rank_guard)
-    except (Stopped, NonFiniteError) as error:  # raised on all ranks
-        say(str(error) if isinstance(error, Stopped) else f"error: {error}")
-        _leave_together(rank_guard)
-        sys.exit(error.exit_code if isinstance(error, Stopped) else NON_FINITE)
-    except (CheckpointWriteError, NonFiniteCheckpointError) as error:  # on the rank that writes
-        _complain(str(error))
-        sys.exit(WRITE_FAILED if isinstance(error, CheckpointWriteError) else NON_FINITE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as error:
         # Lightning makes a plain 1 of a second Ctrl-C.
-        interrupted = isinstance(error.__context__, KeyboardInterrupt)
-        sys.exit(INTERRUPTED if interrupted else error.code)
-    except (ValueError, MisconfigurationException) as error:
-        complaint = complaint_in(error, MisconfigurationException)
-        if complaint is None:
+        sys.exit(INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+    except Exception as error:
+        if (known := _known_in(error)) is None:
             raise
-        _complain(shorten(str(complaint)))
-        sys.exit(2)
-    except RuntimeError as error:
-        rank_guard.explain(error)  # ends here if the error comes of a lost rank
-        raise
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _complain(f"{error.filename}: {error.strerror}; name a place that can be written")
-        sys.exit(2)
+        line, exit_code = known
+        if rank is None:
+            line = line.replace(" (checkpoint.dirpath)", "")  # an option of runs alone
+        if exit_code not in (INTERRUPTED, TERMINATED):  # an end that was asked for is no error
+            # Of a rank on its own: the others may not know what it has met.
+            line = f"error of rank {rank()}: {line}" if rank is not None and rank() else f"error: {line}"
+        print(line, file=sys.stderr)
+        sys.exit(exit_code)
 
 
-def _complain(line: str) -> None:
-    """Of a rank on its own: the others may not know what it has met."""
-    rank = getattr(rank_zero_only, "rank", 0)
-    print(f"error of rank {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
+def _known_in(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error or of its cause, and the exit code; None stands for a fault of the program."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; name a place that can be used", MISTAKE
+    known: Any = error
+    while not hasattr(known, "exit_code"):
+        if known.__cause__ is None:
+            return None
+        known = known.__cause__
+    return shorten(str(known)) if known.exit_code == MISTAKE else str(known), known.exit_code
 
 
-def _leave_together(rank_guard: RankGuard) -> None:
-    """End the process groups while all ranks are there.
+def shorten(message: str) -> str:
+    """Makes a parser's message one line: option, value and what would do, without the nested types tried."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Given value: (.*)|Got value: (.*)", message)
+    expected = re.findall(
+        r"Expected an? (<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
+    )
+    if key and given and expected:
+        kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
+        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
+    text = " ".join(message.split())
+    return text if len(text) <= 400 else text[:397] + "..."
 
-    Left to the interpreter's exit, gloo's threads abort a process now and then, after all its work was done.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        rank_guard.leave()  # last: the first rank waits for its children, and they for the groups' end
+
+def _plain_type(kind: str) -> str:
+    """Writes `int` for <class 'int'>, `null` for NoneType, the words themselves for a Literal."""
+    text = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
+    return text.replace("NoneType", "null").replace("'", "").replace("dot import path string", "a class path")
+
+
+def quiet() -> None:
+    """Leaves out adverts and warnings of what is meant to be so; what the package reports goes to stderr."""
+    logging.getLogger("gpt_lightning").setLevel(logging.INFO)
+    logging.getLogger("gpt_lightning").handlers = [logging.StreamHandler()]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    adverts = ("💡", "TPU available", "HPU available")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))

@@ -13,12 +13,12 @@ import torch
 
 from gpt_lightning.checkpoint.checkpoint import load_model
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
+from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.cli.printer import TextWriter
-from gpt_lightning.cli.repl import HELP, Conversation, check_shown
-from gpt_lightning.cli.verbs import VERBS
+from gpt_lightning.cli.repl import HELP, Repl, check_shown
 from gpt_lightning.data.prompts import check_utf8
-from gpt_lightning.exit_codes import TERMINATED, UserError
+from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,14 +31,15 @@ def run_generate(words: list[str]) -> None:
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
     device = _device(options.device)
     with _ending_on_sigterm(), _ending_without_readers():
-        prompt = options.prompt if options.prompt != "-" else _read_all()
+        # The newline that ends the last line of any text is not the prompt's.
+        prompt = options.prompt if options.prompt != "-" else _stdin().read().removesuffix("\n")
         if prompt is not None:
             check_utf8(prompt, f"prompt={prompt!r}", "convert it")
         writer = _writer(options, device)
         if prompt is not None:
             writer.write(prompt, settings)
         else:
-            _talk(writer, settings)
+            _read_prompts(writer, settings)
 
 
 def _parser() -> PlainParser:
@@ -58,7 +59,7 @@ def _parser() -> PlainParser:
 
 
 def _with_joined_prompt(words: list[str]) -> list[str]:
-    """A prompt is a text even where it begins as an option does, with one dash."""
+    """Joins --prompt to its text, which may begin as an option does, with one dash."""
     joined: list[str] = []
     for word in words:
         is_text = word.startswith("-") and not word.startswith("--")
@@ -93,30 +94,23 @@ def _writer(options: Any, device: torch.device) -> TextWriter:
     return TextWriter(model.to(device, _PRECISIONS[options.precision]), tokenizer, output, _say)
 
 
-def _talk(writer: TextWriter, settings: GenerationConfig) -> None:
+def _read_prompts(writer: TextWriter, settings: GenerationConfig) -> None:
     stdin = _stdin()
-    conversation = Conversation(writer.write, settings, _say)
+    repl = Repl(writer.write, settings, _say)
     if stdin.isatty():
         _say(f"{HELP}\n")
-        conversation.talk(_line_editor(stdin), at_terminal=True)
+        repl.run(_line_editor(stdin), at_terminal=True)
         return
-    n_lines = 0
-
-    def read() -> str | None:
-        nonlocal n_lines
-        line = stdin.readline()
-        n_lines += bool(line)
-        return line.removesuffix("\n") if line else None
-
-    conversation.talk(read, at_terminal=False)
-    if not n_lines:
+    lines = (line.removesuffix("\n") for line in stdin)
+    repl.run(lambda: next(lines, None), at_terminal=False)
+    if not repl.n_lines:
         raise UserError("standard input holds no line to continue; give --prompt TEXT")
-    if conversation.n_refused:
-        sys.exit(2)
+    if repl.n_refused:
+        sys.exit(MISTAKE)
 
 
 def _line_editor(stdin: TextIO) -> Callable[[], str | None]:
-    """Lines from a terminal, edited and remembered where Python can."""
+    """Reads lines from a terminal, edited and remembered where Python can."""
     with suppress(ImportError):
         import readline  # noqa: F401  # which `input` then uses
 
@@ -145,11 +139,6 @@ def _stdin() -> TextIO:
     return sys.stdin
 
 
-def _read_all() -> str:
-    """Without the newline that ends the last line of any text."""
-    return _stdin().read().removesuffix("\n")
-
-
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -164,7 +153,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _ending_without_readers() -> Iterator[None]:
-    """Quietly, when nobody reads any more, as after `| head`."""
+    """Ends quietly when nobody reads any more, as after `| head`."""
     try:
         yield
     except OSError as error:

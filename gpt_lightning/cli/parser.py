@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
-from gpt_lightning.cli import imports as cli_imports
-from gpt_lightning.exit_codes import UserError
+from gpt_lightning.cli.errors import shorten
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+ALLOW_IMPORT = "--allow_import"
+TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 
 
 class PlainParser(ArgumentParser):
@@ -28,9 +30,13 @@ class PlainParser(ArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [f"error: {shorten(message)}", *self._suggestion(message)]
-        if self.prog:
-            lines.append(f"try: {self.prog.split(' [')[0]} --help")
+        reason = shorten(message)
+        if denied := DENIED.search(message):
+            reason = (
+                f"class_path={denied[1]} is not imported: only {', '.join(TRUSTED)} are trusted; if you "
+                f"trust it, add {ALLOW_IMPORT} {denied[1].split('.')[0]} to the command line"
+            )
+        lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
         sys.stderr.write("\n".join(lines) + "\n")
         sys.exit(2)
 
@@ -38,23 +44,13 @@ class PlainParser(ArgumentParser):
         """The known option that is closest to the unknown one, if one is close."""
         if not UNKNOWN.search(message):
             return []
-        known = [action.dest for parser in self._all_parsers() for action in parser._actions]
+        known = [action.dest for action in self._actions]
         for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or _same_last_name(
-                    name, known
-                )
-                if close:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+                if close := close or _same_last_name(name, known):
                     return [f"did you mean {close[0]}?"]
         return []
-
-    def _all_parsers(self) -> list["PlainParser"]:
-        parsers: list[PlainParser] = [self]
-        for action in self._actions:
-            choices = getattr(action, "choices", None)
-            if isinstance(choices, dict):
-                parsers.extend(parser for parser in choices.values() if isinstance(parser, PlainParser))
-        return parsers
 
     @override
     def format_usage(self) -> str:
@@ -96,39 +92,3 @@ def _same_last_name(name: str, known: list[str]) -> list[str]:
     last_names = {key.rsplit(".", 1)[-1]: key for key in known}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
     return [last_names[match] for match in close]
-
-
-def shorten(message: str) -> str:
-    """A parser's message in one line: option, value and what would do, without the nested types tried."""
-    denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
-    if denied:
-        return (
-            f"class_path={denied[1]} is not imported: only {', '.join(cli_imports.TRUSTED)} are trusted; "
-            f"if you trust it, add {cli_imports.OPTION} {denied[1].split('.')[0]} to the command line"
-        )
-    key = re.search(r'Parser key "([\w.]+)"', message)
-    given = re.search(r"Given value: (.*)|Got value: (.*)", message)
-    expected = re.findall(
-        r"Expected an? (<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
-    )
-    if key and given and expected:
-        kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
-        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
-    text = " ".join(message.split())
-    return text if len(text) <= 400 else text[:397] + "..."
-
-
-def _plain_type(kind: str) -> str:
-    """`int` for <class 'int'>, `null` for NoneType, the words themselves for a Literal."""
-    text = re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind)
-    return text.replace("NoneType", "null").replace("'", "").replace("dot import path string", "a class path")
-
-
-def complaint_in(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
-    """The error in this chain that tells a user what to mend: a UserError, or one of these `kinds`.
-
-    None means that it is a fault of the program, whose traceback somebody will want to read.
-    """
-    while error is not None and not isinstance(error, (UserError, *kinds)):
-        error = error.__cause__
-    return error

@@ -1,4 +1,4 @@
-"""Prompts and commands, a line each: settings change between texts, and Ctrl-C ends a text alone."""
+"""The loop that reads prompts and commands, a line each: Ctrl-C ends a text and not the program."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gpt_lightning.cli.parser import shorten
+from gpt_lightning.cli.errors import shorten
 from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -31,12 +31,12 @@ Ctrl-C            end the text that is being written"""
 Write = Callable[[str, GenerationConfig, Callable[[], bool]], None]
 
 
-class Conversation:
-    """Takes lines; `write` continues a prompt by the settings, unless the function says that it is enough."""
+class Repl:
+    """Has `write` continue each prompt by the settings, until Ctrl-C interrupts the text."""
 
     def __init__(self, write: Write, settings: GenerationConfig, say: Callable[[str], None]) -> None:
         self.settings = settings
-        self.n_refused = 0  # lines that held a mistake
+        self.n_lines, self.n_refused = 0, 0  # all, and those that held a mistake
         self._write, self._say = write, say
         self._last_prompt: str | None = None
         self._is_interrupted: Callable[[], bool] = lambda: False
@@ -49,12 +49,13 @@ class Conversation:
             "quit": self._quit,
         }
 
-    def talk(self, read: Callable[[], str | None], *, at_terminal: bool) -> None:
-        """Until `read` has no more lines, or /quit."""
+    def run(self, read: Callable[[], str | None], *, at_terminal: bool) -> None:
+        """Ends when `read` has no more lines, or at /quit."""
         while not self._ended:
             try:
                 if (line := read()) is None:
                     break
+                self.n_lines += 1
                 with noting_interrupts(at_terminal) as self._is_interrupted:
                     self._handle(line)
             except KeyboardInterrupt:
@@ -87,7 +88,7 @@ class Conversation:
 
     def _set(self, words: str) -> None:
         name, value, *_ = [*re.split(r"[\s=]+", words, maxsplit=1), ""]
-        self.settings = changed(self.settings, name.removeprefix("generation."), value.strip())
+        self.settings = with_setting(self.settings, name.removeprefix("generation."), value.strip())
 
     def _show_settings(self, _: str) -> None:
         for name, value in asdict(self.settings).items():
@@ -104,8 +105,8 @@ class Conversation:
         self._ended = True
 
 
-def changed(settings: GenerationConfig, name: str, value: str) -> GenerationConfig:
-    """The settings with one of them read from text, as the command line reads it."""
+def with_setting(settings: GenerationConfig, name: str, value: str) -> GenerationConfig:
+    """Replaces one of the settings by a value that is read as the command line reads it."""
     known = asdict(settings)
     if name not in known or not value:
         close = difflib.get_close_matches(name, known, n=1)
@@ -122,7 +123,7 @@ def changed(settings: GenerationConfig, name: str, value: str) -> GenerationConf
 
 
 def check_shown(settings: GenerationConfig) -> GenerationConfig:
-    """Refuse what a text alone cannot show."""
+    """Refuses what a text alone cannot show."""
     if settings.logprobs:
         raise UserError("generation.logprobs=True is not seen in a text; use gpt-lightning predict")
     return settings
@@ -130,7 +131,7 @@ def check_shown(settings: GenerationConfig) -> GenerationConfig:
 
 @contextmanager
 def noting_interrupts(at_terminal: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C came; the second one raises KeyboardInterrupt, in case nobody asks."""
+    """Yields a function that tells whether Ctrl-C came; a second one raises KeyboardInterrupt."""
     came = False
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,50 +1,78 @@
-"""The parser of the verbs that Lightning runs: of the Trainer's many options, its help page shows a few."""
+"""The parser of the verbs that Lightning runs: a short help page, and class paths of trusted packages."""
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from jsonargparse import Namespace
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gpt_lightning.cli import imports as cli_imports
-from gpt_lightning.cli.parser import PlainParser, option_line
+from gpt_lightning.cli.parser import ALLOW_IMPORT, TRUSTED, PlainParser, option_line
+from gpt_lightning.exit_codes import UserError
 
+ALLOW_IMPORT_HELP = "Import class paths from this package too; may be repeated, and stands in no file"
 # The Trainer's options that most runs use; the other fifty stand in --help-all.
-COMMON_TRAINER_OPTIONS = {
-    "trainer." + name
-    for name in (
-        "accelerator strategy devices precision max_steps max_epochs max_time val_check_interval "
-        "limit_val_batches log_every_n_steps accumulate_grad_batches gradient_clip_val "
-        "default_root_dir fast_dev_run"
-    ).split()
-}
-HIDDEN = {"weights_only", "return_predictions"}
+COMMON_TRAINER_OPTIONS = (
+    "accelerator strategy devices precision max_steps max_epochs max_time val_check_interval "
+    "limit_val_batches log_every_n_steps accumulate_grad_batches gradient_clip_val "
+    "default_root_dir fast_dev_run"
+).split()
 
 
-class Parser(PlainParser, LightningArgumentParser):
-    """Lightning's own, with our manners."""
+class TrainerParser(PlainParser, LightningArgumentParser):
+    """Lightning's parser with our manners; of the Trainer's many options, its help page shows a few."""
 
     arguments = "[--config FILE] [--option value ...]"
     show_all = False
-    instantiators: list[Any] | None = None
-
-    @override
-    def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
-        # Lightning calls this old name; the new one takes functions that build a class in their own way.
-        return self.instantiate(cfg, instantiators=self.instantiators, **kwargs)
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """One or two lines an option; Lightning's own page has several hundred."""
-        imports = option_line(f"{cli_imports.OPTION} PACKAGE", cli_imports.HELP) + "\n"
-        if Parser.show_all:
+        imports = option_line(f"{ALLOW_IMPORT} PACKAGE", ALLOW_IMPORT_HELP) + "\n"
+        if self.show_all:
             return super(PlainParser, self).format_help(formatter) + "\n" + imports
         return f"{super().format_help(formatter)}\n{imports}\nEvery option, with its type: --help-all\n"
 
     @override
     def _is_shown(self, action: argparse.Action) -> bool:
-        name = action.dest
-        if name.startswith("trainer.") and name not in COMMON_TRAINER_OPTIONS:
+        group, _, name = action.dest.rpartition(".")
+        if group.startswith("trainer") and action.dest.removeprefix("trainer.") not in COMMON_TRAINER_OPTIONS:
             return False
-        return super()._is_shown(action) and name not in HIDDEN
+        return super()._is_shown(action) and name not in ("weights_only", "return_predictions")
+
+
+@contextmanager
+def limited_imports(words: list[str]) -> Iterator[list[str]]:
+    """Yields the command line without `--allow_import`, whose packages are then trusted like TRUSTED.
+
+    It is read from the command line and nowhere else: a file that could allow itself would be no wall. A
+    class path that is refused is not imported.
+    """
+    packages, rest = [], []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name == ALLOW_IMPORT:
+            packages.append(_checked_package(value if equals else next(remaining, "")))
+        else:
+            rest.append(word)
+    packages = [package for package in packages if package not in TRUSTED]
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*TRUSTED, *packages],
+        # A mapping under an option that takes anything stays one, whatever keys it has.
+        instantiate_subclass_spec_in_any=False,
+    )
+    try:
+        yield rest
+    finally:
+        set_parsing_settings(import_path_denylist=packages)
+
+
+def _checked_package(value: str) -> str:
+    if not value or not all(part.isidentifier() for part in value.split(".")):
+        raise UserError(f"{ALLOW_IMPORT}={value} names no package; write e.g. {ALLOW_IMPORT} my_package")
+    if value.split(".")[0] == "jsonargparse":
+        raise UserError(f"{ALLOW_IMPORT}={value} would let a file decide what is imported; leave it out")
+    return value

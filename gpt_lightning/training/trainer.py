@@ -15,8 +15,6 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
-from gpt_lightning.data.datamodule import TextDataModule
-
 
 class TrainerCallback(Callback):
     """A callback that a GPTTrainer also tells of what Lightning has no hook for."""
@@ -32,16 +30,13 @@ class TrainerCallback(Callback):
 
 
 class GPTTrainer(Trainer):
-    """Tells its callbacks of fetches and saves, leaves signals to OrderlyStop, and has the verb `prepare`."""
+    """Tells its callbacks of fetches and saves, and leaves signals to OrderlyStop."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = _EpochLoop(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
         self._signal_connector = _NoSignals(self)
-
-    def prepare(self, datamodule: TextDataModule) -> None:
-        """Tokenize the texts into the cache, without training."""
 
     @override
     def save_checkpoint(

@@ -86,7 +86,7 @@ def fit(module: Any, batch: Any, options: argparse.Namespace) -> Any:
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
-    from gpt_lightning.cli.noise import quiet
+    from gpt_lightning.cli.errors import quiet
 
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
 

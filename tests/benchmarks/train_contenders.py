@@ -115,7 +115,8 @@ def train_ours(turns: Turns, case: Case, precision: str, options: argparse.Names
         def on_train_batch_end(self, *args: Any) -> None:
             turns.after_step(float(args[2]["loss"]))
 
-    GPTLightningCLI.before_fit = lambda cli: cli.trainer.callbacks.append(TakeTurns())  # type: ignore
+    add = lambda cli: cli.trainer.callbacks.append(TakeTurns())  # noqa: E731
+    GPTLightningCLI.after_instantiate_classes = add  # type: ignore
     os.chdir(tempfile.mkdtemp(dir=options.folder))
     write_tokenizer(Path("tokenizer"), case.vocab_size)
     model = {name: getattr(case.config, name) for name in ("n_layers", "n_heads", "d_model", "activation")}

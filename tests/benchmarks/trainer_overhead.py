@@ -40,7 +40,7 @@ import torch
 
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.cli.app import GPTLightningCLI
-from gpt_lightning.cli.noise import quiet
+from gpt_lightning.cli.errors import quiet
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
@@ -206,7 +206,7 @@ def ours(folder: Path, steps: int, log_every: int) -> list[Seconds]:
         path.write_text(json.dumps(config))  # which is YAML too
         quiet()
         with ExitStack() as ending:
-            TimedCLI(["fit", "--config", str(path)], RankGuard(), ending)
+            TimedCLI(["fit", "--config", str(path)], RankGuard(), ending).run_verb()
     return TimedCLI.stopwatch.stretches
 
 

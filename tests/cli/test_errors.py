@@ -1,11 +1,17 @@
 """Bad input: one clear line, exit code 2, nothing written."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gpt_lightning.__main__ import main
+from gpt_lightning.callbacks.finite_guard import NonFiniteError
+from gpt_lightning.callbacks.orderly_stop import Stopped
+from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError
+from gpt_lightning.cli.errors import one_line_errors
+from gpt_lightning.exit_codes import UserError
 
 Config = Callable[..., Path]
 
@@ -205,15 +211,85 @@ def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "nowhere.yaml" in fails(["fit", "--config", "nowhere.yaml"], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["fit", "generate"])
+@pytest.mark.parametrize(
+    "words, function",
+    [
+        (["fit"], "data.datamodule.prepare_tokens"),
+        (["prepare"], "data.token_cache.plan_split"),
+        (["predict", "--ckpt_path", "a.ckpt"], "cli.origin.find_checkpoint"),
+        (["generate", "--prompt", "A", "--ckpt_path", "a.ckpt"], "cli.generate.load_model"),
+        (["consolidate", "--ckpt_path", "a.ckpt", "--output", "b.ckpt"], "cli.consolidate.consolidate"),
+        (["import-hf", "gpt2", "b.ckpt"], "cli.convert.import_gpt2"),
+    ],
+)
 def test_a_value_error_of_our_own_code_shows_its_traceback(
-    verb: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], function: str, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def faulty(*args: object, **options: object) -> None:
         int("x")
 
-    place = {"fit": "data.datamodule.prepare_tokens", "generate": "cli.generate.load_model"}[verb]
-    monkeypatch.setattr(f"gpt_lightning.{place}", faulty)
-    words = ["--config", str(tiny_config())] if verb == "fit" else ["--prompt", "A", "--ckpt_path", "a.ckpt"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"gpt_lightning.{function}", faulty)
+    config = ["--config", str(tiny_config())] if words[0] in ("fit", "prepare") else []
     with pytest.raises(ValueError, match="invalid literal for int"):  # which Python shows, and exits with 1
-        main([verb, *words])
+        main([*words, *config])
+
+
+class Coded(Exception):
+    exit_code = 5
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Callable[[], None]:
+    def function() -> None:
+        raise error from cause
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "error, cause, line, code",
+    [
+        (UserError("n=0 is below 1;\n raise it"), None, "error: n=0 is below 1; raise it", 2),
+        (RuntimeError("a step failed"), UserError("n=0 is below 1"), "error: n=0 is below 1", 2),
+        (Coded("no room (checkpoint.dirpath)"), None, "error: no room", 5),
+        (PermissionError(13, "Permission denied", "/x"), None, "error: /x: Permission denied; name a", 2),
+        (Stopped("stopped at step 5", 143), None, "stopped at step 5", 143),
+        (NonFiniteError("loss is nan"), None, "error: loss is nan", 3),
+        (NonFiniteCheckpointError("w holds NaN"), None, "error: w holds NaN", 3),
+        (CheckpointWriteError("a.ckpt: no room"), None, "error: a.ckpt: no room", 5),
+    ],
+)
+def test_a_known_error_is_one_line_and_a_code(
+    error: Exception, cause: Exception | None, line: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        raised(error, cause)()
+    assert exit.value.code == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(line)
+
+
+def test_a_rank_says_which_it_is_and_one_process_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, start in ((0, "error: "), (3, "error of rank 3: ")):
+        with pytest.raises(SystemExit), one_line_errors(lambda: rank):
+            raise CheckpointWriteError("no room (checkpoint.dirpath)")
+        assert capsys.readouterr().err == f"{start}no room (checkpoint.dirpath)\n"
+
+
+def test_an_interrupt_ends_with_its_code() -> None:
+    for interrupted in (True, False):
+        with pytest.raises(SystemExit) as exit, one_line_errors():
+            try:
+                raise KeyboardInterrupt if interrupted else OSError
+            except (KeyboardInterrupt, OSError):
+                sys.exit(1)  # as Lightning does
+        assert exit.value.code == (130 if interrupted else 1)
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        raise KeyboardInterrupt
+    assert exit.value.code == 130
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(5, "Input/output error"), KeyError("x")])
+def test_a_fault_passes(error: Exception) -> None:
+    with pytest.raises(type(error)), one_line_errors():
+        raise error

@@ -20,8 +20,9 @@ import torch
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli import generate as cli_generate
-from gpt_lightning.cli import repl as conversation
+from gpt_lightning.cli.repl import with_setting
 from gpt_lightning.data.tokenizer import TextTokenizer, train_bpe
+from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 
@@ -192,11 +193,11 @@ def test_the_help_page_is_short(run: Run) -> None:
 
 
 def test_settings_are_read_as_on_the_command_line() -> None:
-    settings = conversation.GenerationConfig()
+    settings = GenerationConfig()
     given = [("top_k", "null", None), ("temperature", "1", 1.0), ("stop", '["\\n"]', ["\n"])]
     for name, value, read in given:
-        assert getattr(conversation.changed(settings, name, value), name) == read
-    assert conversation.changed(settings, "do_sample", "false").is_greedy
+        assert getattr(with_setting(settings, name, value), name) == read
+    assert with_setting(settings, "do_sample", "false").is_greedy
 
 
 # ---- a program of its own

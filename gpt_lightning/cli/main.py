@@ -1,0 +1,93 @@
+"""The first words: what can be answered at once is, before the slow imports; every verb runs from here."""
+
+import difflib
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from gpt_lightning import __version__
+
+VERBS = {
+    "fit": "train a GPT (without options: the quickstart)",
+    "validate": "loss and perplexity on the validation split",
+    "test": "the same on the test files",
+    "predict": "continue prompts with a trained model",
+    "generate": "print text as it is written; interactive without a prompt",
+    "prepare": "tokenize the texts into the cache, without training",
+    "consolidate": "make one file of a sharded checkpoint",
+    "import-hf": "make a checkpoint of a Hugging Face GPT-2, by folder or hub name",
+    "export-hf": "make a Hugging Face folder of a checkpoint",
+}
+HELP = """usage: gpt-lightning VERB [--config FILE] [--option value ...]
+
+Train a GPT from your own text, and sample from it.
+
+{verbs}
+
+  gpt-lightning fit
+  gpt-lightning fit --config configs/shakespeare.yaml --data.train_files '["novels/*.txt"]'
+  gpt-lightning predict --data.prompts '["Once upon a time"]'
+
+The options of a verb: gpt-lightning VERB --help
+"""
+# The verbs that need no Trainer, and start without waiting for Lightning: their file and function.
+WITHOUT_TRAINER = {
+    "generate": ("generate", "run_generate"),
+    "consolidate": ("consolidate", "run_consolidate"),
+    "import-hf": ("convert", "run_import"),
+    "export-hf": ("convert", "run_export"),
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())), end="")
+    elif words[0] == "--version":
+        print(f"gpt_lightning {__version__}")
+    elif words[0] not in VERBS:
+        _refuse(words)
+    else:
+        _run(words)
+
+
+def _run(words: list[str]) -> None:
+    from gpt_lightning.cli.errors import one_line_errors, quiet
+
+    file, name = WITHOUT_TRAINER.get(words[0], ("app", "run"))
+    with one_line_errors():
+        with without_collector():
+            function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
+        quiet()
+        function(words if file == "app" else words[1:])
+
+
+def _refuse(words: list[str]) -> None:
+    if words[0].startswith("-"):
+        reason = f"{words[0]} stands before the verb; write e.g. gpt-lightning fit {' '.join(words[:2])}"
+    else:
+        reason = f"{words[0]!r} is no verb; choose one of {', '.join(VERBS)}"
+        close = difflib.get_close_matches(words[0], VERBS, n=1)
+        reason += f"\ndid you mean {close[0]}?" if close else ""
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Surrounds the slow imports, whose half a million objects stay until the program ends.
+
+    To look through them for garbage took a third of the time: while they came, at every full collection
+    after that, and in the end.
+    """
+    n_modules, was_on = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+        if len(sys.modules) > n_modules:
+            gc.freeze()
