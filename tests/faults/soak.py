@@ -101,16 +101,16 @@ def _kill_to_the_end(
 def _kill(process: Process, generator: random.Random, whole_seconds: float, tally: Tally) -> None:
     moment = generator.choices(MOMENTS, weights=(5, 5, 4, 1))[0]
     if moment == "starting":
-        time.sleep(generator.uniform(0, whole_seconds / 3))
+        process.run_for(generator.uniform(0, whole_seconds / 3))
     else:
         process.wait_until(lambda: process.phase >= TRAINING)
-        time.sleep(generator.uniform(0, whole_seconds / 8))
+        process.run_for(generator.uniform(0, whole_seconds / 8))
         if moment == "saving":
             process.wait_until(lambda: process.is_writing)
-            time.sleep(generator.uniform(0, 0.004))
+            process.run_for(generator.uniform(0, 0.004))
         elif moment == "validating":
             process.wait_until(lambda: process.phase == VALIDATING)
-            time.sleep(generator.uniform(0, 0.004))
+            process.run_for(generator.uniform(0, 0.004))
     hit = "saving" if process.is_writing else PHASES[process.phase]
     if process.is_alive and hit != "ended":
         process.send(signal.SIGKILL)
