@@ -115,6 +115,8 @@ def _run(
     try:
         os.chdir(folder)
         os.environ.update(environment)
+        # A job in the background of a shell's script is begun with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         rank_zero_only.rank = int(environment.get("RANK", "0"))  # read from the environment at the import
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
