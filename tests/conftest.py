@@ -25,7 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with what takes longest, so that no worker is left alone with it at the end."""
+    """Begins with what takes longest, so that no worker is left alone with it at the end.
+
+    What counts the seconds until ranks are given up is kept to one worker, where it mostly waits.
+    """
+    for item in items:
+        if item.path.stem in ("test_lost_ranks", "test_rank_watch"):
+            item.add_marker(pytest.mark.xdist_group("timeouts"))
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "faults" not in item.keywords))
 
 
