@@ -1,9 +1,11 @@
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 # Imported before any test captures stderr: Lightning's log handlers keep the stream that they find.
@@ -14,6 +16,23 @@ WORDS = "the cat dog house garden sees likes finds a red small old new river and
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=10, help="of the soak in tests/faults; 100 for long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with what takes longest, so that no worker is left alone with it at the end.
+
+    What counts the seconds until ranks are given up is kept to one worker, where it mostly waits.
+    """
+    for item in items:
+        if item.path.stem in ("test_lost_ranks", "test_rank_watch"):
+            item.add_marker(pytest.mark.xdist_group("timeouts"))
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "faults" not in item.keywords))
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Run a function on several ranks: forked after the imports, which take longer than most tests."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, nodes: 
 
 def _wait(ranks: list[Any], folder: Path) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while any(process.is_alive() for process in ranks):
+    while alive := [process.sentinel for process in ranks if process.is_alive()]:
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
         if failed or time.monotonic() > deadline:
             break
-        ranks[0].join(0.02)
-        next((p for p in ranks if p.is_alive()), ranks[0]).join(0.02)
+        multiprocessing.connection.wait(alive, deadline - time.monotonic())
     for rank, process in enumerate(ranks):
         if process.exitcode != 0:
             error = folder / f"{rank}.error"
@@ -58,7 +59,7 @@ def _wait(ranks: list[Any], folder: Path) -> None:
 
 def torchrun_environments(world_size: int, nodes: int = 1) -> list[dict[str, str]]:
     """What torchrun would tell each rank."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
     return [{**common, **_own(rank, world_size, nodes)} for rank in range(world_size)]
 
 
@@ -95,7 +96,16 @@ def _rank(
         os._exit(status)  # not back into pytest
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+_reserved: deque[socket.socket] = deque(maxlen=32)
+
+
+def reserve_port() -> int:
+    """A port for the first rank's store, which no other process is given meanwhile.
+
+    The socket here is bound and does not listen: Linux then lets a second one, that may share, listen there.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _reserved.append(holder)
+    return int(holder.getsockname()[1])

@@ -4,12 +4,9 @@ import json
 import math
 import os
 import shlex
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.generation.journal import lock_output
+from tests.cli.conftest import Program
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -249,29 +247,19 @@ def test_validation_interval_counts_optimizer_steps(
     assert sorted({event.step for event in events.Scalars("val/loss")}) == [3, 6]
 
 
-def run_program(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gpt_lightning", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def losses(folder: Path, name: str) -> list[float]:
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
     return [event.value for event in events.Scalars(name)]
 
 
-def test_two_ddp_processes_give_the_numbers_of_one(tiny_config: Config, tmp_path: Path) -> None:
+def test_two_ddp_processes_give_the_numbers_of_one(
+    program: Program, tiny_config: Config, tmp_path: Path
+) -> None:
     config = str(tiny_config(trainer={"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}))
-    one = run_program(tmp_path, "fit", "--config", config, "--run_name", "one", "--data.batch_size", "6")
-    assert one.returncode == 0, one.stderr
-    ddp: list[Any] = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "3"]
-    two = run_program(tmp_path, "fit", "--config", config, "--run_name", "two", *ddp)
-    assert two.returncode == 0, two.stderr
+    program("fit", "--config", config, "--run_name", "one", "--data.batch_size", "6")
+    ddp = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "3"]
+    program("fit", "--config", config, "--run_name", "two", *ddp, ranks=2)
     folder = tmp_path / "checkpoints"
     for name, tolerance in (("train/loss", 2e-6), ("val/loss", 1e-6), ("train/grad_norm", 1e-5)):
         assert losses(folder / "two", name) == pytest.approx(
@@ -280,14 +268,13 @@ def test_two_ddp_processes_give_the_numbers_of_one(tiny_config: Config, tmp_path
     # Prompts are spread over the ranks and come back in one file, in order, each once.
     prompts = json.dumps([f"The {word}" for word in "cat dog house garden river".split()])
     ckpt = ["--ckpt_path", str(folder / "one" / "last.ckpt"), "--data.prompts", prompts]
-    single = run_program(tmp_path, "predict", *ckpt, "--output", "single.jsonl")
-    double = run_program(tmp_path, "predict", *ckpt, "--output", "double.jsonl", *ddp)
-    assert single.returncode == double.returncode == 0, double.stderr
+    single = program("predict", *ckpt, "--output", "single.jsonl")
+    double = program("predict", *ckpt, "--output", "double.jsonl", *ddp, ranks=2)
     assert (tmp_path / "single.jsonl").read_text() == (tmp_path / "double.jsonl").read_text()
-    assert single.stdout == double.stdout
+    assert single.out == double.out
     # One prompt for two ranks.
-    lonely = run_program(tmp_path, "predict", *ckpt[:2], "--data.prompts", "The cat", *ddp)
-    assert lonely.returncode == 0 and lonely.stdout.startswith("The cat"), lonely.stderr
+    lonely = program("predict", *ckpt[:2], "--data.prompts", "The cat", *ddp, ranks=2)
+    assert lonely.out.startswith("The cat")
 
 
 def test_a_place_that_cannot_be_written_is_named(

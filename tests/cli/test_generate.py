@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import lightning
 import pytest
@@ -200,7 +202,46 @@ def test_settings_are_read_as_on_the_command_line() -> None:
     assert with_setting(settings, "do_sample", "false").is_greedy
 
 
-# ---- a program of its own
+# ---- a program of its own, forked after the imports
+
+
+def run_forked(words: Sequence[str]) -> NoReturn:
+    """The program as a new interpreter would run it on these descriptors; ends this process."""
+    status: int | str | None = 1
+    try:
+        # A job in the background of a shell's script is begun with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the threads of the pool are not forked
+        sys.stdin, sys.stdout = open(0, encoding="utf-8", closefd=False), open(1, "w", 1, closefd=False)
+        sys.stderr = open(2, "w", 1, closefd=False)
+        main(["generate", *words])
+        status = 0
+    except SystemExit as exit:
+        status = exit.code if exit.code is not None else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+
+class Piped:
+    """The program with its text and its messages in pipes."""
+
+    def __init__(self, *words: str) -> None:
+        (text, write_text), (messages, write_messages) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(write_text, 1)
+            os.dup2(write_messages, 2)
+            run_forked(words)
+        os.close(write_text)
+        os.close(write_messages)
+        self.text, self.messages = open(text, "rb"), open(messages, "rb")
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class Terminal:
@@ -211,21 +252,27 @@ class Terminal:
 
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "gpt_lightning", "generate", *words])
+            run_forked(words)
         self._shown = ""
 
-    def wait_for(self, pattern: str) -> str:
-        """What is shown up to the end of this pattern."""
+    def wait_for(self, pattern: str, again: str = "") -> str:
+        """What is shown up to the end of this pattern; `again` is typed whenever nothing more comes.
+
+        Python does not see a signal that comes just before it waits for a key.
+        """
         deadline = time.monotonic() + 60
         while not (match := re.search(pattern, self._shown)):
-            ready, _, _ = select.select([self._descriptor], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{pattern} does not come; shown: {self._shown[-2000:]}"
-            self._shown += os.read(self._descriptor, 65536).decode("utf-8", errors="replace")
+            assert time.monotonic() < deadline, f"{pattern} does not come; shown: {self._shown[-2000:]}"
+            if select.select([self._descriptor], [], [], 1.0)[0]:
+                self._shown += os.read(self._descriptor, 65536).decode("utf-8", errors="replace")
+            else:
+                self.type(again)
         shown, self._shown = self._shown[: match.end()], self._shown[match.end() :]
         return shown
 
     def type(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
+        if text:
+            os.write(self._descriptor, text.encode())
 
     def exit_code(self) -> int:
         """After the rest of what it shows."""
@@ -233,8 +280,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def end_by(self, number: signal.Signals) -> int:
-        # Again and again: Python does not see a signal that comes just before it waits for a key.
-        while not self._read_to_the_end(timeout=5.0):
+        while not self._read_to_the_end(timeout=1.0):  # again and again, as in `wait_for`
             os.kill(self.pid, number)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -265,7 +311,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 def test_ctrl_c_ends_the_text_and_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type(CTRL_C)
-    terminal.wait_for("Ctrl-D ends the program")
+    terminal.wait_for("Ctrl-D ends the program", again=CTRL_C)
     terminal.wait_for("> ")
     terminal.type("The cat\n")
     terminal.wait_for("(?s)The cat.*The cat.{20}")  # as typed, and as written
@@ -292,21 +338,18 @@ def test_sigterm_ends_the_program(terminal: Terminal, when: str) -> None:
 
 @pytest.mark.slow
 def test_a_signal_ends_a_single_text(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "gpt_lightning", "generate", "--prompt", "The"]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = subprocess.Popen(
-            [*command, "--generation.max_new_tokens", "100000"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert process.stdout is not None and len(process.stdout.read(50)) == 50
-        process.send_signal(number)
-        _, messages = process.communicate(timeout=60)
-        assert process.returncode == code and b"Traceback" not in messages
+        process = Piped("--prompt", "The", "--generation.max_new_tokens", "100000")
+        with process.text as text, process.messages as messages:
+            assert len(text.read(50)) == 50
+            os.kill(process.pid, number)
+            text.read()
+            assert b"Traceback" not in messages.read() and process.exit_code() == code
 
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(checkpoint: Path) -> None:
+    """In an interpreter of its own, which has something to say at its end."""
     command = [sys.executable, "-m", "gpt_lightning", "generate", "--prompt", "The"]
     process = subprocess.Popen(
         [*command, "--generation.max_new_tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

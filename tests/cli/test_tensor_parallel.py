@@ -11,10 +11,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
+from tests.cli.conftest import Program, Said
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
 SIZES = {"max_position_embeddings": 16, "n_layers": 2, "d_model": 16}
+ONE_PROCESS = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
 PROMPTS = json.dumps([f"The {word}" for word in "cat dog house garden river".split()])
 
 
@@ -30,13 +32,13 @@ def strategy(tp: int, devices: int, **options: object) -> list[str]:
     return words
 
 
-def program(folder: Path, *words: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *words: str, torchrun: int = 0) -> None:
+    """Runs the program in a new interpreter for each rank."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
     command = [sys.executable, *(launcher if torchrun else []), "-m", "gpt_lightning", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # several ranks share the cores
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def scalars(folder: Path, name: str) -> list[float]:
@@ -51,60 +53,75 @@ def assert_equal_curves(folder: Path, one: str, other: str) -> None:
         assert scalars(folder / other, name) == pytest.approx(expected, abs=tolerance), name
 
 
-def test_every_verb_by_either_launcher(tiny_config: Config, tmp_path: Path) -> None:
+def test_either_launcher_runs_what_one_process_runs(
+    program: Program, tiny_config: Config, tmp_path: Path
+) -> None:
+    fit = ["fit", "--config", str(tiny_config(trainer={"gradient_clip_val": 0.5})), "--run_name"]
+    program(*fit, "one")
+    launch(tmp_path, *fit, "two", *strategy(2, 2))
+    folder = tmp_path / "checkpoints"
+    assert_equal_curves(folder, "one", "two")
+    predict = ["predict", "--ckpt_path", str(folder / "two" / "last.ckpt"), "--data.prompts", PROMPTS]
+    program(*predict, "--output", "one.jsonl", *ONE_PROCESS)
+    launch(tmp_path, *predict, "--output", "two.jsonl", *strategy(1, 2))
+    launch(tmp_path, *predict, "--output", "torchrun.jsonl", *strategy(2, 2), torchrun=2)
+    for name in ("two.jsonl", "torchrun.jsonl"):
+        assert (tmp_path / name).read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_every_verb_gives_the_numbers_of_one_process(
+    program: Program, tiny_config: Config, tmp_path: Path
+) -> None:
     config = str(tiny_config(trainer={"gradient_clip_val": 0.5}))
     fit = ["fit", "--config", config, "--run_name"]
-    program(tmp_path, *fit, "one", "--data.batch_size", "8")
-    done = program(tmp_path, *fit, "four", *strategy(2, 4))
-    assert done.stderr.count("step 6: train/loss") == 1 and "sync_dist" not in done.stderr
-    counted = [line.split(";")[0] for line in done.stderr.splitlines() if line.startswith("model of ")]
-    program(tmp_path, *fit, "torchrun", *strategy(2, 4, sequence_parallel=True), torchrun=4)
+    program(*fit, "one", "--data.batch_size", "8")
+    done = program(*fit, "four", *strategy(2, 4), ranks=4)
+    assert done.err.count("step 6: train/loss") == 1 and "sync_dist" not in done.err
+    (count,) = (line.split(";")[0] for line in done.err.splitlines() if line.startswith("model of "))
+    program(*fit, "sequence", *strategy(2, 4, sequence_parallel=True), ranks=4)
     folder = tmp_path / "checkpoints"
     assert_equal_curves(folder, "one", "four")
-    assert_equal_curves(folder, "one", "torchrun")
+    assert_equal_curves(folder, "one", "sequence")
 
     checkpoint = ["--ckpt_path", str(folder / "four" / "last.ckpt")]
-    (many,) = validation_lines(program(tmp_path, "validate", *checkpoint))  # with the saved strategy
-    (test,) = validation_lines(program(tmp_path, "test", *checkpoint, torchrun=4))
-    single = ["--config", config]
-    (one,) = validation_lines(program(tmp_path, "validate", *checkpoint, *single))
+    (many,) = validation_lines(program("validate", *checkpoint, ranks=4))  # with the saved strategy
+    (test,) = validation_lines(program("test", *checkpoint, ranks=4))
+    (one,) = validation_lines(program("validate", *checkpoint, "--config", config))
     assert many == pytest.approx(one, rel=1e-7) and test == pytest.approx(one, rel=1e-7)
 
     words = ["predict", *checkpoint, "--data.prompts", PROMPTS]
-    alone = program(tmp_path, *words, "--output", "one.jsonl")
-    together = program(tmp_path, *words, "--output", "four.jsonl", *strategy(2, 4))
-    program(tmp_path, *words, "--output", "torchrun.jsonl", *strategy(2, 2), torchrun=2)
-    for name in ("four.jsonl", "torchrun.jsonl"):
+    alone = program(*words, "--output", "one.jsonl", *ONE_PROCESS)
+    together = program(*words, "--output", "four.jsonl", *strategy(2, 4), ranks=4)
+    program(*words, "--output", "two.jsonl", *strategy(2, 2), ranks=2)
+    for name in ("four.jsonl", "two.jsonl"):
         assert (tmp_path / name).read_text() == (tmp_path / "one.jsonl").read_text()
-    assert alone.stdout == together.stdout
+    assert alone.out == together.out
 
-    (count,) = counted
-    resumed = program(tmp_path, *fit, "one", "--ckpt_path", "last", "--trainer.max_steps", "7")
-    assert count in resumed.stderr, "the parameters of one part were shown"
+    resumed = program(*fit, "one", "--ckpt_path", "last", "--trainer.max_steps", "7")
+    assert count in resumed.err, "the parameters of one part were shown"
 
 
-def validation_lines(done: subprocess.CompletedProcess[str]) -> list[float]:
-    return [float(line.split("│")[2]) for line in done.stdout.splitlines() if "/loss" in line]
+def validation_lines(done: Said) -> list[float]:
+    return [float(line.split("│")[2]) for line in done.out.splitlines() if "/loss" in line]
 
 
 def test_a_sharded_run_is_resumed_and_consolidated(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: Program, tiny_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = str(tiny_config(model={"config": {**SIZES, "n_heads": 4}}))
-    program(tmp_path, "fit", "--config", config, *strategy(2, 2, save_sharded=True))
+    program("fit", "--config", config, *strategy(2, 2, save_sharded=True), ranks=2)
     folder = tmp_path / "checkpoints" / "tiny"
     assert (folder / "last.ckpt").is_dir()
     resume = ["--ckpt_path", "last", "--trainer.max_steps", "8"]
-    done = program(tmp_path, "fit", "--config", config, *strategy(4, 4, save_sharded=True), *resume)
-    assert f"resuming: {folder / 'last.ckpt'}" in done.stderr
-    monkeypatch.chdir(tmp_path)
+    done = program("fit", "--config", config, *strategy(4, 4, save_sharded=True), *resume, ranks=4)
+    assert f"resuming: {folder / 'last.ckpt'}" in done.err
     with pytest.raises(SystemExit) as exit:
-        main(["predict", "--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", "The"])
-    assert exit.value.code == 2 and "gpt-lightning consolidate" in capsys.readouterr().err
-    main(["consolidate", "--ckpt_path", str(folder / "last.ckpt"), "--output", "whole.ckpt"])
-    main(["predict", "--ckpt_path", "whole.ckpt", "--data.prompts", PROMPTS, "--output", "one.jsonl"])
+        program("predict", "--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", "The")
+    assert exit.value.code == 2 and "gpt-lightning consolidate" in capfd.readouterr().err
+    program("consolidate", "--ckpt_path", str(folder / "last.ckpt"), "--output", "whole.ckpt")
+    program("predict", "--ckpt_path", "whole.ckpt", "--data.prompts", PROMPTS, "--output", "one.jsonl")
     words = ["predict", "--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", PROMPTS]
-    program(tmp_path, *words, "--output", "two.jsonl", *strategy(2, 2))
+    program(*words, "--output", "two.jsonl", *strategy(2, 2), ranks=2)
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
 
 

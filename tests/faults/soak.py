@@ -43,12 +43,13 @@ class Tally:
         return "\n".join(["| soak | count |", "|---|---|", *rows])
 
 
-def soak(folder: Path, *, kills: int, ranks: int = 1, seed: int = 0) -> Tally:
+def soak(folder: Path, *, kills: int, ranks: int = 1, seed: int = 0, steps: int = 60) -> Tally:
     """Kill runs of one configuration until that many kills are done."""
     generator, tally = random.Random(seed), Tally()
     options = tensor_parallel(ranks) if ranks > 1 else {}
     data = {"batch_size": 8 if ranks == 1 else 16 // ranks}  # 8 samples a step, by pairs of ranks
-    words = write_run(folder, "whole", trainer={"max_steps": 60, **options}, data=data)
+    sections = {"trainer": {"max_steps": steps, **options}, "data": data}
+    words = write_run(folder, "whole", **sections)
     started = time.monotonic()
     code, output = run(words, folder, ranks=ranks)
     assert code == 0, output
@@ -56,7 +57,7 @@ def soak(folder: Path, *, kills: int, ranks: int = 1, seed: int = 0) -> Tally:
     whole_hash = weights_hash(folder / "checkpoints" / "whole" / "last.ckpt")
     while sum(tally.kills.values()) < kills:
         name = f"run{tally.runs}"
-        words = write_run(folder, name, trainer={"max_steps": 60, **options}, data=data)
+        words = write_run(folder, name, **sections)
         _kill_to_the_end(words, folder, name, ranks, kills, whole_seconds, generator, tally)
         if weights_hash(newest_last(folder, name)) != whole_hash:
             tally.wrong.append(f"{name}: other weights")
@@ -101,16 +102,16 @@ def _kill_to_the_end(
 def _kill(process: Process, generator: random.Random, whole_seconds: float, tally: Tally) -> None:
     moment = generator.choices(MOMENTS, weights=(5, 5, 4, 1))[0]
     if moment == "starting":
-        time.sleep(generator.uniform(0, whole_seconds / 3))
+        process.run_for(generator.uniform(0, whole_seconds / 3))
     else:
         process.wait_until(lambda: process.phase >= TRAINING)
-        time.sleep(generator.uniform(0, whole_seconds / 8))
+        process.run_for(generator.uniform(0, whole_seconds / 8))
         if moment == "saving":
             process.wait_until(lambda: process.is_writing)
-            time.sleep(generator.uniform(0, 0.004))
+            process.run_for(generator.uniform(0, 0.004))
         elif moment == "validating":
             process.wait_until(lambda: process.phase == VALIDATING)
-            time.sleep(generator.uniform(0, 0.004))
+            process.run_for(generator.uniform(0, 0.004))
     hit = "saving" if process.is_writing else PHASES[process.phase]
     if process.is_alive and hit != "ended":
         process.send(signal.SIGKILL)

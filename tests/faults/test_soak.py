@@ -14,7 +14,7 @@ def test_every_killed_run_is_the_run_that_was_never_killed(
     ranks: int, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills = pytestconfig.getoption("kills") // (1 if ranks == 1 else 5)
-    tally = soak(tmp_path, kills=max(2, kills), ranks=ranks)
+    tally = soak(tmp_path, kills=max(2, kills), ranks=ranks, steps=30)
     with capsys.disabled():
         print(f"\n{tally.table()}")
     assert not tally.wrong, "\n".join(tally.wrong)
