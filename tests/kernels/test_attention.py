@@ -137,7 +137,7 @@ def test_dropout_is_that_of_attention() -> None:
     T = 512
     q, k, _ = q_k_v(1, T)
     v = torch.eye(T).expand(1, 2, T, T)
-    documents = attention.Documents([[T // 2, T // 2]])
+    documents = attention.Documents(positions_of([[T // 2, T // 2]]))
     torch.manual_seed(0)
     weights, dropped = documents.attend(q, k, v, 0.0), documents.attend(q, k, v, 0.25)
     left = dropped != 0
