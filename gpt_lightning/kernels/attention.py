@@ -108,21 +108,13 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
-    """What keeps attention within documents."""
-    device, T = positions.device.type, positions.shape[1]
-    can_compile = device == "cuda" and can_compile_for_cuda()
-    way = choose_way(device, T, head_dim, dropout_p, can_compile=can_compile)
-    if way == "flex":
+    """What keeps attention within documents, in the fastest form that the device has."""
+    device = positions.device.type
+    if device == "cpu" and positions.shape[1] >= LONG_ROW:
+        return Documents(positions)
+    if device == "cuda" and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0 and can_compile_for_cuda():
         return block_mask(positions)
-    return Documents(positions) if way == "documents" else dense_mask(positions)
-
-
-def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, can_compile: bool) -> str:
-    if device == "cuda" and can_compile and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0:
-        return "flex"
-    if device == "cpu" and T >= LONG_ROW:
-        return "documents"
-    return "dense"
+    return dense_mask(positions)
 
 
 def dense_mask(positions: Tensor) -> Tensor:
