@@ -1,11 +1,9 @@
 """Causal attention behind one door: whatever is cached or packed into a row, a layer calls `attend(q, k, v)`.
 
-Documents packed into one row, each a run of equal ids, see only themselves:
+Documents packed into one row, each a run of equal ids, see only themselves, without a mask where it can be:
 - On CUDA with Triton, without dropout: FlexAttention, which skips the blocks that no document reaches.
-- On a CPU, in long rows: causal attention document by document, which makes no mask at all.
-- Else a mask [B, 1, T, T] for the usual attention. FlexAttention knows no dropout and, on a CPU, no backward
-  pass; and short rows are so little work on a CPU that a call a document costs more than it spares.
-
+- On a CPU, in long rows: causal attention document by document; in short ones the calls would cost more.
+- Else a mask [B, 1, T, T]. FlexAttention knows no dropout and, on a CPU, no backward pass.
 FlexAttention brings PyTorch's compiler along, as slow to import as PyTorch itself, and waits for a mask.
 Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
 """
@@ -73,32 +71,25 @@ class Attend:
         if isinstance(self.mask, Documents):
             y = self.mask.attend(q, k, v, dropout_p)
         elif self.mask is None or isinstance(self.mask, Tensor):
-            is_causal = self.mask is None and q.shape[2] > 1
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=self.mask, dropout_p=dropout_p, is_causal=is_causal
-            )
+            is_causal = self.mask is None and q.shape[2] > 1  # a single token sees all that are cached
+            y = F.scaled_dot_product_attention(q, k, v, self.mask, dropout_p, is_causal)
         else:
             y = _flex_attention(q, k, v, self.mask)
         return y.transpose(1, 2)
 
 
 class Documents:
-    """Holds how many tokens each document has, row by row, hidden from torch.compile, which guards lists."""
+    """Attends within one document after the other."""
 
-    def __init__(self, lengths: list[list[int]]) -> None:
-        self.lengths = lengths
-
-    @classmethod
-    def at(cls, positions: Tensor) -> "Documents":
-        rows = []
+    def __init__(self, positions: Tensor) -> None:
+        self.lengths = []  # tokens of each document, row by row
         for row in positions.cpu():
             starts = [*(row == 0).nonzero().flatten().tolist(), len(row)]
-            rows.append([end - start for start, end in zip(starts, starts[1:])])
-        return cls(rows)
+            self.lengths.append([end - start for start, end in zip(starts, starts[1:])])
 
     @_disable_dynamo  # else it would compile for the lengths of each batch anew
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        """Causal attention of [B, H, T, K], one document after the other."""
+        """Attention of [B, H, T, K] each."""
         rows = []
         for *of_row, lengths in zip(q, k, v, self.lengths, strict=True):
             attended = [
@@ -117,21 +108,13 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
-    """Keeps attention within documents."""
-    device, T = positions.device.type, positions.shape[1]
-    can_compile = device == "cuda" and can_compile_for_cuda()
-    way = choose_way(device, T, head_dim, dropout_p, can_compile=can_compile)
-    if way == "flex":
+    """What keeps attention within documents, in the fastest form that the device has."""
+    device = positions.device.type
+    if device == "cpu" and positions.shape[1] >= LONG_ROW:
+        return Documents(positions)
+    if device == "cuda" and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0 and can_compile_for_cuda():
         return block_mask(positions)
-    return Documents.at(positions) if way == "documents" else dense_mask(positions)
-
-
-def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, can_compile: bool) -> str:
-    if device == "cuda" and can_compile and head_dim >= MIN_HEAD_DIM and dropout_p == 0.0:
-        return "flex"
-    if device == "cpu" and T >= LONG_ROW:
-        return "documents"
-    return "dense"
+    return dense_mask(positions)
 
 
 def dense_mask(positions: Tensor) -> Tensor:
@@ -173,7 +156,6 @@ def _ordered(marks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "BlockMask") -> Tensor:
-    """Causal attention of [B, H, T, K] by a mask of blocks."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # Within a compiled block it is compiled with it; on a CPU, where tests call it, it computes as it is.

@@ -3,9 +3,7 @@
 PyTorch's fused kernel for CPUs spends most of its time outside the matrix products. Here a block's scores
 stay in the processor's cache, and what lies above the diagonal is hardly computed: the attention of a
 training step takes half the time in bfloat16, a quarter less in float32 (256 to 1024 tokens, 6 and 12 heads
-of 64, x86 with AVX-512). For it, bfloat16 rounds scores and weights, which the fused kernel holds in
-float32.
-
+of 64, x86 with AVX-512). In return bfloat16 rounds scores and weights, which the fused kernel does not.
 Shapes: B batch, T time, H heads, K head_dim, G = rows of the batch taken at a time x H.
 """
 
@@ -28,7 +26,7 @@ _LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
 
 
 def runs_in_blocks(q: Tensor) -> bool:
-    """In training with fast products; else, and in a compiled graph, PyTorch's own kernels are no slower."""
+    """Whether it pays: in training, uncompiled, with fast products; else PyTorch's kernels are no slower."""
     if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     B, T, H, K = q.shape
@@ -37,7 +35,7 @@ def runs_in_blocks(q: Tensor) -> bool:
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Each token's attention to itself and those before it: [B, T, H, K] each, to [B, T, H, K]."""
+    """Causal attention of [B, T, H, K] each, to [B, T, H, K]."""
     output: Tensor = _AttentionInBlocks.apply(q, k, v, dropout_p)
     return output
 
@@ -98,7 +96,7 @@ class _AttentionInBlocks(torch.autograd.Function):
 
 
 def _rows(q: Tensor) -> Iterator[slice]:
-    """Of the batch, as many at a time as the cache holds the scores of."""
+    """Rows of the batch, as many at a time as the cache holds the scores of."""
     B, T, H, _ = q.shape
     at_a_time = max(1, _SCORE_BYTES_AT_A_TIME // (H * T * min(T, BLOCK) * q.element_size()))
     return (slice(start, start + at_a_time) for start in range(0, B, at_a_time))
@@ -114,7 +112,7 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _future(q: Tensor) -> Tensor:
-    """What is added to the scores of a block on the diagonal: -inf where a key follows its query."""
+    """Hides keys that follow their query: -inf, to be added to the scores of a block on the diagonal."""
     size = min(BLOCK, q.shape[1])
     return q.new_full((size, size), -torch.inf).triu(1)
 

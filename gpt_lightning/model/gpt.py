@@ -23,7 +23,7 @@ INIT_STD = 0.02
 
 
 class GPTOutput(NamedTuple):
-    """`logits` [B, T, V] without targets, `loss` (a scalar) with them; the other one is None."""
+    """Holds `logits` [B, T, V] without targets, `loss` (a scalar) with them; the other one is None."""
 
     logits: Tensor | None
     loss: Tensor | None
@@ -108,8 +108,7 @@ class GPTModel(nn.Module):
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.config, self.activation_checkpointing = config, activation_checkpointing
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -129,7 +128,7 @@ class GPTModel(nn.Module):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> GPTOutput:
-        """Logits without `targets`; with them the loss over the targets [B, T], already shifted, save -100.
+        """Make logits without `targets`; with them [B, T], already shifted, the loss over all but -100.
 
         Args:
             reduction: "mean", or "sum" in float64, of the loss over the scored tokens.
@@ -144,12 +143,10 @@ class GPTModel(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
-        """The residual stream after the last layer norm, [B, T, D]: what `lm_head` reads."""
+        """Compute the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
         cached = None if kv_cache is None else kv_cache.extend(input_ids.shape[1], input_ids.device)
         dropout_p = self.config.dropout if self.training else 0.0
-        attend = Attend(
-            input_ids, document_ids, cached, head_dim=self.config.head_dim, dropout_p=dropout_p
-        )
+        attend = Attend(input_ids, document_ids, cached, head_dim=self.config.head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
         for block in self.blocks:
@@ -161,5 +158,5 @@ class GPTModel(nn.Module):
 
 
 def _residual_std(config: GPTConfig) -> float:
-    """For the two projections a block that write to the residual stream, whose variance adds up."""
+    """Keeps the residual stream's variance, to which two projections a block add theirs, from growing."""
     return INIT_STD / math.sqrt(2 * config.n_layers)

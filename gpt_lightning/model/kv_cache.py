@@ -3,6 +3,8 @@
 Shapes: B batch, H heads, T new tokens, S cached tokens, K head_dim.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,9 @@ class KVCache:
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """A view of some rows; it shares keys, values and lengths with the whole."""
-        view = KVCache.__new__(KVCache)
-        view.max_length = self.max_length
+        view = copy.copy(self)
         view.lengths = self.lengths[start:stop]
-        view._first_row = self._first_row + start
-        view._total_rows = self._total_rows
-        view._layers = self._layers
+        view._first_row += start
         return view
 
     def copy_row(self, source: int, destination: int, length: int | None = None) -> None:

@@ -3,6 +3,8 @@
 The dense mask and document by document are held to plain products, gradients too, in test_expressions.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
 
-import gpt_lightning.kernels.attention as attention
+from gpt_lightning.kernels import attention
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 
@@ -57,7 +59,7 @@ def test_the_dense_mask_is_that_of_the_pairs() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no backward pass on a CPU."""
-    monkeypatch.setattr(attention, "choose_way", lambda *args, **options: "flex")
+    monkeypatch.setattr(attention, "document_mask", lambda positions, *rest: attention.block_mask(positions))
     q, k, v = q_k_v(len(ROWS), 300)
     attend = attention.Attend(q, ids_of(ROWS), head_dim=16, dropout_p=0.0)
     assert torch.equal(attend.positions, positions_of(ROWS))
@@ -137,7 +139,7 @@ def test_dropout_is_that_of_attention() -> None:
     T = 512
     q, k, _ = q_k_v(1, T)
     v = torch.eye(T).expand(1, 2, T, T)
-    documents = attention.Documents([[T // 2, T // 2]])
+    documents = attention.Documents(positions_of([[T // 2, T // 2]]))
     torch.manual_seed(0)
     weights, dropped = documents.attend(q, k, v, 0.0), documents.attend(q, k, v, 0.25)
     left = dropped != 0
@@ -159,7 +161,16 @@ def test_dropout_is_that_of_attention() -> None:
     ],
 )
 def test_the_way_is_chosen_by_device_and_shape(
-    device: str, T: int, head_dim: int, dropout_p: float, triton: bool, kind: str
+    device: str,
+    T: int,
+    head_dim: int,
+    dropout_p: float,
+    triton: bool,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = attention.choose_way(device, T, head_dim, dropout_p, can_compile=triton)
-    assert chosen == kind
+    monkeypatch.setattr(attention, "can_compile_for_cuda", lambda: triton)
+    for name, way in (("block_mask", "flex"), ("dense_mask", "dense"), ("Documents", "documents")):
+        monkeypatch.setattr(attention, name, lambda positions, way=way: way)
+    positions = SimpleNamespace(device=torch.device(device), shape=(3, T))
+    assert attention.document_mask(positions, head_dim, dropout_p) == kind  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.kernels.attention import Attend
+from gpt_lightning.kernels.attention import Attend, Documents, dense_mask
 from gpt_lightning.kernels.cpu_attention import BLOCK, attention_in_blocks
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import FastLinear, in_compute_dtype
@@ -104,12 +104,12 @@ def document_cases() -> Iterator[tuple[str, Case]]:
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return Attend(ids, ids, head_dim=6, dropout_p=0.0)(q, k, v, 0.0)
 
-    for way in ("dense", "documents"):
-        yield f"documents, {way}", Case(
+    for way in (dense_mask, Documents):
+        yield f"documents, {way.__name__}", Case(
             kernel,
             lambda *qkv: attention(*qkv, seen),
             [(3, 300, 2, 6)] * 3,
-            {"attention.choose_way": lambda *args, way=way, **options: way},
+            {"attention.document_mask": lambda positions, *rest, way=way: way(positions)},
         )
 
 

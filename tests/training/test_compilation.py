@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.attention import Attend
+from gpt_lightning.kernels import attention
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.compilation import choose_backend
@@ -96,13 +96,13 @@ def test_documents_of_any_length_are_not_compiled_anew(corpus: Path, tmp_path: P
 @pytest.mark.slow
 def test_flex_attention_is_compiled_once_for_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, save the backward pass, which FlexAttention has not on a CPU."""
-    monkeypatch.setattr("gpt_lightning.kernels.attention.choose_way", lambda *args, **options: "flex")
+    monkeypatch.setattr(attention, "document_mask", lambda positions, *rest: attention.block_mask(positions))
     model = GPTModel(GPTConfig(50, 300, n_layers=3, n_heads=2, d_model=32)).eval()
     rows = [[[300], [1, 299]], [[150, 150], [299, 1]], [[1, 128, 171], [100, 100, 100]]]
     x = torch.randn(2, 300, 32)
 
     def outputs() -> list[Tensor]:
-        attends = (Attend(x, ids_of(batch), head_dim=16, dropout_p=0.0) for batch in rows)
+        attends = (attention.Attend(x, ids_of(batch), head_dim=16, dropout_p=0.0) for batch in rows)
         return [block(x, attend) for block, attend in zip(model.blocks, attends)]
 
     with torch.no_grad():
