@@ -1,4 +1,4 @@
-"""A GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
+"""Reads a GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
 
 Everything is read as data: a .bin file with `weights_only`, and no code that a folder carries.
 """
@@ -53,7 +53,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 withou
 
 
 def import_gpt2(name: str, option: str) -> dict[str, Any]:
-    """The checkpoint of a run of no steps: architecture, weights, tokenizer; complaints name `option`."""
+    """Returns the checkpoint of a run of no steps: architecture, weights, tokenizer; errors name `option`."""
     complaint = f"{option}={name}"
     folder = _find(name, option)
     config = _read_config(folder, complaint)
@@ -92,7 +92,7 @@ def _find(name: str, option: str) -> Path:
 
 
 def _download(name: str, option: str) -> Path:
-    """The files of one form of the weights, in the hub's cache."""
+    """Fetches the files of one form of the weights into the hub's cache."""
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
@@ -164,7 +164,7 @@ def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextToke
 
 
 def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
-    """What the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
+    """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
     for name in (CONFIG, GENERATION_CONFIG):
         stored = _read_json(folder / name, complaint) if (folder / name).is_file() else {}
         index = stored.get("eos_token_id")
@@ -174,7 +174,7 @@ def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
 
 
 def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
-    """Mapped from the files where their form allows it."""
+    """Maps the weights from their files where the form allows it."""
     from huggingface_hub import load_state_dict_from_file
 
     weights: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path, complaint: str) -> list[str]:
-    """The names of the files that the weights are in, all of one form."""
+    """Names the files that the weights are in, all of one form."""
     form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
     if form is None:
         raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
@@ -213,7 +213,7 @@ def _weight_files(folder: Path, complaint: str) -> list[str]:
 
 
 def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> dict[str, Tensor]:
-    """GPTModel's weights in float32, after a look at names, shapes, types and numbers."""
+    """Makes GPTModel's weights, in float32, after a look at names, shapes, types and numbers."""
     try:
         _check_shapes(theirs, config)
         ours = from_gpt2_state_dict(theirs, config)
