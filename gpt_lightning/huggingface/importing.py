@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
+    first_line,
     hub_is_reachable,
     is_hub_name,
     is_trained_here,
@@ -105,7 +106,7 @@ def _download(name: str, option: str) -> Path:
                 break
         return folder
     except Exception as error:  # network, hub and cache each raise their own kinds
-        reason = _first_line(error) if reachable else "it cannot be reached"
+        reason = first_line(error)[:160] if reachable else "it cannot be reached"
         raise UserError(
             f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
             "or give a folder"
@@ -192,7 +193,7 @@ def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
                 raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
             raise UserError(
-                f"{complaint}: {file} cannot be read as weights ({_first_line(error)}); fetch it again"
+                f"{complaint}: {file} cannot be read as weights ({first_line(error)[:160]}); fetch it again"
             ) from None
         weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
@@ -239,7 +240,7 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
         with torch.device("meta"):
             expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
-        raise UserError(f"{CONFIG} gives sizes of no weights ({_first_line(error)}); mend it") from None
+        raise UserError(f"{CONFIG} gives sizes of no weights ({first_line(error)[:160]}); mend it") from None
     for name, tensor in expected.items():
         found = theirs.get(name, theirs.get(name.removeprefix("transformer.")))
         if found is not None and found.shape != tensor.shape:
@@ -253,11 +254,7 @@ def _read_json(path: Path, complaint: str) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{complaint}: {path.name} is no JSON ({_first_line(error)}); mend it") from None
+        raise UserError(f"{complaint}: {path.name} is no JSON ({first_line(error)[:160]}); mend it") from None
     if not isinstance(stored, dict):
         raise UserError(f"{complaint}: {path.name} holds no options; mend it")
     return stored
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
