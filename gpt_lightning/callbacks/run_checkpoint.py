@@ -152,7 +152,7 @@ class RunCheckpoint(ModelCheckpoint):
         return due
 
     def _is_last_step(self, trainer: Trainer) -> bool:
-        """Tells the last step, which is saved before the loops end: resumed runs go on from that state."""
+        """Saved here, not after the loops have ended: in the state from which every resumed run goes on."""
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         return trainer.global_step == trainer.max_steps or stops
 

@@ -231,7 +231,7 @@ def test_a_file_with_a_flipped_bit_is_refused_whatever_reads_it(
     for plugins in (None, lambda: [DurableCheckpointIO()]):
         run = Run(2, 1, steps=8, resume_from=str(path), plugins=plugins)
         for message in run_ranks(complaint, 2, run, shared_corpus):
-            assert message.startswith(f"ckpt_path={path} cannot be read") and "the checksum of its record" in message
+            assert message.startswith(f"ckpt_path={path} cannot be read") and "checksum" in message
 
 
 def failing_save(run: Run, corpus: Path, how: str) -> str:
