@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
+"""Saves the checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
 
 import time
 from datetime import timedelta
@@ -23,7 +23,7 @@ from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_i
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint, with a `last.ckpt` that does not depend on the monitored metric.
+    """Saves as ModelCheckpoint does, and a `last.ckpt` that does not depend on the monitored metric.
 
     The best `save_top_k` checkpoints are judged right after each validation. `last.ckpt` is written then too,
     every `every_n_train_steps` steps, every `train_time_interval`, and when training ends. Lightning's own
@@ -134,7 +134,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer, judge=self.monitor is None)
 
     def _stop_between_steps(self, trainer: Trainer) -> None:
-        """Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost."""
+        """Lets a stop wait for the end of the step, whose gathered gradients would be lost."""
         if self._stop_asked or trainer.should_stop:
             inside = is_inside_a_step(trainer)
             trainer.should_stop, self._stop_asked = not inside, inside
@@ -170,7 +170,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._writer.finish()
 
     def save_now(self, trainer: Trainer) -> None:
-        """Write `last.ckpt`, unless it is of this step already, and wait until it is safe; all ranks call it.
+        """Writes `last.ckpt`, unless it is of this step, and waits until it is safe; all ranks call it.
 
         Also without `save_last`. Not inside an optimizer step, whose gathered gradients no checkpoint holds.
         """
@@ -183,7 +183,7 @@ class RunCheckpoint(ModelCheckpoint):
     # ---- what
 
     def _save(self, trainer: Trainer, *, judge: bool, again: bool = False) -> None:
-        """Write `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
+        """Writes `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
         if judge:
@@ -238,12 +238,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning forgets the best checkpoints of a folder that was moved, all but the path of one."""
+        """Keeps the best checkpoints of a moved folder, of which Lightning forgets all but one path."""
         self._former_dirpath = state_dict["dirpath"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def _keep_what_is_here(self, trainer: Trainer) -> None:
-        """Of the best checkpoints those that lie in this run's folder, also if it was moved."""
+        """Keeps, of the best checkpoints, those that lie in this run's folder, also if it was moved."""
         scores = {self._here(path): score for path, score in self.best_k_models.items()}
         candidates = {*scores, self._here(self.best_model_path)} - {""}
         # Ranks have to decide alike, and may not all see the folder.
@@ -260,7 +260,7 @@ class RunCheckpoint(ModelCheckpoint):
             self.kth_best_model_path, self.kth_value = ranked[-1], scores[ranked[-1]]
 
     def _here(self, path: str) -> str:
-        """Where a file of the former folder would be now; "" for one that lay elsewhere."""
+        """Returns where a file of the former folder would be now; "" for one that lay elsewhere."""
         assert self.dirpath is not None and self._former_dirpath is not None
         if not path or not Path(path).is_relative_to(self._former_dirpath):
             return ""
@@ -268,14 +268,17 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _validate_between_steps(trainer: Trainer) -> None:
-    """A checkpoint inside a step would lose the gradients gathered so far; an interval of time is let be."""
+    """Moves validations to the ends of steps: a checkpoint inside one would lose its gradients.
+
+    An interval of time is let be.
+    """
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
 
 
 def _flush_curves(trainer: Trainer) -> None:
-    """Lest the curves of a killed run end before its checkpoint."""
+    """Writes the curves out, lest those of a killed run end before its checkpoint."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: plain data, and the weights of its own architecture. Nothing in it can act."""
+"""Says what a checkpoint may hold: plain data, and the weights of its own architecture; nothing can act."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ _SHOWN = 3
 
 
 def load_plain(path: str | Path) -> Any:
-    """What the file holds, tensors mapped from it, not read.
+    """Returns what the file holds, tensors mapped from it, not read.
 
     `weights_only` is said outright: left out, an environment variable could turn it off.
     """
@@ -45,7 +45,7 @@ def load_plain(path: str | Path) -> Any:
 
 
 def read_checked(path: str | Path) -> dict[str, Any]:
-    """A file that is as it was written, and in which nothing acts; another module's checkpoint may be one."""
+    """Reads a file that is as it was written and in which nothing acts, also one of another module."""
     verify(Path(path))
     checkpoint = load_plain(path)
     check_contents(path, checkpoint)
@@ -53,7 +53,7 @@ def read_checked(path: str | Path) -> dict[str, Any]:
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
-    """Raise, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
+    """Raises, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
     if (problem := next(_problems(checkpoint), None)) is not None:
         raise UserError(f"ckpt_path={path} {problem}")
 
@@ -66,7 +66,7 @@ def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Raise where a model differs from the one whose weights it is to take; dropout has none."""
+    """Raises where a model differs from the one whose weights it is to take; dropout has none."""
     if CONFIG_KEY not in checkpoint:
         return
     stored = GPTConfig(**checkpoint[CONFIG_KEY])
@@ -107,7 +107,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
 
 
 def _acting(value: Any, place: str) -> Iterator[str]:
-    """Where a value, or a part of it, is no plain data, or could be taken for something to import."""
+    """Yields where a value, or a part of it, is no plain data, or could be taken for something to import."""
     if isinstance(value, dict):
         for key, part in value.items():
             if type(key) is not str or key in _CALLING_KEYS:
@@ -121,7 +121,7 @@ def _acting(value: Any, place: str) -> Iterator[str]:
 
 
 def _problems_of_data(state: Any) -> Iterator[str]:
-    """A TextDataModule's state is a tokenizer of two texts, and the settings that a run must share."""
+    """Asks a TextDataModule's state for a tokenizer of two texts, and the settings that a run must share."""
     state = state if isinstance(state, dict) else {}
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}

@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint file: written whole or not at all, and verified by their zip archive's CRCs."""
+"""Writes a checkpoint file whole or not at all, and verifies it by the CRCs that its zip archive keeps."""
 
 import errno
 import hashlib
@@ -35,13 +35,13 @@ _verified: set[tuple[int, ...]] = set()
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written, or not safely: its text says what stands under its name."""
+    """Tells why a checkpoint could not be written, or not safely, and what stands under its name."""
 
     exit_code = WRITE_FAILED
 
 
 class NonFiniteCheckpointError(ValueError):
-    """The weights or the optimizer's state hold NaN or infinity, from which no run could go on."""
+    """Names what holds NaN or infinity among weights or optimizer states, from which no run could go on."""
 
     exit_code = NON_FINITE
 
@@ -50,7 +50,7 @@ class NonFiniteCheckpointError(ValueError):
 
 
 def write(checkpoint: Any, path: Path) -> None:
-    """Write beside the target, flush to disk, rename; a sharded checkpoint of that name makes way."""
+    """Writes beside the target, flushes to disk, renames; a sharded checkpoint of that name makes way."""
     stream = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class _Stream(io.RawIOBase):
 
 
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
-    """One line: what, why, how much room there is, what is left, what to do."""
+    """Says in one line what failed and why, how much room there is, what is left, and what to do."""
     reason = error.strerror or str(error).strip().split("\n")[-1][:120]
     if isinstance(error, NameNotSyncedError):
         problem = f"is written, but may not outlive a power failure ({reason}); {ELSEWHERE}"
@@ -109,12 +109,12 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether it is a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
+    """Tells a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
     return (path / REST).is_file()
 
 
 def verify(path: Path) -> None:
-    """Raise UserError, in one line that names the file, if it is not as it was written."""
+    """Raises UserError, in one line that names the file, if it is not as it was written."""
     try:
         check_bytes(path)
     except (UserError, OSError) as error:
@@ -127,7 +127,7 @@ def unreadable(path: Path, error: Exception) -> UserError:
 
 
 def check_bytes(path: Path, digest: str | None = None) -> None:
-    """Raise what is wrong with a file, by the SHA-256 of all its bytes or, without one, by its records' CRCs.
+    """Raises what is wrong with a file, by the SHA-256 of its bytes or, without one, by its records' CRCs.
 
     A process reads a file for this once, as long as it does not change.
     """
@@ -178,13 +178,13 @@ def fingerprint(path: Path) -> str:
 
 
 def check_finite(checkpoint: Mapping[str, Any]) -> None:
-    """Raise if the weights or the optimizers' state hold NaN or infinity."""
+    """Raises if the weights or the optimizers' state hold NaN or infinity."""
     parts = {part: checkpoint.get(part, {}) for part in FINITE_PARTS}
     refuse_non_finite(first_non_finite(named_tensors(parts)))
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested containers, under the path that leads to each."""
+    """Yields the tensors in nested containers, under the path that leads to each."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -193,7 +193,7 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first that holds NaN or infinity."""
+    """Returns the name of the first that holds NaN or infinity."""
     for name, tensor in tensors:
         if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
             continue

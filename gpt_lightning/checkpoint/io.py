@@ -1,4 +1,4 @@
-"""Checkpoints written so that a good one is always there, while the training goes on."""
+"""Writes checkpoints so that a good one is always there, and while the training goes on."""
 
 import copy
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from gpt_lightning.checkpoint.files import check_finite, named_tensors, write
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """As `storage_options` of a save: what else happens to the same checkpoint.
+    """Says, as `storage_options` of a save, what else happens to the same checkpoint.
 
     Args:
         background: Write while the training goes on.
@@ -62,18 +62,18 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _write_all(checkpoint, Path(path), options)
 
     def finish(self) -> None:
-        """Wait until everything that was to be written is; raise what went wrong in the background, once."""
+        """Waits until all that was to be written is; raises what went wrong in the background, once."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def raise_failure(self) -> None:
-        """Raise the error of a save in the background that has failed by now, once."""
+        """Raises the error of a save in the background that has failed by now, once."""
         if self._writing is not None and self._writing.done():
             self.finish()
 
     def wait(self) -> None:
-        """Wait as `finish` does, and leave the error for later."""
+        """Waits as `finish` does, and leaves the error for later."""
         if self._writing is not None:
             wait([self._writing])
 
@@ -113,7 +113,7 @@ class HostMemory:
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def snapshot(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The checkpoint in memory of its own, the former snapshot's; what shares memory shares it here."""
+        """Returns a copy in the former snapshot's memory, in which tensors share memory as they did."""
         copies: dict[int, Tensor] = {}
         views: dict[int, list[tuple[int, Tensor]]] = {}  # by the address of the memory that they show
         for _, original in named_tensors(checkpoint):
@@ -136,7 +136,7 @@ class HostMemory:
 
 
 def _copy_memory(tensor: Tensor, target: Tensor) -> None:
-    """Copy all the bytes that a tensor is a view of."""
+    """Copies all the bytes that a tensor is a view of."""
     source = tensor.as_strided((target.numel() // tensor.itemsize,), (1,), 0).view(torch.uint8)
     if source.device.type == "cpu":
         # By this thread alone: PyTorch has several wait for each other, ten times as long on busy cores.

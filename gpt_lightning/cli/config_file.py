@@ -1,4 +1,4 @@
-"""The command line before Lightning sees it: which configuration file a verb runs with."""
+"""Finds the configuration file that a verb runs with, before Lightning sees the command line."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from gpt_lightning.exit_codes import UserError
 
 
 def complete_words(words: list[str]) -> list[str]:
-    """The command line with the configuration file filled in that it leaves to us.
+    """Fills in the configuration file that the command line leaves to us.
 
     `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
     `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
@@ -55,7 +55,7 @@ def complete_words(words: list[str]) -> list[str]:
 
 
 def _verbatim_prompts(words: list[str]) -> list[str]:
-    """A prompt that is no list is a text, even one that YAML would read as null, a number or a comment."""
+    """Keeps a prompt that is no list a text, even one that YAML would read as null, a number or a comment."""
     option = "--data.prompts"
     texts = [index + 1 for index, word in enumerate(words[:-1]) if word == option]
     kept = [_as_list_of_prompts(word) if index in texts else word for index, word in enumerate(words)]
@@ -84,7 +84,7 @@ def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> l
 
 
 def check_config_file(path: Path) -> None:
-    """Refuse what YAML readers let pass or report without the file's name."""
+    """Refuses what YAML readers let pass or report without the file's name."""
     if not path.is_file():
         raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
@@ -97,7 +97,7 @@ def check_config_file(path: Path) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand once; the usual reader lets the last one win without a word."""
+    """Reads YAML in which a key may stand once; the usual reader lets the last one win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -110,7 +110,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _values(words: list[str]) -> dict[str, list[str]]:
-    """The values of every option on the command line, said as `--name value` or `--name=value`."""
+    """Collects the values of every option on the command line, as `--name value` or `--name=value`."""
     values: dict[str, list[str]] = {}
     for word, following in zip(words, [*words[1:], ""]):
         name, equals, value = word.partition("=")
@@ -120,7 +120,7 @@ def _values(words: list[str]) -> dict[str, list[str]]:
 
 
 def _shipped_config(name: str) -> Path:
-    """Inside the package where it is installed, beside it in a clone."""
+    """Finds it inside the package where that is installed, beside it in a clone."""
     package = Path(__file__).parent.parent
     candidates = (package / "configs" / name, package.parent / "configs" / name)
     return next(path for path in candidates if path.is_file())

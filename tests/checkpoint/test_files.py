@@ -19,7 +19,6 @@ import torch
 
 import gpt_lightning.checkpoint.atomic as atomic
 import gpt_lightning.checkpoint.files as checkpoint_file
-from gpt_lightning.checkpoint.atomic import sweep
 from gpt_lightning.checkpoint.files import CheckpointWriteError, verify, write
 
 fork = multiprocessing.get_context("fork")
@@ -208,16 +207,6 @@ def test_a_folder_that_cannot_be_synced_does_not_bring_back_the_former_file(
     assert torch.load(written, weights_only=True) == {"global_step": 4}
 
 
-def test_windows_opens_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing(*args: Any) -> int:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
-
-    with monkeypatch.context() as windows:
-        windows.setattr(os, "name", "nt")
-        windows.setattr(os, "open", refusing)
-        atomic.sync(tmp_path)
-
-
 def test_contents_that_nobody_could_read_are_an_error_of_their_own(written: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         write({"hook": lambda: None}, written)
@@ -229,34 +218,3 @@ def test_the_folder_of_temporary_files_is_not_used(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("TMPDIR", "/nowhere")
     write(contents(), tmp_path / "some.ckpt")
     verify(tmp_path / "some.ckpt")
-
-
-def die_in_a_save(path: Path) -> None:
-    os.replace = lambda source, target: os._exit(9)  # type: ignore[assignment]
-    write(contents(), path)
-
-
-def test_what_a_killed_save_left_is_swept(written: Path) -> None:
-    process = fork.Process(target=die_in_a_save, args=(written,))
-    process.start()
-    process.join()
-    (left,) = {*written.parent.iterdir()} - {written}
-    verify(written)
-    assert sweep(written.parent) == [left]
-    assert list(written.parent.iterdir()) == [written]
-
-
-def test_what_strangers_have_in_the_folder_is_not_swept(tmp_path: Path) -> None:
-    names = [
-        *(".notes.tmp", ".draft.0123abcd.tmp", "last.ckpt.0123abcd.tmp", ".last.ckpt.0123abcd.tmp.gz"),
-        *("sub/.last.ckpt.0123abcd.tmp", ".cache.tmp/file", "sub/.last.ckpt.tmp/file"),
-    ]
-    ours = [".last.ckpt.0123abcd.tmp", ".probe.0123abcd.tmp", ".last.ckpt.tmp/__0_0.distcp"]
-    for name in (*names, *ours):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / ".linked.ckpt.tmp").symlink_to(tmp_path / "sub")
-    sweep(tmp_path)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*names}
-    assert (tmp_path / ".linked.ckpt.tmp").is_symlink()

@@ -1,0 +1,103 @@
+"""A file or folder has its name when all of it is on the disk, or what had the name before stays."""
+
+import errno
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpt_lightning.checkpoint.atomic as atomic
+from gpt_lightning.checkpoint.atomic import release, sweep, take_lock, written_file, written_folder
+
+fork = multiprocessing.get_context("fork")
+
+
+def fill(path: Path, text: str) -> None:
+    """A file, or a folder that holds one."""
+    if path.suffix == ".ckpt":
+        with written_file(path) as file:
+            file.write(text.encode())
+    else:
+        with written_folder(path) as folder:
+            (folder / text).touch()
+
+
+def holds(path: Path) -> list[str]:
+    return [path.read_text()] if path.is_file() else [file.name for file in path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "folder"])
+def test_it_is_whole_or_as_it_was(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+    fill(path, "first")
+    fill(path, "second")
+    assert holds(path) == ["second"] and list(tmp_path.iterdir()) == [path]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fill(path, "third")
+    assert holds(path) == ["second"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_of_a_folder_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / ".folder.tmp").mkdir()
+    (tmp_path / ".folder.tmp" / "half").touch()
+    fill(tmp_path / "folder", "whole")
+    assert holds(tmp_path / "folder") == ["whole"] and list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_a_lock_is_had_once_and_leaves_nothing(tmp_path: Path) -> None:
+    lock = take_lock(tmp_path / ".lock")
+    assert lock is not None and take_lock(tmp_path / ".lock") is None
+    release(lock)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError):
+        take_lock(tmp_path / "nowhere" / ".lock")
+
+
+def test_windows_opens_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*args: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setattr(os, "open", refusing)
+        atomic.sync(tmp_path)
+
+
+def die_in_a_save(path: Path) -> None:
+    os.replace = lambda source, target: os._exit(9)  # type: ignore[assignment]
+    with atomic.written_file(path) as file:
+        file.write(b"new")
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path: Path) -> None:
+    written = tmp_path / "some.ckpt"
+    fill(written, "old")
+    process = fork.Process(target=die_in_a_save, args=(written,))
+    process.start()
+    process.join()
+    (left,) = {*tmp_path.iterdir()} - {written}
+    assert holds(written) == ["old"] and sweep(tmp_path) == [left]
+    assert list(tmp_path.iterdir()) == [written]
+
+
+def test_what_strangers_have_in_the_folder_is_not_swept(tmp_path: Path) -> None:
+    names = [
+        *(".notes.tmp", ".draft.0123abcd.tmp", "last.ckpt.0123abcd.tmp", ".last.ckpt.0123abcd.tmp.gz"),
+        *("sub/.last.ckpt.0123abcd.tmp", ".cache.tmp/file", "sub/.last.ckpt.tmp/file"),
+    ]
+    ours = [".last.ckpt.0123abcd.tmp", ".probe.0123abcd.tmp", ".last.ckpt.tmp/__0_0.distcp"]
+    for name in (*names, *ours):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".linked.ckpt.tmp").symlink_to(tmp_path / "sub")
+    sweep(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*names}
+    assert (tmp_path / ".linked.ckpt.tmp").is_symlink()
