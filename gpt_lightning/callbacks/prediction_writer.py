@@ -1,4 +1,4 @@
-"""Where predictions go: one JSON line a completion in prompt order, and the texts for people to read."""
+"""Writes predictions: one JSON line a completion in prompt order, and the texts for people to read."""
 
 import io
 import json
@@ -64,7 +64,7 @@ class PredictionWriter(CompletionCallback):
                 self._journal = Journal(self.output, trainer.global_rank, settings)
 
     def _go_on(self, trainer: Trainer, settings: Settings, num_samples: int) -> None:
-        """Take over what earlier runs have finished, from the disks of all nodes."""
+        """Takes over what earlier runs have finished, from the disks of all nodes."""
         found = gathered(read_journals(self.output, settings) if trainer.local_rank == 0 else ([], []))
         finished = finished_prompts((row for rows, _ in found for row in rows), num_samples)
         trainer.datamodule.finished_prompts = finished.keys()
@@ -102,7 +102,7 @@ class PredictionWriter(CompletionCallback):
             self._show("\n\n".join(row["prompt"] + row["completion"] for row in rows) + "\n")
 
     def _show(self, text: str) -> None:
-        """The output is written by now: a reader that left, as `head` does, changes nothing."""
+        """Shows the texts; the output is written, so a reader that left, as `head` does, changes nothing."""
         if isinstance(self.stream, io.TextIOWrapper):
             self.stream.reconfigure(errors="replace")  # of characters that the terminal does not have
         try:
@@ -123,7 +123,7 @@ class PredictionWriter(CompletionCallback):
                 _log.info("what was finished is kept: the same command goes on with the rest")
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Whole or not at all, also if the machine crashes."""
+        """Writes the rows, all or none, also if the machine crashes."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         try:
             with written_file(self.output) as file:

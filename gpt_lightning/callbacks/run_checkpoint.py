@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
+"""Saves the checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
 
 import time
 from datetime import timedelta
@@ -22,7 +22,7 @@ from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint, with a `last.ckpt` that does not depend on the monitored metric.
+    """Saves as ModelCheckpoint does, and a `last.ckpt` that does not depend on the monitored metric.
 
     The best `save_top_k` checkpoints are judged right after each validation. `last.ckpt` is written then too,
     every `every_n_train_steps` steps, every `train_time_interval`, and when training ends. Lightning's own
@@ -80,6 +80,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_every_n_steps = every_n_train_steps
         self._last_interval = train_time_interval
         self._background = background
+        self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
         self._former_dirpath: str | None = None
         self._targets: list[str] = []
         self._outdated: list[str] = []
@@ -88,6 +89,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_at_seconds = 0.0
 
     # ---- when
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        plugin = trainer.strategy.checkpoint_io
+        one_file = isinstance(plugin, DurableCheckpointIO) and _writes_one_file(trainer.strategy)
+        self._writer = plugin if one_file else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +123,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (writer := _writer(trainer)) is not None:
-            writer.raise_failure()
+        if self._writer is not None:
+            self._writer.raise_failure()
         self._stop_between_steps(trainer)
         if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
             return
@@ -125,7 +133,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer, judge=self.monitor is None)
 
     def _stop_between_steps(self, trainer: Trainer) -> None:
-        """Whoever asks to stop may do it at any batch, and the gradients gathered so far would be lost."""
+        """Lets a stop wait for the end of the step, whose gathered gradients would be lost."""
         if self._stop_asked or trainer.should_stop:
             inside = trainer.fit_loop.epoch_loop._should_accumulate()
             trainer.should_stop, self._stop_asked = not inside, inside
@@ -144,7 +152,7 @@ class RunCheckpoint(ModelCheckpoint):
         return due
 
     def _is_last_step(self, trainer: Trainer) -> bool:
-        """Saved here, not after the loops have ended: in the state from which every resumed run goes on."""
+        """Tells the last step, which is saved before the loops end: resumed runs go on from that state."""
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         return trainer.global_step == trainer.max_steps or stops
 
@@ -157,27 +165,24 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, judge=self.monitor is None)
-        self._wait(trainer)
+        if self._writer is not None:
+            self._writer.finish()
 
     def save_now(self, trainer: Trainer) -> None:
-        """Write `last.ckpt`, unless it is of this step already, and wait until it is safe; all ranks call it.
+        """Writes `last.ckpt`, unless it is of this step, and waits until it is safe; all ranks call it.
 
         Also without `save_last`. Not inside an optimizer step, whose gathered gradients no checkpoint holds.
         """
         if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
             self._add_last(trainer)
             self._write(trainer)
-        self._wait(trainer)
-
-    def _wait(self, trainer: Trainer) -> None:
-        if (writer := _writer(trainer)) is not None:
-            writer.wait()
-            writer.raise_failure()
+        if self._writer is not None:
+            self._writer.finish()
 
     # ---- what
 
     def _save(self, trainer: Trainer, *, judge: bool, again: bool = False) -> None:
-        """Write `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
+        """Writes `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
         if judge:
@@ -190,7 +195,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _add_last(self, trainer: Trainer) -> None:
         assert self.dirpath is not None
         self.last_model_path = str(Path(self.dirpath) / LAST)
-        self._save_checkpoint(trainer, self.last_model_path)
+        self._targets.append(self.last_model_path)
         self._last_step = trainer.global_step
 
     @override
@@ -205,7 +210,7 @@ class RunCheckpoint(ModelCheckpoint):
         first, *others = dict.fromkeys(self._targets)
         outdated = self._outdated
         self._targets, self._outdated = [], []
-        if _writer(trainer) is not None and _writes_one_file(trainer.strategy):
+        if self._writer is not None:
             also, remove = (tuple(map(Path, paths)) for paths in (others, outdated))
             options = SaveOptions(background=self._background, also=also, remove=remove)
             trainer.save_checkpoint(first, self.save_weights_only, options)
@@ -232,12 +237,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning forgets the best checkpoints of a folder that was moved, all but the path of one."""
+        """Keeps the best checkpoints of a moved folder, of which Lightning forgets all but one path."""
         self._former_dirpath = state_dict["dirpath"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def _keep_what_is_here(self, trainer: Trainer) -> None:
-        """Of the best checkpoints those that lie in this run's folder, also if it was moved."""
+        """Keeps, of the best checkpoints, those that lie in this run's folder, also if it was moved."""
         scores = {self._here(path): score for path, score in self.best_k_models.items()}
         candidates = {*scores, self._here(self.best_model_path)} - {""}
         # Ranks have to decide alike, and may not all see the folder.
@@ -254,27 +259,25 @@ class RunCheckpoint(ModelCheckpoint):
             self.kth_best_model_path, self.kth_value = ranked[-1], scores[ranked[-1]]
 
     def _here(self, path: str) -> str:
-        """Where a file of the former folder would be now; "" for one that lay elsewhere."""
+        """Returns where a file of the former folder would be now; "" for one that lay elsewhere."""
         assert self.dirpath is not None and self._former_dirpath is not None
         if not path or not Path(path).is_relative_to(self._former_dirpath):
             return ""
         return str(Path(self.dirpath) / Path(path).relative_to(self._former_dirpath))
 
 
-def _writer(trainer: Trainer) -> DurableCheckpointIO | None:
-    plugin = trainer.strategy.checkpoint_io
-    return plugin if isinstance(plugin, DurableCheckpointIO) else None
-
-
 def _validate_between_steps(trainer: Trainer) -> None:
-    """A checkpoint inside a step would lose the gradients gathered so far; an interval of time is let be."""
+    """Moves validations to the ends of steps: a checkpoint inside one would lose its gradients.
+
+    An interval of time is let be.
+    """
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
 
 
 def _flush_curves(trainer: Trainer) -> None:
-    """Lest the curves of a killed run end before its checkpoint."""
+    """Writes the curves out, lest those of a killed run end before its checkpoint."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and the lock of those who write them."""
+"""Writes files and folders whole or not at all, and keeps others from writing them meanwhile."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 
 
 class NameNotSyncedError(OSError):
-    """What was written has its name, which may not outlive a power failure."""
+    """Says that what was written has its name, but that the name may not outlive a power failure."""
 
 
 # ---- one file
@@ -26,7 +26,7 @@ class NameNotSyncedError(OSError):
 
 @contextmanager
 def written_file(path: Path) -> Generator[BinaryIO, None, None]:
-    """A file beside `path`, which takes that name when all of it is on the disk."""
+    """Yields a file beside `path`, which takes that name when all of it is on the disk."""
     with temporary_beside(path) as temporary:
         with temporary.open("xb") as file:
             yield file
@@ -38,7 +38,7 @@ def written_file(path: Path) -> Generator[BinaryIO, None, None]:
 
 @contextmanager
 def temporary_beside(path: Path) -> Generator[Path, None, None]:
-    """A name in the same folder, and nothing of that name afterwards."""
+    """Yields a name in the same folder, and leaves nothing of that name."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -52,7 +52,7 @@ def temporary_beside(path: Path) -> Generator[Path, None, None]:
 
 @contextmanager
 def written_folder(folder: Path) -> Generator[Path, None, None]:
-    """An empty folder beside `folder`, which takes that name when all that was put into it is on the disk."""
+    """Yields an empty folder beside `folder`, which takes that name when all of it is on the disk."""
     temporary = unfinished_folder(folder)
     remove(temporary)  # what a kill has left
     temporary.mkdir(parents=True)
@@ -64,12 +64,12 @@ def written_folder(folder: Path) -> Generator[Path, None, None]:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Where a folder is while it is being filled: all processes that fill it together know the name."""
+    """Names the folder while it is being filled, alike for all processes that fill it together."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 def put_folder(temporary: Path, folder: Path) -> None:
-    """Name a folder once all of it is on the disk; what had the name goes, or stays if this fails."""
+    """Names a folder once all of it is on the disk; what had the name goes, or stays if this fails."""
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     with set_aside(folder):
@@ -79,7 +79,7 @@ def put_folder(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def set_aside(path: Path) -> Generator[None, None, None]:
-    """Make way under a name; what had it comes back if the block fails, and goes if not."""
+    """Makes way under a name; what had it comes back if the block fails, and goes if not."""
     old = path.with_name(f".{path.name}.old")
     remove(old)
     if path.exists():
@@ -94,7 +94,7 @@ def set_aside(path: Path) -> Generator[None, None, None]:
 
 
 def restore_set_aside(folder: Path) -> None:
-    """Give back their names to checkpoints below `folder` that a crash left between two names."""
+    """Gives back their names to checkpoints below `folder` that a crash left between two names."""
     for old in folder.glob("**/.*.ckpt.old"):
         path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not path.exists():
@@ -103,7 +103,7 @@ def restore_set_aside(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Removes a file, or a folder with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -111,22 +111,20 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what killed saves left in the folder, into which nobody else may be writing."""
-    stale = [path for path in folder.glob(".*.tmp") if not path.is_symlink() and _is_left_over(path)]
-    for path in stale:
-        remove(path)
+    """Removes, and returns, what killed saves left in the folder, into which nobody else may be writing."""
+    stale = []
+    for path in folder.glob(".*.tmp"):
+        if (LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name) and not path.is_symlink():
+            remove(path)
+            stale.append(path)
     return stale
-
-
-def _is_left_over(path: Path) -> bool:
-    return bool((LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name))
 
 
 # ---- the disk, and the others
 
 
 def sync(path: Path) -> None:
-    """Make a file's contents, or the names in a folder, outlive a power failure."""
+    """Makes a file's contents, or the names in a folder, outlive a power failure."""
     if os.name == "nt":  # which opens no folders
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -147,7 +145,7 @@ def _sync_name(path: Path) -> None:
 
 
 def take_lock(path: Path) -> FileLock | None:
-    """Keep others out, until `release` or the process's end; None where another process holds the lock.
+    """Keeps others out, until `release` or the process's end; None says that another process holds the lock.
 
     Raises OSError where nothing can be written beside it.
     """
@@ -162,7 +160,7 @@ def take_lock(path: Path) -> FileLock | None:
 
 
 def release(lock: FileLock) -> None:
-    """Let others in, and leave no file behind."""
+    """Lets others in, and leaves no file behind."""
     with suppress(OSError):
         Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()

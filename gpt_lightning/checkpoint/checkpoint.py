@@ -1,4 +1,4 @@
-"""A checkpoint, opened once: verified, looked at for what none may hold, and then read without its run."""
+"""Opens a checkpoint, once: it is verified, searched for what none may hold, and read without its run."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from gpt_lightning.model.meta import Uninitialized
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where it lies, and what it holds: tensors mapped from the file, not read; of a sharded one none."""
+    """Knows where it lies and what it holds: tensors mapped from the file, or none of a sharded one."""
 
     path: Path
     contents: dict[str, Any]
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The optimizer step at which it was saved."""
+        """Counts the optimizer steps before it was saved."""
         return int(self.contents.get("global_step", 0))
 
     @property
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The model's state dict."""
+        """Holds the model's state dict, under its own names."""
         return {
             name.removeprefix(MODEL_PREFIX): tensor
             for name, tensor in self.contents[WEIGHTS_KEY].items()
@@ -77,7 +77,7 @@ class Checkpoint:
         }
 
     def whole(self) -> "Checkpoint":
-        """The same with its tensors: those of a sharded one are read now, by this process."""
+        """Returns it with its tensors: those of a sharded one are read now, by this process."""
         if not self.is_sharded:
             return self
         from gpt_lightning.checkpoint.folder import read_whole  # slow to import
@@ -86,7 +86,7 @@ class Checkpoint:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise what is wrong with the name of an ordinary checkpoint."""
+    """Raises what is wrong with the name of an ordinary checkpoint."""
     if is_sharded(path):
         raise UserError(
             f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
@@ -101,7 +101,7 @@ def check_is_file(path: Path) -> None:
 
 
 def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
-    """A trained model, ready for inference, and its tokenizer: all that generation needs."""
+    """Returns a trained model, ready for inference, and its tokenizer: all that generation needs."""
     check_is_file(path)
     checkpoint = Checkpoint.open(path)
     with Uninitialized():
@@ -111,7 +111,7 @@ def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
 
 
 def consolidate(folder: Path, output: Path) -> None:
-    """Write the ordinary checkpoint that a sharded one stands for."""
+    """Writes the ordinary checkpoint that a sharded one stands for."""
     if not is_sharded(folder):
         raise UserError(
             f"ckpt_path={folder} is no sharded checkpoint; name a folder that `save_sharded` wrote"

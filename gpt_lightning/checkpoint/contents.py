@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: plain data, and the weights of its own architecture. Nothing in it can act."""
+"""Says what a checkpoint may hold: plain data, and the weights of its own architecture; nothing can act."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ _SHOWN = 3
 
 
 def load_plain(path: str | Path) -> Any:
-    """What the file holds, tensors mapped from it, not read.
+    """Returns what the file holds, tensors mapped from it, not read.
 
     `weights_only` is said outright: left out, an environment variable could turn it off.
     """
@@ -45,7 +45,7 @@ def load_plain(path: str | Path) -> Any:
 
 
 def read_checked(path: str | Path) -> dict[str, Any]:
-    """A file that is as it was written, and in which nothing acts; another module's checkpoint may be one."""
+    """Reads a file that is as it was written and in which nothing acts, also one of another module."""
     verify(Path(path))
     checkpoint = load_plain(path)
     check_contents(path, checkpoint)
@@ -53,24 +53,9 @@ def read_checked(path: str | Path) -> dict[str, Any]:
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
-    """Raise, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
-    if not isinstance(checkpoint, Mapping):
-        kind = type(checkpoint).__name__
-        raise UserError(f"ckpt_path={path} was not written by gpt_lightning (it is a {kind}); name another")
-    for key in _HYPER_PARAMETERS:
-        for problem in _problems(checkpoint.get(key), key):
-            raise UserError(
-                f"ckpt_path={path} holds {problem}; hyper-parameters are plain numbers and texts that name "
-                "nothing to import: do not trust the file"
-            )
-    if DATA_KEY in checkpoint:
-        _check_data(path, checkpoint[DATA_KEY])
-    if CONFIG_KEY in checkpoint:
-        _check_progress(path, checkpoint)
-        config = _stored_config(path, checkpoint[CONFIG_KEY])
-        # A sharded checkpoint keeps its weights in files of their own.
-        if checkpoint.get(WEIGHTS_KEY):
-            _check_weights(path, config, checkpoint[WEIGHTS_KEY])
+    """Raises, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
+    if (problem := next(_problems(checkpoint), None)) is not None:
+        raise UserError(f"ckpt_path={path} {problem}")
 
 
 def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -80,26 +65,8 @@ def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def _check_progress(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Without the optimizer's state nobody goes on from it, and asks how far it came."""
-    for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
-        if key not in checkpoint:
-            raise UserError(f"ckpt_path={path} lacks {key!r}, without which no run goes on; name another")
-
-
-def _check_data(path: str | Path, state: Any) -> None:
-    """The state of a TextDataModule: a tokenizer of two texts, and the settings that a run must share."""
-    state = state if isinstance(state, dict) else {}
-    tokenizer, settings = state.get("tokenizer"), state.get("settings")
-    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
-    texts = [key for key, value in tokenizer.items() if type(value) is str]
-    plain = isinstance(settings, dict) and not any(_problems(settings, DATA_KEY))
-    if not plain or not {"tokenizer_json", "eos_token"} <= set(texts):
-        raise UserError(f"ckpt_path={path} holds no tokenizer and settings under {DATA_KEY}; name another")
-
-
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Raise where a model differs from the one whose weights it is to take; dropout has none."""
+    """Raises where a model differs from the one whose weights it is to take; dropout has none."""
     if CONFIG_KEY not in checkpoint:
         return
     stored = GPTConfig(**checkpoint[CONFIG_KEY])
@@ -114,41 +81,74 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
         )
 
 
-def _stored_config(path: str | Path, stored: Any) -> GPTConfig:
-    kinds = {field.name: field.type for field in fields(GPTConfig)}
-    if not isinstance(stored, Mapping):
-        raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}={_short(stored)}, no options; name another")
-    for name, value in stored.items():
-        if name not in kinds:
-            raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}, which is no option; name another")
-        if not _fits(value, kinds[name]):
-            raise UserError(f"ckpt_path={path} holds {CONFIG_KEY}.{name}={_short(value)}; name another")
-    try:
-        return GPTConfig(**stored)
-    except UserError as error:
-        raise UserError(f"ckpt_path={path} holds no possible model: {error}") from None
+# ---- problems, of which the first is told; each is looked for where there is none before it
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; a whole number does for a float."""
-    return type(value) in (get_args(kind) or (kind,)) or (kind is float and type(value) is int)
+def _problems(checkpoint: Any) -> Iterator[str]:
+    if not isinstance(checkpoint, Mapping):
+        yield f"was not written by gpt_lightning (it is a {type(checkpoint).__name__}); name another"
+    for key in _HYPER_PARAMETERS:
+        for acting in _acting(checkpoint.get(key), key):
+            yield (
+                f"holds {acting}; hyper-parameters are plain numbers and texts that name nothing to import: "
+                "do not trust the file"
+            )
+    if DATA_KEY in checkpoint:
+        yield from _problems_of_data(checkpoint[DATA_KEY])
+    if CONFIG_KEY in checkpoint:
+        # Without the optimizer's state nobody goes on from it, and asks how far it came.
+        for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
+            if key not in checkpoint:
+                yield f"lacks {key!r}, without which no run goes on; name another"
+        yield from _problems_of_config(checkpoint[CONFIG_KEY])
+        # A sharded checkpoint keeps its weights in files of their own.
+        if checkpoint.get(WEIGHTS_KEY):
+            yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS_KEY])
 
 
-def _problems(value: Any, place: str) -> Iterator[str]:
-    """Where a value, or a part of it, is no plain data, or could be taken for something to import."""
+def _acting(value: Any, place: str) -> Iterator[str]:
+    """Yields where a value, or a part of it, is no plain data, or could be taken for something to import."""
     if isinstance(value, dict):
         for key, part in value.items():
             if type(key) is not str or key in _CALLING_KEYS:
                 yield f"{place}[{_short(key)}]"
-            yield from _problems(part, f"{place}.{key}")
+            yield from _acting(part, f"{place}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
-            yield from _problems(part, f"{place}[{index}]")
+            yield from _acting(part, f"{place}[{index}]")
     elif value is not None and type(value) not in (str, int, float, bool):
         yield f"a {type(value).__name__} as {place}"
 
 
-def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str, Any]) -> None:
+def _problems_of_data(state: Any) -> Iterator[str]:
+    """Asks a TextDataModule's state for a tokenizer of two texts, and the settings that a run must share."""
+    state = state if isinstance(state, dict) else {}
+    tokenizer, settings = state.get("tokenizer"), state.get("settings")
+    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
+    texts = {key for key, value in tokenizer.items() if type(value) is str}
+    plain = isinstance(settings, dict) and not any(_acting(settings, DATA_KEY))
+    if not plain or not {"tokenizer_json", "eos_token"} <= texts:
+        yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+
+
+def _problems_of_config(stored: Any) -> Iterator[str]:
+    kinds = {field.name: field.type for field in fields(GPTConfig)}
+    if not isinstance(stored, Mapping):
+        yield f"holds {CONFIG_KEY}={_short(stored)}, no options; name another"
+    for name, value in stored.items():
+        if name not in kinds:
+            yield f"holds {CONFIG_KEY}.{name}, which is no option; name another"
+        kind = kinds[name]
+        # A whole number does for a float.
+        if type(value) not in (get_args(kind) or (kind,)) and not (kind is float and type(value) is int):
+            yield f"holds {CONFIG_KEY}.{name}={_short(value)}; name another"
+    try:
+        GPTConfig(**stored)
+    except UserError as error:
+        yield f"holds no possible model: {error}"
+
+
+def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
     found = {
         name.removeprefix(MODEL_PREFIX): tuple(value.shape) if isinstance(value, Tensor) else None
         for name, value in state_dict.items()
@@ -157,34 +157,30 @@ def _check_weights(path: str | Path, config: GPTConfig, state_dict: Mapping[str,
     # Before the model is built: a wrong number could be one of thousands of millions.
     n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
-        raise UserError(
-            f"ckpt_path={path} does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds "
-            f"the weights of {n_blocks} blocks; name another"
+        yield (
+            f"does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds the weights of "
+            f"{n_blocks} blocks; name another"
         )
     with torch.device("meta"), Uninitialized():
         expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
+    if found == expected:
+        return
     other_shape = [
         f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
         for name, shape in found.items()
         if name in expected and shape != expected[name]
     ]
-    differences = (
-        _listed([name for name in expected if name not in found], "missing"),
-        _listed([name for name in found if name not in expected], "unknown"),
-        _listed(other_shape, "of another shape"),
+    differences = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": other_shape,
+    }
+    listing = "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for what, names in differences.items()
+        if names
     )
-    if any(differences):
-        raise UserError(
-            f"ckpt_path={path} does not hold the weights of its {CONFIG_KEY}: "
-            f"{'; '.join(filter(None, differences))}; name another"
-        )
-
-
-def _listed(names: list[str], what: str) -> str:
-    """`5 missing (a, b, c, ...)`, or nothing for none."""
-    if not names:
-        return ""
-    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+    yield f"does not hold the weights of its {CONFIG_KEY}: {listing}; name another"
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""The bytes of a checkpoint file: written whole or not at all, and verified by their zip archive's CRCs."""
+"""Writes a checkpoint file whole or not at all, and verifies it by the CRCs that its zip archive keeps."""
 
 import errno
 import hashlib
-import itertools
+import io
 import os
 import shutil
 import time
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gpt_lightning.checkpoint.atomic import NameNotSyncedError, set_aside, written_file
 from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
@@ -34,13 +35,13 @@ _verified: set[tuple[int, ...]] = set()
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written, or not safely: its text says what stands under its name."""
+    """Tells why a checkpoint could not be written, or not safely, and what stands under its name."""
 
     exit_code = WRITE_FAILED
 
 
 class NonFiniteCheckpointError(ValueError):
-    """The weights or the optimizer's state hold NaN or infinity, from which no run could go on."""
+    """Names what holds NaN or infinity among weights or optimizer states, from which no run could go on."""
 
     exit_code = NON_FINITE
 
@@ -49,49 +50,44 @@ class NonFiniteCheckpointError(ValueError):
 
 
 def write(checkpoint: Any, path: Path) -> None:
-    """Write beside the target, flush to disk, rename; a sharded checkpoint of that name makes way."""
+    """Writes beside the target, flushes to disk, renames; a sharded checkpoint of that name makes way."""
     stream = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with set_aside(path) if is_sharded(path) else nullcontext(), written_file(path) as file:
             stream = _Stream(file)
             torch.save(checkpoint, stream)  # type: ignore[arg-type]
-            stream.raise_error()
+            if stream.error is not None:
+                raise stream.error
     except OSError as error:
         raise write_error(path, error, stream.size if stream else 0) from error
 
 
-class _Stream:
+class _Stream(io.RawIOBase):
     """Passes on what torch.save writes.
 
-    An error waits for `raise_error`: inside PyTorch's zip writer it could end the process. Bytes that come
-    after it are only counted, so that the size that was needed is known.
+    An error waits in `error`: inside PyTorch's zip writer it could end the process. Bytes that come after it
+    are only counted, so that the size that was needed is known.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self.size = 0
 
+    @override
     def write(self, data: Any) -> int:
         self.size += len(data)
-        if self._error is None:
+        if self.error is None:
             try:
                 self._file.write(data)
             except BaseException as error:
-                self._error = error
+                self.error = error
         return len(data)
-
-    def flush(self) -> None:
-        """Does nothing: torch.save asks for it, and the end of the block in `write` does it."""
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteError:
-    """One line: what, why, how much room there is, what is left, what to do."""
+    """Says in one line what failed and why, how much room there is, what is left, and what to do."""
     reason = error.strerror or str(error).strip().split("\n")[-1][:120]
     if isinstance(error, NameNotSyncedError):
         problem = f"is written, but may not outlive a power failure ({reason}); {ELSEWHERE}"
@@ -113,26 +109,25 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether it is a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
+    """Tells a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
     return (path / REST).is_file()
 
 
 def verify(path: Path) -> None:
-    """Raise UserError, in one line that names the file, if it is not as it was written."""
+    """Raises UserError, in one line that names the file, if it is not as it was written."""
     try:
         check_bytes(path)
-    except Exception as error:  # what a changed byte in a zip archive leads to may be anything
+    except (UserError, OSError) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    reason = reason.strip().split("\n")[0][:120]
+    reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
     return UserError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 
 
 def check_bytes(path: Path, digest: str | None = None) -> None:
-    """Raise what is wrong with a file, by the SHA-256 of all its bytes or, without one, by its records' CRCs.
+    """Raises what is wrong with a file, by the SHA-256 of its bytes or, without one, by its records' CRCs.
 
     A process reads a file for this once, as long as it does not change.
     """
@@ -153,14 +148,18 @@ def check_bytes(path: Path, digest: str | None = None) -> None:
 def _check_records(file: BinaryIO) -> None:
     if os.fstat(file.fileno()).st_size == 0:
         raise UserError("it is empty")
-    with zipfile.ZipFile(file) as archive:
-        # Zip readers look for the end of an archive in whatever follows it.
-        file.seek(-END_BYTES - len(archive.comment), os.SEEK_END)
-        end = file.read(END_BYTES)
-        if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(archive.comment):
-            raise UserError("it is cut short, or no checkpoint")
-        if (broken := archive.testzip()) is not None:
-            raise UserError(f"the checksum of its record {broken} is wrong")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken, comment = archive.testzip(), archive.comment
+    except Exception as error:  # what a changed byte in a zip archive leads to may be anything
+        raise UserError(str(error) or type(error).__name__) from error
+    if broken is not None:
+        raise UserError(f"the checksum of its record {broken} is wrong")
+    # Zip readers look for the end of an archive in whatever follows it.
+    file.seek(-END_BYTES - len(comment), os.SEEK_END)
+    end = file.read(END_BYTES)
+    if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):
+        raise UserError("it is cut short, or no checkpoint")
 
 
 def digest_of(path: Path) -> str:
@@ -179,13 +178,13 @@ def fingerprint(path: Path) -> str:
 
 
 def check_finite(checkpoint: Mapping[str, Any]) -> None:
-    """Raise if the weights or the optimizers' state hold NaN or infinity."""
-    parts = (named_tensors(checkpoint.get(part, {}), part) for part in FINITE_PARTS)
-    refuse_non_finite(first_non_finite(itertools.chain.from_iterable(parts)))
+    """Raises if the weights or the optimizers' state hold NaN or infinity."""
+    parts = {part: checkpoint.get(part, {}) for part in FINITE_PARTS}
+    refuse_non_finite(first_non_finite(named_tensors(parts)))
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested containers, under the path that leads to each."""
+    """Yields the tensors in nested containers, under the path that leads to each."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -194,7 +193,7 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first that holds NaN or infinity."""
+    """Returns the name of the first that holds NaN or infinity."""
     for name, tensor in tensors:
         if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
             continue

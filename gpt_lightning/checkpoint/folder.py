@@ -1,4 +1,4 @@
-"""The folder of a sharded checkpoint: what it is made of, whether it is whole, and what is in it.
+"""Verifies and reads the folder of a sharded checkpoint.
 
 It holds tensors in the files of torch.distributed.checkpoint, `.metadata`, their table of contents, and
 `rest.pt`, all else that a checkpoint has, with the digests of the other files. This module is slow to import:
@@ -35,7 +35,7 @@ UNREADABLE = (
 
 @contextmanager
 def complaining(folder: Path) -> Generator[None, None, None]:
-    """One line for whatever a torn folder leads to."""
+    """Raises UserError, in one line, for whatever a torn folder leads to."""
     try:
         yield
     except UNREADABLE as error:
@@ -47,7 +47,7 @@ def complaining(folder: Path) -> Generator[None, None, None]:
 
 
 def check_whole(folder: Path) -> dict[str, Any]:
-    """All but the tensors; raises UserError, in one line, if a file is missing or not as it was written."""
+    """Returns all but the tensors; raises UserError if a file is missing or not as it was written."""
     rest = read_rest(folder)
     with complaining(folder):
         check_files(folder, rest)
@@ -55,7 +55,7 @@ def check_whole(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares: int = 1) -> None:
-    """Look at every file, but read only a share of them: `shares` ranks can divide the work."""
+    """Looks for every file, but reads only a share of them: `shares` ranks can divide the work."""
     if missing := missing_parts(folder):
         raise UserError(f"{', '.join(missing)} missing")
     for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
@@ -66,7 +66,7 @@ def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares
 
 
 def missing_parts(folder: Path) -> list[str]:
-    """The files that the folder's table of contents names and that are not there."""
+    """Lists the files that the folder's table of contents names and that are not there."""
     storage = Reader(folder).read_metadata().storage_data or {}
     names = {part.relative_path for part in storage.values()}
     return sorted(name for name in names if not (folder / name).is_file())
@@ -76,7 +76,7 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """All of the checkpoint but its tensors."""
+    """Returns all of the checkpoint but its tensors."""
     with complaining(folder):
         check_bytes(folder / REST)
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
@@ -84,7 +84,7 @@ def read_rest(folder: Path) -> dict[str, Any]:
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
-    """The ordinary checkpoint that the folder stands for, read by one process."""
+    """Returns the ordinary checkpoint that the folder stands for, read by one process."""
     whole = {
         key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in tensors_in(folder, "")
     }
@@ -103,7 +103,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
 
 
 def tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetadata]]:
-    """The names of the folder's tensors that begin with `prefix`, and what is known of each."""
+    """Lists the folder's tensors whose names begin with `prefix`, with what is known of each."""
     with complaining(folder):
         contents = Reader(folder).read_metadata().state_dict_metadata
     return [
@@ -114,7 +114,7 @@ def tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetada
 
 
 def with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state dict of its two halves."""
+    """Joins the two halves of an optimizer's state dict."""
     state = {index: dict(entry) for index, entry in saved["state"].items()}
     for key, value in tensors.items():
         _, _, index, name = key.split("/")

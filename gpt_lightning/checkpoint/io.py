@@ -1,4 +1,4 @@
-"""Checkpoints written so that a good one is always there, while the training goes on."""
+"""Writes checkpoints so that a good one is always there, and while the training goes on."""
 
 import copy
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from gpt_lightning.checkpoint.files import check_finite, named_tensors, write
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """As `storage_options` of a save: what else happens to the same checkpoint.
+    """Says, as `storage_options` of a save, what else happens to the same checkpoint.
 
     Args:
         background: Write while the training goes on.
@@ -52,8 +52,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Raises the failure of an earlier save in the background, too."""
         options = storage_options or SaveOptions()
-        self.wait()
-        self.raise_failure()
+        self.finish()
         if options.background:
             snapshot = self._memory.snapshot(checkpoint)
             executor = ThreadPoolExecutor(1, "checkpoint writer")
@@ -62,16 +61,21 @@ class DurableCheckpointIO(TorchCheckpointIO):
         else:
             _write_all(checkpoint, Path(path), options)
 
-    def wait(self) -> None:
-        """Return when everything that was to be written is, or has failed."""
+    def finish(self) -> None:
+        """Waits until all that was to be written is; raises what went wrong in the background, once."""
         if self._writing is not None:
-            wait([self._writing])
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def raise_failure(self) -> None:
-        """Raise the error of a save in the background, once."""
+        """Raises the error of a save in the background that has failed by now, once."""
         if self._writing is not None and self._writing.done():
-            written, self._writing = self._writing, None
-            written.result()
+            self.finish()
+
+    def wait(self) -> None:
+        """Waits as `finish` does, and leaves the error for later."""
+        if self._writing is not None:
+            wait([self._writing])
 
     @override
     def load_checkpoint(
@@ -91,7 +95,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def teardown(self) -> None:
         self.wait()
         self._memory = HostMemory()
-        self.raise_failure()
+        self.finish()
 
 
 def _write_all(checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
@@ -109,39 +113,31 @@ class HostMemory:
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def snapshot(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The checkpoint in memory of its own, the former snapshot's; what shares memory shares it here."""
-        tensors = {id(tensor): tensor.detach() for _, tensor in named_tensors(checkpoint)}
-        memories = {key: _memory_of(tensor) for key, tensor in tensors.items() if _is_view(tensor)}
-        sources = {memory.data_ptr(): memory for memory in memories.values()}
-        places = {address: (n, memory.numel()) for n, (address, memory) in enumerate(sources.items())}
-        # What has no place in this one goes before anything is added: there is never more than one of them.
-        self._buffers = {place: self._buffers[place] for place in places.values() if place in self._buffers}
-        for address, source in sources.items():
-            if places[address] not in self._buffers:
-                self._buffers[places[address]] = torch.empty(source.numel(), dtype=torch.uint8)
-            _copy(source, self._buffers[places[address]])
-        copies = {}
-        for key, tensor in tensors.items():
-            if key in memories:
-                buffer = self._buffers[places[memories[key].data_ptr()]].view(tensor.dtype)
-                copies[key] = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        """Returns a copy in the former snapshot's memory, in which tensors share memory as they did."""
+        copies: dict[int, Tensor] = {}
+        views: dict[int, list[tuple[int, Tensor]]] = {}  # by the address of the memory that they show
+        for _, original in named_tensors(checkpoint):
+            tensor = original.detach()
+            if tensor.layout == torch.strided and type(tensor) is Tensor:
+                views.setdefault(tensor.untyped_storage().data_ptr(), []).append((id(original), tensor))
             else:
-                copies[key] = tensor.cpu().clone()
+                copies[id(original)] = tensor.cpu().clone()
+        sizes = [tensors[0][1].untyped_storage().nbytes() for tensors in views.values()]
+        # What has no place in this one goes before anything is added: there is never more than one of them.
+        self._buffers = {place: self._buffers[place] for place in enumerate(sizes) if place in self._buffers}
+        for place, tensors in zip(enumerate(sizes), views.values()):
+            if place not in self._buffers:
+                self._buffers[place] = torch.empty(place[1], dtype=torch.uint8)
+            _copy_memory(tensors[0][1], self._buffers[place])
+            for key, tensor in tensors:
+                buffer = self._buffers[place].view(tensor.dtype)
+                copies[key] = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return copy.deepcopy(checkpoint, copies)
 
 
-def _is_view(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of some memory, and no more than that."""
-    return tensor.layout == torch.strided and type(tensor) is Tensor
-
-
-def _memory_of(tensor: Tensor) -> Tensor:
-    """All the bytes that a tensor is a view of."""
-    n = tensor.untyped_storage().nbytes() // tensor.itemsize
-    return tensor.as_strided((n,), (1,), 0).view(torch.uint8)
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
+def _copy_memory(tensor: Tensor, target: Tensor) -> None:
+    """Copies all the bytes that a tensor is a view of."""
+    source = tensor.as_strided((target.numel() // tensor.itemsize,), (1,), 0).view(torch.uint8)
     if source.device.type == "cpu":
         # By this thread alone: PyTorch has several wait for each other, ten times as long on busy cores.
         np.copyto(target.numpy(), source.numpy())

@@ -1,4 +1,4 @@
-"""Where a run lives, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
+"""Finds a run's folder, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def checkpoints_folder(default_root_dir: str | None) -> Path:
 
 
 def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: None) -> Path:
-    """The checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
+    """Returns the checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
     if given is not None and given != "last":
         return Path(given)
     newest = newest_checkpoint(folder, warn)
@@ -41,12 +41,12 @@ def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: N
 
 
 def newest_checkpoint(folder: Path, warn: Warn = lambda line: None) -> Path | None:
-    """The last written checkpoint below `folder` that is as it was written; None if there is none at all."""
+    """Returns the last written checkpoint below `folder` that is as it was written; None if there is none."""
     return _newest_of(_checkpoints_below(folder), warn)
 
 
 def newest_of_run(folder: Path, warn: Warn = lambda line: None) -> Path | None:
-    """The newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
+    """Returns the newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
     # Not those that only look like it: somebody may have named a run so.
     numbered = [marker.parent for marker in folder.parent.glob(f"{folder.name}-*/{NUMBERED}")]
     numbered = [other for other in numbered if (other / NUMBERED).read_text() == folder.name]
@@ -54,7 +54,7 @@ def newest_of_run(folder: Path, warn: Warn = lambda line: None) -> Path | None:
 
 
 def step_of(path: Path) -> int | None:
-    """The optimizer step at which a checkpoint was saved, without a look at the rest; None if unreadable."""
+    """Reads the optimizer step at which a checkpoint was saved, and nothing else; None if unreadable."""
     try:
         if is_sharded(path):
             from gpt_lightning.checkpoint.folder import read_rest  # slow to import
@@ -66,7 +66,7 @@ def step_of(path: Path) -> int | None:
 
 
 def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
-    """In the folder that was last written to, that of the latest step: copies of earlier ones may be younger.
+    """Returns, of the folder last written to, that of the latest step: copies of earlier ones may be younger.
 
     Where no step can be read, the time it was written counts.
     """
@@ -94,14 +94,14 @@ def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
 
 
 def _by_folder(times: dict[Path, int]) -> list[list[Path]]:
-    """The checkpoints of each folder, that which was last written to first."""
+    """Groups checkpoints by their folder, that which was last written to first."""
     newest_first = sorted(times, key=lambda path: times[path], reverse=True)
     folders = dict.fromkeys(path.parent for path in newest_first)
     return [[path for path in newest_first if path.parent == folder] for folder in folders]
 
 
 def _is_whole(path: Path, complain: Warn = lambda line: None) -> bool:
-    """Whether it is as it was written; `complain` is told of what is wrong, unless the file is just gone."""
+    """Tells whether it is as it was written; `complain` hears what is wrong, unless the file is just gone."""
     try:
         if is_sharded(path):
             from gpt_lightning.checkpoint.folder import check_whole  # slow to import
@@ -131,14 +131,14 @@ def _checkpoints_below(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """The folder of a run, into which no other process writes until it is closed or this one ends."""
+    """Keeps other processes from writing into a run's folder, until it is closed or this one ends."""
 
     folder: Path
     _lock: FileLock
     _made: tuple[Path, ...]
 
     def close(self) -> None:
-        """Let others in; of the folders that were made for the run, those in which nothing is go again."""
+        """Lets others in, and removes the folders that were made for the run and in which nothing is."""
         release(self._lock)
         with suppress(OSError):  # it is gone already
             if _is_empty(self.folder):
@@ -149,7 +149,7 @@ class OpenRun:
 
 
 def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> OpenRun:
-    """Choose the run's folder, make it, and keep others out; raise if it cannot be written.
+    """Chooses the run's folder, makes it, and keeps others out; raises if it cannot be written.
 
     What killed saves left in it is removed. A run that `begins_again` was killed before its first checkpoint.
     """
@@ -172,7 +172,7 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
 
 
 def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> OpenRun:
-    """Open just this folder; raise if another process has it open, or another run's checkpoints lie there."""
+    """Opens just this folder; raises if another process has it open, or it has another run's checkpoints."""
     run = _opened(folder)
     if run is None:
         raise _is_open(folder, option, "another folder")
@@ -187,7 +187,7 @@ def _is_open(folder: Path, option: str, other: str) -> UserError:
 
 
 def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... that holds no other run.
+    """Returns `folder`, or the first of folder-2, folder-3, ... that holds no other run.
 
     A run that goes on from the newest checkpoint of `folder` goes on in it.
     """
@@ -195,7 +195,7 @@ def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: 
 
 
 def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
-    """Whether a run from this checkpoint continues what is in the folder, and overwrites no later step."""
+    """Tells whether a run from this checkpoint continues what is there, and overwrites no later step."""
     if not _lies_in(folder, resumed_from):
         return False
     assert resumed_from is not None
@@ -215,7 +215,7 @@ def _free_folders(folder: Path, begins_again: bool) -> Iterator[Path]:
 
 
 def _is_free(folder: Path, begins_again: bool) -> bool:
-    """Whether nothing is in it, or, for a run that begins again, no checkpoint."""
+    """Tells whether nothing is in it, or, for a run that begins again, no checkpoint."""
     if not folder.is_dir() or _is_empty(folder):
         return True
     return begins_again and not _checkpoints_below(folder)
@@ -226,7 +226,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _opened(folder: Path) -> OpenRun | None:
-    """None if another process has it open."""
+    """Opens a folder; None says that another process has it open."""
     made = tuple(path for path in (folder, *folder.parents) if not path.exists())
     folder.mkdir(parents=True, exist_ok=True)
     if (lock := take_lock(folder / LOCK)) is None:

@@ -1,4 +1,4 @@
-"""The command line before Lightning sees it: which configuration file a verb runs with."""
+"""Finds the configuration file that a verb runs with, before Lightning sees the command line."""
 
 import json
 from collections.abc import Callable
@@ -14,27 +14,27 @@ from gpt_lightning.exit_codes import UserError
 
 
 def complete_words(words: list[str]) -> list[str]:
-    """The command line with the configuration file filled in that it leaves to us.
+    """Fills in the configuration file that the command line leaves to us.
 
     `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
     `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
     """
     words = _verbatim_prompts(words)
-    init_from = _last(_values(words, "--init_from"))
+    values = _values(words)
+    names = ("--init_from", "--ckpt_path", "--trainer.default_root_dir")
+    init_from, given, root = (values[name][-1] if name in values else None for name in names)
     if init_from is not None and words[0] not in ("fit", "prepare"):
         raise UserError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
-    given = _last(_values(words, "--ckpt_path"))
     if init_from is not None and given not in (None, "last", "null"):
         raise UserError(
             f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
         )
-    files = _values(words, "--config", "-c")
-    for file in files:
-        check_config_file(Path(file))
-    if files:
+    if files := [*values.get("--config", []), *values.get("-c", [])]:
+        for file in files:
+            check_config_file(Path(file))
         return words
     verb, rest = words[0], words[1:]
-    folder = checkpoints_folder(_last(_values(words, "--trainer.default_root_dir")))
+    folder = checkpoints_folder(root)
     resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
     if init_from is not None:
         return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
@@ -55,7 +55,7 @@ def complete_words(words: list[str]) -> list[str]:
 
 
 def _verbatim_prompts(words: list[str]) -> list[str]:
-    """A prompt that is no list is a text, even one that YAML would read as null, a number or a comment."""
+    """Keeps a prompt that is no list a text, even one that YAML would read as null, a number or a comment."""
     option = "--data.prompts"
     texts = [index + 1 for index, word in enumerate(words[:-1]) if word == option]
     kept = [_as_list_of_prompts(word) if index in texts else word for index, word in enumerate(words)]
@@ -84,7 +84,7 @@ def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> l
 
 
 def check_config_file(path: Path) -> None:
-    """Refuse what YAML readers let pass or report without the file's name."""
+    """Refuses what YAML readers let pass or report without the file's name."""
     if not path.is_file():
         raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
@@ -97,7 +97,7 @@ def check_config_file(path: Path) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand once; the usual reader lets the last one win without a word."""
+    """Reads YAML in which a key may stand once; the usual reader lets the last one win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -109,22 +109,18 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _values(words: list[str], *names: str) -> list[str]:
-    """The values of an option on the command line, as `--name value` or `--name=value`."""
-    values = []
+def _values(words: list[str]) -> dict[str, list[str]]:
+    """Collects the values of every option on the command line, as `--name value` or `--name=value`."""
+    values: dict[str, list[str]] = {}
     for word, following in zip(words, [*words[1:], ""]):
         name, equals, value = word.partition("=")
-        if name in names:
-            values.append(value if equals else following)
+        if name.startswith("-"):
+            values.setdefault(name, []).append(value if equals else following)
     return values
 
 
-def _last(values: list[str]) -> str | None:
-    return values[-1] if values else None
-
-
 def _shipped_config(name: str) -> Path:
-    """Inside the package where it is installed, beside it in a clone."""
+    """Finds it inside the package where that is installed, beside it in a clone."""
     package = Path(__file__).parent.parent
     candidates = (package / "configs" / name, package.parent / "configs" / name)
     return next(path for path in candidates if path.is_file())

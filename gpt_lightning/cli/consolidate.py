@@ -1,4 +1,4 @@
-"""`gpt-lightning consolidate`: a sharded checkpoint into one file."""
+"""Runs `consolidate`, which makes one file of a sharded checkpoint."""
 
 import sys
 from pathlib import Path

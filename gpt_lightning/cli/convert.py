@@ -1,4 +1,4 @@
-"""`gpt-lightning import-hf` and `export-hf`: a Hugging Face folder into a checkpoint, and back."""
+"""Runs `import-hf` and `export-hf`, which make a checkpoint of a Hugging Face folder, and back."""
 
 import sys
 from pathlib import Path

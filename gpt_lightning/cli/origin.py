@@ -1,4 +1,4 @@
-"""What a verb's model comes from: a checkpoint to go on from or to judge, or weights to begin a run with."""
+"""Finds what a verb's model comes from: a checkpoint to go on from or to judge, or weights to begin with."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, t
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that the Trainer restores, or the one with whose weights a run begins at step 0.
+    """Holds the checkpoint that the Trainer restores, or the one with whose weights a run begins at step 0.
 
     `init_from` is what the latter was called. A run that `begins_again` was asked to go on from its last
     checkpoint, and its folder has none.
@@ -36,12 +36,12 @@ class Origin:
 
     @property
     def path(self) -> Path | None:
-        """Where the Trainer restores from."""
+        """Says where the Trainer restores from."""
         return self.restored.path if self.restored is not None else None
 
 
 def find_origin(verb: str, settings: Any, root: Path) -> Origin:
-    """Look for it where the options say; `settings` then name what was found."""
+    """Looks for it where the options say; `settings` then name what was found."""
     path, begins_again = None, False
     if verb == "fit":
         path, begins_again = _resume_path(settings, root / settings.run_name)
@@ -66,7 +66,7 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
 
 
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
-    """The checkpoint to go on from, and whether the run is begun again."""
+    """Returns the checkpoint to go on from, and whether the run is begun again."""
     if settings.ckpt_path is None:
         return None, False
     if settings.ckpt_path != "last":
@@ -87,7 +87,7 @@ def _open(path: Path, settings: Any) -> Checkpoint:
 
 
 def _is_untrained(checkpoint: Checkpoint) -> bool:
-    """Whether it is an imported one, with which a run can only begin."""
+    """Tells an imported one, with which a run can only begin."""
     if OPTIMIZERS_KEY in checkpoint.contents:
         return False
     if checkpoint.step > 0:
@@ -100,7 +100,7 @@ def _is_untrained(checkpoint: Checkpoint) -> bool:
 
 
 def _open_initial(init_from: str, settings: Any) -> Checkpoint:
-    """A checkpoint, or what would be imported as one."""
+    """Opens a checkpoint, or imports a model as one."""
     path = Path(os.path.expanduser(init_from))
     if not path.is_file() and path.suffix != ".ckpt":
         return Checkpoint(path, import_gpt2(init_from, "init_from"))
@@ -111,7 +111,7 @@ def _open_initial(init_from: str, settings: Any) -> Checkpoint:
 
 
 def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> None:
-    """Take over what must be as the origin has it, and refuse `explicit` options that say otherwise."""
+    """Takes over what must be as the origin has it, and refuses `explicit` options that say otherwise."""
     checkpoint = origin.checkpoint
     assert checkpoint is not None
     architecture = asdict(checkpoint.config)

@@ -30,7 +30,7 @@ def built_folder(
     build: Callable[[Path], dict[str, Any]],
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folder for these settings, and what `build` returned for it; others wait while it is being built.
+    """Yields the folder for these settings, and what `build` returned for it; others wait until it is built.
 
     `build(folder)` fills an empty folder and returns what to remember of it, as JSON. Nobody replaces the
     folder inside the `with`. `check_sources` hears the content hash of each source before anything is built,
@@ -61,7 +61,7 @@ def built_folder(
 
 
 def _leave_no_trace(folder: Path, made: list[Path]) -> None:
-    """After a failed first build: no lock file, and none of the folders `made` for it that hold nothing."""
+    """Removes, after a failed first build, the lock file and those folders `made` for it that are empty."""
     if folder.exists():
         return
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def _build(
 
 
 def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
-    """Why the folder must be built; None if it is fresh."""
+    """Says why the folder must be built; None if it is fresh."""
     if not folder.exists():
         return "not built yet"
     try:

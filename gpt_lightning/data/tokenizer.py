@@ -121,7 +121,7 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(state["tokenizer_json"])
         except Exception as error:  # the Rust side raises bare Exception
-            raise UserError(f"the saved tokenizer cannot be read ({_first_line(error)})") from None
+            raise UserError(f"the saved tokenizer cannot be read ({first_line(error)})") from None
         return cls(tokenizer, state["eos_token"])
 
     def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
@@ -231,7 +231,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
             tokenizer = None
         named = _named_eos(folder)
     except Exception as error:  # the Rust side raises bare Exception
-        raise UserError(f"{option} cannot be read ({_first_line(error)}); save it anew") from None
+        raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
     if named is not None:
         eos_token_id = None
     if tokenizer is None:
@@ -287,7 +287,7 @@ def _from_transformers(
         )
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
-        raise UserError(f"{option} cannot be loaded ({_first_line(error)}); {remedy}") from None
+        raise UserError(f"{option} cannot be loaded ({first_line(error)}); {remedy}") from None
     if not loaded.is_fast:
         raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
     eos_token = _token(loaded.backend_tokenizer, eos_token_id) or loaded.eos_token
@@ -310,5 +310,6 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an error says, or else its kind."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What `predict` has finished so far, kept beside its output for a run that goes on after a kill.
+"""Keeps what `predict` has finished so far, beside its output, for a run that goes on after a kill.
 
 Each data-parallel rank appends to a journal of its own: one line of the settings that the completions depend
 on, then one line a completion. How many ranks there were does not matter to the run that goes on.
@@ -26,7 +26,7 @@ CHECKPOINT, PROMPTS = "checkpoint", "prompts"  # of which the settings hold a di
 
 
 def journal_settings(checkpoint_digest: str, prompts: list[str], options: dict[str, Any]) -> Settings:
-    """`options` are those that change what is generated."""
+    """Collects what the completions depend on; `options` are those that change what is generated."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     settings = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **options}
     as_read_back: Settings = json.loads(json.dumps(settings))
@@ -34,7 +34,7 @@ def journal_settings(checkpoint_digest: str, prompts: list[str], options: dict[s
 
 
 class Journal:
-    """One rank's, to which it alone appends. What was appended outlives the process, however it ends."""
+    """Belongs to one rank, which alone appends; what was appended outlives the process, however it ends."""
 
     def __init__(self, output: Path, rank: int, settings: Settings) -> None:
         # Other settings have other journals: what an interrupted run has finished outlives a try of others.
@@ -73,7 +73,7 @@ def _write_line(file: FileIO, value: dict[str, Any]) -> None:
 
 
 def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str]]:
-    """The rows of the journals of these settings, and in what the others, which stay, differ."""
+    """Returns the rows of the journals of these settings, and in what the others, which stay, differ."""
     rows: list[Row] = []
     differences: set[str] = set()
     for path in _journals(output):
@@ -86,14 +86,14 @@ def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str
 
 
 def remove_journals(output: Path) -> None:
-    """Those of all settings, and what a kill has left of an output that was just being written."""
+    """Removes those of all settings, and what a kill has left of an output that was being written."""
     left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
     for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)
 
 
 def finished_prompts(rows: Iterable[Row], num_samples: int) -> dict[int, list[Row]]:
-    """The rows of each prompt that has all its samples, in their order."""
+    """Returns the rows of each prompt that has all its samples, in their order."""
     by_prompt: dict[int, dict[int, Row]] = {}
     for row in rows:
         by_prompt.setdefault(row["index"], {})[row.get("sample", 0)] = row
@@ -105,7 +105,7 @@ def finished_prompts(rows: Iterable[Row], num_samples: int) -> dict[int, list[Ro
 
 
 def lock_output(output: Path) -> Callable[[], None]:
-    """Keep other processes from writing it, until the function that this returns is called, or the end."""
+    """Keeps other processes from writing it, until the function that this returns is called, or the end."""
     lock = take_lock(output.with_name(f".{output.name}.lock"))
     if lock is None:
         raise UserError(
@@ -115,14 +115,14 @@ def lock_output(output: Path) -> Callable[[], None]:
 
 
 def _journals(output: Path) -> list[Path]:
-    """Its own alone: another output's name may begin with this one's."""
+    """Lists its own alone: another output's name may begin with this one's."""
     own = re.compile(re.escape(f".{output.name}.part-") + r"[0-9a-f]{8}-\d+")
     found = output.parent.glob(f".{glob.escape(output.name)}.part-*")
     return sorted(path for path in found if own.fullmatch(path.name))
 
 
 def _lines(path: Path) -> list[Row]:
-    """Whole lines; one that a crash of the machine has spoiled is left out."""
+    """Reads whole lines; one that a crash of the machine has spoiled is left out."""
     lines: list[Any] = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         with suppress(ValueError):
@@ -131,7 +131,7 @@ def _lines(path: Path) -> list[Row]:
 
 
 def _differences(found: Settings, settings: Settings) -> list[str]:
-    """Why the completions of the one are not those of the other."""
+    """Says why the completions of the one are not those of the other."""
     return [
         f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
         for name, value in settings.items()

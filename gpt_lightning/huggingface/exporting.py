@@ -1,4 +1,4 @@
-"""A checkpoint as the folder that transformers, and what is built on it, opens without this package."""
+"""Writes a checkpoint as the folder that transformers, and what is built on it, opens without us."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from gpt_lightning.huggingface.model_card import model_card
 
 
 def export_gpt2(path: Path, folder: Path) -> None:
-    """Write configuration, weights, tokenizer and model card; the folder gets its name when it is whole."""
+    """Writes configuration, weights, tokenizer and model card; the folder gets its name when it is whole."""
     exists = folder.exists()
     if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"FOLDER={folder} exists already; name another, or remove it")

@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary and ours, both ways: configuration and weights of transformers' GPT2LMHeadModel.
+"""Translates GPT-2's vocabulary and ours, both ways: configuration and weights of GPT2LMHeadModel.
 
 Three things differ beside the names: Hugging Face stores linear weights as [in, out] (its Conv1D), ours are
 [out, in]; its fused projection holds all of q, then k, then v, ours goes head by head; its attention modules
@@ -38,7 +38,7 @@ MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
 def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
-    """Our configuration of the same network; raises UserError where ours cannot be the same."""
+    """Returns our configuration of the same network; raises UserError where ours cannot be the same."""
     if hf_config.activation_function not in ACTIVATION_FROM_GPT2:
         raise UserError(
             f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not known "
@@ -71,7 +71,7 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
 
 
 def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
-    """Keyword arguments for transformers' GPT2Config; its special tokens are the caller's to add."""
+    """Returns keyword arguments for transformers' GPT2Config; its special tokens are the caller's to add."""
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.max_position_embeddings,
@@ -89,7 +89,7 @@ def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """GPTModel's weights from GPT2LMHeadModel's, or from GPT2Model's, which OpenAI's are published as."""
+    """Makes GPTModel's weights of GPT2LMHeadModel's, or of GPT2Model's, which OpenAI's are published as."""
     theirs = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
     if config.tie_embeddings and "wte.weight" in theirs:
@@ -107,7 +107,7 @@ def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> di
 
 
 def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """GPT2LMHeadModel's weights from GPTModel's; GPT-2 has all biases, so missing ones become zeros."""
+    """Makes GPT2LMHeadModel's weights of GPTModel's; GPT-2 has all biases, so missing ones become zeros."""
     converted = {}
     for our_name, name in _gpt2_names(config).items():
         prefix = "" if name == "lm_head.weight" else "transformer."
@@ -121,7 +121,7 @@ def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict
 
 
 def _gpt2_names(config: GPTConfig) -> dict[str, str]:
-    """GPTModel's parameter names -> GPT-2's, without its "transformer." before all but the head."""
+    """Maps GPTModel's parameter names to GPT-2's, without its "transformer." before all but the head."""
     layers = {"ln_f": "ln_f"}
     for index in range(config.n_layers):
         layers |= {f"blocks.{index}.{ours}": f"h.{index}.{theirs}" for ours, theirs in BLOCK_LAYERS.items()}

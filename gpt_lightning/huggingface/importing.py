@@ -1,4 +1,4 @@
-"""A GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
+"""Reads a GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
 
 Everything is read as data: a .bin file with `weights_only`, and no code that a folder carries.
 """
@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
+    first_line,
     hub_is_reachable,
     is_hub_name,
     is_trained_here,
@@ -53,7 +54,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 withou
 
 
 def import_gpt2(name: str, option: str) -> dict[str, Any]:
-    """The checkpoint of a run of no steps: architecture, weights, tokenizer; complaints name `option`."""
+    """Returns the checkpoint of a run of no steps: architecture, weights, tokenizer; errors name `option`."""
     complaint = f"{option}={name}"
     folder = _find(name, option)
     config = _read_config(folder, complaint)
@@ -92,7 +93,7 @@ def _find(name: str, option: str) -> Path:
 
 
 def _download(name: str, option: str) -> Path:
-    """The files of one form of the weights, in the hub's cache."""
+    """Fetches the files of one form of the weights into the hub's cache."""
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
@@ -105,7 +106,7 @@ def _download(name: str, option: str) -> Path:
                 break
         return folder
     except Exception as error:  # network, hub and cache each raise their own kinds
-        reason = _first_line(error) if reachable else "it cannot be reached"
+        reason = first_line(error)[:160] if reachable else "it cannot be reached"
         raise UserError(
             f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
             "or give a folder"
@@ -164,7 +165,7 @@ def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextToke
 
 
 def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
-    """What the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
+    """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
     for name in (CONFIG, GENERATION_CONFIG):
         stored = _read_json(folder / name, complaint) if (folder / name).is_file() else {}
         index = stored.get("eos_token_id")
@@ -174,7 +175,7 @@ def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
 
 
 def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
-    """Mapped from the files where their form allows it."""
+    """Maps the weights from their files where the form allows it."""
     from huggingface_hub import load_state_dict_from_file
 
     weights: dict[str, Tensor] = {}
@@ -192,14 +193,14 @@ def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
                 raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
             raise UserError(
-                f"{complaint}: {file} cannot be read as weights ({_first_line(error)}); fetch it again"
+                f"{complaint}: {file} cannot be read as weights ({first_line(error)[:160]}); fetch it again"
             ) from None
         weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
 
 
 def _weight_files(folder: Path, complaint: str) -> list[str]:
-    """The names of the files that the weights are in, all of one form."""
+    """Names the files that the weights are in, all of one form."""
     form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
     if form is None:
         raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
@@ -213,7 +214,7 @@ def _weight_files(folder: Path, complaint: str) -> list[str]:
 
 
 def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> dict[str, Tensor]:
-    """GPTModel's weights in float32, after a look at names, shapes, types and numbers."""
+    """Makes GPTModel's weights, in float32, after a look at names, shapes, types and numbers."""
     try:
         _check_shapes(theirs, config)
         ours = from_gpt2_state_dict(theirs, config)
@@ -239,7 +240,7 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
         with torch.device("meta"):
             expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
-        raise UserError(f"{CONFIG} gives sizes of no weights ({_first_line(error)}); mend it") from None
+        raise UserError(f"{CONFIG} gives sizes of no weights ({first_line(error)[:160]}); mend it") from None
     for name, tensor in expected.items():
         found = theirs.get(name, theirs.get(name.removeprefix("transformer.")))
         if found is not None and found.shape != tensor.shape:
@@ -253,11 +254,7 @@ def _read_json(path: Path, complaint: str) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{complaint}: {path.name} is no JSON ({_first_line(error)}); mend it") from None
+        raise UserError(f"{complaint}: {path.name} is no JSON ({first_line(error)[:160]}); mend it") from None
     if not isinstance(stored, dict):
         raise UserError(f"{complaint}: {path.name} holds no options; mend it")
     return stored
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: data, recipe and perplexity, as far as the checkpoint knows them."""
+"""Writes the README.md of an exported model: data, recipe and perplexity, as far as they are known."""
 
 import math
 from collections.abc import Mapping

@@ -60,13 +60,13 @@ def stall_seconds(
     trainer: pl.Trainer, callback: RunCheckpoint, plugin: CheckpointIO, background: bool
 ) -> float:
     trainer.strategy.checkpoint_io = plugin
+    callback._writer = plugin if isinstance(plugin, DurableCheckpointIO) else None
     callback._background, callback._saved_step = background, 0
     start = time.perf_counter()
     callback._save(trainer, judge=False)
     stall = time.perf_counter() - start
     if isinstance(plugin, DurableCheckpointIO):
-        plugin.wait()
-        plugin.raise_failure()
+        plugin.finish()
     return stall
 
 

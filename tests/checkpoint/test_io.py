@@ -135,8 +135,8 @@ def test_memory_holds_one_snapshot_however_fast_saves_come(
         while time.monotonic() < deadline:
             measure()
 
-    copy = checkpoint_module._copy
-    monkeypatch.setattr(checkpoint_module, "_copy", lambda *pair: (copy(*pair), measure()))
+    copy = checkpoint_module._copy_memory
+    monkeypatch.setattr(checkpoint_module, "_copy_memory", lambda *pair: (copy(*pair), measure()))
     monkeypatch.setattr(checkpoint_module, "write", slow)
     monkeypatch.setattr(checkpoint_module, "check_finite", lambda checkpoint: None)
     # By NumPy: threads of PyTorch's would not survive the fork of later tests.
