@@ -30,6 +30,12 @@ def all_reduce(x: Tensor, mesh: ParallelMesh, op: dist.ReduceOp.RedOpType = dist
     return x
 
 
+def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
+    """Begins to add in place; the function that it returns waits for the result."""
+    work = dist.all_reduce(x, group=mesh.tp_group, async_op=True)
+    return lambda: _after(work, x)
+
+
 def all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
     """Joins the peers' parts of the sequence, [B, t, D] each, to [B, T, D]."""
     return start_all_gather_sequence(x, mesh)()
@@ -40,12 +46,8 @@ def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Ten
     B, t, D = _sequence_shape(x)
     parts = x.new_empty(mesh.tp_size * B, t, D)
     work = _all_gather(parts, x.contiguous(), group=mesh.tp_group, async_op=True)
-
-    def finish() -> Tensor:
-        work.wait()
-        return parts.view(mesh.tp_size, B, t, D).transpose(0, 1).reshape(B, mesh.tp_size * t, D)
-
-    return finish
+    of_peers = parts.view(mesh.tp_size, B, t, D).transpose(0, 1)
+    return lambda: _after(work, of_peers).reshape(B, mesh.tp_size * t, D)
 
 
 def reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
@@ -60,12 +62,12 @@ def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[],
     parts = x.reshape(B, mesh.tp_size, t, D).transpose(0, 1).contiguous()  # [tp, B, t, D]
     own = x.new_empty(B, t, D)
     work = _reduce_scatter(own, parts.view(mesh.tp_size * B, t, D), group=mesh.tp_group, async_op=True)
+    return lambda: _after(work, own)
 
-    def finish() -> Tensor:
-        work.wait()
-        return own
 
-    return finish
+def _after(work: dist.Work, result: Tensor) -> Tensor:
+    work.wait()
+    return result
 
 
 def _sequence_shape(x: Tensor) -> torch.Size:
@@ -75,17 +77,6 @@ def _sequence_shape(x: Tensor) -> torch.Size:
             f"{list(x.shape)}; leave it out for this module"
         )
     return x.shape
-
-
-def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begins to add in place; the function that it returns waits for the result."""
-    work = dist.all_reduce(x, group=mesh.tp_group, async_op=True)
-
-    def finish() -> Tensor:
-        work.wait()
-        return x
-
-    return finish
 
 
 def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:

@@ -13,7 +13,7 @@ from gpt_lightning.parallel.mesh import ParallelMesh
 
 
 def draw_own_numbers(module: nn.Module, mesh: ParallelMesh, when: Callable[[], bool] = lambda: True) -> None:
-    """Have `module`, in training, draw random numbers of this peer's own, apart from the common ones.
+    """Makes `module`, in training, draw random numbers of this peer's own, apart from the common ones.
 
     Their seed is drawn from the common stream. So whoever restores that stream (activation checkpointing, a
     resumed run) restores these numbers too.

@@ -18,16 +18,16 @@ from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_
 
 
 class FullLayout:
-    """Saves and loads the file that one process would have written, whatever the number of ranks.
+    """Saves and loads the file that one process would write; all ranks call every method.
 
-    All ranks call every method; what is gathered is complete on the first one, and empty on the others.
+    State that is gathered is complete on the first rank and empty on the others.
     """
 
     def __init__(self, module: nn.Module, mesh: ParallelMesh, checkpoint_io: CheckpointIO) -> None:
         self.module, self.mesh, self.checkpoint_io = module, mesh, checkpoint_io
 
     def model_state(self) -> dict[str, Any]:
-        """The state dict of the whole model."""
+        """Returns the state dict of the whole model."""
         if self.mesh.dp_rank != 0:  # replicas have nothing to add
             return {}
         shards = sharded_parameters(self.module)
@@ -43,7 +43,7 @@ class FullLayout:
         return full if self.mesh.tp_rank == 0 else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state dict that the optimizer of the whole model would have."""
+        """Returns the state dict that the optimizer of the whole model would have."""
         if self.mesh.dp_rank != 0:
             return {}
         shards = sharded_parameters(self.module)
@@ -53,7 +53,7 @@ class FullLayout:
         return full if self.mesh.tp_rank == 0 else {}
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
-        """Write the file, in the first rank; a sharded checkpoint of that name makes way."""
+        """Writes the file, in the first rank; a sharded checkpoint of that name makes way."""
         if not self.mesh.is_first_rank:
             return
         # A plugin that takes options may only begin to write, and makes way itself when it does.
@@ -62,7 +62,7 @@ class FullLayout:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def read(self, path: str | Path) -> dict[str, Any]:
-        """The checkpoint, mapped and not read: a rank that takes its parts never has the whole in memory."""
+        """Returns the checkpoint, mapped and not read: no rank ever has the whole in memory."""
         is_plain = type(self.checkpoint_io).load_checkpoint is TorchCheckpointIO.load_checkpoint
         if is_plain and Path(path).is_file():
             verify(Path(path))
@@ -71,7 +71,7 @@ class FullLayout:
         return self.checkpoint_io.load_checkpoint(path, weights_only=True)
 
     def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
-        """Give the module this rank's part of each tensor."""
+        """Gives the module this rank's part of each tensor."""
         shards, own = sharded_parameters(self.module), self.module.state_dict(keep_vars=True)
         state = dict(checkpoint["state_dict"])
         for name, value in state.items():
@@ -81,7 +81,7 @@ class FullLayout:
         self.module.load_state_dict(state, strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
-        """Give the optimizers this rank's part of their state."""
+        """Gives the optimizers this rank's part of their state."""
         shards = sharded_parameters(self.module)
         for optimizer, whole in zip(optimizers, checkpoint["optimizer_states"]):
             parameters, state = parameters_by_index(optimizer), {}
@@ -95,7 +95,7 @@ class FullLayout:
 
 
 def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | None:
-    """The full tensor, in host memory of the first tensor-parallel peer; None on the others.
+    """Returns the full tensor, in host memory, on the first tensor-parallel peer; None on the others.
 
     Parts arrive one after the other, so that a device never holds more than its own part and one more.
     """
@@ -115,6 +115,6 @@ def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | 
 
 
 def _cut(value: Any, parameter: nn.Parameter, shard: Shard) -> Any:
-    """This rank's part of a whole tensor; another shape stays, for `load_state_dict` to complain about."""
+    """Cuts this rank's part of a whole tensor; another shape stays, for `load_state_dict` to refuse."""
     is_whole = isinstance(value, Tensor) and list(value.shape) == shard.full_shape(parameter)
     return shard.cut(value) if is_whole else value

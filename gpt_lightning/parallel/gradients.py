@@ -20,7 +20,7 @@ WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
 
 
 def norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all together, in float32 at least: half precision would round it, or not hold it."""
+    """Returns their 2-norm, in float32 at least: half precision would round it, or not hold it."""
     return get_total_norm(
         vector_norm(gradient, dtype=torch.float32) if gradient.element_size() < 4 else gradient
         for gradient in gradients
@@ -30,7 +30,7 @@ def norm(gradients: Iterable[Tensor]) -> Tensor:
 def gradient_norm(
     parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> Tensor:
-    """The 2-norm of the whole model's gradient: every part counts, a replicated tensor once."""
+    """Returns the 2-norm of the whole model's gradient, in which a replicated tensor counts once."""
     gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
@@ -41,7 +41,7 @@ def gradient_norm(
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> None:
-    """Sum the parameters' gradients over the tensor-parallel peers, in place and in one message."""
+    """Sums the parameters' gradients over the tensor-parallel peers, in place and in one message."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
@@ -52,7 +52,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Non
 
 
 def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) -> None:
-    """Refuse optimizers whose step for one element depends on others, of which a peer has only some."""
+    """Refuses optimizers whose step for one element depends on others: a peer has only some of them."""
     names = [kind.__name__ for kind in type(optimizer).__mro__]
     cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
     if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
@@ -64,7 +64,7 @@ def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) 
 
 
 def adapt_precision(plugin: Precision, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh) -> None:
-    """Have the plugin clip by the norm of the whole model and skip steps on all peers together."""
+    """Makes the plugin clip by the norm of the whole model, and skip a step on all peers together."""
 
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
         parameters = list(plugin.main_params(optimizer))

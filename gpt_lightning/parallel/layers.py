@@ -35,7 +35,7 @@ from gpt_lightning.parallel.shard import Shard
 
 
 class SequenceParallel:
-    """The switch, one for all layers of a model, that tells whether activations are cut along the sequence.
+    """Tells all layers of a model whether activations are cut along the sequence at the moment.
 
     A layer's training mode could not tell: a frozen block in evaluation mode would take a part of the
     sequence for the whole, without an error.
@@ -65,7 +65,7 @@ class ColumnParallelLinear(nn.Module):
 def _column_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
 ) -> Tensor:
-    """Computes x @ weight.T + bias for this peer's rows of `weight`, and communicates during its arithmetic.
+    """Computes x @ weight.T + bias for this peer's rows of `weight`; messages travel during the arithmetic.
 
     The gradient of x is summed over the peers. With `sequence_parallel`, x is this peer's part of the
     sequence: all parts are gathered for the product, not kept, and gathered again in the backward pass.

@@ -54,7 +54,7 @@ class ParallelMesh:
         return self.dp_rank == self.tp_rank == 0
 
     def tp_peer(self, tp_rank: int) -> int:
-        """The global rank of a tensor-parallel peer of this rank."""
+        """Returns the global rank of a tensor-parallel peer of this rank."""
         return dist.get_global_rank(self.tp_group, tp_rank)
 
     def from_first_peer(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class ParallelMesh:
 
 
 def _own_group(ranks: torch.Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
-    """Makes a group of this rank and others; the ranks outside of it take no part in that."""
+    """Makes a group of this rank and others; ranks outside of it take no part in the making."""
     group = dist.new_group(ranks.tolist(), timeout, use_local_synchronization=True)
     assert group is not None
     return group

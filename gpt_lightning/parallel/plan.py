@@ -62,7 +62,7 @@ Plan = Mapping[str, Kind | tuple[Kind, int | None, str | None]]  # the latter mo
 
 
 def plan_of(module: nn.Module) -> Plan:
-    """Returns what the module's `tensor_parallel_plan()` does."""
+    """Returns the plan that the module's `tensor_parallel_plan()` makes."""
     make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
     if make is None:
         raise UserError(
@@ -74,12 +74,12 @@ def plan_of(module: nn.Module) -> Plan:
 
 
 def styles_of(module: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:
-    """The styles in the module's own plan, by submodule; none where every rank has all of it."""
+    """Returns the styles of the module's own plan by submodule; none if no peers share the module."""
     return resolve(module, plan_of(module), tp_size) if tp_size > 1 else {}
 
 
 def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelStyle]:
-    """Finds the submodules that the plan's patterns name, like those of files, and checks their styles."""
+    """Finds the submodules that the plan's patterns name, and checks the style of each."""
     styles: dict[str, ParallelStyle] = {}
     for pattern, planned in plan.items():
         style = ParallelStyle(planned) if isinstance(planned, str) else ParallelStyle(*planned)
@@ -166,7 +166,7 @@ def _check_vocabulary(name: str, module: nn.Module, style: ParallelStyle, tp_siz
 
 
 def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
-    """Raise UserError for a module that no plan can make parallel, by its steps or by its layers."""
+    """Raises UserError for a module whose steps or layers no plan can make parallel."""
     if sequence_parallel and not module.automatic_optimization:
         raise UserError(
             "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
@@ -194,7 +194,7 @@ def parallelize(
     *,
     draw: bool = True,
 ) -> None:
-    """Replace the submodules named by parallel ones, which keep this rank's part of each parameter.
+    """Replaces the submodules named by parallel ones, which keep this rank's part of each parameter.
 
     Parameters keep their identity, so tied ones stay tied. Those on the meta device are drawn whole, layer by
     layer in the order of `modules()`: they get the values that one process draws, and are never all in
@@ -236,7 +236,7 @@ def _parallel_version(
 
 
 def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw: bool) -> None:
-    """Give a layer that was built on the meta device its memory and its initial weights."""
+    """Gives a layer that was built on the meta device its memory and its initial weights."""
     originals = {key: p for key, p in layer._parameters.items() if p is not None and p.is_meta}
     if any(original not in built for original in originals.values()):
         layer.to_empty(device="cpu", recurse=False)
@@ -249,7 +249,7 @@ def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw
 
 
 def partial_gradients(module: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[nn.Parameter]:
-    """The replicated parameters whose gradients, under sequence parallelism, are those of a peer's tokens."""
+    """Yields the replicated parameters whose gradients, under sequence parallelism, are summands."""
     for name, style in styles.items():
         layer = module.get_submodule(name)
         if style.kind == "sequence":

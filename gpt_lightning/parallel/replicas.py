@@ -11,7 +11,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
-    """Raise RuntimeError, on all ranks, if parameters differ that should be the same."""
+    """Raises RuntimeError, on all ranks, if parameters differ that should be the same."""
     name = differing_parameter(module, mesh)
     if name is not None:
         raise RuntimeError(

@@ -12,7 +12,7 @@ from gpt_lightning.exit_codes import UserError
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor cut along `dim` into `tp_size` parts by the rule of `torch.chunk` and DTensor.
+    """Describes a tensor that is cut along `dim` into `tp_size` parts, as `torch.chunk` and DTensor do.
 
     The first parts are equal and the last is what remains: a size that tp_size does not divide needs no
     padding.
@@ -24,7 +24,7 @@ class Shard:
     tp_size: int
 
     def bounds(self, tp_rank: int) -> tuple[int, int]:
-        """The start and stop of a peer's part along `dim`."""
+        """Returns the start and stop of a peer's part along `dim`."""
         part = -(-self.full_size // self.tp_size)
         return min(tp_rank * part, self.full_size), min((tp_rank + 1) * part, self.full_size)
 
@@ -37,7 +37,7 @@ class Shard:
         return self.bounds(self.tp_rank)[0]
 
     def cut(self, full: Tensor) -> Tensor:
-        """This rank's part, a view."""
+        """Returns this rank's part, a view."""
         start, stop = self.bounds(self.tp_rank)
         return full.narrow(self.dim, start, stop - start)
 
@@ -46,13 +46,13 @@ class Shard:
 
 
 class ParallelLayer(Protocol):
-    """A layer that holds a part of some parameters, and all of those that `shards` does not name."""
+    """Holds a part of the parameters that `shards` names, and all of the others."""
 
     shards: dict[str, Shard]
 
 
 def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
-    """The parameters of which this rank holds a part; the layers say so, also after a copy or a move."""
+    """Finds the parameters that are parts; their layers say so, also after a copy or a move."""
     return dict(_sharded_parameters(module))
 
 
@@ -64,14 +64,14 @@ def _sharded_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard
 
 
 def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters in the order by which a state dict numbers them."""
+    """Lists the parameters in the order by which a state dict numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def map_optimizer_parts(
     optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], change: Callable[[Tensor, Shard], Any]
 ) -> dict[str, Any]:
-    """The optimizer's state dict with `change` applied to every tensor that is cut like its parameter."""
+    """Applies `change` to every tensor of an optimizer's state dict that is cut like its parameter."""
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
         return change(value, shards[parameter]) if _is_cut(value, parameter, shards) else value

@@ -49,13 +49,13 @@ from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_
 
 
 class ShardedLayout:
-    """Saves and loads such a folder. All ranks call every method."""
+    """Saves and loads such a folder; all ranks call every method."""
 
     def __init__(self, module: nn.Module, mesh: ParallelMesh) -> None:
         self.module, self.mesh = module, mesh
 
     def model_state(self) -> dict[str, Any]:
-        """The state dict with each part as a DTensor, which knows where it belongs; without communication."""
+        """Returns the state dict with each part as a DTensor, which knows its place in the whole."""
         shards = sharded_parameters(self.module)
         return {
             name: self._as_dtensor(value, shards[value]) if value in shards else value.detach()
@@ -63,11 +63,11 @@ class ShardedLayout:
         }
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state dict with each part as a DTensor."""
+        """Returns the optimizer's state dict with each part as a DTensor."""
         return map_optimizer_parts(optimizer, sharded_parameters(self.module), self._as_dtensor)
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
-        """Write the folder, which gets its name when it is whole; options are for files."""
+        """Writes the folder, which gets its name when it is whole; the options are for files."""
         folder = Path(gathered(str(path))[0])
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors = dict(_named_tensors(checkpoint, tied))
@@ -83,13 +83,13 @@ class ShardedLayout:
         with _failing_together(folder):
             if self.mesh.is_first_rank:
                 _check_all_arrived(temporary)
-                rest = {**_without_tensors(checkpoint), TIED_KEY: tied}
-                rest[DIGESTS_KEY] = {name: digest for own in digests for name, digest in own.items()}
+                of_files = {name: digest for own in digests for name, digest in own.items()}
+                rest = {**_without_tensors(checkpoint), TIED_KEY: tied, DIGESTS_KEY: of_files}
                 write(rest, temporary / REST)
                 put_folder(temporary, folder)
 
     def read(self, path: str | Path) -> dict[str, Any]:
-        """All of the checkpoint but its tensors; the ranks share the work of verifying the files."""
+        """Returns all of the checkpoint but its tensors; the ranks share the work of verifying the files."""
         folder, complaint = Path(path), None
         try:
             rest = read_rest(folder)
@@ -102,7 +102,7 @@ class ShardedLayout:
         return rest
 
     def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
-        """Read this rank's part of every tensor into the module."""
+        """Reads this rank's part of every tensor into the module."""
         folder, tied = Path(checkpoint[FOLDER_KEY]), checkpoint[TIED_KEY]
         own, shards = self.module.state_dict(keep_vars=True), sharded_parameters(self.module)
         saved = {key.partition("/")[2] for key, _ in tensors_in(folder, f"{WEIGHTS}/")}
@@ -126,7 +126,7 @@ class ShardedLayout:
                 own[name].detach().copy_(read)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
-        """Read this rank's part of the optimizers' state."""
+        """Reads this rank's part of the optimizers' state."""
         folder = Path(checkpoint[FOLDER_KEY])
         for number, (optimizer, rest) in enumerate(zip(optimizers, checkpoint[OPTIMIZERS])):
             parts = self._empty_parts(folder, number, optimizer)
@@ -136,7 +136,7 @@ class ShardedLayout:
             optimizer.load_state_dict(with_tensors(rest, own))
 
     def _empty_parts(self, folder: Path, number: int, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Memory for this rank's part of each of an optimizer's tensors."""
+        """Returns memory for this rank's part of each of an optimizer's tensors."""
         shards, parameters = sharded_parameters(self.module), parameters_by_index(optimizer)
         parts: dict[str, Tensor] = {}
         for key, meta in tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
@@ -157,7 +157,7 @@ class ShardedLayout:
 
 
 def _local(value: Tensor) -> Tensor:
-    """This rank's part, of which nothing is communicated."""
+    """Returns this rank's part, without communication."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
@@ -166,7 +166,7 @@ def _local(value: Tensor) -> Tensor:
 
 @contextmanager
 def _failing_together(folder: Path) -> Generator[None, None, None]:
-    """Have what fails on one rank fail on all, in one line, and leave nothing behind."""
+    """Makes what fails on one rank fail on all, in one line, with nothing left behind."""
     complaint = None
     try:
         yield
@@ -183,12 +183,12 @@ def _failing_together(folder: Path) -> Generator[None, None, None]:
 
 
 def _first_of(complaint: str | None) -> str | None:
-    """The complaint of the first rank that has one."""
+    """Returns the complaint of the first rank that has one."""
     return next((text for text in gathered(complaint) if text is not None), None)
 
 
 def _digests_of_own(folder: Path) -> dict[str, str]:
-    """The digests of the files that this rank has written."""
+    """Returns the digests of the files that this rank has written."""
     own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / CONTENTS] if dist.get_rank() == 0 else [])]
     return {path.name: digest_of(path) for path in own}
 
@@ -205,7 +205,7 @@ def _check_all_arrived(folder: Path) -> None:
 
 
 def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """The earlier name of each tensor that has two."""
+    """Maps the second name of each tensor that has two to its first."""
     first: dict[int, str] = {}
     tied = {}
     for name, value in state_dict.items():
@@ -216,7 +216,7 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _named_tensors(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """The tensors of the model and of its optimizers, each under a name of its own."""
+    """Yields the tensors of the model and of its optimizers, each under a name of its own."""
     for name, value in checkpoint[WEIGHTS].items():
         if name not in tied:
             yield f"{WEIGHTS}/{name}", value
@@ -228,15 +228,15 @@ def _named_tensors(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> Iterat
 
 
 def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """All else that the checkpoint holds."""
+    """Returns all else that the checkpoint holds."""
     rest = {**checkpoint, WEIGHTS: {}}
     if OPTIMIZERS in rest:
-        rest[OPTIMIZERS] = [
-            {**optimizer, "state": {index: _scalars(entry) for index, entry in optimizer["state"].items()}}
-            for optimizer in rest[OPTIMIZERS]
-        ]
+        rest[OPTIMIZERS] = [{**saved, "state": _scalars(saved["state"])} for saved in rest[OPTIMIZERS]]
     return rest
 
 
-def _scalars(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+def _scalars(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {
+        index: {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+        for index, entry in state.items()
+    }

@@ -91,13 +91,13 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @property
     def mesh(self) -> ParallelMesh:
-        """The process groups of this rank."""
+        """Holds the process groups of this rank."""
         assert self._mesh is not None, "the process groups do not exist before setup_environment"
         return self._mesh
 
     @override
     def set_world_ranks(self) -> None:
-        """Refuse settings that cannot work: Lightning calls this before it starts a process."""
+        """Refuses settings that cannot work: Lightning calls this before it starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
         every = self.replica_check_every_n_steps
         if every < 0:
@@ -140,7 +140,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         super().connect(model)
 
     def check(self, module: LightningModule) -> None:
-        """Raise UserError for a module or a plan that cannot work, before any process waits for another."""
+        """Raises UserError for a module or a plan that cannot work, before any process waits for another."""
         check_module(module, sequence_parallel=self.sequence_parallel)
         if module is not self._parallelized and not is_overridden("configure_model", module):
             self._styles = styles_of(module, self.tensor_parallel_size)
@@ -179,7 +179,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def _parallelize(self, *, draw: bool = True) -> None:
-        """Cut the model, once: when its weights are restored, or else in `setup`."""
+        """Cuts the model, once: when its weights are restored, or else in `setup`."""
         module = self._module
         if module is self._parallelized:
             return
@@ -194,7 +194,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Wrap the model so that its gradients are averaged over the ranks that hold the same parts."""
+        """Wraps the model so that gradients are averaged over the ranks that hold the same parts."""
         self._ddp_kwargs["process_group"] = self.mesh.dp_group
         super().configure_ddp()
 
@@ -231,7 +231,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        """Sums what sequence parallelism has left to sum, steps, and now and then compares the replicas."""
+        """Adds up what sequence parallelism left in parts, steps, and now and then compares the replicas."""
         output = super().optimizer_step(optimizer, partial(self._summed, closure), model, **kwargs)
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
@@ -253,7 +253,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
             check_replicas(self._module, self.mesh, when)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The 2-norm of the whole model's gradient, the same on all ranks."""
+        """Returns the 2-norm of the whole model's gradient, the same on all ranks."""
         return gradient_norm(parameters, self._shards(), self.mesh)
 
     def _shards(self) -> dict[nn.Parameter, Any]:

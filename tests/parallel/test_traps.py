@@ -49,8 +49,8 @@ class SamplesByGlobalRank(TensorParallelDDPStrategy):
 
 
 class AveragesOverTheWorld(TensorParallelDDPStrategy):
-    def _setup_model(self, model: Any) -> Any:
-        return DDPStrategy._setup_model(self, model)
+    def configure_ddp(self) -> None:
+        DDPStrategy.configure_ddp(self)
 
 
 class ReducesOverTheWorld(TensorParallelDDPStrategy):
