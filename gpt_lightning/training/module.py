@@ -21,12 +21,12 @@ from gpt_lightning.checkpoint.contents import (
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.data.windows import IGNORED_TARGET
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
 from gpt_lightning.kernels.freed_memory import keep_freed_memory
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -167,11 +167,11 @@ class GPTLightningModule(LightningModule):
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORE_INDEX).sum())
+        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORED_TARGET).sum())
 
     @override
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORE_INDEX).sum())
+        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORED_TARGET).sum())
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -315,4 +315,4 @@ def _own_tokens(batch: TokenBatch, parts: int) -> int:
             "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "
             "the optimizer step, or use TextDataModule"
         )
-    return int((batch.targets != IGNORE_INDEX).sum())
+    return int((batch.targets != IGNORED_TARGET).sum())
