@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -40,6 +41,7 @@ class Throughput(TrainerCallback):
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
+        self._device = torch.device("cpu")
         self._part_before_save = "other"
         self._logged_step = self._logged_tokens = 0
         self._peak_flops: float | None = None  # of all devices

@@ -147,6 +147,15 @@ def test_a_trainer_that_tells_of_less_is_told_so_and_its_waiting_and_saving_coun
     assert found["tokens_per_second"] == pytest.approx(36 / (9 + 500 - 1))
 
 
+def test_a_checkpoint_may_be_saved_where_nothing_was_trained(tmp_path: Path) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = GPTTrainer(accelerator="cpu", limit_val_batches=1, callbacks=[Throughput()], **quiet)
+    clock = Clock()
+    trainer.validate(Timed(clock), DataLoader(Batches(clock, 12), batch_size=None), verbose=False)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    assert (tmp_path / "some.ckpt").exists()
+
+
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path) -> None:
     fit(tmp_path, max_steps=4)
     record = fit(tmp_path, resume_from=tmp_path / "step=4.ckpt", max_steps=6)
