@@ -181,7 +181,7 @@ class GPTLightningCLI(LightningCLI):
     # From options to objects
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
-        """A checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
+        """Takes a checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
 
         Its model may know more ids than its tokenizer gives.
         """

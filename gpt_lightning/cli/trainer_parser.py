@@ -28,7 +28,7 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """One or two lines an option; Lightning's own page has several hundred."""
+        """Gives one or two lines to an option; Lightning's own page has several hundred."""
         imports = option_line(f"{ALLOW_IMPORT} PACKAGE", ALLOW_IMPORT_HELP) + "\n"
         if self.show_all:
             return super(PlainParser, self).format_help(formatter) + "\n" + imports
