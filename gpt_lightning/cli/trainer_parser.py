@@ -36,10 +36,10 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
     @override
     def _is_shown(self, action: argparse.Action) -> bool:
-        group, _, name = action.dest.rpartition(".")
-        if group.startswith("trainer") and action.dest.removeprefix("trainer.") not in COMMON_TRAINER_OPTIONS:
+        group, _, name = action.dest.partition(".")
+        if group == "trainer" and name and name not in COMMON_TRAINER_OPTIONS:
             return False
-        return super()._is_shown(action) and name not in ("weights_only", "return_predictions")
+        return super()._is_shown(action) and group not in ("weights_only", "return_predictions")
 
 
 @contextmanager
