@@ -61,6 +61,10 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer
 
 DEFAULT_MAX_STEPS = 2000
+OPTIONS = {
+    "run_name": "Folder under checkpoints/; by default the config's name.",
+    "init_from": "Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name.",
+}
 
 
 class GPTLightningCLI(LightningCLI):
@@ -102,18 +106,8 @@ class GPTLightningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, TrainerParser)
         parser.show_all = self._show_all
-        parser.add_argument(
-            "--run_name",
-            type=str | None,
-            default=None,
-            help="Folder under checkpoints/; by default the config's name.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name.",
-        )
+        for option, help in OPTIONS.items():
+            parser.add_argument(f"--{option}", type=str | None, default=None, help=help)
         # Only fit makes these callbacks, though a configuration is given to other verbs too.
         of_fit = {"checkpoint": RunCheckpoint, "non_finite": FiniteGuard, "samples": TextSamples}
         for group, callback in of_fit.items():
@@ -127,12 +121,8 @@ class GPTLightningCLI(LightningCLI):
             self._verb_options = parser.add_method_arguments(GPTTrainer, self.verb, skip=skipped)
         if self.verb == "predict":
             parser.set_defaults({"return_predictions": False})
-            parser.add_argument(
-                "--output",
-                type=str | None,
-                default=None,
-                help="predictions.jsonl beside the checkpoint by default.",
-            )
+            help = "predictions.jsonl beside the checkpoint by default."
+            parser.add_argument("--output", type=str | None, default=None, help=help)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -181,7 +171,7 @@ class GPTLightningCLI(LightningCLI):
     # From options to objects
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
-        """A checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
+        """Takes a checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
 
         Its model may know more ids than its tokenizer gives.
         """

@@ -1,4 +1,4 @@
-"""What the options alone show to be wrong."""
+"""Refuses what the options alone show to be wrong."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 def check_before_opening(settings: Any) -> None:
-    """Raise what even the seed and the checkpoint must not be tried with."""
+    """Raises what even the seed and the checkpoint must not be tried with."""
     seed = settings.seed_everything
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
@@ -27,7 +27,7 @@ def check_before_opening(settings: Any) -> None:
 
 
 def check_options(verb: str, settings: Any) -> None:
-    """Raise what can be raised before a tokenizer is trained or a file written."""
+    """Raises what can be raised before a tokenizer is trained or a file written."""
     config = GPTConfig(**{**settings.model.config, "vocab_size": 1})
     OptimizerConfig(**settings.model.optimizer)
     ScheduleConfig(**settings.model.schedule)
@@ -44,7 +44,7 @@ def check_options(verb: str, settings: Any) -> None:
 
 
 def _check_only_sampled(generation: Any) -> None:
-    """Raise what has no meaning for the samples that `fit` shows."""
+    """Raises what has no meaning for the samples that `fit` shows."""
     for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
         if generation[name] != default:
             raise UserError(
@@ -53,7 +53,7 @@ def _check_only_sampled(generation: Any) -> None:
 
 
 def _check_trainer(trainer: Any) -> None:
-    """What Lightning would take without a word, or divide by."""
+    """Raises what Lightning would take without a word, or divide by."""
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:
             raise UserError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
@@ -77,7 +77,7 @@ def _check_trainer(trainer: Any) -> None:
 
 
 def _check_devices(trainer: Any) -> None:
-    """Each device of the CPU is a process, and as many as a mistyped number says would be started."""
+    """Raises a mistyped number: each device of the CPU is a process, and so many would be started."""
     if trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or torch.accelerator.is_available()):
         return
     cores = os.cpu_count() or 1
@@ -94,7 +94,7 @@ def _check_devices(trainer: Any) -> None:
 
 
 def warn_of_untrained_positions(seq_len: int, positions: int) -> None:
-    """Text longer than the training windows would be generated from positions that were never trained."""
+    """Says that text beyond the training windows would be generated from positions never trained."""
     if 0 < seq_len < positions:
         say(
             f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "

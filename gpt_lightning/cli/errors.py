@@ -48,7 +48,7 @@ def one_line_errors(rank: Callable[[], int] | None = None) -> Iterator[None]:
 
 
 def _known_in(error: BaseException) -> tuple[str, int] | None:
-    """What to say of an error or of its cause, and the exit code; None stands for a fault of the program."""
+    """Finds what to say of an error or of its cause, and the exit code; None for a fault of the program."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; name a place that can be used", MISTAKE
     known: Any = error

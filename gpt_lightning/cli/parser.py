@@ -41,7 +41,7 @@ class PlainParser(ArgumentParser):
         sys.exit(2)
 
     def _suggestion(self, message: str) -> list[str]:
-        """The known option that is closest to the unknown one, if one is close."""
+        """Suggests the known option that is closest to the unknown one, if one is close."""
         if not UNKNOWN.search(message):
             return []
         known = [action.dest for action in self._actions]
@@ -58,7 +58,7 @@ class PlainParser(ArgumentParser):
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """One or two lines an option."""
+        """Gives one or two lines to an option."""
         lines = [self.format_usage(), f"{self.description}\n"]
         for group in self._action_groups:
             lines.extend(_option_lines([action for action in group._group_actions if self._is_shown(action)]))
@@ -88,7 +88,7 @@ def _first_sentence(help: str) -> str:
 
 
 def _same_last_name(name: str, known: list[str]) -> list[str]:
-    """`model.n_layers` for `model.config.n_layers`: the right word under the wrong group."""
+    """Finds the right word under another group: `model.config.n_layers` for `model.n_layers`."""
     last_names = {key.rsplit(".", 1)[-1]: key for key in known}
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
     return [last_names[match] for match in close]

@@ -1,4 +1,4 @@
-"""What the program does for runs of several processes, before they start and when they are done."""
+"""Cares for runs of several processes, before they start and when they are done."""
 
 import sys
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def this_rank() -> int:
 
 
 def is_tensor_parallel(settings: Any) -> bool:
-    """Whether the options of a verb choose the strategy."""
+    """Tells whether the options of a verb choose the strategy."""
     class_path = getattr(settings.trainer.strategy, "class_path", "")
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
 
@@ -33,13 +33,13 @@ def is_tensor_parallel(settings: Any) -> bool:
 def build_without_memory(
     class_type: type[GPTLightningModule], *args: Any, **kwargs: Any
 ) -> GPTLightningModule:
-    """The module on the meta device, for the strategy to give each rank its part."""
+    """Makes the module on the meta device, for the strategy to give each rank its part."""
     with torch.device("meta"):
         return class_type(*args, **kwargs)
 
 
 def check_topology(strategy: Strategy, module: GPTLightningModule, seq_len: int | None) -> None:
-    """Raise what would stop every rank later; `seq_len` is that of the training windows, if any."""
+    """Raises what would stop every rank later; `seq_len` is that of the training windows, if any."""
     assert isinstance(strategy, TensorParallelDDPStrategy)
     strategy.check(module)
     if strategy.sequence_parallel and seq_len is not None:

@@ -1,4 +1,4 @@
-"""What the program says and logs when a run has come to its end."""
+"""Says and logs what a run has come to, when it ends."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from gpt_lightning.cli.checks import say
 
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
-    """The last samples, and the commands that show the curves and write more."""
+    """Prints the last samples, and the commands that show the curves and write more."""
     for text in texts:
         print(f"\n{text}\n")
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {run_folder.parent}")
@@ -26,7 +26,7 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
 
 
 def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """For TensorBoard's table of runs: what was chosen, and the loss that came of it."""
+    """Fills TensorBoard's table of runs: what was chosen, and the loss that came of it."""
     loss = trainer.callback_metrics.get("val/loss")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and loss is not None:
@@ -35,7 +35,7 @@ def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
 
 
 def _program() -> str:
-    """How this program was called, so that the line works when it is pasted."""
+    """Says how this program was called, so that the line works when it is pasted."""
     if Path(sys.argv[0]).name == "gpt-lightning":
         return sys.argv[0]
     on_path = shutil.which("python") == sys.executable

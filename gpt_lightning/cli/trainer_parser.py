@@ -28,7 +28,7 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """One or two lines an option; Lightning's own page has several hundred."""
+        """Gives one or two lines to an option; Lightning's own page has several hundred."""
         imports = option_line(f"{ALLOW_IMPORT} PACKAGE", ALLOW_IMPORT_HELP) + "\n"
         if self.show_all:
             return super(PlainParser, self).format_help(formatter) + "\n" + imports
@@ -36,10 +36,10 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
     @override
     def _is_shown(self, action: argparse.Action) -> bool:
-        group, _, name = action.dest.rpartition(".")
-        if group.startswith("trainer") and action.dest.removeprefix("trainer.") not in COMMON_TRAINER_OPTIONS:
+        group, _, name = action.dest.partition(".")
+        if group == "trainer" and name and name not in COMMON_TRAINER_OPTIONS:
             return False
-        return super()._is_shown(action) and name not in ("weights_only", "return_predictions")
+        return super()._is_shown(action) and group not in ("weights_only", "return_predictions")
 
 
 @contextmanager
