@@ -8,7 +8,7 @@ from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import stream
 from gpt_lightning.generation.interface import CausalLanguageModel, Step
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream, stop_test
 from gpt_lightning.model.gpt import GPTModel

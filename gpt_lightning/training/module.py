@@ -29,7 +29,7 @@ from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import completions, generate
 from gpt_lightning.generation.interface import Completion
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
 from gpt_lightning.kernels.device import runs_ahead

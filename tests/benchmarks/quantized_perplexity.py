@@ -18,7 +18,7 @@ from gpt_lightning.checkpoint.checkpoint import load_model, read_checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 BATCH = 8

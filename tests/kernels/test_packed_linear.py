@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.generation.packing import Int8Linear, PackedLinear, _Scratch, packed
+from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, Scratch, packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.gpt import GPTModel, Projection
 from tests.generation.models import make_model, make_prompts
@@ -90,14 +90,14 @@ def test_int8_equals_the_product_of_rounded_numbers() -> None:
     layer = make_layer()
     x = torch.randn(3, 5, 36, generator=torch.Generator().manual_seed(2))
     exact, rounded = layer(x), quantized_by_hand(layer, x)
-    actual = Int8Linear(layer, _Scratch())(x)
+    actual = Int8Linear(layer, Scratch())(x)
     assert_close(actual, rounded, atol=2e-3, rtol=0)  # a tie may round the other way
     assert 1e-4 < (exact - actual).abs().max() < 0.02
 
 
 def test_int8_rows_do_not_see_each_other() -> None:
     """To the bit, also next to a row a thousand times as large, and one of zeros."""
-    layer = Int8Linear(make_layer(), _Scratch())
+    layer = Int8Linear(make_layer(), Scratch())
     x = torch.randn(6, 36, generator=torch.Generator().manual_seed(3))
     x[2] *= 1000
     x[4] = 0
@@ -138,7 +138,7 @@ def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
     layer, x = make_layer(), torch.randn(3, 36)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        actual = Int8Linear(layer, _Scratch())(x)
+        actual = Int8Linear(layer, Scratch())(x)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(actual, Int8Linear(layer, _Scratch())(x))
+    assert torch.equal(actual, Int8Linear(layer, Scratch())(x))
