@@ -58,7 +58,7 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], nn.Module]) -> Model:
     shallow = copy.copy(model)
     shallow.training = False
     shallow._modules = {
-        name: make(child) if isinstance(child, nn.Linear) else child and _with_layers(child, make)
+        name: make(child).eval() if isinstance(child, nn.Linear) else child and _with_layers(child, make)
         for name, child in model._modules.items()
     }
     return shallow

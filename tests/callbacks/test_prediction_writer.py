@@ -17,8 +17,8 @@ from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.prediction import CompletionCallback
 from gpt_lightning.training.prediction_rows import prediction_row
 
 PROMPTS = ["The cat", "", "A dog sees the river and the old house", "x", "and", "The", "né 🙂", "with a small"]
