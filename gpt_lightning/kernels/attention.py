@@ -1,23 +1,22 @@
-"""Attention within documents that are packed into one row, without a mask of T x T wherever it can be had.
+"""Causal attention behind one door: whatever is cached or packed into a row, a layer calls `attend(q, k, v)`.
 
-A document is a run of equal ids. Shapes: B batch, T time, H heads, K head_dim.
-
+Documents packed into one row, each a run of equal ids, see only themselves, without a mask where it can be:
 - On CUDA with Triton, without dropout: FlexAttention, which skips the blocks that no document reaches.
-- On a CPU, in long rows: causal attention document by document, which makes no mask at all.
-- Else a mask [B, 1, T, T] for the usual attention. FlexAttention knows no dropout and, on a CPU, no backward
-  pass; and short rows are so little work on a CPU that a call a document costs more than it spares.
-
+- On a CPU, in long rows: causal attention document by document; in short ones the calls would cost more.
+- Else a mask [B, 1, T, T]. FlexAttention knows no dropout and, on a CPU, no backward pass.
 FlexAttention brings PyTorch's compiler along, as slow to import as PyTorch itself, and waits for a mask.
+Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
 
+from gpt_lightning.kernels.cpu_attention import attention_in_blocks, runs_in_blocks
 from gpt_lightning.kernels.device import can_compile_for_cuda
 
 if TYPE_CHECKING:
@@ -28,14 +27,77 @@ MIN_HEAD_DIM = 16  # of FlexAttention's kernels
 LONG_ROW = 512
 
 
+class Cached(Protocol):
+    """Keeps the keys and values of a forward pass, layer by layer, and tells what it sees of earlier ones."""
+
+    positions: Tensor
+    mask: Tensor | None  # None: causal
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Attend:
+    """Knows how a forward pass attends and at which `positions`; made once for it, called by every layer.
+
+    With `document_ids` [B, T] a token sees its own document only, and positions restart with it.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cached: Cached | None = None,
+        *,
+        head_dim: int,
+        dropout_p: float,
+    ) -> None:
+        self.cached = cached
+        self.mask: Tensor | Documents | BlockMask | None = None
+        if cached is not None:
+            self.positions, self.mask = cached.positions, cached.mask
+        elif document_ids is not None:
+            self.positions = document_positions(document_ids)
+            self.mask = document_mask(self.positions, head_dim, dropout_p)
+        else:
+            self.positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        """Attention of [B, T, H, K] each, to [B, T, H, K]."""
+        if self.mask is None and self.cached is None and runs_in_blocks(q):
+            return attention_in_blocks(q, k, v, dropout_p)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, T, K]
+        if self.cached is not None:
+            k, v = self.cached.write(k, v)  # each [B, H, S, K]
+        if isinstance(self.mask, Documents):
+            y = self.mask.attend(q, k, v, dropout_p)
+        elif self.mask is None or isinstance(self.mask, Tensor):
+            is_causal = self.mask is None and q.shape[2] > 1  # a single token sees all that are cached
+            y = F.scaled_dot_product_attention(q, k, v, self.mask, dropout_p, is_causal)
+        else:
+            y = _flex_attention(q, k, v, self.mask)
+        return y.transpose(1, 2)
+
+
 class Documents:
-    """Tokens of each document, a list a row. No tuple: torch.compile would compile anew for other lengths."""
+    """Attends within one document after the other."""
 
-    def __init__(self, lengths: list[list[int]]) -> None:
-        self.lengths = lengths
+    def __init__(self, positions: Tensor) -> None:
+        self.lengths = []  # tokens of each document, row by row
+        for row in positions.cpu():
+            starts = [*(row == 0).nonzero().flatten().tolist(), len(row)]
+            self.lengths.append([end - start for start, end in zip(starts, starts[1:])])
 
-
-Mask: TypeAlias = "Tensor | Documents | BlockMask | None"  # None: causal
+    @_disable_dynamo  # else it would compile for the lengths of each batch anew
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        """Attention of [B, H, T, K] each."""
+        rows = []
+        for *of_row, lengths in zip(q, k, v, self.lengths, strict=True):
+            attended = [
+                F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+                for q, k, v in zip(*(x[None].split(lengths, dim=2) for x in of_row))  # each [1, H, length, K]
+            ]
+            rows.append(torch.cat(attended, dim=2))
+        return torch.cat(rows)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -46,13 +108,13 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
-    """What keeps attention within documents, made once for all layers of a batch."""
+    """What keeps attention within documents."""
     device, T = positions.device.type, positions.shape[1]
     can_compile = device == "cuda" and can_compile_for_cuda()
     way = choose_way(device, T, head_dim, dropout_p, can_compile=can_compile)
     if way == "flex":
         return block_mask(positions)
-    return documents(positions) if way == "documents" else dense_mask(positions)
+    return Documents(positions) if way == "documents" else dense_mask(positions)
 
 
 def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, can_compile: bool) -> str:
@@ -63,32 +125,11 @@ def choose_way(device: str, T: int, head_dim: int, dropout_p: float, *, can_comp
     return "dense"
 
 
-def attend_within_documents(
-    q: Tensor, k: Tensor, v: Tensor, mask: "Documents | BlockMask", dropout_p: float
-) -> Tensor:
-    """Causal attention of [B, H, T, K] by a mask that is no tensor."""
-    if isinstance(mask, Documents):
-        return _one_by_one(q, k, v, mask, dropout_p)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Within a compiled block it is compiled with it; on a CPU, where tests call it, it computes as it is.
-    flex = flex_attention if torch.compiler.is_compiling() or q.device.type == "cpu" else _compiled_flex()
-    return flex(q, k, v, block_mask=mask)
-
-
 def dense_mask(positions: Tensor) -> Tensor:
-    """Whether a token attends to another, [B, 1, T, T]."""
+    """Whether a token sees another, [B, 1, T, T]."""
     index = torch.arange(positions.shape[1], device=positions.device)
     begins = (index - positions)[:, :, None]
     return ((begins <= index) & (index <= index[:, None]))[:, None]
-
-
-def documents(positions: Tensor) -> Documents:
-    rows = []
-    for row in positions.cpu():
-        starts = [*(row == 0).nonzero().flatten().tolist(), len(row)]
-        rows.append([end - start for start, end in zip(starts, starts[1:])])
-    return Documents(rows)
 
 
 def block_mask(positions: Tensor) -> "BlockMask":
@@ -122,22 +163,17 @@ def _ordered(marks: Tensor) -> tuple[Tensor, Tensor]:
     return marks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
-# Lengths change with every batch: compiled, it would be compiled for each anew.
-@_disable_dynamo
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Documents, dropout_p: float) -> Tensor:
-    rows = []
-    for *of_row, lengths in zip(q, k, v, mask.lengths, strict=True):
-        attended = [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-            for q, k, v in zip(*(x[None].split(lengths, dim=2) for x in of_row))  # each [1, H, length, K]
-        ]
-        rows.append(torch.cat(attended, dim=2))
-    return torch.cat(rows)
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: "BlockMask") -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Within a compiled block it is compiled with it; on a CPU, where tests call it, it computes as it is.
+    flex = flex_attention if torch.compiler.is_compiling() or q.device.type == "cpu" else _compiled_flex()
+    return flex(q, k, v, block_mask=mask)
 
 
 @cache
 def _compiled_flex() -> Any:
-    """Not compiled, it would hold all the scores."""
+    """Compiles FlexAttention, which else would hold all the scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

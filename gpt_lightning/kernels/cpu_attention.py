@@ -3,9 +3,7 @@
 PyTorch's fused kernel for CPUs spends most of its time outside the matrix products. Here a block's scores
 stay in the processor's cache, and what lies above the diagonal is hardly computed: the attention of a
 training step takes half the time in bfloat16, a quarter less in float32 (256 to 1024 tokens, 6 and 12 heads
-of 64, x86 with AVX-512). For it, bfloat16 rounds scores and weights, which the fused kernel holds in
-float32.
-
+of 64, x86 with AVX-512). In return bfloat16 rounds scores and weights, which the fused kernel does not.
 Shapes: B batch, T time, H heads, K head_dim, G = rows of the batch taken at a time x H.
 """
 
@@ -27,80 +25,80 @@ _SCORES_KEPT = 2**24
 _LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
 
 
-def runs_in_blocks(qkv: Tensor) -> bool:
-    """In training with fast products; else, and in a compiled graph, PyTorch's own kernels are no slower."""
-    if qkv.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+def runs_in_blocks(q: Tensor) -> bool:
+    """Whether it pays: in training, uncompiled, with fast products; else PyTorch's kernels are no slower."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    B, T, H, _, K = qkv.shape
-    worthwhile = B * H * T * T * K >= _LEAST_WORK.get(qkv.dtype, math.inf)
-    return worthwhile and onednn_multiplies(qkv.dtype)
+    B, T, H, K = q.shape
+    worthwhile = B * H * T * T * K >= _LEAST_WORK.get(q.dtype, math.inf)
+    return worthwhile and onednn_multiplies(q.dtype)
 
 
-def attention_in_blocks(qkv: Tensor, dropout_p: float) -> Tensor:
-    """Each token's attention to itself and those before it: [B, T, H, 3, K] to [B, T, H * K]."""
-    output: Tensor = _AttentionInBlocks.apply(qkv, dropout_p)
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Causal attention of [B, T, H, K] each, to [B, T, H, K]."""
+    output: Tensor = _AttentionInBlocks.apply(q, k, v, dropout_p)
     return output
 
 
 class _AttentionInBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, dropout_p: float) -> Tensor:
-        B, T, H, _, K = qkv.shape
-        output = qkv.new_empty(B, T, H, K)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        B, T, H, K = q.shape
+        output = q.new_empty(B, T, H, K)
         kept: list[Tensor] = []
         ctx.keep_scores = dropout_p > 0 or B * H * T * (T + BLOCK) // 2 <= _SCORES_KEPT
         ctx.dropout_p = dropout_p
-        future = _future(qkv)
-        for rows in _rows(qkv):
-            q, k, v = _heads(qkv[rows])
+        future = _future(q)
+        for rows in _rows(q):
+            queries, keys, values = _heads(q[rows]), _heads(k[rows]), _heads(v[rows])
             for start, end in _blocks(T):
-                weights = _weights(q, k, start, end, future)
+                weights = _weights(queries, keys, start, end, future)
                 if ctx.keep_scores:
                     kept.append(weights)
                 if dropout_p > 0:
                     stays = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
                     kept.append(stays)
                     weights = weights * stays
-                y = _product(weights, v[:, :end], 1 / (1 - dropout_p))  # [G, block, K]
+                y = _product(weights, values[:, :end], 1 / (1 - dropout_p))  # [G, block, K]
                 output[rows, start:end] = y.view(-1, H, end - start, K).transpose(1, 2)
-        ctx.save_for_backward(qkv, *kept)
-        return output.view(B, T, H * K)
+        ctx.save_for_backward(q, k, v, *kept)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        qkv, *saved = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *saved = ctx.saved_tensors
         kept = iter(saved)
-        B, T, H, _, K = qkv.shape
+        B, T, H, K = q.shape
         scale, stay_scale = K**-0.5, 1 / (1 - ctx.dropout_p)
-        grad_output = grad_outputs[0].view(B, T, H, K)
-        qkv_grad = torch.empty_like(qkv)
-        future = _future(qkv)
-        for rows in _rows(qkv):
-            q, k, v = _heads(qkv[rows])
-            y_grad = grad_output[rows].transpose(1, 2).reshape(-1, T, K)
+        all_grads = q.new_empty(3, B, H, T, K)
+        future = _future(q)
+        for rows in _rows(q):
+            queries, keys, values = _heads(q[rows]), _heads(k[rows]), _heads(v[rows])
+            y_grad = _heads(grad_outputs[0][rows])
             # A key's gradient is a sum over the blocks, whose rounding would grow with their number.
-            q_grad, k_grad, v_grad = grads = qkv.new_zeros(3, *q.shape, dtype=_sum_dtype(qkv))
+            sum_dtype = torch.promote_types(q.dtype, torch.float32)
+            q_grad, k_grad, v_grad = grads = q.new_zeros(3, *queries.shape, dtype=sum_dtype)
             for start, end in _blocks(T):
-                weights = next(kept) if ctx.keep_scores else _weights(q, k, start, end, future)
+                weights = next(kept) if ctx.keep_scores else _weights(queries, keys, start, end, future)
                 grad = y_grad[:, start:end]
-                dropped, weights_grad = weights, _product(grad, v[:, :end].mT, stay_scale)
+                dropped, weights_grad = weights, _product(grad, values[:, :end].mT, stay_scale)
                 if ctx.dropout_p > 0:
                     stays = next(kept)
                     dropped = weights * stays
                     weights_grad *= stays
                 v_grad[:, :end] += _product(dropped.mT, grad, stay_scale)
                 scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
-                q_grad[:, start:end] = _product(scores_grad, k[:, :end], scale)
-                k_grad[:, :end] += _product(scores_grad.mT, q[:, start:end], scale)
-            qkv_grad[rows] = grads.view(3, -1, H, T, K).permute(1, 3, 2, 0, 4)
-        return qkv_grad, None
+                q_grad[:, start:end] = _product(scores_grad, keys[:, :end], scale)
+                k_grad[:, :end] += _product(scores_grad.mT, queries[:, start:end], scale)
+            all_grads[:, rows] = grads.view(3, -1, H, T, K)
+        return *all_grads.transpose(2, 3), None
 
 
-def _rows(qkv: Tensor) -> Iterator[slice]:
-    """Of the batch, as many at a time as the cache holds the scores of."""
-    B, T, H, _, _ = qkv.shape
-    at_a_time = max(1, _SCORE_BYTES_AT_A_TIME // (H * T * min(T, BLOCK) * qkv.element_size()))
+def _rows(q: Tensor) -> Iterator[slice]:
+    """Rows of the batch, as many at a time as the cache holds the scores of."""
+    B, T, H, _ = q.shape
+    at_a_time = max(1, _SCORE_BYTES_AT_A_TIME // (H * T * min(T, BLOCK) * q.element_size()))
     return (slice(start, start + at_a_time) for start in range(0, B, at_a_time))
 
 
@@ -108,15 +106,15 @@ def _blocks(T: int) -> Iterator[tuple[int, int]]:
     return ((start, min(T, start + BLOCK)) for start in range(0, T, BLOCK))
 
 
-def _heads(qkv: Tensor) -> Tensor:
-    """Queries, keys and values head by head, [3, G, T, K]."""
-    return qkv.permute(3, 0, 2, 1, 4).reshape(3, -1, qkv.shape[1], qkv.shape[4])
+def _heads(x: Tensor) -> Tensor:
+    """[B, T, H, K] head by head, [G, T, K]."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _future(qkv: Tensor) -> Tensor:
-    """What is added to the scores of a block on the diagonal: -inf where a key follows its query."""
-    size = min(BLOCK, qkv.shape[1])
-    return qkv.new_full((size, size), -torch.inf).triu(1)
+def _future(q: Tensor) -> Tensor:
+    """Hides keys that follow their query: -inf, to be added to the scores of a block on the diagonal."""
+    size = min(BLOCK, q.shape[1])
+    return q.new_full((size, size), -torch.inf).triu(1)
 
 
 def _weights(q: Tensor, k: Tensor, start: int, end: int, future: Tensor) -> Tensor:
@@ -124,10 +122,6 @@ def _weights(q: Tensor, k: Tensor, start: int, end: int, future: Tensor) -> Tens
     scores = _product(q[:, start:end], k[:, :end].mT, q.shape[-1] ** -0.5)
     scores[:, :, start:] += future[: end - start, : end - start]
     return torch.softmax(scores, dim=-1)
-
-
-def _sum_dtype(qkv: Tensor) -> torch.dtype:
-    return torch.promote_types(qkv.dtype, torch.float32)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:

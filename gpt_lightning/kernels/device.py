@@ -1,5 +1,6 @@
 """What a run asks of the device it is on, of whatever kind that is."""
 
+import ctypes
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from functools import cache
 import torch
 
 GIB = 2**30
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -40,3 +42,17 @@ def can_compile_for_cuda() -> bool:
 
     compilers = [os.environ.get("CC"), "gcc", "clang"]
     return any(compiler and shutil.which(compiler) for compiler in compilers) and has_triton()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep, for the next step, what memory a step on a CPU frees; a no-op without glibc.
+
+    glibc gives every large block back, and the system clears its pages when they are asked for again: a sixth
+    of a step's time at 124M parameters. The peak of memory stays within a few percent.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)  # older ones allow no more
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

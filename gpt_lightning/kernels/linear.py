@@ -9,27 +9,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _LEAST_WORK = 2**25  # multiplications, below which the calls from Python cost more than they spare
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, which it is on other devices, in inference and in compiled graphs; once differentiable."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if x.numel() * weight.shape[0] < _LEAST_WORK:
-        return F.linear(x, weight, bias)
-    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    if torch.is_autocast_enabled("cpu") and all(tensor.dtype in _AUTOCAST for tensor in tensors):
-        tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not onednn_multiplies(*dtypes):
-        return F.linear(x, weight, bias)
-    output: Tensor = _Linear.apply(*tensors, *[None] * (3 - len(tensors)))
-    return output
+class FastLinear(nn.Linear):
+    """Computes what nn.Linear does and nothing more; elsewhere than in training on a CPU it is nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.linear(x, weight, bias)
+        if x.numel() * weight.shape[0] < _LEAST_WORK:
+            return F.linear(x, weight, bias)
+        tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
+        if torch.is_autocast_enabled("cpu") and all(tensor.dtype in _AUTOCAST for tensor in tensors):
+            tensors = [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1 or not onednn_multiplies(*dtypes):
+            return F.linear(x, weight, bias)
+        output: Tensor = _Linear.apply(*tensors, *[None] * (3 - len(tensors)))
+        return output
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether another layer that multiplies may take its place, and drop nothing that a child class adds."""
+    return type(layer).forward in (nn.Linear.forward, FastLinear.forward)
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """x as autocast's layers multiply it: on a CPU each would convert it anew, a twentieth of a step."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
 
 
 @cache
@@ -41,6 +56,14 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias without a gradient, by oneDNN where it is the fastest."""
+    if x.device.type != "cpu" or not onednn_multiplies(x.dtype):
+        return F.linear(x, weight, bias)
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return output
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,21 +72,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grad_outputs[0]
         rows = grad.reshape(-1, grad.shape[-1])
-        return (
-            product(grad, weight.t()) if needs_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias without a gradient, by oneDNN where it is the fastest."""
-    if x.device.type != "cpu" or not onednn_multiplies(x.dtype):
-        return F.linear(x, weight, bias)
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return output
+        x_grad = product(grad, weight.t()) if needs_x else None
+        weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        return x_grad, weight_grad, rows.sum(0) if needs_bias else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.kernels.linear import onednn_multiplies
+from gpt_lightning.kernels.linear import is_plain_linear, onednn_multiplies
 
 _TINY = torch.finfo(torch.float32).tiny
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,7 +28,7 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     weights once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    is_whole = bool(layers) and all(map(_is_a_plain_product, layers))
+    is_whole = bool(layers) and all(map(is_plain_linear, layers))
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if quantize is not None:
         if not (is_whole and on_cpu):
@@ -45,12 +45,6 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     if not onednn_multiplies(dtype):
         return model
     return _with_layers(model, lambda layer: PackedLinear(layer, dtype, n_rows))
-
-
-def _is_a_plain_product(layer: nn.Linear) -> bool:
-    """Whether nothing but what nn.Linear computes would be lost with the layer."""
-    forward = type(layer).forward
-    return forward is nn.Linear.forward or getattr(forward, "computes_as_parent", False)
 
 
 def _with_layers(model: Model, make: Callable[[nn.Linear], nn.Module]) -> Model:

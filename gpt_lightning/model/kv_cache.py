@@ -41,9 +41,11 @@ class KVCache:
                 storage[self._first_row + destination, :, :length] = copied
         self.lengths[destination] = length
 
-    def begin(self, n_tokens: int, device: torch.device) -> "CacheStep":
-        """What all layers of a forward pass over the next `n_tokens` of each row share."""
-        return CacheStep(self, n_tokens, device)
+    def extend(self, n_tokens: int, device: torch.device) -> "CacheStep":
+        """Lengthen each row by `n_tokens`, whose keys and values the layers write in turn."""
+        step = CacheStep(self, n_tokens, device)
+        self.lengths += n_tokens
+        return step
 
     def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of the rows in view; heads, width, dtype and device are those of `like`."""
@@ -67,7 +69,7 @@ class CacheStep:
     def __init__(self, cache: KVCache, n_tokens: int, device: torch.device) -> None:
         lengths = cache.lengths
         longest = int(lengths.max())
-        self._cache, self._n_tokens = cache, n_tokens
+        self._cache, self._n_tokens, self._n_layers_written = cache, n_tokens, 0
         self._end = longest + n_tokens
         assert self._end <= cache.max_length, "the engine slides the window before the cache is full"
         self._is_even = bool((lengths == longest).all())
@@ -79,19 +81,17 @@ class CacheStep:
         self.positions = positions.to(device)
         self._row = torch.arange(len(lengths), device=device)[:, None]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, H, T, K] keys and values at each row's length; return all of them, [B, H, S, K].
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the next layer's [B, H, T, K] at each row's length; return all of its, [B, H, S, K].
 
         S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
-        and `mask` hides it. The lengths themselves move on in `finish`, once per forward pass.
+        and `mask` hides it.
         """
-        all_keys, all_values = self._cache.layer(layer, keys)
+        all_keys, all_values = self._cache.layer(self._n_layers_written, keys)
+        self._n_layers_written += 1
         for storage, new in ((all_keys, keys), (all_values, values)):
             if self._is_even:
                 storage[:, :, self._end - self._n_tokens : self._end] = new
             else:
                 storage[self._row, :, self.positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
         return all_keys[:, :, : self._end], all_values[:, :, : self._end]
-
-    def finish(self) -> None:
-        self._cache.lengths += self._n_tokens

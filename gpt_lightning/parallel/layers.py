@@ -7,6 +7,7 @@ they are kept for the backward pass: an all-gather and a reduce-scatter take the
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
+from gpt_lightning.kernels.cross_entropy import VocabShard, linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
     all_reduce,
     copy_to_peers,
@@ -130,33 +131,16 @@ class VocabParallelHead(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Cross entropy of [B, T, D] against [B, T]; the peers exchange two numbers a token."""
-        rows = self._enter(hidden).flatten(0, 1)
-        return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard=self)
+        rows, own = self._enter(hidden).flatten(0, 1), self.shards["weight"]
+        total = partial(all_reduce, mesh=self.mesh)
+        greatest = partial(total, op=dist.ReduceOp.MAX)
+        shard = VocabShard(own.start, own.full_size, max(own.sizes), greatest, total)
+        return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard)
 
     def _enter(self, hidden: Tensor) -> Tensor:
         if self.sequence.on:
             return gather_sequence(hidden, self.mesh)
         return copy_to_peers(hidden, self.mesh)
-
-    # What the loss asks about this part of the vocabulary.
-
-    @property
-    def first_token(self) -> int:
-        return self.shards["weight"].start
-
-    @property
-    def vocab_size(self) -> int:
-        return self.shards["weight"].full_size
-
-    @property
-    def largest_shard(self) -> int:
-        return max(self.shards["weight"].sizes)
-
-    def max_over_shards(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.mesh, dist.ReduceOp.MAX)
-
-    def sum_over_shards(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.mesh)
 
 
 def check_sequence(length: int, tp_size: int) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.kernels.linear import is_plain_linear
 from gpt_lightning.parallel.dropout import let_peers_differ
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
@@ -125,14 +126,9 @@ def _check(name: str, module: nn.Module, cut: Cut, tp_size: int) -> None:
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    """What replaces the layer computes what nn.Linear or nn.Embedding does, without any addition.
-
-    A `forward` that is that, made in another way, says so by an attribute `computes_as_parent`.
-    """
-    plain = nn.Embedding.forward if isinstance(module, nn.Embedding) else nn.Linear.forward
-    forward = type(module).forward  # not of the class, whose children would inherit the word
-    same = forward is plain or getattr(forward, "computes_as_parent", False)
-    if not same or is_parametrized(module):
+    """Refuse a layer that computes more than the plain one: what takes its place would drop that."""
+    is_plain = is_plain_linear(module) or type(module).forward is nn.Embedding.forward
+    if not is_plain or is_parametrized(module):
         raise UserError(
             f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "
             "leave it out of the plan, or use the plain layer"

@@ -26,16 +26,16 @@ from gpt_lightning.checkpoint.contents import (
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.data.windows import IGNORED_TARGET
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
-from gpt_lightning.kernels.cross_entropy import IGNORE_INDEX
-from gpt_lightning.kernels.device import runs_ahead
-from gpt_lightning.kernels.freed_memory import keep_freed_memory
+from gpt_lightning.kernels.device import keep_freed_memory, runs_ahead
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.sharding import tensor_parallel_plan
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import Cut
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -216,7 +216,7 @@ class GPTLightningModule(LightningModule):
         loss = self.model(
             batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids
         ).loss
-        return loss, (batch.targets != IGNORE_INDEX).sum()
+        return loss, (batch.targets != IGNORED_TARGET).sum()
 
     # Validation and test
 
@@ -292,25 +292,8 @@ class GPTLightningModule(LightningModule):
     # Tensor parallelism
 
     def tensor_parallel_plan(self) -> dict[str, Cut]:
-        """Attention is cut by heads, the MLP by hidden features, token table and head by the vocabulary."""
-        config = self.model.config
-        heads, d_ff = "model.config.n_heads", "model.config.d_ff"
-        vocabulary = "model.config.vocab_size"
-        plan = {
-            "model.token_embedding": Cut("vocab_embedding", option=vocabulary),
-            "model.position_embedding": Cut("sequence"),
-            "model.blocks.*.ln_[12]": Cut("sequence"),
-            "model.blocks.*.attn.qkv_proj": Cut("column", config.n_heads, heads),
-            "model.blocks.*.attn.out_proj": Cut("row", config.n_heads, heads),
-            "model.blocks.*.mlp.up_proj": Cut("column", option=d_ff),
-            "model.blocks.*.mlp.down_proj": Cut("row", option=d_ff),
-            "model.ln_f": Cut("sequence"),
-            "model.lm_head": Cut("vocab_head", option=vocabulary),
-        }
-        if config.dropout > 0:
-            plan["model.blocks.*.attn"] = Cut("sharded_dropout")
-            plan["model.blocks.*.dropout"] = plan["model.dropout"] = Cut("sequence")
-        return plan
+        plan = tensor_parallel_plan(self.model.config)
+        return {f"model.{name}": Cut(*sharding) for name, sharding in plan.items()}
 
     # Optimizer and checkpoint
 

@@ -29,12 +29,12 @@ from gpu_training import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gpt_lightning.kernels.attention as document_mask
 from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
-from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.kernels.attention import Attend, dense_mask
 from gpt_lightning.kernels.device import finish_queue
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,9 +58,8 @@ def attention(scale: Scale, options: Namespace) -> Cases:
     """Forward and backward pass of one layer by each implementation, as 124M has it."""
     B, H, T, K = (16, 12, 1024, 64) if scale is FULL else (2, 2, 600, 16)
     base = torch.randn(B, T, H, 3, K, device=scale.device, dtype=torch.bfloat16, requires_grad=True)
-    positions = _positions(B, T, scale.device)
-    mask = document_mask.document_mask(positions, K, 0.0)
-    dense = document_mask.dense_mask(positions)
+    ids = _document_ids(B, T, scale.device)
+    attend = Attend(ids, ids, head_dim=K, dropout_p=0.0)
 
     def measure(way: Callable[..., Tensor], backend: SDPBackend | None = None) -> Figures:
         def both_passes() -> None:
@@ -76,11 +75,10 @@ def attention(scale: Scale, options: Namespace) -> Cases:
     if scale.device == "cuda":
         yield "attention, flash", partial(measure, causal, SDPBackend.FLASH_ATTENTION)
         yield "attention, cuDNN", partial(measure, causal, SDPBackend.CUDNN_ATTENTION)
-    masked = partial(F.scaled_dot_product_attention, attn_mask=dense)
+    masked = partial(F.scaled_dot_product_attention, attn_mask=dense_mask(attend.positions))
     yield "attention, documents by dense mask", partial(measure, masked)
-    assert not isinstance(mask, Tensor)
-    ours = partial(document_mask.attend_within_documents, mask=mask, dropout_p=0.0)
-    yield "attention, documents", partial(measure, ours)
+    assert not isinstance(attend.mask, Tensor)
+    yield "attention, documents", partial(measure, partial(_by_heads, attend))
 
 
 def checks(scale: Scale, options: Namespace) -> Cases:
@@ -88,17 +86,17 @@ def checks(scale: Scale, options: Namespace) -> Cases:
     device = scale.device
 
     def documents() -> Figures:
-        positions = _positions(4, 1000 if scale is FULL else 600, device)
-        mask = document_mask.document_mask(positions, 64, 0.0)
-        shape = (4, 2, positions.shape[1], 64)
+        ids = _document_ids(4, 1000 if scale is FULL else 600, device)
+        attend = Attend(ids, ids, head_dim=64, dropout_p=0.0)
+        shape = (4, 2, ids.shape[1], 64)
         q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
-        assert not isinstance(mask, Tensor)
-        actual = document_mask.attend_within_documents(q, k, v, mask, 0.0)
-        dense = document_mask.dense_mask(positions)
+        assert not isinstance(attend.mask, Tensor)
+        actual = _by_heads(attend, q, k, v)
+        dense = dense_mask(attend.positions)
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
         weights = torch.randn_like(expected)
         pairs = zip(*([y, *torch.autograd.grad((y * weights).sum(), (q, k, v))] for y in (actual, expected)))
-        return {"way": type(mask).__name__} | _difference(pairs)
+        return {"way": type(attend.mask).__name__} | _difference(pairs)
 
     def compiled() -> Figures:
         torch.manual_seed(0)
@@ -311,11 +309,15 @@ def _scalars(folder: Path, tags: tuple[str, ...]) -> dict[int, dict[str, float]]
     return curve
 
 
-def _positions(B: int, T: int, device: str) -> Tensor:
-    """Positions in documents of 1 to T tokens, other ones in each row."""
+def _document_ids(B: int, T: int, device: str) -> Tensor:
+    """Documents of 1 to T tokens, other ones in each row."""
     generator = torch.Generator().manual_seed(0)
-    ids = (torch.rand(B, T, generator=generator) < 1 / 300).cumsum(1)
-    return document_mask.document_positions(ids.to(device))
+    return (torch.rand(B, T, generator=generator) < 1 / 300).cumsum(1).to(device)
+
+
+def _by_heads(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [B, H, T, K] each, as PyTorch's takes it."""
+    return attend(*(x.transpose(1, 2) for x in (q, k, v)), 0.0).transpose(1, 2)
 
 
 def _seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:

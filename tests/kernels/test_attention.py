@@ -1,6 +1,7 @@
-"""Each way to keep attention within documents, against a mask made pair by pair and each document alone."""
+"""Each way to keep attention within documents: its mask pair by pair, when it is taken, and what it keeps.
 
-from unittest.mock import patch
+The dense mask and document by document are held to plain products, gradients too, in test_expressions.py.
+"""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
 
-import gpt_lightning.kernels.attention as document_mask
+import gpt_lightning.kernels.attention as attention
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 
@@ -38,26 +39,29 @@ def positions_of(rows: list[list[int]]) -> Tensor:
     return torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in rows])
 
 
-def q_k_v(B: int, T: int, K: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = torch.randn(3, B, 2, T, K, generator=torch.Generator().manual_seed(3))
-    return q, k, v
+def q_k_v(B: int, T: int, K: int = 16) -> Tensor:
+    """Queries, keys and values [3, B, H, T, K]."""
+    return torch.randn(3, B, 2, T, K, generator=torch.Generator().manual_seed(3))
 
 
 def test_positions_restart_with_each_document() -> None:
-    assert torch.equal(document_mask.document_positions(ids_of(ROWS)), positions_of(ROWS))
+    assert torch.equal(attention.document_positions(ids_of(ROWS)), positions_of(ROWS))
     # Ids name runs: only that they change counts.
-    assert document_mask.document_positions(torch.tensor([[7, 7, 0, 7]])).tolist() == [[0, 1, 0, 0]]
+    assert attention.document_positions(torch.tensor([[7, 7, 0, 7]])).tolist() == [[0, 1, 0, 0]]
 
 
 def test_the_dense_mask_is_that_of_the_pairs() -> None:
-    assert torch.equal(document_mask.dense_mask(positions_of(ROWS))[:, 0], pairs(ROWS))
+    assert torch.equal(attention.dense_mask(positions_of(ROWS))[:, 0], pairs(ROWS))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_mask() -> None:
+def test_flex_attention_equals_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no backward pass on a CPU."""
+    monkeypatch.setattr(attention, "choose_way", lambda *args, **options: "flex")
     q, k, v = q_k_v(len(ROWS), 300)
-    mask = document_mask.block_mask(positions_of(ROWS))
-    actual = document_mask.attend_within_documents(q, k, v, mask, 0.0)
+    attend = attention.Attend(q, ids_of(ROWS), head_dim=16, dropout_p=0.0)
+    assert torch.equal(attend.positions, positions_of(ROWS))
+    actual = attend(*(x.transpose(1, 2) for x in (q, k, v)), 0.0).transpose(1, 2)
     assert_close(actual, F.scaled_dot_product_attention(q, k, v, attn_mask=pairs(ROWS)[:, None]))
 
 
@@ -65,7 +69,7 @@ def test_flex_attention_equals_the_mask() -> None:
 def test_blocks_are_marked_by_what_their_pairs_see(T: int) -> None:
     """FlexAttention's kernels skip what is not marked, and do not look into what is marked as whole."""
     rows = [[T], [1] * T, [min(T, 128), T - 128] if T > 128 else [T], ROWS[3] if T == 300 else [T]]
-    mask, seen = document_mask.block_mask(positions_of(rows)), pairs(rows)
+    mask, seen = attention.block_mask(positions_of(rows)), pairs(rows)
     assert mask.seq_lengths == (T, T) and mask.full_kv_num_blocks is not None
     for row in range(len(rows)):
         for i, queries in enumerate(seen[row].split(128)):
@@ -92,7 +96,7 @@ def test_blocks_are_those_of_pytorch() -> None:
         return (ids[b, query] == ids[b, key]) & (query >= key)
 
     expected = create_block_mask(sees, len(rows), None, 256, 256, device="cpu")
-    actual = document_mask.block_mask(positions_of(rows))
+    actual = attention.block_mask(positions_of(rows))
     for part in ("kv", "full_kv", "q", "full_q"):  # q: the backward pass goes by columns
         counts, expected_counts = (getattr(mask, f"{part}_num_blocks") for mask in (actual, expected))
         assert torch.equal(counts, expected_counts), part
@@ -100,23 +104,6 @@ def test_blocks_are_those_of_pytorch() -> None:
         for place in counts.nonzero():
             n = counts[tuple(place)]
             assert torch.equal(indices[tuple(place)][:n], expected_indices[tuple(place)][:n]), part
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_document_by_document_equals_the_mask_and_its_gradients(training: bool) -> None:
-    """Through a model: long rows go document by document, and with a higher bound through the mask."""
-    model = GPTModel(GPTConfig(50, 600, n_layers=2, n_heads=2, d_model=16)).train(training)
-    rows = [[600], [1, 598, 1], [127, 2, 127, 344]]
-    ids = torch.randint(50, (len(rows), 601), generator=torch.Generator().manual_seed(0))
-    results = []
-    for long_row in (512, 601):
-        with patch.object(document_mask, "LONG_ROW", long_row):
-            mask = document_mask.document_mask(positions_of(rows), 8, 0.0)
-            assert isinstance(mask, document_mask.Documents if long_row == 512 else Tensor)
-            loss = model(ids[:, :-1], ids[:, 1:], document_ids=ids_of(rows)).loss
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for actual, expected in zip(*results):
-        assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_long_rows_equal_each_document_alone() -> None:
@@ -131,17 +118,17 @@ def test_long_rows_equal_each_document_alone() -> None:
 
 def test_long_rows_keep_no_mask_for_the_backward_pass() -> None:
     T = 1024
-    q, k, v = (x.requires_grad_() for x in q_k_v(2, T))
+    q, k, v = q_k_v(2, T).requires_grad_()
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    mask = document_mask.document_mask(positions_of([[T], [T // 2, T // 2]]), 16, 0.1)
-    assert isinstance(mask, document_mask.Documents)
+    mask = attention.document_mask(positions_of([[T], [T // 2, T // 2]]), 16, 0.1)
+    assert isinstance(mask, attention.Documents)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        document_mask.attend_within_documents(q, k, v, mask, 0.0)
+        mask.attend(q, k, v, 0.0)
     assert sum(kept.values()) < 6 * q.nbytes < 2 * T * T
 
 
@@ -150,10 +137,9 @@ def test_dropout_is_that_of_attention() -> None:
     T = 512
     q, k, _ = q_k_v(1, T)
     v = torch.eye(T).expand(1, 2, T, T)
-    mask = document_mask.Documents([[T // 2, T // 2]])
+    documents = attention.Documents(positions_of([[T // 2, T // 2]]))
     torch.manual_seed(0)
-    weights = document_mask.attend_within_documents(q, k, v, mask, 0.0)
-    dropped = document_mask.attend_within_documents(q, k, v, mask, 0.25)
+    weights, dropped = documents.attend(q, k, v, 0.0), documents.attend(q, k, v, 0.25)
     left = dropped != 0
     assert_close(dropped[left], weights[left] / 0.75)
     assert abs(left.sum() / (weights != 0).sum() - 0.75) < 0.01
@@ -175,5 +161,5 @@ def test_dropout_is_that_of_attention() -> None:
 def test_the_way_is_chosen_by_device_and_shape(
     device: str, T: int, head_dim: int, dropout_p: float, triton: bool, kind: str
 ) -> None:
-    chosen = document_mask.choose_way(device, T, head_dim, dropout_p, can_compile=triton)
+    chosen = attention.choose_way(device, T, head_dim, dropout_p, can_compile=triton)
     assert chosen == kind

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gpt_lightning.generation.engine import generate
-from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, Scratch, packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.model.gpt import MLP, GPTModel, Projection
+from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, Scratch, packed
+from gpt_lightning.model.gpt import MLP, GPTModel, Linear
 from tests.generation.models import make_model, make_prompts
 
 GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)
@@ -69,10 +69,10 @@ def test_the_model_itself_is_left_as_it_was() -> None:
         packed(model, quantize=quantize, n_rows=2)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
-    assert type(model.blocks[0].attn.qkv_proj) is Projection
+    assert type(model.blocks[0].attn.qkv_proj) is Linear
 
 
-def quantized_by_hand(layer: Projection, x: Tensor) -> Tensor:
+def quantized_by_hand(layer: Linear, x: Tensor) -> Tensor:
     """Weights in 127 steps a side and output feature, inputs in 127.5 steps a side and row."""
     weight_scales = layer.weight.abs().amax(1, keepdim=True) / 127
     weight = (layer.weight / weight_scales).round() * weight_scales
@@ -80,8 +80,9 @@ def quantized_by_hand(layer: Projection, x: Tensor) -> Tensor:
     return (x / input_scales).round() * input_scales @ weight.t() + layer.bias
 
 
-def make_layer() -> Projection:
-    layer = Projection(36, 50, bias=True)
+def make_layer() -> Linear:
+    torch.manual_seed(0)
+    layer = Linear(36, 50, bias=True)
     torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
     return layer.requires_grad_(False)
 

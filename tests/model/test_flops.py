@@ -18,7 +18,7 @@ HEAD = GPTConfig(3001, 16, n_layers=1, n_heads=1, d_model=24)
 def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch cannot count oneDNN's products, and attention in blocks leaves out what is masked."""
     monkeypatch.setattr("gpt_lightning.kernels.linear.onednn_multiplies", lambda dtype: False)
-    monkeypatch.setattr("gpt_lightning.model.gpt.runs_in_blocks", lambda qkv: False)
+    monkeypatch.setattr("gpt_lightning.kernels.attention.runs_in_blocks", lambda q: False)
 
 
 def counted(config: GPTConfig, batch: int, seq_len: int, *, recompute: bool = False) -> int:

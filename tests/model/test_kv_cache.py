@@ -108,7 +108,7 @@ def test_storage_is_allocated_once_with_the_dtype_of_the_model() -> None:
         for _ in range(5):
             model.hidden_states(make_ids(2, 1), kv_cache=cache)
             new = torch.ones(2, 3, 1, 12, dtype=torch.bfloat16)
-            keys, values = cache.begin(1, new.device).write(0, new, new)
+            keys, values = cache.extend(1, new.device).write(new, new)
             pointers.add((keys.data_ptr(), values.data_ptr()))
             assert keys.dtype == torch.bfloat16
     assert len(pointers) == 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import Projection
+from gpt_lightning.model.gpt import Linear
 from gpt_lightning.parallel.plan import Cut, plan_of, resolve
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -127,7 +127,7 @@ def test_plans_that_make_no_sense(plan: Any, words: list[str]) -> None:
     assert all(word in str(error.value) for word in words), error.value
 
 
-class Adapted(Projection):
+class Adapted(Linear):
     """A child of ours that computes more than its parent."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Adapted(Projection):
 
 def test_what_a_child_of_our_layers_adds_is_not_dropped() -> None:
     module = TwoLayers()
-    module.net[0] = Projection(6, 10, bias=True)
+    module.net[0] = Linear(6, 10, bias=True)
     resolve(module, {"net.0": "column"}, 2)
     module.net[0] = Adapted(6, 10, bias=True)
     with pytest.raises(ValueError, match="net.0 .Adapted. computes more than its parent class"):

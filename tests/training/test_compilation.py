@@ -12,11 +12,12 @@ from torch._dynamo.utils import counters
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.attention import block_mask
+from gpt_lightning.kernels.attention import Attend
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.compilation import choose_backend
 from gpt_lightning.training.module import GPTLightningModule
+from tests.kernels.test_attention import ids_of
 from tests.training.test_module import Recorder, trainer
 
 
@@ -86,22 +87,23 @@ def test_compiled_training_equals_plain_training(
 
 @pytest.mark.slow
 def test_documents_of_any_length_are_not_compiled_anew(corpus: Path, tmp_path: Path) -> None:
-    """Long rows go document by document on a CPU, which parts each mode's graph in four."""
+    """Long rows go document by document on a CPU, which parts each mode's graph in six."""
     losses, _, graphs = fit(corpus, tmp_path, 512, compile_backend="aot_eager", document_mask=True)
     assert losses == pytest.approx(fit(corpus, tmp_path, 512, document_mask=True)[0], abs=1e-6)
-    assert graphs == 2 * 4 + 1, "the part before the attention once more, for the layers' numbers"
+    assert graphs == 2 * 6, "the same ones for all layers and batches"
 
 
 @pytest.mark.slow
-def test_flex_attention_is_compiled_once_for_all_documents() -> None:
+def test_flex_attention_is_compiled_once_for_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, save the backward pass, which FlexAttention has not on a CPU."""
+    monkeypatch.setattr("gpt_lightning.kernels.attention.choose_way", lambda *args, **options: "flex")
     model = GPTModel(GPTConfig(50, 300, n_layers=3, n_heads=2, d_model=32)).eval()
     rows = [[[300], [1, 299]], [[150, 150], [299, 1]], [[1, 128, 171], [100, 100, 100]]]
     x = torch.randn(2, 300, 32)
 
     def outputs() -> list[Tensor]:
-        masks = (block_mask(torch.stack([torch.cat([*map(torch.arange, row)]) for row in r])) for r in rows)
-        return [model.blocks[layer](x, mask, None, layer) for layer, mask in enumerate(masks)]
+        attends = (Attend(x, ids_of(batch), head_dim=16, dropout_p=0.0) for batch in rows)
+        return [block(x, attend) for block, attend in zip(model.blocks, attends)]
 
     with torch.no_grad():
         expected = outputs()

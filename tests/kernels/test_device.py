@@ -11,7 +11,7 @@ from gpt_lightning.training.module import GPTLightningModule
 HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 PROGRAM = """
 import sys, torch
-from gpt_lightning.kernels.freed_memory import keep_freed_memory
+from gpt_lightning.kernels.device import keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
