@@ -47,33 +47,35 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     return _with_layers(model, lambda layer: PackedLinear(layer, dtype, n_rows))
 
 
-def _with_layers(model: Model, make: Callable[[nn.Linear], nn.Module]) -> Model:
+def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8Linear"]) -> Model:
     """A copy that shares every tensor and has other layers in the place of the linear ones."""
     shallow = copy.copy(model)
-    shallow.training = False
-    shallow._modules = {
-        name: make(child).eval() if isinstance(child, nn.Linear) else child and _with_layers(child, make)
-        for name, child in model._modules.items()
-    }
+    shallow.training, shallow._modules = False, {}
+    for name, child in model._modules.items():
+        # As plain attributes: nn.Module finds and calls a child in Python, which for one row costs as much as
+        # a twentieth of the products.
+        if isinstance(child, nn.Linear):
+            vars(shallow)[name] = make(child)
+        elif child is not None:
+            shallow._modules[name] = vars(shallow)[name] = _with_layers(child, make)
     return shallow
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """A linear layer with its weight in the blocks that oneDNN multiplies fastest for so many rows."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, n_rows: int) -> None:
-        super().__init__()
         self.dtype = dtype
         # What PyTorch's own compiler does with constant weights; there is no public name for it.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), n_rows)
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x.to(self.dtype), self.weight, self.bias, "none", [], "")  # [..., N]
 
 
-class Int8Linear(nn.Module):
+class Int8Linear:
     """A linear layer of 8-bit weights with a scale an output feature, times 8-bit inputs with one a row.
 
     PyTorch's kernel finds one scale for all rows, so that a row would be rounded by its batch mates' greatest
@@ -81,7 +83,6 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, layer: nn.Linear, scratch: "Scratch") -> None:
-        super().__init__()
         self._weight = _pack_int8(layer.weight.detach().float())
         bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
         self._bias = bias.detach().float()
@@ -90,7 +91,7 @@ class Int8Linear(nn.Module):
         # Without these instructions the kernel's sums of two products overflow at the full range.
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         x32 = x.float()
         magnitudes, scaled, inside = self._scratch.like(x32)
         torch.abs(x32, out=magnitudes[..., :-1])

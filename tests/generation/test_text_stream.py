@@ -202,3 +202,25 @@ def test_a_replacement_character_that_was_written_is_text() -> None:
     """The library's own stream would give it for bytes that make no character, too."""
     for tokenizer in (load_tokenizer("bytes"), byte_level_bpe(), bytes_in_a_sequence()):
         assert "".join(streamed(tokenizer, tokenizer.encode("a\ufffdb"))) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    "text, stop, kept",
+    [
+        ("one. two. three", ["."], "one"),
+        ("one. two", ["!", "two"], "one. "),
+        ("one", ["x"], "one"),
+        ("a.b", [], "a.b"),
+    ],
+)
+def test_a_completion_ends_before_its_stop_string(text: str, stop: list[str], kept: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert "".join(streamed(tokenizer, tokenizer.encode(text), stop)) == kept
+
+
+def test_a_stop_string_over_many_tokens_without_text_is_a_stop() -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = [*tokenizer.encode("aS"), *[0xC3] * 12, *tokenizer.encode("TOP and more")]
+    stream = TextStream(tokenizer, ["STOP"])
+    assert [stream.add(index) for index in ids].index(True) == 16  # at the P
+    assert stream.end() == "a"
