@@ -122,6 +122,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._longest_prompt = 0
         self._cache = KVCache(0, 0) if use_cache else None  # no room yet
+        self._in_use: KVCache | None = None  # its view of the rows
 
     def add(self, request: Request) -> None:
         """The request waits for a row; it is continued from the next step on that has one."""
@@ -199,8 +200,10 @@ class Engine:
                 rows[place].start = visible_start(length, context, self._settings.context_stride)
             visible = {place: row.tokens[row.start : -1] for place, row in enumerate(rows)}
             fill(self._model, cache, visible, moved, self._device)
+        if moved or self._in_use is None or len(self._in_use.lengths) != len(rows):
+            self._in_use = cache.rows(0, len(rows))
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)  # [B, 1]
-        return self._model.hidden_states(last, kv_cache=cache.rows(0, len(rows)))[:, -1]
+        return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
 
     def _recomputed_hidden(self) -> Tensor:
         """The same as `_cached_hidden` from nothing but the tokens."""

@@ -19,7 +19,9 @@ class TextStream:
 
     def add(self, token_id: int) -> bool:
         """Whether a stop string ends the text in this token, or did so before."""
-        if not self._has_stopped:
+        if not self._stop:
+            self.text += self._piece(token_id)
+        elif not self._has_stopped:
             self._held += self._piece(token_id)
             ends = [self._held.find(text) for text in self._stop if text in self._held]
             self._has_stopped = bool(ends)
