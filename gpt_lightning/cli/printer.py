@@ -74,7 +74,9 @@ class _Sample:
 class _Printer:
     """Writes the samples of a prompt, which are drawn together, one after the other."""
 
-    def __init__(self, prompt: str, samples: list[_Sample], output: TextIO, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, prompt: str, samples: list[_Sample], output: TextIO, say: Callable[[str], None]
+    ) -> None:
         self._prompt, self._samples, self._output, self._say = prompt, samples, output, say
         self._turn, self._written = 0, 0  # the sample that is written now, and its characters
         self._put(prompt)
