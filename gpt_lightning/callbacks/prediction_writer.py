@@ -24,8 +24,8 @@ from gpt_lightning.generation.journal import (
     remove_journals,
 )
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.prediction import CompletionCallback
 
 _log = logging.getLogger("gpt_lightning")
 

@@ -6,7 +6,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.prompts import encode_prompts
-from gpt_lightning.generation.text_stream import cut_at_stop
 from gpt_lightning.training.module import GPTLightningModule
 
 
@@ -28,11 +27,8 @@ class TextSamples(Callback):
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
         tokenizer = trainer.datamodule.text_tokenizer
-        completions = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
-        self.latest = [
-            prompt + cut_at_stop(tokenizer.decode(completion.token_ids), pl_module.generation.stop)
-            for prompt, completion in zip(self.prompts, completions)
-        ]
+        texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
+        self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for number, text in enumerate(self.latest):

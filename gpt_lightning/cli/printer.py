@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
 
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import stream
-from gpt_lightning.generation.interface import CausalLanguageModel, Step
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.generation.engine import Engine, Request, Step
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.generation.text_stream import TextStream, stop_test
+from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 _ENDED_BY = {
@@ -31,7 +31,7 @@ class TextWriter:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._output, self._say = output, say
-        self._packed: dict[tuple[str | None, int], CausalLanguageModel] = {}  # the last one used
+        self._packed: dict[tuple[str | None, int], GPTModel] = {}  # the last one used
 
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
@@ -40,25 +40,21 @@ class TextWriter:
 
         The texts are those of `predict` for this prompt alone.
         """
-        samples = _InTurn(prompt, self._tokenizer, settings, self._output, self._say)
-        model = self._ready(settings)
+        model, eos = self._ready(settings), self._tokenizer.eos_token_id
         start = time.perf_counter()
-        steps = stream(
-            model,
-            encode_prompts([prompt], self._tokenizer),
-            settings,
-            eos_token_id=self._tokenizer.eos_token_id,
-            batch_size=_ROWS,
-            should_stop=stop_test(self._tokenizer, settings.stop),
-        )
-        samples.begin()  # not before the settings were found to fit the model
-        for step in steps:
-            samples.add(step)
+        engine = Engine(model, settings, eos_token_id=eos, batch_size=_ROWS)
+        (token_ids,) = encode_prompts([prompt], self._tokenizer)
+        samples = [_Sample(TextStream(self._tokenizer, settings.stop)) for _ in range(settings.num_samples)]
+        for number, sample in enumerate(samples):
+            engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))
+        printer = _Printer(prompt, samples, self._output, self._say)
+        for step in engine.run():
+            printer.add(step)
             if is_interrupted():
                 break
-        samples.end(time.perf_counter() - start)
+        printer.end(time.perf_counter() - start)
 
-    def _ready(self, settings: GenerationConfig) -> CausalLanguageModel:
+    def _ready(self, settings: GenerationConfig) -> GPTModel:
         """The model that decodes by these settings, kept for the next prompt."""
         key = (settings.quantize, min(_ROWS, settings.num_samples))
         if key not in self._packed:
@@ -66,63 +62,60 @@ class TextWriter:
         return self._packed[key]
 
 
-class _InTurn:
-    """The samples of a prompt, which are drawn together and written one after the other."""
+@dataclass
+class _Sample:
+    """A completion that is drawn, and how it stands."""
+
+    text: TextStream
+    n_tokens: int = 0
+    reason: str | None = None  # why it ended
+
+
+class _Printer:
+    """Writes the samples of a prompt, which are drawn together, one after the other."""
 
     def __init__(
-        self,
-        prompt: str,
-        tokenizer: TextTokenizer,
-        settings: GenerationConfig,
-        output: TextIO,
-        say: Callable[[str], None],
+        self, prompt: str, samples: list[_Sample], output: TextIO, say: Callable[[str], None]
     ) -> None:
-        self._prompt, self._output, self._say = prompt, output, say
-        n = settings.num_samples
-        self._streams = [TextStream(tokenizer, settings.stop) for _ in range(n)]
-        self._waiting = [""] * n  # text that is drawn and not yet written
-        self._n_tokens = [0] * n
-        self._reasons: list[str | None] = [None] * n
-        self._turn = 0
-
-    def begin(self) -> None:
-        self._put(self._prompt)
+        self._prompt, self._samples, self._output, self._say = prompt, samples, output, say
+        self._turn, self._written = 0, 0  # the sample that is written now, and its characters
+        self._put(prompt)
 
     def add(self, step: Step) -> None:
-        text = self._streams[step.sample]
+        sample = self._samples[step.request.sample]
         if step.token_id is not None:
-            self._n_tokens[step.sample] += 1
-            self._waiting[step.sample] += text.add(step.token_id)
-        if step.finish_reason is not None:
-            self._waiting[step.sample] += text.rest()
-            self._reasons[step.sample] = step.finish_reason
+            sample.n_tokens += 1
+        if step.completion is not None:
+            sample.text.end()
+            sample.reason = step.completion.finish_reason
         self._write_on()
 
     def end(self, seconds: float) -> None:
         """The rest of what an interruption ended, and the line about all of it."""
-        if self._turn < len(self._streams):
-            self._waiting[self._turn] += self._streams[self._turn].rest()
-            self._reasons[self._turn:] = ["interrupt"] * (len(self._reasons) - self._turn)
-            self._put(self._waiting[self._turn] + "\n")
-        count = sum(self._n_tokens)
+        samples = self._samples
+        if self._turn < len(samples):
+            samples[self._turn].reason = "interrupt"
+            self._put(samples[self._turn].text.end()[self._written :] + "\n")
+        count = sum(sample.n_tokens for sample in samples)
         rate = f": {count / seconds:,.0f} tokens/s" if count and seconds else ""
-        reason = f"; ended by {_ENDED_BY[self._reasons[-1] or '']}" if len(self._reasons) == 1 else ""
+        reason = f"; ended by {_ENDED_BY[samples[0].reason or '']}" if len(samples) == 1 else ""
         self._say(f"{_tokens(count)} in {seconds:.1f} s{rate}{reason}")
 
     def _write_on(self) -> None:
-        while self._turn < len(self._streams):
-            self._put(self._waiting[self._turn])
-            self._waiting[self._turn] = ""
-            reason = self._reasons[self._turn]
-            if reason is None:
+        """What is new of the sample whose turn it is and, where it has ended, of those after it."""
+        while self._turn < len(self._samples):
+            sample = self._samples[self._turn]
+            self._put(sample.text.text[self._written :])
+            self._written = len(sample.text.text)
+            if sample.reason is None:
                 return
             self._put("\n")
-            self._turn += 1
-            if len(self._streams) > 1:
-                what = f"{_tokens(self._n_tokens[self._turn - 1])}; ended by {_ENDED_BY[reason]}"
-                self._say(f"sample {self._turn} of {len(self._streams)}: {what}")
-            if self._turn < len(self._streams):
-                self.begin()
+            self._turn, self._written = self._turn + 1, 0
+            if len(self._samples) > 1:
+                what = f"{_tokens(sample.n_tokens)}; ended by {_ENDED_BY[sample.reason]}"
+                self._say(f"sample {self._turn} of {len(self._samples)}: {what}")
+            if self._turn < len(self._samples):
+                self._put(self._prompt)
 
     def _put(self, text: str) -> None:
         if text:

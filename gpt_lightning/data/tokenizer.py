@@ -1,5 +1,6 @@
 """Text to token ids and back: load a tokenizer by name or folder, or train a byte-level BPE."""
 
+import codecs
 import hashlib
 import json
 import math
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gpt_lightning.data.byte_fallback import ByteFallback
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
-from gpt_lightning.data.incremental import ByteFallback, ByteLevel, InContext
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,33 +72,38 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Whole characters only: bytes that make none, as at a cut end, are left out, special tokens too."""
-        if not self._is_byte_level:
+        if self._decoder_types != {"ByteLevel"}:
             fallback = ByteFallback(self._fallback_bytes)
-            return self._decode_whole([index for given in ids for index in fallback.add(given)])
+            certain = [index for given in ids for index in fallback.add(given)]
+            return self._tokenizer.decode(certain, skip_special_tokens=True).replace("\ufffd", "")
         text = b"".join(self._token_bytes.get(index, b"") for index in ids)
         return text.decode("utf-8", errors="ignore")
 
     def pieces(self) -> Callable[[int], str]:
         """A function of one id after the other; what it gives is, together, what `decode` makes of all."""
-        if self._is_byte_level:
-            return ByteLevel(self._token_bytes).add
-        return InContext(self._decode_whole, ByteFallback(self._fallback_bytes)).add
+        if self._decoder_types == {"ByteLevel"}:
+            # DecodeStream would hold back a whole character that an unfinished one follows, for ever.
+            utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+            return lambda index: utf8.decode(self._token_bytes.get(index, b""))
+        fallback, stream = ByteFallback(self._fallback_bytes), decoders.DecodeStream(skip_special_tokens=True)
+        return lambda index: "".join(
+            stream.step(self._tokenizer, certain) or "" for certain in fallback.add(index)
+        ).replace("\ufffd", "")
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        return isinstance(self._tokenizer.decoder, decoders.ByteLevel)
-
-    def _decode_whole(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "")
+    def _decoder_types(self) -> set[str]:
+        """The parts of the decoder that change what a token says."""
+        decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        return set(re.findall(r'"type": "(\w+)"', decoder)) - {"Sequence", "Fuse"}
 
     @cached_property
     def _fallback_bytes(self) -> dict[int, int]:
-        """The byte of each id that stands for one, as <0x0A> does, if the decoder reads them so."""
-        if "ByteFallback" not in json.dumps(json.loads(self._tokenizer.to_str())["decoder"]):
+        """The byte of each id that stands for one, if the decoder reads them so."""
+        if "ByteFallback" not in self._decoder_types:
             return {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        ids = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
-        return {index: byte for byte, index in ids.items() if index is not None}
+        tokens = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        return {vocabulary[token]: byte for byte, token in tokens.items() if token in vocabulary}
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:

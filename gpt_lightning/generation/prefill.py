@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt_lightning.generation.interface import CausalLanguageModel
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
 _MAX_PADDING = 0.25  # of the tokens that one pass is to compute
@@ -27,11 +27,7 @@ def visible_start(n_tokens: int, context_length: int, stride: int | None = None)
 
 
 def fill(
-    model: CausalLanguageModel,
-    cache: KVCache,
-    texts: dict[int, list[int]],
-    missing: set[int],
-    device: torch.device,
+    model: GPTModel, cache: KVCache, texts: dict[int, list[int]], missing: set[int], device: torch.device
 ) -> None:
     """Make the cache's rows hold their `texts`, which all but those of `missing` do already.
 
@@ -61,7 +57,7 @@ def _holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
 
 
 def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]:
-    """Neighbouring rows of similar length: the first one's place, and their tokens."""
+    """Yields neighbouring rows of similar length: the first one's place, and their tokens."""
     group: list[list[int]] = []
     first = 0
     for place, tokens in sorted(rows.items()):
@@ -78,7 +74,7 @@ def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]
 
 
 def _compute(
-    model: CausalLanguageModel, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
+    model: GPTModel, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
 ) -> None:
     """One pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
     rows = cache.rows(first, first + len(texts))

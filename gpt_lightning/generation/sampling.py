@@ -1,6 +1,6 @@
-"""From the logits of the next token to a token: penalty, temperature, filters, and one draw.
+"""From the logits of the next token to a token: logits processors, temperature, filters, and one draw.
 
-Shapes: B rows, V vocabulary. The filters keep exactly what those of Hugging Face's transformers keep.
+Shapes: B rows in use, V vocabulary. The filters keep exactly what those of Hugging Face's transformers keep.
 """
 
 import math
@@ -88,17 +88,56 @@ def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
     return UserError(f"generation.{name}={value!r} {rule_and_remedy}")
 
 
-def next_tokens(logits: Tensor, settings: GenerationConfig, uniforms: Tensor) -> Tensor:
-    """The tokens [B] that `uniforms` [B], each in [0, 1), choose from adjusted logits [B, V]."""
+def choose(
+    logits: Tensor, texts: list[list[int]], settings: GenerationConfig, uniforms: list[float]
+) -> Tensor:
+    """Each row's next token, the greatest logits before and after the processors, and maybe its logprob.
+
+    In one tensor, a column each, for one look from the host. float32 holds every token id below 2**24.
+    `texts` are the rows' tokens so far; `uniforms`, one a row in [0, 1), decide what is drawn.
+    """
+    left = processed(logits, texts, settings)  # [B, V]
     if settings.is_greedy:
-        return logits.argmax(dim=-1)
-    return pick(next_token_probabilities(logits, settings), uniforms)
+        tokens = left.argmax(dim=-1)
+    else:
+        drawn_at = torch.tensor(uniforms, device=logits.device, dtype=torch.float32)
+        tokens = pick(next_token_probabilities(left, settings), drawn_at)
+    columns = [tokens.float(), logits.amax(dim=-1), left.amax(dim=-1)]
+    if settings.logprobs:
+        of_tokens = logits.gather(1, tokens[:, None])[:, 0]
+        columns.append(of_tokens - logits.logsumexp(dim=-1))
+    return torch.stack(columns, dim=1)
+
+
+def processed(logits: Tensor, texts: list[list[int]], settings: GenerationConfig) -> Tensor:
+    """Logits [B, V] less what the rows' tokens so far take away; the logits processors of transformers."""
+    if settings.repetition_penalty != 1.0:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        _mark(seen, [set(tokens) for tokens in texts], True)
+        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
+    if settings.no_repeat_ngram_size is not None:
+        logits = logits.clone()
+        _mark(logits, [repeating(tokens, settings.no_repeat_ngram_size) for tokens in texts], -math.inf)
+    return logits
+
+
+def _mark(table: Tensor, tokens_of_rows: list[set[int]], value: float) -> None:
+    """Writes the value where a row [V] has one of its tokens."""
+    rows = [row for row, tokens in enumerate(tokens_of_rows) for _ in tokens]
+    table[rows, [token for tokens in tokens_of_rows for token in tokens]] = value
+
+
+def repeating(tokens: list[int], size: int) -> set[int]:
+    """The next tokens that would make an n-gram of the text come again."""
+    beginning = tuple(tokens[len(tokens) - size + 1 :])
+    ngrams = zip(*(tokens[start:] for start in range(size)))
+    return {ngram[-1] for ngram in ngrams if ngram[:-1] == beginning}
 
 
 def next_token_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
     """The distribution [B, V], in float32, that the next token is drawn from; greedy has one token only.
 
-    Of the settings it reads temperature and filters: what depends on the tokens so far is in the logits.
+    It reads temperature and filters of the settings: what depends on the tokens so far is in the logits.
     """
     logits = logits.float()
     if settings.is_greedy:

@@ -23,11 +23,11 @@ from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.data.windows import IGNORED_TARGET
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.engine import completions, generate
-from gpt_lightning.generation.interface import Completion
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.generation.engine import Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.kernels.device import keep_freed_memory
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.sharding import tensor_parallel_plan
@@ -35,7 +35,6 @@ from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.metrics import StepRow, TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
@@ -44,7 +43,7 @@ from gpt_lightning.training.optim import (
     build_schedule,
     keep_settings,
 )
-from gpt_lightning.training.prediction_rows import after_token, prediction_row
+from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
 from gpt_lightning.training.trainer import has_logged, is_logging_step
 
 
@@ -207,39 +206,29 @@ class GPTLightningModule(LightningModule):
             raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
         tokenizer: TextTokenizer = datamodule.text_tokenizer
         listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
-        rows = []
         n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * self.generation.num_samples))
+        model = packed(self.model, quantize=self.generation.quantize, n_rows=n_rows)
         # Lengths change with every token, and each would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            for place, sample, completion in completions(
-                packed(self.model, quantize=self.generation.quantize, n_rows=n_rows),
-                batch.token_ids,
-                self.generation,
-                eos_token_id=tokenizer.eos_token_id,
-                prompt_numbers=batch.indices,
-                batch_size=n_rows,
-                should_stop=after_token(tokenizer, self.generation.stop, listeners),
-                agree=self._agree,
-            ):
-                rows.append(prediction_row(batch, place, sample, completion, tokenizer, self.generation))
-                for listener in listeners:
-                    listener.on_completion(rows[-1])
-        return sorted(rows, key=lambda row: (row["index"], row.get("sample", 0)))
+            engine = self._engine(model, self.generation, tokenizer, n_rows)
+            return predicted_rows(engine, batch, self.generation, tokenizer, listeners)
 
-    def complete(self, tokenizer: TextTokenizer, prompts: list[list[int]]) -> list[Completion]:
-        """One completion of each tokenized prompt by the `generation` settings."""
+    def complete(self, tokenizer: TextTokenizer, prompts: list[list[int]]) -> list[str]:
+        """One continuation of each tokenized prompt by the `generation` settings."""
+        settings = replace(self.generation, num_samples=1)
+        texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
+        requests = [Request(prompt, n, ends_with=texts[n].add) for n, prompt in enumerate(prompts)]
         with torch.compiler.set_stance("force_eager"):
-            return generate(
-                self.model,
-                prompts,
-                replace(self.generation, num_samples=1),
-                eos_token_id=tokenizer.eos_token_id,
-                batch_size=len(prompts),
-                should_stop=after_token(tokenizer, self.generation.stop, []),
-                agree=self._agree,
-            )
+            self._engine(self.model, settings, tokenizer, len(prompts)).complete(requests)
+        return [text.end() for text in texts]
 
-    def _agree(self, tokens: Tensor) -> Tensor:
+    def _engine(
+        self, model: GPTModel, settings: GenerationConfig, tokenizer: TextTokenizer, n_rows: int
+    ) -> Engine:
+        eos = tokenizer.eos_token_id
+        return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=self._broadcast)
+
+    def _broadcast(self, tokens: Tensor) -> Tensor:
         """The first tensor-parallel peer's choice: one other token, and the peers would wait for ever."""
         if self._trainer is not None and isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
             return self.trainer.strategy.mesh.from_first_peer(tokens)

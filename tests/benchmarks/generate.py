@@ -32,9 +32,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from gpt_lightning.generation.engine import generate
-from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface.gpt2 import config_from_gpt2, from_gpt2_state_dict
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 PROMPT, WARM_UP, BYTES_READ = 32, 8, 512 * 2**20

@@ -31,10 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
-from gpt_lightning.generation.packing import packed
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.attention import Attend, dense_mask
 from gpt_lightning.kernels.device import finish_queue
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent

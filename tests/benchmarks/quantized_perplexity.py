@@ -17,14 +17,13 @@ import torch
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.generation.packing import packed
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
 BATCH = 8
 
 
-def perplexity(model: CausalLanguageModel, datamodule: TextDataModule) -> float:
+def perplexity(model: GPTModel, datamodule: TextDataModule) -> float:
     nll, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in datamodule.val_dataloader():

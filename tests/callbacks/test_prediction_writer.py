@@ -13,13 +13,10 @@ import gpt_lightning.generation.engine as engine
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.prompts import PromptBatch
-from gpt_lightning.generation.interface import Completion
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.training.completion_callback import CompletionCallback
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.prediction_rows import prediction_row
+from gpt_lightning.training.prediction import CompletionCallback
 
 PROMPTS = ["The cat", "", "A dog sees the river and the old house", "x", "and", "The", "né 🙂", "with a small"]
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=None)
@@ -103,8 +100,8 @@ def test_rows_that_end_are_replaced_at_once(
 ) -> None:
     """Prompts that need 6, 1, 1, 1, 1 and 2 tokens take six steps of two rows; batches of two took nine."""
     steps = []
-    next_tokens = engine.next_tokens
-    monkeypatch.setattr(engine, "next_tokens", lambda *args: (steps.append(1), next_tokens(*args))[1])
+    choose = engine.choose
+    monkeypatch.setattr(engine, "choose", lambda *args: (steps.append(1), choose(*args))[1])
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, stop=["z"])
     prompts = ["t", "ay", "y", "by", "abcy", "x"]
     bar, counter = StepProgressBar(), Counter()
@@ -237,11 +234,3 @@ def test_a_reader_that_leaves_changes_nothing(tmp_path: Path) -> None:
     predict(module, output, SAMPLED, with_leaving)
     assert (tmp_path / "q.jsonl").read_bytes() == output.read_bytes()
     assert len(rows) == len(PROMPTS)
-
-
-def test_a_stop_string_over_many_tokens_without_text_is_a_stop(tmp_path: Path) -> None:
-    tokenizer = TextDataModule(tokenizer="bytes").text_tokenizer
-    ids = [*tokenizer.encode("aS"), *[0xC3] * 12, *tokenizer.encode("TOP and more")]
-    batch = PromptBatch([0], ["p"], [[1]])
-    row = prediction_row(batch, 0, 0, Completion(ids, "length"), tokenizer, GenerationConfig(stop=["STOP"]))
-    assert (row["completion"], row["finish_reason"]) == ("a", "stop")

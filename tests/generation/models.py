@@ -1,10 +1,13 @@
 """Small models of random weights, prompts for them, and what transformers makes of both."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt_lightning.generation.engine import Completion, Engine, Request
+from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -26,6 +29,39 @@ def make_model(seed: int = 0, **changes: Any) -> GPTModel:
 def make_prompts(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(101, (length,), generator=generator).tolist() for length in lengths]
+
+
+def run_until(
+    stop: Callable[[list[int]], bool],
+    model: GPTModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    *,
+    eos_token_id: int | None = None,
+    numbers: list[int] | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """The completions, each ended where `stop` says so of its new tokens."""
+
+    def ends_with(new_tokens: list[int]) -> Callable[[int], bool]:
+        return lambda token: new_tokens.append(token) or stop(new_tokens)  # type: ignore[func-returns-value]
+
+    numbers = list(range(len(prompts))) if numbers is None else numbers
+    engine = Engine(model, settings, eos_token_id=eos_token_id, **options)
+    return engine.complete(
+        [
+            Request(prompt, number, sample, ends_with([]))
+            for number, prompt in zip(numbers, prompts, strict=True)
+            for sample in range(settings.num_samples)
+        ]
+    )
+
+
+def run_numbered(
+    numbers: list[int], model: GPTModel, prompts: list[list[int]], settings: GenerationConfig, **options: Any
+) -> list[Completion]:
+    """The completions of prompts with numbers of their own."""
+    return run_until(lambda new: False, model, prompts, settings, numbers=numbers, **options)
 
 
 def transformers_model(model: GPTModel) -> GPT2LMHeadModel:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpt_lightning.generation.engine import generate
-from gpt_lightning.generation.interface import Completion
+from gpt_lightning.generation.engine import Completion, generate
 from gpt_lightning.generation.prefill import visible_start
 from gpt_lightning.generation.sampling import (
     GenerationConfig,
@@ -17,7 +16,14 @@ from gpt_lightning.generation.sampling import (
     repetition_penalty,
 )
 from gpt_lightning.model.gpt import GPTModel
-from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
+from tests.generation.models import (
+    greedy_of_transformers,
+    make_model,
+    make_prompts,
+    run_numbered,
+    run_until,
+    transformers_model,
+)
 
 SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
 GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False)
@@ -59,7 +65,7 @@ def test_batched_prompts_equal_one_by_one(batch_size: int, settings: GenerationC
         return sum(new_tokens) % 11 == 4
 
     def run(batch_size: int) -> list[Completion]:
-        return generate(model, prompts, settings, eos_token_id=7, should_stop=stop, batch_size=batch_size)
+        return run_until(stop, model, prompts, settings, eos_token_id=7, batch_size=batch_size)
 
     assert run(batch_size) == run(1)
     assert len({len(completion.token_ids) for completion in run(1)}) > 4
@@ -82,7 +88,7 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
         tokens.append(int(pick(next_token_probabilities(adjusted, SAMPLED), uniform[None])))
     # In bfloat16 the cache may round differently than the loop above.
     exact = dtype == torch.float32
-    completion = generate(model, [prompt], SAMPLED, eos_token_id=None, prompt_numbers=[5], use_cache=exact)[0]
+    completion = run_numbered([5], model, [prompt], SAMPLED, use_cache=exact)[0]
     assert completion.token_ids == tokens[6:]
 
 
@@ -102,9 +108,9 @@ def test_text_depends_on_the_seed_and_the_prompts_number_alone(model: GPTModel) 
     settings = dataclasses.replace(SAMPLED, max_new_tokens=20)
     together = generate(model, [prompt] * 4, settings, eos_token_id=None)
     assert len({tuple(completion.token_ids) for completion in together}) == 4
-    alone = generate(model, [prompt], settings, eos_token_id=None, prompt_numbers=[2])
+    alone = run_numbered([2], model, [prompt], settings)
     assert alone == together[2:3]
-    reordered = generate(model, [prompt] * 3, settings, eos_token_id=None, prompt_numbers=[3, 0, 2])
+    reordered = run_numbered([3, 0, 2], model, [prompt] * 3, settings)
     assert reordered == [together[3], together[0], together[2]]
     other_seed = generate(model, [prompt] * 4, dataclasses.replace(settings, seed=43), eos_token_id=None)
     # Seed and number are mixed, not added: (43, 0) is not (42, 1).
@@ -163,7 +169,7 @@ def test_should_stop_ends_a_row_with_the_token_that_completed_it(model: GPTModel
     def stop(new_tokens: list[int]) -> bool:
         return new_tokens[-2:] == wanted
 
-    stopped, other = generate(model, prompts, SAMPLED, eos_token_id=None, should_stop=stop)
+    stopped, other = run_until(stop, model, prompts, SAMPLED)
     assert stopped == Completion(free[0][:4], "stop")
     assert other == Completion(free[1], "length")
 
@@ -187,7 +193,7 @@ def test_model_is_left_as_it_was_after_an_error() -> None:
         raise KeyError("stop")
 
     with pytest.raises(KeyError):
-        generate(model, make_prompts(4), GREEDY, eos_token_id=None, should_stop=fail)
+        run_until(fail, model, make_prompts(4), GREEDY)
     assert model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -216,7 +222,6 @@ def test_diverged_weights_are_an_error() -> None:
         (lambda m: generate(m, [[1], []], GREEDY, eos_token_id=None), r"prompts\[1\] holds no token; "),
         (lambda m: generate(m, [[1, 101]], GREEDY, eos_token_id=None), "from 1 to 101, .* 0 to 100; "),
         (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, batch_size=0), "batch_size=0 is below 1; "),
-        (lambda m: generate(m, [[1]], GREEDY, eos_token_id=None, prompt_numbers=[]), "0 .* 1 prompts; "),
     ],
 )
 def test_errors_name_value_rule_and_remedy(

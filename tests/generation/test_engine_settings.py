@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,17 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import NoRepeatNGramLogitsProcessor
 
-from gpt_lightning.generation.engine import _uniforms, generate, stream
-from gpt_lightning.generation.history import Histories
-from gpt_lightning.generation.interface import Completion
-from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.engine import Completion, Engine, Request, _uniforms, generate
+from gpt_lightning.generation.sampling import GenerationConfig, processed
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.kv_cache import KVCache
-from tests.generation.models import greedy_of_transformers, make_model, make_prompts, transformers_model
+from tests.generation.models import (
+    greedy_of_transformers,
+    make_model,
+    make_prompts,
+    run_numbered,
+    run_until,
+    transformers_model,
+)
 
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=40, top_p=0.95)
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
@@ -36,20 +41,17 @@ def next_logits(model: GPTModel, tokens: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_ngrams_that_would_come_again_are_those_of_transformers(size: int) -> None:
-    """Of random texts of five tokens, begun as prompts and grown; some are shorter than an n-gram."""
+    """Of random texts of five tokens; some are shorter than an n-gram."""
     generator = torch.Generator().manual_seed(size)
-    texts = torch.randint(5, (6, 30), generator=generator)
-    histories = Histories(GenerationConfig(no_repeat_ngram_size=size), 6, 5, torch.device("cpu"))
-    for row in range(6):
-        histories.begin(row, texts[row, : 1 + row].tolist())
-        for token in texts[row, 1 + row : 20 + row].tolist():
-            histories.append(row, token)
-    logits = torch.randn(6, 5, generator=generator)
+    texts = torch.randint(5, (25, 25), generator=generator)
+    logits = torch.randn(25, 5, generator=generator)
     expected = [
-        NoRepeatNGramLogitsProcessor(size)(texts[row : row + 1, : 20 + row], logits[row : row + 1])
-        for row in range(6)
+        NoRepeatNGramLogitsProcessor(size)(texts[row : row + 1, : 1 + row], logits[row : row + 1])
+        for row in range(25)
     ]
-    assert torch.equal(histories.adjust(logits), torch.cat(expected))
+    settings = GenerationConfig(no_repeat_ngram_size=size)
+    actual = processed(logits, [texts[row, : 1 + row].tolist() for row in range(25)], settings)
+    assert torch.equal(actual, torch.cat(expected))
     assert logits.isfinite().all()
 
 
@@ -87,21 +89,21 @@ def test_samples_are_those_of_any_batch_and_the_first_is_the_only_one(
     assert samples == generate(model, prompts, settings, eos_token_id=7, use_cache=False)
     assert samples[::3] == generate(model, prompts, SAMPLED, eos_token_id=7)
     assert len({tuple(completion.token_ids) for completion in samples}) == 9
-    alone = generate(model, prompts[2:], settings, eos_token_id=7, prompt_numbers=[2])
+    alone = run_numbered([2], model, prompts[2:], settings, eos_token_id=7)
     assert alone == samples[6:]
 
 
-class Counting:
+class Counting(GPTModel):
     """A model that counts its passes, and the tokens of each."""
 
     def __init__(self, model: GPTModel) -> None:
-        self.model, self.config, self.lm_head = model, model.config, model.lm_head
-        self.modules, self.parameters = model.modules, model.parameters
-        self.shapes: list[tuple[int, int]] = []
+        super().__init__(model.config)
+        self.load_state_dict(model.state_dict())
+        self.shapes: list[tuple[int, ...]] = []
 
-    def hidden_states(self, input_ids: Tensor, *, kv_cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
         self.shapes.append(tuple(input_ids.shape))
-        return self.model.hidden_states(input_ids, kv_cache=kv_cache)
+        return super().hidden_states(input_ids, **options)
 
 
 def test_samples_of_a_prompt_are_computed_from_one_pass_over_it(model: GPTModel) -> None:
@@ -131,13 +133,13 @@ def test_a_waiting_prompt_takes_the_place_of_a_finished_one(model: GPTModel) -> 
         return sum(new_tokens) % 5 == 0
 
     alone = [
-        generate(model, [prompt], settings, eos_token_id=None, should_stop=stop, prompt_numbers=[number])
+        run_until(stop, model, [prompt], settings, numbers=[number])
         for number, prompt in enumerate(prompts)
     ]
     lengths = [len(completion.token_ids) for (completion,) in alone]
     assert len(set(lengths)) > 4
     counting = Counting(model)
-    generate(counting, prompts, settings, eos_token_id=None, should_stop=stop, batch_size=4)
+    run_until(stop, counting, prompts, settings, batch_size=4)
     rows_of_steps = [rows for rows, length in counting.shapes if length == 1]
     assert sum(rows_of_steps) == sum(lengths)
     assert sum(rows < 4 for rows in rows_of_steps) < max(lengths)
@@ -184,23 +186,42 @@ def test_a_stride_above_the_context_is_an_error(model: GPTModel) -> None:
         generate(model, [[1]], settings, eos_token_id=None)
 
 
-def test_a_stream_gives_each_token_when_it_is_drawn(model: GPTModel) -> None:
+def test_a_run_gives_each_token_when_it_is_drawn(model: GPTModel) -> None:
     counting = Counting(model)
     prompts = make_prompts(4, 4)
-    steps = stream(counting, prompts, SAMPLED, eos_token_id=None)
+    engine = Engine(counting, SAMPLED, eos_token_id=None)
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(prompt, number))
     tokens: dict[int, list[int]] = {0: [], 1: []}
-    for number, step in enumerate(steps):
+    for number, step in enumerate(engine.run()):
         assert step.token_id is not None
-        tokens[step.prompt].append(step.token_id)
+        tokens[step.request.number].append(step.token_id)
         assert len(counting.shapes) == 2 + number // 2  # one pass over the prompts, then one a step
     assert [Completion(tokens[row], "length") for row in (0, 1)] == generate(
         model, prompts, SAMPLED, eos_token_id=None
     )
 
 
-def test_a_stream_that_is_closed_leaves_the_model_as_it_was() -> None:
+def test_requests_join_between_steps(model: GPTModel) -> None:
+    """Those of a longer text than any before too; what others are given does not change."""
+    prompts = make_prompts(3, 1, 30, 7)
+    engine = Engine(model, SAMPLED, eos_token_id=None, batch_size=3)
+    assert engine.step() == []
+    completions: dict[int, Completion] = {}
+    for number in range(40):
+        if number % 3 == 0 and number < 12:
+            engine.add(Request(prompts[number // 3], number // 3))
+        for step in engine.step():
+            if step.completion is not None:
+                completions[step.request.number] = step.completion
+    assert [completions[n] for n in range(4)] == generate(model, prompts, SAMPLED, eos_token_id=None)
+
+
+def test_a_run_that_is_closed_leaves_the_model_as_it_was() -> None:
     model = make_model(dropout=0.5).train()
-    steps = stream(model, make_prompts(4), SAMPLED, eos_token_id=None)
+    engine = Engine(model, SAMPLED, eos_token_id=None)
+    engine.add(Request(make_prompts(4)[0]))
+    steps = engine.run()
     next(steps)
     assert not model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     steps.close()  # type: ignore[attr-defined]

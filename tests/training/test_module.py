@@ -16,7 +16,6 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.text_stream import cut_at_stop
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
@@ -281,19 +280,6 @@ def test_the_module_reloads_from_plain_scalars(corpus: Path, tmp_path: Path) -> 
     assert again.model.config == module.model.config
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
-
-
-@pytest.mark.parametrize(
-    "text, stop, kept",
-    [
-        ("one. two. three", ["."], "one"),
-        ("one. two", ["!", "two"], "one. "),
-        ("one", ["x"], "one"),
-        ("a.b", [], "a.b"),
-    ],
-)
-def test_a_completion_ends_before_its_stop_string(text: str, stop: list[str], kept: str) -> None:
-    assert cut_at_stop(text, stop) == kept
 
 
 def test_an_unknown_compiler_is_refused() -> None:

@@ -1,33 +1,34 @@
-"""A model whose linear layers are laid out for decoding on a CPU, or hold their weights in 8 bits.
+"""Linear layers for decoding on a CPU: weights laid out for products of few rows, or held in 8 bits.
 
 A step of decoding multiplies every weight with a few rows only, so what it costs is reading the weights.
 PyTorch's own layout reads them at less than half of the speed that the memory has.
 Shapes: M rows of all sequences, D input features, N output features.
 """
 
+import copy
 import math
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.decoder import Decoder
-from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.kernels.linear import onednn_multiplies
-from gpt_lightning.model.gpt import GPTModel, Linear, LMHead
+from gpt_lightning.kernels.linear import is_plain_linear, onednn_multiplies
 
 _TINY = torch.finfo(torch.float32).tiny
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLanguageModel:
+def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     """The model for decoding `n_rows` at a time on a CPU; itself where nothing can be gained, as on a GPU.
 
-    What is made shares embeddings and norms with the model and holds the linear layers' weights once more, in
-    the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
+    What is made is in evaluation mode and shares all but the linear layers with the model. It holds their
+    weights once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    is_whole = bool(linear) and all(type(module) in (Linear, LMHead) for module in linear)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    is_whole = bool(layers) and all(map(is_plain_linear, layers))
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if quantize is not None:
         if not (is_whole and on_cpu):
@@ -35,18 +36,29 @@ def packed(model: GPTModel, *, quantize: str | None, n_rows: int) -> CausalLangu
                 f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and "
                 "with tensor parallelism"
             )
-        scratch = _Scratch()
-        return Decoder(model, lambda layer: Int8Linear(layer, scratch))
+        scratch = Scratch()
+        return _with_layers(model, lambda layer: Int8Linear(layer, scratch))
     if not (is_whole and on_cpu):
         return model
-    dtype = _compute_dtype(linear[0].weight.dtype)
+    is_autocast, stored = torch.is_autocast_enabled("cpu"), layers[0].weight.dtype
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast else stored
     if not onednn_multiplies(dtype):
         return model
-    return Decoder(model, lambda layer: PackedLinear(layer, dtype, n_rows))
+    return _with_layers(model, lambda layer: PackedLinear(layer, dtype, n_rows))
 
 
-def _compute_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stored
+def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8Linear"]) -> Model:
+    """A copy that shares every tensor and has other layers in the place of the linear ones."""
+    shallow = copy.copy(model)
+    shallow.training, shallow._modules = False, {}
+    for name, child in model._modules.items():
+        # As plain attributes: nn.Module finds and calls a child in Python, which for one row costs as much as
+        # a twentieth of the products.
+        if isinstance(child, nn.Linear):
+            vars(shallow)[name] = make(child)
+        elif child is not None:
+            shallow._modules[name] = vars(shallow)[name] = _with_layers(child, make)
+    return shallow
 
 
 class PackedLinear:
@@ -70,7 +82,7 @@ class Int8Linear:
     value. Every row is therefore scaled into [-1, 1], and two columns without weight hold these ends.
     """
 
-    def __init__(self, layer: nn.Linear, scratch: "_Scratch") -> None:
+    def __init__(self, layer: nn.Linear, scratch: "Scratch") -> None:
         self._weight = _pack_int8(layer.weight.detach().float())
         bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
         self._bias = bias.detach().float()
@@ -103,7 +115,7 @@ def _pack_int8(weight: Tensor) -> torch.ScriptObject:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-class _Scratch:
+class Scratch:
     """Room for the scaled rows, which all layers use in turn."""
 
     def __init__(self) -> None:

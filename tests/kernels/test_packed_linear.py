@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
 from gpt_lightning.generation.engine import generate
-from gpt_lightning.generation.interface import CausalLanguageModel
-from gpt_lightning.generation.packing import Int8Linear, PackedLinear, _Scratch, packed
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.model.gpt import GPTModel, Linear
+from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, Scratch, packed
+from gpt_lightning.model.gpt import MLP, GPTModel, Linear
 from tests.generation.models import make_model, make_prompts
 
 GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)
@@ -24,7 +24,7 @@ def model() -> GPTModel:
     return make_model()
 
 
-def logits(model: CausalLanguageModel) -> Tensor:
+def logits(model: GPTModel) -> Tensor:
     """[B, T, V]."""
     return model.lm_head(model.hidden_states(IDS))
 
@@ -81,6 +81,7 @@ def quantized_by_hand(layer: Linear, x: Tensor) -> Tensor:
 
 
 def make_layer() -> Linear:
+    torch.manual_seed(0)
     layer = Linear(36, 50, bias=True)
     torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
     return layer.requires_grad_(False)
@@ -90,14 +91,14 @@ def test_int8_equals_the_product_of_rounded_numbers() -> None:
     layer = make_layer()
     x = torch.randn(3, 5, 36, generator=torch.Generator().manual_seed(2))
     exact, rounded = layer(x), quantized_by_hand(layer, x)
-    actual = Int8Linear(layer, _Scratch())(x)
+    actual = Int8Linear(layer, Scratch())(x)
     assert_close(actual, rounded, atol=2e-3, rtol=0)  # a tie may round the other way
     assert 1e-4 < (exact - actual).abs().max() < 0.02
 
 
 def test_int8_rows_do_not_see_each_other() -> None:
     """To the bit, also next to a row a thousand times as large, and one of zeros."""
-    layer = Int8Linear(make_layer(), _Scratch())
+    layer = Int8Linear(make_layer(), Scratch())
     x = torch.randn(6, 36, generator=torch.Generator().manual_seed(3))
     x[2] *= 1000
     x[4] = 0
@@ -116,6 +117,48 @@ def test_int8_text_does_not_depend_on_the_batch(settings: GenerationConfig) -> N
     assert alone != generate(
         copy, prompts, dataclasses.replace(settings, repetition_penalty=2.0), eos_token_id=7
     )
+
+
+class SiLU(MLP):
+    """Another activation than any that the configuration knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.up_proj(x)))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_change_of_the_network_is_followed(quantize: str | None) -> None:
+    model, other = make_model().eval(), make_model().eval()
+    for block in other.blocks:
+        block.mlp.__class__ = SiLU
+    prompts = make_prompts(3, 9)
+    plain = generate(other, prompts, GREEDY, eos_token_id=None)
+    assert plain != generate(model, prompts, GREEDY, eos_token_id=None)
+    copy = packed(other, quantize=quantize, n_rows=2)
+    with torch.no_grad():
+        error = (logits(copy) - logits(other)).abs().max()
+        assert error < 1e-4 if quantize is None else error < 0.4 * (logits(model) - logits(other)).abs().max()
+    if quantize is None:
+        assert generate(copy, prompts, GREEDY, eos_token_id=None) == plain
+
+
+def test_a_layer_that_computes_something_else_is_not_swapped() -> None:
+    class Doubling(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), Doubling(5, 5))
+    assert packed(model, quantize=None, n_rows=1) is model
+    with pytest.raises(ValueError, match="generation.quantize=int8 is for a whole model"):
+        packed(model, quantize="int8", n_rows=1)
+
+
+def test_the_copy_shares_every_other_tensor(model: GPTModel) -> None:
+    copy = packed(model, quantize=None, n_rows=1)
+    others = dict(copy.named_parameters())
+    assert "token_embedding.weight" in others and "blocks.1.ln_2.bias" in others
+    assert all(tensor is model.get_parameter(name) for name, tensor in others.items())
+    assert not any(module.training for module in copy.modules())
 
 
 def test_diverged_weights_are_an_error_in_int8_too() -> None:
@@ -138,7 +181,7 @@ def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
     layer, x = make_layer(), torch.randn(3, 36)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        actual = Int8Linear(layer, _Scratch())(x)
+        actual = Int8Linear(layer, Scratch())(x)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(actual, Int8Linear(layer, _Scratch())(x))
+    assert torch.equal(actual, Int8Linear(layer, Scratch())(x))
