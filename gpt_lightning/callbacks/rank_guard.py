@@ -12,8 +12,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from gpt_lightning.parallel.rank_peers import Place
-from gpt_lightning.parallel.rank_watch import RankWatch
+from gpt_lightning.parallel.rank_watch import Place, RankWatch
 
 PARENT = "GPT_LIGHTNING_PARENT"
 
@@ -41,6 +40,8 @@ class RankGuard(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.local_rank,
+            trainer.node_rank,
+            trainer.num_nodes,
             children=lambda: _children(trainer),
             parent=_parent(trainer),
         )

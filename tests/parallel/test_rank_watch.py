@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.parallel.rank_peers import Peers, Place
-from gpt_lightning.parallel.rank_watch import RankWatch
+from gpt_lightning.parallel.rank_watch import Place, RankWatch
 
 DEADLINE_SECONDS = 30
 TIMEOUT = timedelta(seconds=4)
@@ -230,24 +229,6 @@ def test_a_child_that_ends_before_it_is_connected_is_lost(ranks: Ranks, number: 
     assert ranks.told() == [
         f"error: rank 1 of 2 was ended by signal {int(number)} ({name}); the other ranks end too"
     ]
-
-
-def test_a_stranger_is_not_taken_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    told: list[tuple[int, str]] = []
-    first, second = Peers(0), Peers(1)
-    first.connect(told.append)
-    with socket.create_connection(("127.0.0.1", told[0][0])) as stranger:
-        stranger.sendall(b"a guess 1\n")
-        second.connect(lambda _: told[0])
-        while not first.by_rank:
-            first.exchange(0)
-        assert stranger.recv(1) == b""
-    second.tell("farewell")
-    while not first.by_rank[1].has_left:
-        first.exchange(0)
-    first.close()
-    second.close()
 
 
 def slow_rank(rank: int, watch: RankWatch) -> None:
