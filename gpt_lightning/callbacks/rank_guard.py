@@ -12,7 +12,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from gpt_lightning.parallel.rank_watch import Place, RankWatch
+from gpt_lightning.parallel.rank_signs import Place
+from gpt_lightning.parallel.rank_watch import RankWatch
 
 PARENT = "GPT_LIGHTNING_PARENT"
 
