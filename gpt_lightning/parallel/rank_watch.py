@@ -168,7 +168,8 @@ class RankWatch:
 
     def _tell(self, lost: Lost) -> None:
         self._say(f"lost {lost.rank} {lost.how}")
-        if self._board is not None and (lost.rank != 0 or self._place.rank == 0):  # else its store is lost, too
+        store_is_lost = lost.rank == 0 != self._place.rank
+        if self._board is not None and not store_is_lost:
             self._board.end(f"{lost.rank} {lost.how}", 3 * TICK_SECONDS)
 
     # ---- the thread

@@ -309,7 +309,7 @@ def pretend_nodes(port: int, n_nodes: int, ready: Any) -> None:
 
 
 def measure_a_tick(rank: int, _: RankWatch) -> None:
-    """As rank 0 of 128 nodes of 8 ranks; the time is this process's whole CPU, the store's own thread included."""
+    """As rank 0 of 128 nodes of 8 ranks; the time is this process's whole CPU, the store's thread included."""
     place, folder = Place(0, 1024, 0, 0, 128), Path(os.environ["FOLDER"])
     store, fork = open_store(), multiprocessing.get_context("fork")
     others: list[Any] = []
@@ -370,21 +370,25 @@ def broadcast_and_exhaust(value: Any) -> Any:
 
 
 def work_without_descriptors(rank: int, watch: RankWatch) -> None:
-    (Path(os.environ["FOLDER"]) / f"{rank}.working").touch()
-    dist.barrier()
+    watch_again(watch, _broadcast)
     if rank == 0:
         exhaust_descriptors()
     reduce_for_a_while()
 
 
 def join_without_descriptors(rank: int, watch: RankWatch) -> None:
-    """In place of the harness's watch: the other ranks join when rank 0 has no descriptors any more."""
+    """The other ranks join when rank 0 has no descriptors any more."""
+    watch_again(watch, broadcast_and_exhaust)
+    reduce_for_a_while()
+
+
+def watch_again(watch: RankWatch, broadcast: Callable[[Any], Any]) -> None:
+    """In place of the harness's watch, with a timeout that is shorter than the collective operations'."""
     watch.leave()
-    (Path(os.environ["FOLDER"]) / f"{rank}.working").touch()
+    (Path(os.environ["FOLDER"]) / f"{watch._place.rank}.working").touch()
     second = RankWatch(watch._place, timedelta(seconds=2))
     second.start()
-    second.connect(broadcast_and_exhaust)
-    reduce_for_a_while()
+    second.connect(broadcast)
 
 
 def reduce_for_a_while() -> None:
@@ -401,7 +405,7 @@ def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
     ranks: Ranks, n_nodes: int, body: Body, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank_signs, "CONNECT_SECONDS", 1.0)
-    ranks.start(2, body, timedelta(seconds=2), n_nodes=n_nodes)
+    ranks.start(2, body, timedelta(seconds=20), n_nodes=n_nodes)
     assert ranks.codes(0, 1) == [0, 0], ranks.lines()
     assert not ranks.told()
 
