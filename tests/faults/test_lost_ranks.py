@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
 ]
 Config = Callable[..., Path]
-TIMEOUT_SECONDS = 8  # the ranks also have to find each other in this time
+TIMEOUT_SECONDS = 20  # the ranks also have to find each other in this time
 DDP = ["ddp"]
 TENSOR_PARALLEL = ["gpt_lightning.TensorParallelDDPStrategy", "--trainer.strategy.tensor_parallel_size", "2"]
 
@@ -106,8 +106,10 @@ def assert_told(program: Program, expected: str) -> None:
     assert told[0].endswith("Resume with --ckpt_path last")
 
 
-@pytest.mark.parametrize("rank", ["first", "last"])
-@pytest.mark.parametrize("strategy, devices", [(DDP, 2), (TENSOR_PARALLEL, 2), (TENSOR_PARALLEL, 4)])
+@pytest.mark.parametrize(
+    "strategy, devices, rank",
+    [(DDP, 2, "first"), (TENSOR_PARALLEL, 2, "last"), (TENSOR_PARALLEL, 4, "first")],
+)
 def test_a_killed_rank(
     strategy: list[str], devices: int, rank: str, start: Callable[..., Program]
 ) -> None:
@@ -120,8 +122,9 @@ def test_a_killed_rank(
     assert "Traceback" not in program.output()
 
 
-@pytest.mark.parametrize("rank", ["first", "last"])
-@pytest.mark.parametrize("strategy, devices", [(["DDPStrategy"], 2), (TENSOR_PARALLEL, 4)])
+@pytest.mark.parametrize(
+    "strategy, devices, rank", [(["DDPStrategy"], 2, "last"), (TENSOR_PARALLEL, 4, "first")]
+)
 def test_a_stopped_rank(
     strategy: list[str], devices: int, rank: str, start: Callable[..., Program]
 ) -> None:
@@ -130,7 +133,7 @@ def test_a_stopped_rank(
     program.send(stopped, signal.SIGSTOP)
     program.wait_until(lambda: not program.processes(), TIMEOUT_SECONDS)
     assert program.process.wait(1) == (LOST_RANK if stopped else -signal.SIGKILL)
-    silence = "has not answered for [6-7] s .trainer.strategy.timeout is 8 s"
+    silence = "has not answered for 15 s .trainer.strategy.timeout is 20 s"
     assert_told(program, f"rank {stopped} of {devices} {silence}")
 
 

@@ -309,7 +309,7 @@ def pretend_nodes(port: int, n_nodes: int, ready: Any) -> None:
 
 
 def measure_a_tick(rank: int, _: RankWatch) -> None:
-    """As rank 0 of 128 nodes of 8 ranks; the time is this process's whole CPU, the store's thread included."""
+    """As rank 0 of 128 nodes of 8 ranks; the CPU time counts the thread of the store, too."""
     place, folder = Place(0, 1024, 0, 0, 128), Path(os.environ["FOLDER"])
     store, fork = open_store(), multiprocessing.get_context("fork")
     others: list[Any] = []
