@@ -82,14 +82,15 @@ class Board(threading.Thread):
         self.next_rank = self._next * (place.world_size // place.n_nodes)
         self._wake, self._to_tell = threading.Event(), ""
         self.lost = ""  # what a machine has told to all: a rank and how it was lost, or NOBODY
-        self.answers = self.next_beats = 0
+        self.answers, self.next_beats = 1, 0  # a store that was reached has answered
         self.is_gone = self.next_is_gone = False
         # Nobody accepts: the system answers, and ends the neighbour's connection when this process ends.
         self._listener = _listen()
         if self._is_server:
             store.set("lost", "-")
         store.set(f"address {self._own}", f"{address} {self._listener.getsockname()[1]}")
-        store.add("joined", 1)
+        for key in ("joined", f"beats {self._own}"):
+            store.add(key, 1)
         store.add(f"beats {self._next}", 0)
         self._line: socket.socket | None = None  # where the neighbour cannot be reached, its beats alone tell
         with suppress(OSError, RuntimeError):

@@ -218,7 +218,8 @@ class RankWatch:
             if is_gone:
                 return Lost(rank, KILLED)
         # While rank 0's store does not answer, nothing is known of another rank.
-        if 0 in (self._place.rank, board.next_rank) or self._listen(0, board.answers, elapsed_seconds):
+        is_answered = self._place.rank == 0 or self._listen(0, board.answers, elapsed_seconds)
+        if is_answered and board.next_rank != 0:
             self._listen(board.next_rank, board.next_beats, elapsed_seconds)
         return None
 
