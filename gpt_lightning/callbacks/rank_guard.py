@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from gpt_lightning.parallel.rank_peers import Place
+from gpt_lightning.parallel.rank_signs import Place
 from gpt_lightning.parallel.rank_watch import RankWatch
 from gpt_lightning.training.trainer import started_ranks, starts_ranks_as_programs, timeout_of
 
@@ -37,6 +37,8 @@ class RankGuard(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.local_rank,
+            trainer.node_rank,
+            trainer.num_nodes,
             children=lambda: started_ranks(trainer),
             parent=_parent(trainer),
         )

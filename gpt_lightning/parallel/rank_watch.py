@@ -1,34 +1,58 @@
-"""Notices that a rank was killed or stopped, says in one line which, and ends the others."""
+"""Notices that a rank was killed or stopped, says in one line which, and ends the others.
+
+The ranks of a machine see each other in a file, each machine sees the next, and all see rank 0's store.
+So the work of a rank grows with its machine and not with the world.
+"""
 
 import atexit
+import logging
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.parallel.rank_peers import Peers, Place
+from torch.distributed import PrefixStore
 
-TICK_SECONDS = 0.25
+from gpt_lightning.exit_codes import LOST_RANK
+from gpt_lightning.parallel.rank_signs import (
+    NOBODY,
+    TICK_SECONDS,
+    Board,
+    MachineFile,
+    Place,
+    open_store,
+    reach_store,
+)
+
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
 PATIENCE_SECONDS = 5.0  # for what ends at its own pace: other ranks, a file that is being written
 GRACE_SECONDS = 30.0
+KILLED, SILENT = "was killed, or its machine failed", "has not answered"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Lost:
     rank: int
     how: str
-    is_stopped: bool = False
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.how.startswith(SILENT)
 
 
 class RankWatch:
@@ -50,7 +74,11 @@ class RankWatch:
         self._timeout_seconds = timeout.total_seconds()
         # Earlier than the collective operations, so that the run has ended when their time is over.
         self._limit_seconds = self._timeout_seconds - min(PATIENCE_SECONDS, self._timeout_seconds / 4)
-        self._peers = Peers(place.rank)
+        self._file: MachineFile | None = None
+        self._board: Board | None = None
+        self._word = ""  # for the ranks of this machine: "error NAME", "left", or "lost RANK HOW"
+        self._beats: dict[int, int] = {}
+        self._silent_seconds: dict[int, float] = defaultdict(float)
         self._lost: Lost | None = None
         self._explained: BaseException | None = None
         self._paused_until = 0.0
@@ -66,7 +94,22 @@ class RankWatch:
 
     def connect(self, broadcast: Callable[[Any], Any]) -> None:
         """On all ranks at once, when they can talk: `broadcast` gives everybody rank 0's argument."""
-        self._peers.connect(broadcast)
+        place, store, port = self._place, None, None
+        if place.rank == 0 and place.n_nodes > 1:
+            with suppress(RuntimeError):
+                store = open_store()
+                port = store.port
+        secret, port = broadcast((secrets.token_hex(), port))
+        try:
+            path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{place.node}")
+            self._file = MachineFile(path, place)
+            if place.local_rank == 0 and port is not None:
+                store, address = (store, os.environ["MASTER_ADDR"]) if store else reach_store(port)
+                # Anybody can reach the port, but only a rank knows the keys.
+                self._board = Board(PrefixStore(secret, store), address, place)
+                self._board.start()
+        except (OSError, ImportError, RuntimeError) as error:
+            logger.warning(f"rank {place.rank} is not watched: {str(error).splitlines()[0]}")
 
     def explain(self, error: BaseException) -> None:
         """End the process with the one line if the error comes of a lost rank, else return."""
@@ -77,13 +120,13 @@ class RankWatch:
         self._paused_until = time.monotonic() + min(GRACE_SECONDS, self._timeout_seconds / 2)
         # What collective operations raise is a RuntimeError.
         deadline = time.monotonic() + (PATIENCE_SECONDS if isinstance(error, RuntimeError) else 0)
-        timed_out = re.search("time.?out|timed out", str(error), re.IGNORECASE)
+        if re.search("time.?out|timed out", str(error), re.IGNORECASE):
+            self._limit_seconds = min(STALE_SECONDS, self._limit_seconds)
         while time.monotonic() < deadline and not self._left.is_set():
-            lost = self._lost or (self._find_silent(STALE_SECONDS) if timed_out else None)
-            if lost is not None:
-                self._end(lost)
+            if self._lost is not None:
+                self._end(self._lost)
             time.sleep(TICK_SECONDS / 5)
-        self._peers.tell(f"error {type(error).__name__}")
+        self._say(f"error {type(error).__name__}")
 
     def leave(self) -> None:
         """When all ranks are done, or have agreed to stop: from here on nobody is judged."""
@@ -91,18 +134,19 @@ class RankWatch:
             if self._left.is_set():
                 return
             self._left.set()
-        self._peers.tell("farewell")
+        self._say("left")
         self._thread.join()
-        self._peers.close()
+        if self._board is not None:
+            self._board.end(NOBODY, PATIENCE_SECONDS)
         self._end_children(GRACE_SECONDS)
 
     def _at_exit(self) -> None:
         if self._explained is None:
             self.leave()
-        elif self._place.rank == self._place.parent_rank and not self._left.is_set():
+        elif self._place.local_rank == 0 and not self._left.is_set():
             self._left.set()
-            if self._place.rank == 0:
-                self._peers.tell("lost 0 ended with an error")
+            error = type(self._explained).__name__
+            self._tell(Lost(self._place.rank, f"ended with an error ({error})"))
             self._end_children(PATIENCE_SECONDS)
 
     def _end_children(self, patience_seconds: float) -> None:
@@ -115,45 +159,84 @@ class RankWatch:
                 child.kill()  # a stopped process heeds no other signal
                 child.wait()
 
+    # ---- what the others are told
+
+    def _say(self, word: str) -> None:
+        self._word = word
+        if self._file is not None:
+            self._file.write(word)
+
+    def _tell(self, lost: Lost) -> None:
+        self._say(f"lost {lost.rank} {lost.how}")
+        store_is_lost = lost.rank == 0 != self._place.rank
+        if self._board is not None and not store_is_lost:
+            self._board.end(f"{lost.rank} {lost.how}", 3 * TICK_SECONDS)
+
     # ---- the thread
 
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._left.wait(TICK_SECONDS):
             now = time.monotonic()
+            self._say(self._word)
             # Capped: if the whole run was suspended and goes on, nobody was silent.
-            self._peers.exchange(min(now - last, 2 * TICK_SECONDS))
+            self._lost = self._lost or self._find_lost(min(now - last, 2 * TICK_SECONDS))
             last = now
-            self._lost = self._lost or self._find_lost()
             if self._lost is not None and now >= self._paused_until:
                 self._end(self._lost)
 
-    def _find_lost(self) -> Lost | None:
-        if self._peers.verdict is not None:
-            return Lost(*self._peers.verdict)
-        by_rank, children = self._peers.by_rank.copy(), self._place.children()
-        present = {rank: peer for rank, peer in by_rank.items() if not peer.has_left}
-        for rank, peer in present.items():
-            if peer.is_gone and rank in children:
-                with suppress(subprocess.TimeoutExpired):
-                    return Lost(rank, _ending(children[rank].wait(PATIENCE_SECONDS)))
-            if peer.is_gone:
-                error = f"ended with an error ({peer.error})" if peer.error else None
-                return Lost(rank, error or "was killed, or its machine failed")
+    def _find_lost(self, elapsed_seconds: float) -> Lost | None:
+        others, children = self._file.others() if self._file else {}, self._place.children()
+        for rank, (beats, word, is_gone) in others.items():
+            kind, _, rest = word.partition(" ")
+            if kind == "lost":
+                self._word = word
+                return _lost(rest)
+            if is_gone and kind != "left":
+                if rank in children:
+                    with suppress(subprocess.TimeoutExpired):
+                        return Lost(rank, _ending(children[rank].wait(PATIENCE_SECONDS)))
+                error = f"ended with an error ({rest})" if kind == "error" else None
+                return Lost(rank, error or KILLED)
+            self._listen(rank, 0 if kind == "left" else beats, elapsed_seconds)
         for rank, child in children.items():
-            if rank not in by_rank and child.poll():
+            if rank not in others and child.poll():
                 return Lost(rank, _ending(child.returncode))
         place = self._place
-        if place.parent not in (None, os.getppid()) and (0 in present or not by_rank):
-            return Lost(place.parent_rank, "was killed")
-        return self._find_silent(self._limit_seconds)
+        parent = others.get(place.first_rank)
+        if place.parent not in (None, os.getppid()) and (parent is None or parent[1] != "left"):
+            return Lost(place.first_rank, "was killed")
+        lost = None
+        if self._board is not None and self._board.lost != NOBODY:
+            lost = self._find_on_board(self._board, elapsed_seconds)
+        return lost or self._find_silent()
 
-    def _find_silent(self, limit_seconds: float) -> Lost | None:
-        for rank, peer in self._peers.by_rank.copy().items():
-            if peer.silent_seconds > limit_seconds and not peer.has_left:
-                how = f"has not answered for {peer.silent_seconds:.0f} s"
+    def _find_on_board(self, board: Board, elapsed_seconds: float) -> Lost | None:
+        if board.lost:
+            return _lost(board.lost)
+        for rank, is_gone in ((0, board.is_gone), (board.next_rank, board.next_is_gone)):
+            if is_gone:
+                return Lost(rank, KILLED)
+        # While rank 0's store does not answer, nothing is known of another rank.
+        is_answered = self._place.rank == 0 or self._listen(0, board.answers, elapsed_seconds)
+        if is_answered and board.next_rank != 0:
+            self._listen(board.next_rank, board.next_beats, elapsed_seconds)
+        return None
+
+    def _listen(self, rank: int, beats: int, elapsed_seconds: float) -> bool:
+        """Whether the rank has been heard since the last time; counts for how long it has been silent."""
+        is_heard = beats != self._beats.get(rank)
+        self._beats[rank] = beats
+        self._silent_seconds[rank] += elapsed_seconds
+        if is_heard or not beats:  # or has not begun, or has left
+            self._silent_seconds[rank] = 0.0
+        return is_heard
+
+    def _find_silent(self) -> Lost | None:
+        for rank, seconds in self._silent_seconds.items():
+            if seconds > self._limit_seconds:
                 timeout = f"(trainer.strategy.timeout is {self._timeout_seconds:g} s)"
-                return Lost(rank, f"{how} {timeout}", is_stopped=True)
+                return Lost(rank, f"{SILENT} for {seconds:.0f} s {timeout}")
         return None
 
     # ---- the end
@@ -169,9 +252,9 @@ class RankWatch:
         if place.speaks(lost.rank):
             line = f"error: rank {lost.rank} of {place.world_size} {lost.how}; the other ranks end too"
             print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
-            if lost.is_stopped and lost.rank == place.parent_rank and place.parent == os.getppid():
+            if lost.is_stopped and lost.rank == place.first_rank and place.parent == os.getppid():
                 os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
-        self._peers.tell(f"lost {lost.rank} {lost.how}")
+        self._tell(lost)
         last_act = threading.Thread(target=self._before_exit, daemon=True)
         last_act.start()
         last_act.join(PATIENCE_SECONDS)
@@ -181,6 +264,11 @@ class RankWatch:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(LOST_RANK)
+
+
+def _lost(text: str) -> Lost:
+    rank, _, how = text.partition(" ")
+    return Lost(int(rank), how)
 
 
 def _ending(code: int) -> str:

@@ -106,8 +106,10 @@ def assert_told(program: Program, expected: str) -> None:
     assert told[0].endswith("Resume with --ckpt_path last")
 
 
-@pytest.mark.parametrize("rank", ["first", "last"])
-@pytest.mark.parametrize("strategy, devices", [(DDP, 2), (TENSOR_PARALLEL, 2), (TENSOR_PARALLEL, 4)])
+@pytest.mark.parametrize(
+    "strategy, devices, rank",
+    [(DDP, 2, "first"), (TENSOR_PARALLEL, 2, "last"), (TENSOR_PARALLEL, 4, "first")],
+)
 def test_a_killed_rank(
     strategy: list[str], devices: int, rank: str, start: Callable[..., Program]
 ) -> None:
@@ -120,8 +122,9 @@ def test_a_killed_rank(
     assert "Traceback" not in program.output()
 
 
-@pytest.mark.parametrize("rank", ["first", "last"])
-@pytest.mark.parametrize("strategy, devices", [(["DDPStrategy"], 2), (TENSOR_PARALLEL, 4)])
+@pytest.mark.parametrize(
+    "strategy, devices, rank", [(["DDPStrategy"], 2, "last"), (TENSOR_PARALLEL, 4, "first")]
+)
 def test_a_stopped_rank(
     strategy: list[str], devices: int, rank: str, start: Callable[..., Program]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.parallel.rank_peers import Peers, Place
+from gpt_lightning.parallel import rank_signs
+from gpt_lightning.parallel.rank_signs import TICK_SECONDS, Board, MachineFile, Place, open_store, reach_store
 from gpt_lightning.parallel.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
@@ -34,12 +37,12 @@ class Ranks:
         self.folder = folder
         self.processes: list[Any] = []
 
-    def start(self, world_size: int, body: Body, timeout: timedelta = TIMEOUT) -> None:
+    def start(self, world_size: int, body: Body, timeout: timedelta = TIMEOUT, n_nodes: int = 1) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         fork = multiprocessing.get_context("fork")
         for rank in range(world_size):
-            args = (self.folder, rank, world_size, port, body, timeout)
+            args = (self.folder, rank, world_size, n_nodes, port, body, timeout)
             self.processes.append(fork.Process(target=_rank, args=args))
             self.processes[-1].start()
         self.wait_until(lambda: len(list(self.folder.glob("*.working"))) == world_size)
@@ -50,6 +53,10 @@ class Ranks:
             assert time.monotonic() - start < deadline_seconds, self.lines()
             self.processes[0].join(0.02)
         return time.monotonic() - start
+
+    def wait_for_ticks(self, count: int) -> None:
+        end = time.monotonic() + count * TICK_SECONDS
+        self.wait_until(lambda: time.monotonic() > end)
 
     def send(self, rank: int, number: int) -> None:
         os.kill(self.processes[rank].pid, number)
@@ -76,12 +83,17 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         process.join()
 
 
-def _rank(folder: Path, rank: int, world_size: int, port: int, body: Body, timeout: timedelta) -> None:
+def _rank(
+    folder: Path, rank: int, world_size: int, n_nodes: int, port: int, body: Body, timeout: timedelta
+) -> None:
     torch.set_num_threads(1)
     sys.stderr = (folder / "stderr").open("a", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder))
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
-    watch = RankWatch(Place(rank, world_size, rank), timeout, "Resume with --ckpt_path last")
+    node, local_rank = divmod(rank, world_size // n_nodes)
+    place = Place(rank, world_size, local_rank, node, n_nodes)
+    watch = RankWatch(place, timeout, "Resume with --ckpt_path last")
     watch.start()
     watch.connect(_broadcast)
     status = 1
@@ -122,35 +134,51 @@ def wait_outside_of_collectives(rank: int, watch: RankWatch) -> None:
         signal.pause()  # returns after any handled signal, such as that of a child's end
 
 
+def n_machines_that_speak(world_size: int, n_nodes: int, lost: int) -> int:
+    """Rank 0 alone does; where it is lost, all machines that have another rank do."""
+    if lost != 0:
+        return 1
+    return n_nodes if world_size > n_nodes else n_nodes - 1
+
+
 @pytest.mark.parametrize("body", [work, wait_outside_of_collectives])
-@pytest.mark.parametrize("world_size, killed", [(2, 1), (2, 0), (4, 3), (4, 0)])
-def test_a_killed_rank_ends_the_others(ranks: Ranks, world_size: int, killed: int, body: Body) -> None:
-    ranks.start(world_size, body)
+@pytest.mark.parametrize(
+    "world_size, n_nodes, killed",
+    [(2, 1, 1), (4, 1, 0), (4, 2, 1), (4, 2, 2), (4, 2, 3), (4, 2, 0), (2, 2, 0), (2, 2, 1)],
+)
+def test_a_killed_rank_ends_the_others(
+    ranks: Ranks, world_size: int, n_nodes: int, killed: int, body: Body
+) -> None:
+    ranks.start(world_size, body, n_nodes=n_nodes)
     ranks.send(killed, signal.SIGKILL)
     others = [rank for rank in range(world_size) if rank != killed]
     assert ranks.codes(*others, within_seconds=3) == [LOST_RANK] * len(others)
-    (line,) = ranks.told()
-    assert line == (
+    line = (
         f"error: rank {killed} of {world_size} was killed, or its machine failed; the other ranks end too. "
         "Resume with --ckpt_path last"
     )
+    assert ranks.told() == [line] * n_machines_that_speak(world_size, n_nodes, killed)
     assert "Traceback" not in "".join(ranks.lines())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", [work, wait_outside_of_collectives])
-@pytest.mark.parametrize("world_size, stopped", [(2, 1), (2, 0), (4, 2)])
+@pytest.mark.parametrize(
+    "world_size, n_nodes, stopped", [(2, 1, 1), (2, 1, 0), (4, 2, 0), (4, 2, 2), (2, 2, 0)]
+)
 def test_a_stopped_rank_ends_the_others_in_time(
-    ranks: Ranks, world_size: int, stopped: int, body: Body
+    ranks: Ranks, world_size: int, n_nodes: int, stopped: int, body: Body
 ) -> None:
-    ranks.start(world_size, body)
+    ranks.start(world_size, body, n_nodes=n_nodes)
     ranks.send(stopped, signal.SIGSTOP)
     others = [rank for rank in range(world_size) if rank != stopped]
     codes = ranks.codes(*others, within_seconds=TIMEOUT.total_seconds() + 0.5)
     assert codes == [LOST_RANK] * len(others)
-    (line,) = ranks.told()
-    assert line.startswith(f"error: rank {stopped} of {world_size} has not answered for")
-    assert "(trainer.strategy.timeout is 4 s)" in line
+    told = ranks.told()
+    assert len(told) == n_machines_that_speak(world_size, n_nodes, stopped)
+    for line in told:
+        assert line.startswith(f"error: rank {stopped} of {world_size} has not answered for 3 s")
+        assert "(trainer.strategy.timeout is 4 s)" in line
 
 
 def fail_on_rank_1(rank: int, watch: RankWatch) -> None:
@@ -202,10 +230,11 @@ def leave_with_a_code(rank: int, watch: RankWatch) -> None:
     sys.exit(143)
 
 
-def test_leaving_in_order_judges_nobody(ranks: Ranks) -> None:
-    ranks.start(3, leave_with_a_code)
+@pytest.mark.parametrize("world_size, n_nodes", [(3, 1), (4, 2), (3, 3)])
+def test_leaving_in_order_judges_nobody(ranks: Ranks, world_size: int, n_nodes: int) -> None:
+    ranks.start(world_size, leave_with_a_code, n_nodes=n_nodes)
     (ranks.folder / "done").touch()
-    assert ranks.codes(0, 1, 2, within_seconds=3) == [143, 143, 143]
+    assert ranks.codes(*range(world_size), within_seconds=3) == [143] * world_size
     assert not ranks.lines()
 
 
@@ -232,22 +261,174 @@ def test_a_child_that_ends_before_it_is_connected_is_lost(ranks: Ranks, number: 
     ]
 
 
-def test_a_stranger_is_not_taken_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def connections_of(port: int) -> int:
+    """How many sockets of this process are another one's connection to this port."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            count += end.getsockname()[1] == port and bool(end.getpeername())
+    return count
+
+
+def port_of(watch: RankWatch) -> int:
+    assert watch._board is not None
+    store = watch._board._store
+    assert isinstance(store, dist.PrefixStore) and isinstance(store.underlying_store, dist.TCPStore)
+    return store.underlying_store.port
+
+
+def count_connections(rank: int, watch: RankWatch) -> None:
+    dist.barrier()
+    if rank == 0:
+        assert connections_of(port_of(watch)) == 2  # of two nodes of three ranks
+    (Path(os.environ["FOLDER"]) / f"{rank}.working").touch()
+    dist.barrier()
+    watch.leave()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for connections in /proc")
+def test_rank_0_holds_a_connection_of_each_node(ranks: Ranks) -> None:
+    ranks.start(6, count_connections, n_nodes=2)
+    assert ranks.codes(*range(6)) == [0] * 6, ranks.lines()
+
+
+def pretend_nodes(port: int, n_nodes: int, ready: Any) -> None:
+    """Ticks for all nodes but the first, by one connection, until it is killed."""
+    store, _ = reach_store(port)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store.set("address 1", f"127.0.0.1 {listener.getsockname()[1]}")
+        for node in range(n_nodes):
+            store.add(f"beats {node}", 0)
+        ready.set()
+        while True:
+            start = time.monotonic()
+            for node in range(1, n_nodes):
+                store.add(f"beats {node}", 1)
+                store.multi_get(["lost", f"beats {(node + 1) % n_nodes}"])
+            time.sleep(max(0, start + TICK_SECONDS - time.monotonic()))
+
+
+def measure_a_tick(rank: int, _: RankWatch) -> None:
+    """As rank 0 of 128 nodes of 8 ranks; the CPU time counts the thread of the store, too."""
+    place, folder = Place(0, 1024, 0, 0, 128), Path(os.environ["FOLDER"])
+    store, fork = open_store(), multiprocessing.get_context("fork")
+    others: list[Any] = []
+
+    def start_process(target: Callable[..., None], *args: Any) -> None:
+        ready = fork.Event()
+        others.append(fork.Process(target=target, args=(*args, ready), daemon=True))
+        others[-1].start()
+        assert ready.wait(DEADLINE_SECONDS)
+
+    store.set("lost", "-")
+    start_process(pretend_nodes, store.port, 128)
+    watch = RankWatch(place, TIMEOUT)
+    watch._file = MachineFile(folder / "machine", place)
+    for rank in range(1, 8):
+        start_process(join_and_wait, folder / "machine", rank)
+    watch._board = Board(store, "127.0.0.1", place)
+    first, start = watch._board.next_beats, time.process_time()
+    for _ in range(8):
+        watch._say("")
+        watch._board.exchange()
+        assert watch._find_lost(TICK_SECONDS) is None
+        others[0].join(TICK_SECONDS)
+    tick_ms = 1000 * (time.process_time() - start) / 8
+    for process in others:
+        process.kill()
+    assert watch._board.next_beats > first + 1
+    (folder / "tick_ms").write_text(f"{tick_ms:.2f}")
+    (folder / f"{place.rank}.working").touch()
+
+
+def test_a_tick_of_rank_0_of_1024(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks.start(1, measure_a_tick)
+    tick_ms = (ranks.folder / "tick_ms").read_text()
+    with capsys.disabled():
+        print(f"\na tick of rank 0 of 1,024 ranks: {tick_ms} ms of CPU")
+    assert float(tick_ms) < 5
+
+
+def join_and_wait(path: Path, rank: int, joined: Any) -> None:
+    file = MachineFile(path, Place(rank, 1024, rank, 0, 128))
+    joined.set()
+    signal.pause()
+    file.write("")
+
+
+def exhaust_descriptors() -> None:
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def broadcast_and_exhaust(value: Any) -> Any:
+    value = _broadcast(value)
+    if dist.get_rank() == 0:
+        exhaust_descriptors()
+    return value
+
+
+def work_without_descriptors(rank: int, watch: RankWatch) -> None:
+    watch_again(watch, _broadcast)
+    if rank == 0:
+        exhaust_descriptors()
+    reduce_for_a_while()
+
+
+def join_without_descriptors(rank: int, watch: RankWatch) -> None:
+    """The other ranks join when rank 0 has no descriptors any more."""
+    watch_again(watch, broadcast_and_exhaust)
+    reduce_for_a_while()
+
+
+def watch_again(watch: RankWatch, broadcast: Callable[[Any], Any]) -> None:
+    """In place of the harness's watch, with a timeout that is shorter than the collective operations'."""
+    watch.leave()
+    (Path(os.environ["FOLDER"]) / f"{watch._place.rank}.working").touch()
+    second = RankWatch(watch._place, timedelta(seconds=2))
+    second.start()
+    second.connect(broadcast)
+
+
+def reduce_for_a_while() -> None:
+    start = time.monotonic()
+    one = torch.ones(1)
+    while one.item():  # longer than the timeout
+        dist.all_reduce(one.fill_(float(time.monotonic() < start + 3)), op=dist.ReduceOp.MIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [work_without_descriptors, join_without_descriptors])
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
+    ranks: Ranks, n_nodes: int, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_signs, "CONNECT_SECONDS", 1.0)
+    ranks.start(2, body, timedelta(seconds=20), n_nodes=n_nodes)
+    assert ranks.codes(0, 1) == [0, 0], ranks.lines()
+    assert not ranks.told()
+
+
+def work_at_a_known_port(rank: int, watch: RankWatch) -> None:
+    if rank == 0:
+        (Path(os.environ["FOLDER"]) / "port").write_text(str(port_of(watch)))
+    work(rank, watch)
+
+
+def test_a_stranger_is_not_taken_for_a_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    told: list[tuple[int, str]] = []
-    first, second = Peers(0), Peers(1)
-    first.connect(told.append)
-    with socket.create_connection(("127.0.0.1", told[0][0])) as stranger:
+    ranks.start(2, work_at_a_known_port, n_nodes=2)
+    port = int((ranks.folder / "port").read_text())
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"a guess 1\n")
-        second.connect(lambda _: told[0])
-        while not first.by_rank:
-            first.exchange(0)
-        assert stranger.recv(1) == b""
-    second.tell("farewell")
-    while not first.by_rank[1].has_left:
-        first.exchange(0)
-    first.close()
-    second.close()
+        store, _ = reach_store(port)
+        for key in ("lost", "joined", "left", "beats 1"):
+            store.set(key, "1 was killed")
+        ranks.wait_for_ticks(3)
+    (ranks.folder / "done").touch()
+    assert ranks.codes(0, 1) == [0, 0], ranks.lines()
+    assert not ranks.told()
 
 
 def slow_rank(rank: int, watch: RankWatch) -> None:
