@@ -1,14 +1,24 @@
-"""Runs `import-hf` and `export-hf`, which make a checkpoint of a Hugging Face folder, and back."""
+"""Runs the verbs that make one form of a model of another: `consolidate`, `import-hf` and `export-hf`."""
 
 import sys
 from pathlib import Path
 
+from gpt_lightning.checkpoint.checkpoint import consolidate
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.exporting import export_gpt2
 from gpt_lightning.huggingface.importing import import_gpt2
+
+
+def run_consolidate(words: list[str]) -> None:
+    parser = PlainParser(prog="gpt-lightning consolidate", description=VERBS["consolidate"])
+    parser.add_argument("--ckpt_path", type=str, required=True, help="The folder that `save_sharded` wrote.")
+    parser.add_argument("--output", type=str, required=True, help="The file to write.")
+    options = parser.parse_args(words)
+    consolidate(Path(options.ckpt_path), Path(options.output))
+    print(f"checkpoint: {options.output}", file=sys.stderr)
 
 
 def run_import(words: list[str]) -> None:
@@ -34,8 +44,8 @@ def _two_words(verb: str, words: list[str], places: dict[str, str]) -> tuple[str
     lines = [f"{VERBS[verb]}\n", *(option_line(name, help) for name, help in places.items())]
     parser = PlainParser(prog=f"gpt-lightning {verb}", description="\n".join(lines))
     parser.arguments = " ".join(places)
-    names = [place.lower() for place in places]
-    for name in names:
-        parser.add_argument(name)
+    for place in places:
+        parser.add_argument(place.lower())
     options = parser.parse_args(words)
-    return options[names[0]], options[names[1]]
+    first, second = (options[place.lower()] for place in places)
+    return first, second

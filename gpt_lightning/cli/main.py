@@ -35,7 +35,7 @@ The options of a verb: gpt-lightning VERB --help
 # The verbs that need no Trainer, and start without waiting for Lightning: their file and function.
 WITHOUT_TRAINER = {
     "generate": ("generate", "run_generate"),
-    "consolidate": ("consolidate", "run_consolidate"),
+    "consolidate": ("convert", "run_consolidate"),
     "import-hf": ("convert", "run_import"),
     "export-hf": ("convert", "run_export"),
 }
