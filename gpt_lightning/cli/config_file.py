@@ -1,7 +1,7 @@
 """Finds the configuration file that a verb runs with, before Lightning sees the command line."""
 
 import json
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from gpt_lightning.callbacks.run_config import CONFIG_NAME
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint, newest_checkpoint, step_of
 from gpt_lightning.cli.checks import say
 from gpt_lightning.exit_codes import UserError
+
+QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
 
 
 def complete_words(words: list[str]) -> list[str]:
@@ -22,7 +24,7 @@ def complete_words(words: list[str]) -> list[str]:
     words = _verbatim_prompts(words)
     values = _values(words)
     names = ("--init_from", "--ckpt_path", "--trainer.default_root_dir")
-    init_from, given, root = (values[name][-1] if name in values else None for name in names)
+    init_from, given, root = (values.get(name, [None])[-1] for name in names)
     if init_from is not None and words[0] not in ("fit", "prepare"):
         raise UserError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
     if init_from is not None and given not in (None, "last", "null"):
@@ -31,15 +33,14 @@ def complete_words(words: list[str]) -> list[str]:
         )
     if files := [*values.get("--config", []), *values.get("-c", [])]:
         for file in files:
-            check_config_file(Path(file))
+            _check_config_file(Path(file))
         return words
-    verb, rest = words[0], words[1:]
+    verb, *rest = words
     folder = checkpoints_folder(root)
     resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
-    if init_from is not None:
-        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest]
-    if verb in ("fit", "prepare") and not resumes:
-        return [verb, "--config", str(_shipped_config("quickstart.yaml")), *rest]
+    if init_from is not None or verb in ("fit", "prepare") and not resumes:
+        recipe = QUICKSTART if init_from is None else FINE_TUNING
+        return [verb, "--config", _shipped_config(recipe), *rest]
     if verb == "predict" or "--help" in rest or "-h" in rest:
         return words
     path = find_checkpoint(given, folder, say)
@@ -47,7 +48,7 @@ def complete_words(words: list[str]) -> list[str]:
         return words
     config = path.parent / CONFIG_NAME
     if verb == "fit" and step_of(path) == 0 and not config.is_file():  # an imported one
-        return [verb, "--config", str(_shipped_config("finetune_gpt2.yaml")), *rest, "--ckpt_path", str(path)]
+        return [verb, "--config", _shipped_config(FINE_TUNING), *rest, "--ckpt_path", str(path)]
     if not config.is_file():
         raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
     # The path again: the configuration may name another folder to look for checkpoints in.
@@ -56,34 +57,23 @@ def complete_words(words: list[str]) -> list[str]:
 
 def _verbatim_prompts(words: list[str]) -> list[str]:
     """Keeps a prompt that is no list a text, even one that YAML would read as null, a number or a comment."""
-    option = "--data.prompts"
-    texts = [index + 1 for index, word in enumerate(words[:-1]) if word == option]
-    kept = [_as_list_of_prompts(word) if index in texts else word for index, word in enumerate(words)]
-    start = option + "="
-    return [start + _as_list_of_prompts(w.removeprefix(start)) if w.startswith(start) else w for w in kept]
+    start = "--data.prompts="
+    kept = [_as_list(word) if before == start[:-1] else word for before, word in zip(["", *words], words)]
+    return [start + _as_list(word.removeprefix(start)) if word.startswith(start) else word for word in kept]
 
 
-def _as_list_of_prompts(word: str) -> str:
-    prompts = _list_in(word, yaml.safe_load, yaml.YAMLError)
-    if prompts is not None:
-        return word
+def _as_list(word: str) -> str:
     # YAML takes the two surrogates by which JSON writes an emoji in ASCII for two characters, or for none.
-    prompts = _list_in(word, json.loads, ValueError)
-    return json.dumps([word] if prompts is None else prompts, ensure_ascii=False)
+    for load in (yaml.safe_load, json.loads):
+        with suppress(yaml.YAMLError, ValueError):
+            prompts = load(word)
+            if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
+                "".join(prompts).encode()
+                return word if load is yaml.safe_load else json.dumps(prompts, ensure_ascii=False)
+    return json.dumps([word], ensure_ascii=False)
 
 
-def _list_in(word: str, load: Callable[[str], Any], error: type[Exception]) -> list[str] | None:
-    try:
-        prompts = load(word)
-        is_list = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
-        if is_list:
-            "".join(prompts).encode()
-    except (error, UnicodeEncodeError):
-        return None
-    return prompts if is_list else None
-
-
-def check_config_file(path: Path) -> None:
+def _check_config_file(path: Path) -> None:
     """Refuses what YAML readers let pass or report without the file's name."""
     if not path.is_file():
         raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
@@ -119,8 +109,8 @@ def _values(words: list[str]) -> dict[str, list[str]]:
     return values
 
 
-def _shipped_config(name: str) -> Path:
+def _shipped_config(name: str) -> str:
     """Finds it inside the package where that is installed, beside it in a clone."""
     package = Path(__file__).parent.parent
     candidates = (package / "configs" / name, package.parent / "configs" / name)
-    return next(path for path in candidates if path.is_file())
+    return str(next(path for path in candidates if path.is_file()))
