@@ -124,20 +124,17 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._writer is not None:
-            self._writer.raise_failure()
-        self._stop_between_steps(trainer)
+        if self._writer is not None and self._writer.failure is not None:
+            self._writer.finish()
+        if self._stop_asked or trainer.should_stop:
+            # Lets a stop wait for the end of the step, whose gathered gradients would be lost.
+            self._stop_asked = is_inside_a_step(trainer)
+            trainer.should_stop = not self._stop_asked
         if trainer.global_step == self._seen_step:  # the batch was accumulated, the step is not done
             return
         self._seen_step = trainer.global_step
-        if self._is_due(trainer) or self._is_last_step(trainer):
+        if self._is_due(trainer):
             self._save(trainer, judge=self.monitor is None)
-
-    def _stop_between_steps(self, trainer: Trainer) -> None:
-        """Lets a stop wait for the end of the step, whose gathered gradients would be lost."""
-        if self._stop_asked or trainer.should_stop:
-            inside = is_inside_a_step(trainer)
-            trainer.should_stop, self._stop_asked = not inside, inside
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
@@ -150,12 +147,9 @@ class RunCheckpoint(ModelCheckpoint):
             elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
             # The first rank's clock decides for all: saving is collective.
             due = due or trainer.strategy.broadcast(elapsed >= self._last_interval)
-        return due
-
-    def _is_last_step(self, trainer: Trainer) -> bool:
-        """Saved here, not after the loops have ended: in the state from which every resumed run goes on."""
+        # The last step, too, not after the loops have ended: from its state a resumed run goes on.
         stops = trainer.should_stop and can_stop_early(trainer)
-        return trainer.global_step == trainer.max_steps or stops
+        return due or stops or trainer.global_step == trainer.max_steps
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,8 +169,7 @@ class RunCheckpoint(ModelCheckpoint):
         Also without `save_last`. Not inside an optimizer step, whose gathered gradients no checkpoint holds.
         """
         if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
-            self._add_last(trainer)
-            self._write(trainer)
+            self._write(trainer, last=True)
         if self._writer is not None:
             self._writer.finish()
 
@@ -188,16 +181,8 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if judge:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.save_last:
-            self._add_last(trainer)
-        if self._targets:
-            self._write(trainer)
-
-    def _add_last(self, trainer: Trainer) -> None:
-        assert self.dirpath is not None
-        self.last_model_path = str(Path(self.dirpath) / LAST)
-        self._targets.append(self.last_model_path)
-        self._last_step = trainer.global_step
+        if self._targets or self.save_last:
+            self._write(trainer, last=bool(self.save_last))
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -207,7 +192,12 @@ class RunCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self._outdated.append(filepath)
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, *, last: bool) -> None:
+        if last:
+            assert self.dirpath is not None
+            self.last_model_path = str(Path(self.dirpath) / LAST)
+            self._targets.append(self.last_model_path)
+            self._last_step = trainer.global_step
         first, *others = dict.fromkeys(self._targets)
         outdated = self._outdated
         self._targets, self._outdated = [], []

@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.atomic import remove
-from gpt_lightning.checkpoint.checkpoint import check_is_file
 from gpt_lightning.checkpoint.contents import read_checked
 from gpt_lightning.checkpoint.files import check_finite, named_tensors, write
+
+Memory = dict[tuple[int, int], Tensor]  # buffers, by their number in a snapshot and their size
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self._memory = HostMemory()
-        self._writing: Future[None] | None = None
+        self.failure: BaseException | None = None  # of a save in the background, until `finish` raises it
+        self._writing: Thread | None = None
+        self._memory: Memory = {}
 
     @override
     def save_checkpoint(
@@ -54,28 +56,34 @@ class DurableCheckpointIO(TorchCheckpointIO):
         options = storage_options or SaveOptions()
         self.finish()
         if options.background:
-            snapshot = self._memory.snapshot(checkpoint)
-            executor = ThreadPoolExecutor(1, "checkpoint writer")
-            self._writing = executor.submit(_write_all, snapshot, Path(path), options)
-            executor.shutdown(wait=False)  # its thread ends with the save, for which the interpreter waits
+            copied = snapshot(checkpoint, self._memory)
+            self._writing = Thread(target=self._write, args=(copied, Path(path), options))
+            self._writing.start()  # the interpreter waits for its end
         else:
-            _write_all(checkpoint, Path(path), options)
+            self._write(checkpoint, Path(path), options)
+            self.finish()
+
+    def _write(self, checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
+        try:
+            check_finite(checkpoint)
+            for target in (path, *options.also):
+                write(checkpoint, target)
+            for old in options.remove:  # not earlier: there is no moment without a good file
+                remove(old)
+        except BaseException as error:
+            self.failure = error
 
     def finish(self) -> None:
         """Waits until all that was to be written is; raises what went wrong in the background, once."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    def raise_failure(self) -> None:
-        """Raises the error of a save in the background that has failed by now, once."""
-        if self._writing is not None and self._writing.done():
-            self.finish()
+        self.wait()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
 
     def wait(self) -> None:
-        """Waits as `finish` does, and leaves the error for later."""
+        """Waits as `finish` does, and leaves the failure for later."""
         if self._writing is not None:
-            wait([self._writing])
+            self._writing.join()
 
     @override
     def load_checkpoint(
@@ -83,8 +91,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
         self.wait()
-        check_is_file(Path(path))
-        return read_checked(path)
+        return read_checked(Path(path))
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
@@ -94,45 +101,35 @@ class DurableCheckpointIO(TorchCheckpointIO):
     @override
     def teardown(self) -> None:
         self.wait()
-        self._memory = HostMemory()
+        self._memory = {}
         self.finish()
 
 
-def _write_all(checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
-    check_finite(checkpoint)
-    for target in (path, *options.also):
-        write(checkpoint, target)
-    for old in options.remove:  # not earlier: there is no moment without a good file
-        remove(old)
+def snapshot(checkpoint: Mapping[str, Any], memory: Memory) -> Mapping[str, Any]:
+    """Returns a copy in which tensors share memory as they did.
 
-
-class HostMemory:
-    """Takes snapshots in memory that is kept between them: fresh memory costs several times the copying."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-
-    def snapshot(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns a copy in the former snapshot's memory, in which tensors share memory as they did."""
-        copies: dict[int, Tensor] = {}
-        views: dict[int, list[tuple[int, Tensor]]] = {}  # by the address of the memory that they show
-        for _, original in named_tensors(checkpoint):
-            tensor = original.detach()
-            if tensor.layout == torch.strided and type(tensor) is Tensor:
-                views.setdefault(tensor.untyped_storage().data_ptr(), []).append((id(original), tensor))
-            else:
-                copies[id(original)] = tensor.cpu().clone()
-        sizes = [tensors[0][1].untyped_storage().nbytes() for tensors in views.values()]
-        # What has no place in this one goes before anything is added: there is never more than one of them.
-        self._buffers = {place: self._buffers[place] for place in enumerate(sizes) if place in self._buffers}
-        for place, tensors in zip(enumerate(sizes), views.values()):
-            if place not in self._buffers:
-                self._buffers[place] = torch.empty(place[1], dtype=torch.uint8)
-            _copy_memory(tensors[0][1], self._buffers[place])
-            for key, tensor in tensors:
-                buffer = self._buffers[place].view(tensor.dtype)
-                copies[key] = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return copy.deepcopy(checkpoint, copies)
+    It lies in the former snapshot's memory: fresh memory costs several times the copying.
+    """
+    copies: dict[int, Tensor] = {}
+    views: dict[int, list[tuple[int, Tensor]]] = {}  # by the address of the memory that they show
+    for _, original in named_tensors(checkpoint):
+        tensor = original.detach()
+        if tensor.layout == torch.strided and type(tensor) is Tensor:
+            views.setdefault(tensor.untyped_storage().data_ptr(), []).append((id(original), tensor))
+        else:
+            copies[id(original)] = tensor.cpu().clone()
+    sizes = [tensors[0][1].untyped_storage().nbytes() for tensors in views.values()]
+    # What has no place in this one goes before anything is added: there is never more than one of them.
+    for place in memory.keys() - {*enumerate(sizes)}:
+        del memory[place]
+    for place, tensors in zip(enumerate(sizes), views.values()):
+        if place not in memory:
+            memory[place] = torch.empty(place[1], dtype=torch.uint8)
+        _copy_memory(tensors[0][1], memory[place])
+        for key, tensor in tensors:
+            buffer = memory[place].view(tensor.dtype)
+            copies[key] = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return copy.deepcopy(checkpoint, copies)
 
 
 def _copy_memory(tensor: Tensor, target: Tensor) -> None:

@@ -75,8 +75,7 @@ def test_a_file_in_the_background_is_of_the_moment_of_the_save(disk: SlowDisk, t
         train(layer, optimizer)
     checkpoint["loops"]["batches"][0] = 7
     disk.let_go(2)
-    plugin.wait()
-    plugin.raise_failure()
+    plugin.finish()
     expected = loaded(tmp_path / "expected.ckpt")
     for name in ("best.ckpt", "last.ckpt"):
         torch.testing.assert_close(loaded(tmp_path / name), expected, rtol=0, atol=0)
@@ -164,12 +163,13 @@ def test_a_failure_in_the_background_is_raised_once_and_the_old_files_stay(
     disk.broken = {"last.ckpt"}
     options = SaveOptions(background=True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
     plugin.save_checkpoint({"step": 2}, tmp_path / "best.ckpt", options)
-    plugin.raise_failure()  # it has not failed yet
+    assert plugin.failure is None  # it has not failed yet
     disk.let_go(2)
     plugin.wait()
+    assert isinstance(plugin.failure, CheckpointWriteError)
     with pytest.raises(CheckpointWriteError, match="last.ckpt cannot be written"):
-        plugin.raise_failure()
-    plugin.raise_failure()
+        plugin.finish()
+    plugin.finish()
     steps = {path.name: loaded(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"best.ckpt": 2, "last.ckpt": 1, "old.ckpt": 1}
 
