@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-# What a killed process leaves of a checkpoint, or of the probe whether a folder can be written at all.
+# What a killed process leaves of a checkpoint, or formerly left of a try whether a folder can be written.
 LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
 LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 
@@ -21,33 +22,20 @@ class NameNotSyncedError(OSError):
     """Says that what was written has its name, but that the name may not outlive a power failure."""
 
 
-# ---- one file
-
-
 @contextmanager
 def written_file(path: Path) -> Generator[BinaryIO, None, None]:
     """Yields a file beside `path`, which takes that name when all of it is on the disk."""
-    with temporary_beside(path) as temporary:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    _sync_name(path)
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Generator[Path, None, None]:
-    """Yields a name in the same folder, and leaves nothing of that name."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-# ---- one folder
+    _sync_name(path)
 
 
 @contextmanager
@@ -120,9 +108,6 @@ def sweep(folder: Path) -> list[Path]:
     return stale
 
 
-# ---- the disk, and the others
-
-
 def sync(path: Path) -> None:
     """Makes a file's contents, or the names in a folder, outlive a power failure."""
     if os.name == "nt":  # which opens no folders
@@ -145,12 +130,9 @@ def _sync_name(path: Path) -> None:
 
 
 def take_lock(path: Path) -> FileLock | None:
-    """Keeps others out, until `release` or the process's end; None says that another process holds the lock.
-
-    Raises OSError where nothing can be written beside it.
-    """
-    with temporary_beside(path.with_name("probe")) as probe:
-        probe.touch()
+    """Keeps others out, until `release` or the process's end; None says that another process does."""
+    with TemporaryFile(dir=path.parent):
+        pass  # where nothing can be written, an OSError says so
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(blocking=False)

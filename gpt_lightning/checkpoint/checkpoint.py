@@ -1,20 +1,14 @@
 """Opens a checkpoint, once: it is verified, searched for what none may hold, and read without its run."""
 
+import hashlib
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint.contents import (
-    CONFIG_KEY,
-    DATA_KEY,
-    MODEL_PREFIX,
-    WEIGHTS_KEY,
-    check_contents,
-    check_own,
-    read_checked,
-)
-from gpt_lightning.checkpoint.files import REST, fingerprint, is_sharded, write
+from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, read_checked
+from gpt_lightning.checkpoint.files import REST, WEIGHTS, is_sharded, write
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
@@ -31,18 +25,15 @@ class Checkpoint:
     is_sharded: bool = False
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
+    def open(cls, path: Path, *, may_be_sharded: bool = True) -> "Checkpoint":
         """Raises UserError, in one line that names the file, for what cannot be used."""
-        if is_sharded(path):
-            from gpt_lightning.checkpoint.folder import check_whole  # slow to import
-
-            checkpoint = cls(path, check_whole(path), is_sharded=True)
-            check_contents(path, checkpoint.contents)
-        else:
-            check_is_file(path)
-            checkpoint = cls(path, read_checked(path))
-        check_own(path, checkpoint.contents)
-        return checkpoint
+        sharded = may_be_sharded and is_sharded(path)
+        contents = read_checked(path, sharded=sharded)
+        if CONFIG_KEY not in contents:
+            raise UserError(
+                f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
+            )
+        return cls(path, contents, sharded)
 
     @property
     def step(self) -> int:
@@ -56,23 +47,23 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         if DATA_KEY not in self.contents:
-            raise UserError(
-                "the checkpoint holds no tokenizer: it was saved by a Trainer without a TextDataModule"
-            )
+            raise UserError("the checkpoint holds no tokenizer: its Trainer had no TextDataModule")
         return TextTokenizer.from_dict(self.contents[DATA_KEY]["tokenizer"])
 
     @cached_property
     def digest(self) -> str:
-        """Differs between any two checkpoints."""
+        """Differs between any two checkpoints: it is made of the names and checksums of a file's records."""
         # A folder's has the digests of its other files in it.
-        return fingerprint(self.path / REST if self.is_sharded else self.path)
+        with zipfile.ZipFile(self.path / REST if self.is_sharded else self.path) as archive:
+            records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+        return hashlib.sha256(repr(records).encode()).hexdigest()
 
     @property
     def weights(self) -> dict[str, Any]:
         """Holds the model's state dict, under its own names."""
         return {
             name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in self.contents[WEIGHTS_KEY].items()
+            for name, tensor in self.contents[WEIGHTS].items()
             if name.startswith(MODEL_PREFIX)
         }
 
@@ -85,25 +76,9 @@ class Checkpoint:
         return Checkpoint(self.path, read_whole(self.path))
 
 
-def check_is_file(path: Path) -> None:
-    """Raises what is wrong with the name of an ordinary checkpoint."""
-    if is_sharded(path):
-        raise UserError(
-            f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
-            f"gpt-lightning consolidate --ckpt_path {path} --output FILE"
-        )
-    if path.is_dir():
-        raise UserError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
-    if not path.exists():
-        others = sorted(other.name for other in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        listing = f"; {path.parent} holds {', '.join(others)}" if others else ""
-        raise UserError(f"ckpt_path={path} is not a file; name a .ckpt file{listing}")
-
-
 def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
     """Returns a trained model, ready for inference, and its tokenizer: all that generation needs."""
-    check_is_file(path)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, may_be_sharded=False)
     with Uninitialized():
         model = GPTModel(checkpoint.config)
     model.load_state_dict(checkpoint.weights)
@@ -113,9 +88,7 @@ def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
 def consolidate(folder: Path, output: Path) -> None:
     """Writes the ordinary checkpoint that a sharded one stands for."""
     if not is_sharded(folder):
-        raise UserError(
-            f"ckpt_path={folder} is no sharded checkpoint; name a folder that `save_sharded` wrote"
-        )
+        raise UserError(f"ckpt_path={folder} is no sharded checkpoint; name what `save_sharded` wrote")
     if output.exists():
         raise UserError(f"output={output} exists already; name another file, or remove it")
     write(Checkpoint.open(folder).whole().contents, output)

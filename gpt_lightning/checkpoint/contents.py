@@ -2,14 +2,14 @@
 
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint.files import unreadable, verify
+from gpt_lightning.checkpoint.files import OPTIMIZERS, WEIGHTS, is_sharded, unreadable, verify
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -20,9 +20,6 @@ DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
 ORIGIN_KEY = "begun_from"  # what other model's weights a run began with, or were imported
 VALIDATION_KEY = "last_validation"  # its step, its loss, and whether it was of the whole text
-WEIGHTS_KEY = "state_dict"
-OPTIMIZERS_KEY = "optimizer_states"
-PROGRESS_KEYS = ("global_step", "loops")
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
 _HYPER_PARAMETERS = (
     *("hyper_parameters", "hparams_name", "hparams_type", "hparams", "module_arguments"),
@@ -30,54 +27,56 @@ _HYPER_PARAMETERS = (
 )
 # Names by which Lightning and jsonargparse are told what to import and call.
 _CALLING_KEYS = {"class_path", "_class_path", "_instantiator", "init_args", "dict_kwargs"}
-_SHOWN = 3
 
 
-def load_plain(path: str | Path) -> Any:
-    """Returns what the file holds, tensors mapped from it, not read.
+def load_plain(path: Path) -> Any:
+    """Returns what the file holds, tensors mapped from it, not read; of a sharded one all but its tensors."""
+    if is_sharded(path):
+        from gpt_lightning.checkpoint.folder import read_rest  # slow to import
 
-    `weights_only` is said outright: left out, an environment variable could turn it off.
-    """
+        return read_rest(path)
     try:
+        # `weights_only` is said outright: left out, an environment variable could turn it off.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise unreadable(Path(path), error) from error
+        raise unreadable(path, error) from error
 
 
-def read_checked(path: str | Path) -> dict[str, Any]:
-    """Reads a file that is as it was written and in which nothing acts, also one of another module."""
-    verify(Path(path))
-    checkpoint = load_plain(path)
+def read_checked(path: Path, *, sharded: bool = False) -> dict[str, Any]:
+    """Reads one that is as it was written and in which nothing acts, also of another module."""
+    if sharded:
+        from gpt_lightning.checkpoint.folder import check_whole  # slow to import
+
+        checkpoint = check_whole(path)
+    else:
+        verify(path)
+        checkpoint = load_plain(path)
     check_contents(path, checkpoint)
-    return dict(checkpoint)
+    return checkpoint
 
 
-def check_contents(path: str | Path, checkpoint: Any) -> None:
+def check_contents(path: Path, checkpoint: Any) -> None:
     """Raises, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
     if (problem := next(_problems(checkpoint), None)) is not None:
         raise UserError(f"ckpt_path={path} {problem}")
-
-
-def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    if CONFIG_KEY not in checkpoint:
-        raise UserError(
-            f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
-        )
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
     """Raises where a model differs from the one whose weights it is to take; dropout has none."""
     if CONFIG_KEY not in checkpoint:
         return
-    stored = GPTConfig(**checkpoint[CONFIG_KEY])
-    names = [field.name for field in fields(GPTConfig) if field.name not in ("dropout", "d_ff")]
-    pairs = [(name, getattr(config, name), getattr(stored, name)) for name in names]
-    pairs.append(("d_ff", config.mlp_width, stored.mlp_width))
-    differences = [f"{name}={own} (there {its})" for name, own, its in pairs if own != its]
+    own, stored = (
+        {**asdict(each), "d_ff": each.mlp_width} for each in (config, GPTConfig(**checkpoint[CONFIG_KEY]))
+    )
+    differences = [
+        f"{name}={value} (there {stored[name]})"
+        for name, value in own.items()
+        if name != "dropout" and value != stored[name]
+    ]
     if differences:
+        listing = ", ".join(differences)
         raise UserError(
-            f"model.config differs from the checkpoint's: {', '.join(differences)}; build the model as the "
-            "checkpoint has it"
+            f"model.config differs from the checkpoint's: {listing}; build the model as the checkpoint has it"
         )
 
 
@@ -88,22 +87,19 @@ def _problems(checkpoint: Any) -> Iterator[str]:
     if not isinstance(checkpoint, Mapping):
         yield f"was not written by gpt_lightning (it is a {type(checkpoint).__name__}); name another"
     for key in _HYPER_PARAMETERS:
-        for acting in _acting(checkpoint.get(key), key):
-            yield (
-                f"holds {acting}; hyper-parameters are plain numbers and texts that name nothing to import: "
-                "do not trust the file"
-            )
+        for found in _acting(checkpoint.get(key), key):
+            yield f"holds {found}; hyper-parameters are plain and import nothing: do not trust the file"
     if DATA_KEY in checkpoint:
         yield from _problems_of_data(checkpoint[DATA_KEY])
     if CONFIG_KEY in checkpoint:
         # Without the optimizer's state nobody goes on from it, and asks how far it came.
-        for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
-            if key not in checkpoint:
+        for key in ("global_step", "loops"):
+            if OPTIMIZERS in checkpoint and key not in checkpoint:
                 yield f"lacks {key!r}, without which no run goes on; name another"
         yield from _problems_of_config(checkpoint[CONFIG_KEY])
         # A sharded checkpoint keeps its weights in files of their own.
-        if checkpoint.get(WEIGHTS_KEY):
-            yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS_KEY])
+        if checkpoint.get(WEIGHTS):
+            yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
 
 
 def _acting(value: Any, place: str) -> Iterator[str]:
@@ -125,9 +121,8 @@ def _problems_of_data(state: Any) -> Iterator[str]:
     state = state if isinstance(state, dict) else {}
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
-    texts = {key for key, value in tokenizer.items() if type(value) is str}
-    plain = isinstance(settings, dict) and not any(_acting(settings, DATA_KEY))
-    if not plain or not {"tokenizer_json", "eos_token"} <= texts:
+    has_texts = all(type(tokenizer.get(key)) is str for key in ("tokenizer_json", "eos_token"))
+    if not has_texts or not isinstance(settings, dict) or any(_acting(settings, DATA_KEY)):
         yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
 
 
@@ -157,26 +152,23 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
     # Before the model is built: a wrong number could be one of thousands of millions.
     n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
-        yield (
-            f"does not fit itself: {CONFIG_KEY}.n_layers={config.n_layers}, but it holds the weights of "
-            f"{n_blocks} blocks; name another"
-        )
+        layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"
+        yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
     with torch.device("meta"), Uninitialized():
         expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
     if found == expected:
         return
-    other_shape = [
-        f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
-        for name, shape in found.items()
-        if name in expected and shape != expected[name]
-    ]
     differences = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
-        "of another shape": other_shape,
+        "of another shape": [
+            f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
+            for name, shape in found.items()
+            if shape != expected.get(name, shape)
+        ],
     }
     listing = "; ".join(
-        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in differences.items()
         if names
     )

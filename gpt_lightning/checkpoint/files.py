@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ END, END_BYTES = b"PK\x05\x06", 22  # the record that ends every zip archive, an
 JUST_NOW_SECONDS = 2
 REST = "rest.pt"  # the file by which a folder is a sharded checkpoint
 FOLDER_KEY = "sharded_folder"  # where it lies, among the contents of one that is opened
-FINITE_PARTS = ("state_dict", "optimizer_states")  # what else a checkpoint holds may be anything
+WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"  # the parts that hold tensors
 ELSEWHERE = "choose another folder (checkpoint.dirpath)"
 REMEDIES = {
     errno.ENOSPC: f"make room, or {ELSEWHERE}",
@@ -45,6 +46,12 @@ class NonFiniteCheckpointError(ValueError):
 
     exit_code = NON_FINITE
 
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} holds NaN or infinity: no checkpoint is written of it, and the former ones are as they "
+            "were; go on from one of them with a lower learning rate"
+        )
+
 
 # ---- writing
 
@@ -63,24 +70,23 @@ def write(checkpoint: Any, path: Path) -> None:
         raise write_error(path, error, stream.size if stream else 0) from error
 
 
+@dataclass(eq=False)
 class _Stream(io.RawIOBase):
-    """Passes on what torch.save writes.
+    """Passes on what torch.save writes, and counts it, to say how much room was needed.
 
-    An error waits in `error`: inside PyTorch's zip writer it could end the process. Bytes that come after it
-    are only counted, so that the size that was needed is known.
+    An error waits in `error`: inside PyTorch's zip writer it could end the process.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: BaseException | None = None
-        self.size = 0
+    file: BinaryIO
+    error: BaseException | None = None
+    size: int = 0
 
     @override
     def write(self, data: Any) -> int:
         self.size += len(data)
         if self.error is None:
             try:
-                self._file.write(data)
+                self.file.write(data)
             except BaseException as error:
                 self.error = error
         return len(data)
@@ -90,9 +96,10 @@ def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteErr
     """Says in one line what failed and why, how much room there is, what is left, and what to do."""
     reason = error.strerror or str(error).strip().split("\n")[-1][:120]
     if isinstance(error, NameNotSyncedError):
-        problem = f"is written, but may not outlive a power failure ({reason}); {ELSEWHERE}"
-        return CheckpointWriteError(f"{path} {problem}")
-    reason = reason if error.filename is None else f"{reason}: {error.filename}"
+        return CheckpointWriteError(
+            f"{path} is written, but may not outlive a power failure ({reason}); {ELSEWHERE}"
+        )
+    reason += f": {error.filename}" if error.filename is not None else ""
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
     free = _in_units(shutil.disk_usage(folder).free)
     room = f"it needs {_in_units(size)} and {free} are free; " if size else ""
@@ -114,11 +121,26 @@ def is_sharded(path: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Raises UserError, in one line that names the file, if it is not as it was written."""
+    """Raises UserError, in one line that names the file, if it is none, or not as it was written."""
+    if not path.is_file():
+        raise _no_file(path)
     try:
         check_bytes(path)
     except (UserError, OSError) as error:
         raise unreadable(path, error) from error
+
+
+def _no_file(path: Path) -> UserError:
+    if is_sharded(path):
+        return UserError(
+            f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
+            f"gpt-lightning consolidate --ckpt_path {path} --output FILE"
+        )
+    if path.is_dir():
+        return UserError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
+    others = ", ".join(sorted(other.name for other in path.parent.glob("*.ckpt")))
+    listing = f"; {path.parent} holds {others}" if others else ""
+    return UserError(f"ckpt_path={path} is not a file; name a .ckpt file{listing}")
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
@@ -167,20 +189,14 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """Tells one file from another, by the names and checksums of its records, not their bytes."""
-    with zipfile.ZipFile(path) as archive:
-        records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
-    return hashlib.sha256(repr(records).encode()).hexdigest()
-
-
 # ---- numbers
 
 
 def check_finite(checkpoint: Mapping[str, Any]) -> None:
-    """Raises if the weights or the optimizers' state hold NaN or infinity."""
-    parts = {part: checkpoint.get(part, {}) for part in FINITE_PARTS}
-    refuse_non_finite(first_non_finite(named_tensors(parts)))
+    """Raises if the weights or the optimizers' state hold NaN or infinity; all else may be anything."""
+    parts = {part: checkpoint.get(part, {}) for part in (WEIGHTS, OPTIMIZERS)}
+    if (name := first_non_finite(named_tensors(parts))) is not None:
+        raise NonFiniteCheckpointError(name)
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -204,11 +220,3 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         if not torch.isfinite(numbers.sum()) and not torch.isfinite(numbers).all():
             return name
     return None
-
-
-def refuse_non_finite(name: str | None) -> None:
-    if name is not None:
-        raise NonFiniteCheckpointError(
-            f"{name} holds NaN or infinity: no checkpoint is written of it, and the former ones are as they "
-            "were; go on from one of them with a lower learning rate"
-        )

@@ -19,13 +19,12 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.files import FOLDER_KEY, REST, check_bytes
+from gpt_lightning.checkpoint.files import FOLDER_KEY, OPTIMIZERS, REST, WEIGHTS, check_bytes
 from gpt_lightning.exit_codes import UserError
 
 CONTENTS = ".metadata"
 TIED_KEY = "tied_parameters"
 DIGESTS_KEY = "digests"
-WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 # What a torn folder leads to.
 UNREADABLE = (
     *(CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError),
@@ -43,26 +42,21 @@ def complaining(folder: Path) -> Generator[None, None, None]:
         raise UserError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
 
 
-# ---- whether it is whole
+def check_whole(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Returns all but the tensors; raises UserError if a file is missing or not as it was written.
 
-
-def check_whole(folder: Path) -> dict[str, Any]:
-    """Returns all but the tensors; raises UserError if a file is missing or not as it was written."""
+    It reads only a share of the files: as many ranks can divide the work.
+    """
     rest = read_rest(folder)
     with complaining(folder):
-        check_files(folder, rest)
+        if missing := missing_parts(folder):
+            raise UserError(f"{', '.join(missing)} missing")
+        for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
+            try:
+                check_bytes(folder / name, digest)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
     return rest
-
-
-def check_files(folder: Path, rest: Mapping[str, Any], *, share: int = 0, shares: int = 1) -> None:
-    """Looks for every file, but reads only a share of them: `shares` ranks can divide the work."""
-    if missing := missing_parts(folder):
-        raise UserError(f"{', '.join(missing)} missing")
-    for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
-        try:
-            check_bytes(folder / name, digest)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
 
 
 def missing_parts(folder: Path) -> list[str]:
@@ -70,9 +64,6 @@ def missing_parts(folder: Path) -> list[str]:
     storage = Reader(folder).read_metadata().storage_data or {}
     names = {part.relative_path for part in storage.values()}
     return sorted(name for name in names if not (folder / name).is_file())
-
-
-# ---- what is in it
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint.checkpoint import Checkpoint, check_is_file
-from gpt_lightning.checkpoint.contents import DATA_KEY, OPTIMIZERS_KEY
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
+from gpt_lightning.checkpoint.contents import DATA_KEY
+from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.checks import say
 from gpt_lightning.cli.ranks import is_tensor_parallel
@@ -47,15 +48,16 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
         path, begins_again = _resume_path(settings, root / settings.run_name)
     elif verb != "prepare":
         path = find_checkpoint(settings.ckpt_path, root, say)
+    init_from = settings.init_from if verb in ("fit", "prepare") else None
     initial = None
     if path is not None:
-        checkpoint = _open(path, settings)
+        checkpoint = Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
         if verb != "fit" or not _is_untrained(checkpoint):
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
             return Origin(checkpoint, begins_again=begins_again)
-        settings.ckpt_path, settings.init_from, initial = None, str(path), checkpoint
-    init_from = settings.init_from if verb in ("fit", "prepare") else None
+        initial, init_from = checkpoint, str(path)
+        settings.ckpt_path, settings.init_from = None, init_from
     if init_from is not None:
         initial = initial or _open_initial(init_from, settings)
         say(f"starting from the weights of {init_from}")
@@ -67,10 +69,8 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
 
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
     """Returns the checkpoint to go on from, and whether the run is begun again."""
-    if settings.ckpt_path is None:
-        return None, False
     if settings.ckpt_path != "last":
-        return Path(settings.ckpt_path), False
+        return (Path(settings.ckpt_path) if settings.ckpt_path is not None else None), False
     own = settings.checkpoint.dirpath
     newest = newest_of_run(folder, say) if own is None else newest_checkpoint(Path(own), say)
     if newest is None:
@@ -80,21 +80,14 @@ def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
     return newest, newest is None or own is not None
 
 
-def _open(path: Path, settings: Any) -> Checkpoint:
-    if not is_tensor_parallel(settings):
-        check_is_file(path)
-    return Checkpoint.open(path)
-
-
 def _is_untrained(checkpoint: Checkpoint) -> bool:
     """Tells an imported one, with which a run can only begin."""
-    if OPTIMIZERS_KEY in checkpoint.contents:
+    if OPTIMIZERS in checkpoint.contents:
         return False
     if checkpoint.step > 0:
-        path = checkpoint.path
         raise UserError(
-            f"ckpt_path={path} holds weights alone (checkpoint.save_weights_only), from which no run can go "
-            f"on; begin a new one with them: --init_from {path}"
+            f"ckpt_path={checkpoint.path} holds weights alone (checkpoint.save_weights_only), from which no "
+            f"run can go on; begin a new one with them: --init_from {checkpoint.path}"
         )
     return True
 
@@ -105,7 +98,7 @@ def _open_initial(init_from: str, settings: Any) -> Checkpoint:
     if not path.is_file() and path.suffix != ".ckpt":
         return Checkpoint(path, import_gpt2(init_from, "init_from"))
     try:
-        return _open(path, settings)
+        return Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
     except UserError as error:
         raise UserError(str(error).replace("ckpt_path=", "init_from=", 1)) from None
 

@@ -20,25 +20,24 @@ from torch.optim import Optimizer
 from gpt_lightning.checkpoint.atomic import put_folder, remove, unfinished_folder
 from gpt_lightning.checkpoint.files import (
     FOLDER_KEY,
+    OPTIMIZERS,
     REST,
+    WEIGHTS,
     CheckpointWriteError,
+    NonFiniteCheckpointError,
     digest_of,
     first_non_finite,
-    refuse_non_finite,
     write,
     write_error,
 )
 from gpt_lightning.checkpoint.folder import (
     CONTENTS,
     DIGESTS_KEY,
-    OPTIMIZERS,
     TIED_KEY,
-    WEIGHTS,
     Reader,
-    check_files,
+    check_whole,
     complaining,
     missing_parts,
-    read_rest,
     tensors_in,
     with_tensors,
 )
@@ -72,7 +71,8 @@ class ShardedLayout:
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors = dict(_named_tensors(checkpoint, tied))
         parts = ((name, _local(value)) for name, value in tensors.items())
-        refuse_non_finite(_first_of(first_non_finite(parts)))
+        if (name := _first_of(first_non_finite(parts))) is not None:
+            raise NonFiniteCheckpointError(name)
         temporary = unfinished_folder(folder)
         with _failing_together(folder):
             if self.mesh.is_first_rank:
@@ -92,9 +92,7 @@ class ShardedLayout:
         """Returns all of the checkpoint but its tensors; the ranks share the work of verifying the files."""
         folder, complaint = Path(path), None
         try:
-            rest = read_rest(folder)
-            with complaining(folder):
-                check_files(folder, rest, share=dist.get_rank(), shares=dist.get_world_size())
+            rest = check_whole(folder, share=dist.get_rank(), shares=dist.get_world_size())
         except UserError as error:
             complaint = str(error)
         if (complaint := _first_of(complaint)) is not None:

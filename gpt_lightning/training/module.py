@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from typing_extensions import Self, override
 
-from gpt_lightning.checkpoint.contents import (
-    CONFIG_KEY,
-    VALIDATION_KEY,
-    check_own,
-    check_same_architecture,
-    read_checked,
-)
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
+from gpt_lightning.checkpoint.contents import CONFIG_KEY, VALIDATION_KEY, check_same_architecture
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -262,7 +258,7 @@ class GPTLightningModule(LightningModule):
         """Loads as Lightning does, but plain data alone: nothing in the file runs, nor what it names."""
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
-        check_own(checkpoint_path, read_checked(checkpoint_path))
+        Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
         return super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
         )

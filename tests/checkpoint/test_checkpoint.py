@@ -57,8 +57,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+@pytest.mark.parametrize("foreign", [{}, {"state_dict": {}}])
+def test_a_foreign_checkpoint_is_refused(foreign: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(foreign, tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match="not written by gpt_lightning"):
         Checkpoint.open(tmp_path / "foreign.ckpt")
 

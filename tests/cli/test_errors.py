@@ -218,7 +218,7 @@ def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["prepare"], "data.token_cache.plan_split"),
         (["predict", "--ckpt_path", "a.ckpt"], "cli.origin.find_checkpoint"),
         (["generate", "--prompt", "A", "--ckpt_path", "a.ckpt"], "cli.generate.load_model"),
-        (["consolidate", "--ckpt_path", "a.ckpt", "--output", "b.ckpt"], "cli.consolidate.consolidate"),
+        (["consolidate", "--ckpt_path", "a.ckpt", "--output", "b.ckpt"], "cli.convert.consolidate"),
         (["import-hf", "gpt2", "b.ckpt"], "cli.convert.import_gpt2"),
     ],
 )
@@ -255,7 +255,7 @@ def raised(error: Exception, cause: Exception | None = None) -> Callable[[], Non
         (PermissionError(13, "Permission denied", "/x"), None, "error: /x: Permission denied; name a", 2),
         (Stopped("stopped at step 5", 143), None, "stopped at step 5", 143),
         (NonFiniteError("loss is nan"), None, "error: loss is nan", 3),
-        (NonFiniteCheckpointError("w holds NaN"), None, "error: w holds NaN", 3),
+        (NonFiniteCheckpointError("w"), None, "error: w holds NaN", 3),
         (CheckpointWriteError("a.ckpt: no room"), None, "error: a.ckpt: no room", 5),
     ],
 )
