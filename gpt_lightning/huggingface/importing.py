@@ -55,17 +55,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 withou
 
 def import_gpt2(name: str, option: str) -> dict[str, Any]:
     """Returns the checkpoint of a run of no steps: architecture, weights, tokenizer; errors name `option`."""
-    complaint = f"{option}={name}"
     folder = _find(name, option)
-    config = _read_config(folder, complaint)
-    weights = _convert(_read_weights(folder, complaint), config, complaint)
-    tokenizer = _read_tokenizer(folder, config, complaint)
+    try:
+        config = _read_config(folder)
+        weights = _convert(_read_weights(folder), config)
+        tokenizer = _read_tokenizer(folder, config)
+    except UserError as error:
+        raise UserError(f"{option}={name}: {error}") from None
     origin = name if is_hub_name(name) else folder.resolve().name
     # As data.tokenizer, the bare name would mean one of ours.
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
+    data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
     position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
-    data = {**position, "settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
     return {
         "epoch": 0,
         "global_step": 0,
@@ -74,7 +76,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
         "hyper_parameters": {"config": asdict(config)},
         "state_dict": {MODEL_PREFIX + key: tensor for key, tensor in weights.items()},
         CONFIG_KEY: asdict(config),
-        DATA_KEY: data,
+        DATA_KEY: {**position, **data},
         ORIGIN_KEY: origin,
     }
 
@@ -120,16 +122,14 @@ def _has(folder: Path, form: str) -> bool:
 # ---- what
 
 
-def _read_config(folder: Path, complaint: str) -> GPTConfig:
+def _read_config(folder: Path) -> GPTConfig:
     from transformers import GPT2Config
 
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{complaint} holds no {CONFIG}; give the folder of a Hugging Face model")
-    stored = _read_json(folder / CONFIG, complaint)
-    if stored.get("model_type") != "gpt2":
-        raise UserError(
-            f"{complaint} is a model of the type {stored.get('model_type')!r}; only 'gpt2' can be imported"
-        )
+        raise UserError(f"it holds no {CONFIG}; give the folder of a Hugging Face model")
+    stored = _read_json(folder / CONFIG)
+    if (kind := stored.get("model_type")) != "gpt2":
+        raise UserError(f"it is a model of the type {kind!r}; only 'gpt2' can be imported")
     try:
         # The others, of which some cost memory or make noise, have no meaning here.
         known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
@@ -137,94 +137,86 @@ def _read_config(folder: Path, complaint: str) -> GPTConfig:
         theirs = GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None})
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
-        raise UserError(f"{complaint}: {CONFIG} is no GPT-2's ({reason}); mend it") from None
+        raise UserError(f"{CONFIG} is no GPT-2's ({reason}); mend it") from None
     try:
         return config_from_gpt2(theirs)
-    except UserError as error:
-        raise UserError(f"{complaint}: {error}") from None
     except OverflowError as error:
-        raise UserError(f"{complaint}: {CONFIG} is no GPT-2's ({error}); mend it") from None
+        raise UserError(f"{CONFIG} is no GPT-2's ({error}); mend it") from None
 
 
-def _read_tokenizer(folder: Path, config: GPTConfig, complaint: str) -> TextTokenizer:
+def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{complaint} holds no tokenizer; put the tokenizer.json that belongs to it there")
-    eos_token_id = _stored_eos(folder, config, complaint)
-    tokenizer = load_tokenizer_folder(folder, complaint, eos_token_id)
+        raise UserError("it holds no tokenizer; put the tokenizer.json that belongs to it there")
+    eos_token_id = _stored_eos(folder, config)
+    tokenizer = load_tokenizer_folder(folder, "its tokenizer", eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{complaint}: its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
+            f"its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
             f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
         )
     if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
         _log.warning(
             "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept",
-            *(complaint, eos_token_id, tokenizer.eos_token_id),
+            *(folder, eos_token_id, tokenizer.eos_token_id),
         )
     return tokenizer
 
 
-def _stored_eos(folder: Path, config: GPTConfig, complaint: str) -> int | None:
+def _stored_eos(folder: Path, config: GPTConfig) -> int | None:
     """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
     for name in (CONFIG, GENERATION_CONFIG):
-        stored = _read_json(folder / name, complaint) if (folder / name).is_file() else {}
+        stored = _read_json(folder / name) if (folder / name).is_file() else {}
         index = stored.get("eos_token_id")
         if type(index) is int and 0 <= index < config.vocab_size:
             return index
     return None
 
 
-def _read_weights(folder: Path, complaint: str) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Maps the weights from their files where the form allows it."""
     from huggingface_hub import load_state_dict_from_file
 
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder, complaint):
+    for file in _weight_files(folder):
         path = folder / file
         if not path.is_file():
-            raise UserError(f"{complaint} lacks {file}, a part of its weights; fetch it again")
+            raise UserError(f"it lacks {file}, a part of its weights; fetch it again")
         try:
-            # What is no safetensors file is read as weights alone, said outright: left out, an environment
-            # variable could turn it off.
-            part = load_state_dict_from_file(
-                path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path), safe=False
-            )
+            # `weights_only` is said outright: left out, an environment variable could turn it off.
+            is_zip = zipfile.is_zipfile(path)
+            part = load_state_dict_from_file(path, "cpu", weights_only=True, mmap=is_zip, safe=False)
             if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
                 raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
-            raise UserError(
-                f"{complaint}: {file} cannot be read as weights ({first_line(error)[:160]}); fetch it again"
-            ) from None
+            reason = first_line(error)[:160]
+            raise UserError(f"{file} cannot be read as weights ({reason}); fetch it again") from None
         weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
 
 
-def _weight_files(folder: Path, complaint: str) -> list[str]:
+def _weight_files(folder: Path) -> list[str]:
     """Names the files that the weights are in, all of one form."""
     form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
     if form is None:
-        raise UserError(f"{complaint} holds no weights; give a folder with {SAFETENSORS} or {BIN}")
+        raise UserError(f"it holds no weights; give a folder with {SAFETENSORS} or {BIN}")
     if (folder / form).is_file():
         return [form]
-    files = _read_json(folder / (form + INDEX), complaint).get("weight_map")
+    files = _read_json(folder / (form + INDEX)).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{complaint}: {form + INDEX} lists no files beside it; fetch it again")
+        raise UserError(f"{form + INDEX} lists no files beside it; fetch it again")
     return names
 
 
-def _convert(theirs: dict[str, Tensor], config: GPTConfig, complaint: str) -> dict[str, Tensor]:
+def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Makes GPTModel's weights, in float32, after a look at names, shapes, types and numbers."""
-    try:
-        _check_shapes(theirs, config)
-        ours = from_gpt2_state_dict(theirs, config)
-    except UserError as error:
-        raise UserError(f"{complaint}: {error}") from None
+    _check_shapes(theirs, config)
+    ours = from_gpt2_state_dict(theirs, config)
     for name, tensor in ours.items():
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{complaint}: weights of {tensor.dtype} ({name}); save the model in float32")
+            raise UserError(f"weights of {tensor.dtype} ({name}); save the model in float32")
     if (non_finite := first_non_finite(ours.items())) is not None:
-        raise UserError(f"{complaint}: {non_finite} holds NaN or infinity; fetch the weights again")
+        raise UserError(f"{non_finite} holds NaN or infinity; fetch the weights again")
     converted = {name: tensor.float() for name, tensor in ours.items()}
     if config.tie_embeddings:  # one tensor in the file, too
         converted["lm_head.weight"] = converted["token_embedding.weight"]
@@ -250,11 +242,11 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
 # ---- files
 
 
-def _read_json(path: Path, complaint: str) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{complaint}: {path.name} is no JSON ({first_line(error)[:160]}); mend it") from None
+        raise UserError(f"{path.name} is no JSON ({first_line(error)[:160]}); mend it") from None
     if not isinstance(stored, dict):
-        raise UserError(f"{complaint}: {path.name} holds no options; mend it")
+        raise UserError(f"{path.name} holds no options; mend it")
     return stored

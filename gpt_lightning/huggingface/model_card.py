@@ -66,15 +66,14 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
         "begun from": "random weights" if origin is None else f"the weights of {_code(origin)}",
         "architecture": _options(vars(checkpoint.config)),
     }
-    if checkpoint.step:
-        recipe |= {
-            "AdamW": _options(_mapping(chosen.get("optimizer"))),
-            "learning rate over time": _options(_mapping(chosen.get("schedule"))),
-            "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
-        }
-    else:
-        recipe["training"] = "none since"
-    return recipe
+    if not checkpoint.step:
+        return {**recipe, "training": "none since"}
+    return {
+        **recipe,
+        "AdamW": _options(_mapping(chosen.get("optimizer"))),
+        "learning rate over time": _options(_mapping(chosen.get("schedule"))),
+        "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
+    }
 
 
 def _tokens_seen(checkpoint: Checkpoint) -> str:
