@@ -78,10 +78,12 @@ def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str
     differences: set[str] = set()
     for path in _journals(output):
         found, *found_rows = _lines(path) or [settings]
-        if found == settings:
-            rows += found_rows
-        else:
-            differences.update(_differences(found, settings))
+        rows += found_rows if found == settings else []
+        differences |= {
+            f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
+            for name, value in settings.items()
+            if found.get(name) != value
+        }
     return rows, sorted(differences)
 
 
@@ -108,9 +110,7 @@ def lock_output(output: Path) -> Callable[[], None]:
     """Keeps other processes from writing it, until the function that this returns is called, or the end."""
     lock = take_lock(output.with_name(f".{output.name}.lock"))
     if lock is None:
-        raise UserError(
-            f"output={output}: another process is writing it; wait for it, or give another --output"
-        )
+        raise UserError(f"output={output}: another process is writing it; wait, or give another --output")
     return partial(release, lock)
 
 
@@ -128,12 +128,3 @@ def _lines(path: Path) -> list[Row]:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]
-
-
-def _differences(found: Settings, settings: Settings) -> list[str]:
-    """Says why the completions of the one are not those of the other."""
-    return [
-        f"other {name}" if name in (CHECKPOINT, PROMPTS) else f"{name} was {found.get(name)}, is {value}"
-        for name, value in settings.items()
-        if found.get(name) != value
-    ]
