@@ -56,10 +56,6 @@ def newest_of_run(folder: Path, warn: Warn = lambda line: None) -> Path | None:
 def step_of(path: Path) -> int | None:
     """Reads the optimizer step at which a checkpoint was saved, and nothing else; None if unreadable."""
     try:
-        if is_sharded(path):
-            from gpt_lightning.checkpoint.folder import read_rest  # slow to import
-
-            return int(read_rest(path)["global_step"])
         return int(load_plain(path)["global_step"])
     except Exception:  # what a changed byte in a pickle leads to may be anything
         return None
