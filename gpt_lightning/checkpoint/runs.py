@@ -71,7 +71,9 @@ def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
         with suppress(FileNotFoundError):  # a running fit has just replaced it by a better one
             times[path] = path.stat().st_mtime_ns
     complaints: list[str] = []
-    for among in _by_folder(times):
+    newest_first = sorted(times, key=lambda path: times[path], reverse=True)
+    for folder in dict.fromkeys(path.parent for path in newest_first):
+        among = [path for path in newest_first if path.parent == folder]
         steps = {path: step_of(path) for path in among}
         ranks = {path: (steps[path] or 0, times[path], path.name == LAST) for path in among}
         for path in sorted(among, key=lambda path: ranks[path], reverse=True):
@@ -87,13 +89,6 @@ def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
         others = f" (nor are {len(complaints) - 1} others)" if len(complaints) > 1 else ""
         raise UserError(f"no checkpoint is whole: {complaints[0]}{others}")
     return None
-
-
-def _by_folder(times: dict[Path, int]) -> list[list[Path]]:
-    """Groups checkpoints by their folder, that which was last written to first."""
-    newest_first = sorted(times, key=lambda path: times[path], reverse=True)
-    folders = dict.fromkeys(path.parent for path in newest_first)
-    return [[path for path in newest_first if path.parent == folder] for folder in folders]
 
 
 def _is_whole(path: Path, complain: Warn = lambda line: None) -> bool:
@@ -150,36 +145,35 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
     What killed saves left in it is removed. A run that `begins_again` was killed before its first checkpoint.
     """
     if _lies_in(folder, resumed_from):
-        run = _opened(folder)
-        if run is None:
-            raise _is_open(folder, f"run_name={folder.name}", "another --run_name")
+        run = _opened_or_refused(folder, f"run_name={folder.name}", "another --run_name")
         if goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
             return run
         run.close()
     for candidate in _free_folders(folder, begins_again):
-        run = _opened(candidate)
-        if run is not None and _is_free(candidate, begins_again):
+        opened = _opened(candidate)
+        if opened is None:
+            continue
+        if _is_free(candidate, begins_again):
             if candidate != folder:
                 (candidate / NUMBERED).write_text(folder.name)
-            return run
-        if run is not None:
-            run.close()
+            return opened
+        opened.close()
     raise AssertionError("there are always more numbers")
 
 
 def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> OpenRun:
     """Opens just this folder; raises if another process has it open, or it has another run's checkpoints."""
-    run = _opened(folder)
-    if run is None:
-        raise _is_open(folder, option, "another folder")
+    run = _opened_or_refused(folder, option, "another folder")
     if _checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
         run.close()
         raise UserError(f"{option} holds checkpoints that this run would overwrite; give another folder")
     return run
 
 
-def _is_open(folder: Path, option: str, other: str) -> UserError:
-    return UserError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
+def _opened_or_refused(folder: Path, option: str, other: str) -> OpenRun:
+    if (run := _opened(folder)) is not None:
+        return run
+    raise UserError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
 
 
 def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:
@@ -212,9 +206,8 @@ def _free_folders(folder: Path, begins_again: bool) -> Iterator[Path]:
 
 def _is_free(folder: Path, begins_again: bool) -> bool:
     """Tells whether nothing is in it, or, for a run that begins again, no checkpoint."""
-    if not folder.is_dir() or _is_empty(folder):
-        return True
-    return begins_again and not _checkpoints_below(folder)
+    is_empty = not folder.is_dir() or _is_empty(folder)
+    return is_empty or begins_again and not _checkpoints_below(folder)
 
 
 def _is_empty(folder: Path) -> bool:
