@@ -124,8 +124,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._writer is not None and self._writer.failure is not None:
-            self._writer.finish()
+        if self._writer is not None and (writing := self._writer.writing) is not None and writing.done():
+            self._writer.finish()  # raises, if it failed
         if self._stop_asked or trainer.should_stop:
             # Lets a stop wait for the end of the step, whose gathered gradients would be lost.
             self._stop_asked = is_inside_a_step(trainer)

@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self.failure: BaseException | None = None  # of a save in the background, until `finish` raises it
-        self._writing: Thread | None = None
+        self.writing: Future[None] | None = None  # in the background, until `finish`
         self._memory: Memory = {}
 
     @override
@@ -56,34 +55,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
         options = storage_options or SaveOptions()
         self.finish()
         if options.background:
-            copied = snapshot(checkpoint, self._memory)
-            self._writing = Thread(target=self._write, args=(copied, Path(path), options))
-            self._writing.start()  # the interpreter waits for its end
+            executor = ThreadPoolExecutor(1, "checkpoint writer")
+            self.writing = executor.submit(_write, snapshot(checkpoint, self._memory), Path(path), options)
+            executor.shutdown(wait=False)  # its thread ends with the save, for which the interpreter waits
         else:
-            self._write(checkpoint, Path(path), options)
-            self.finish()
-
-    def _write(self, checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
-        try:
-            check_finite(checkpoint)
-            for target in (path, *options.also):
-                write(checkpoint, target)
-            for old in options.remove:  # not earlier: there is no moment without a good file
-                remove(old)
-        except BaseException as error:
-            self.failure = error
+            _write(checkpoint, Path(path), options)
 
     def finish(self) -> None:
         """Waits until all that was to be written is; raises what went wrong in the background, once."""
-        self.wait()
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def wait(self) -> None:
-        """Waits as `finish` does, and leaves the failure for later."""
-        if self._writing is not None:
-            self._writing.join()
+        """Waits as `finish` does, and leaves the error for later."""
+        if self.writing is not None:
+            wait([self.writing])
 
     @override
     def load_checkpoint(
@@ -103,6 +90,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.wait()
         self._memory = {}
         self.finish()
+
+
+def _write(checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
+    check_finite(checkpoint)
+    for target in (path, *options.also):
+        write(checkpoint, target)
+    for old in options.remove:  # not earlier: there is no moment without a good file
+        remove(old)
 
 
 def snapshot(checkpoint: Mapping[str, Any], memory: Memory) -> Mapping[str, Any]:

@@ -163,10 +163,10 @@ def test_a_failure_in_the_background_is_raised_once_and_the_old_files_stay(
     disk.broken = {"last.ckpt"}
     options = SaveOptions(background=True, also=(tmp_path / "last.ckpt",), remove=(tmp_path / "old.ckpt",))
     plugin.save_checkpoint({"step": 2}, tmp_path / "best.ckpt", options)
-    assert plugin.failure is None  # it has not failed yet
+    assert plugin.writing is not None and not plugin.writing.done()  # it has not failed yet
     disk.let_go(2)
     plugin.wait()
-    assert isinstance(plugin.failure, CheckpointWriteError)
+    assert plugin.writing.done()
     with pytest.raises(CheckpointWriteError, match="last.ckpt cannot be written"):
         plugin.finish()
     plugin.finish()
