@@ -218,9 +218,8 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        share = share_of_prompts(
-            self.all_prompts, self.finished_prompts, self.text_tokenizer, rank=rank, ranks=ranks
-        )
+        tokenizer = self.text_tokenizer
+        share = share_of_prompts(self.all_prompts, self.finished_prompts, tokenizer, rank=rank, ranks=ranks)
         return batch_loader([share], lambda: BatchNumbers(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
