@@ -28,7 +28,7 @@ class TrainedText:
         self._check()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Refuse, now and from now on, other text than that of the run whose datamodule's state this is."""
+        """Refuses, now and from now on, other text than that of the run whose datamodule's state this is."""
         self._resumed = state.get("text", {})
         self._check()
 

@@ -57,9 +57,10 @@ class Corpus:
         return self.train_files + self.val_files + self.test_files
 
     def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-        cutting = {"text_key": self.text_key, "document_separator": self.document_separator}
         for file in files:
-            yield from read_pieces(file, on_bytes, **cutting)
+            yield from read_pieces(
+                file, on_bytes, text_key=self.text_key, document_separator=self.document_separator
+            )
 
     def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
         """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
@@ -157,20 +158,17 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
     # Whatever stands in the validation files, it decides only that nothing else is held out.
     settings["val_files"] = bool(corpus.val_files)
 
+    def texts(on_bytes: Callable[[int], None] = lambda n_bytes: None) -> Iterator[str]:
+        return (piece.text for name, piece in corpus.read_train(on_bytes) if name == "train")
+
     def build(folder: Path) -> dict[str, Any]:
-        size = vocab_size or default_vocab_size(_train_bytes(corpus))
+        size = vocab_size or default_vocab_size(sum(map(utf8_length, texts())))
         with _progress("Training the tokenizer", corpus.train_files) as advance:
-            texts = (piece.text for name, piece in corpus.read_train(advance) if name == "train")
-            train_bpe(texts, size).save(folder)
+            train_bpe(texts(advance), size).save(folder)
         return {}
 
     with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
         return load_tokenizer(str(folder))
-
-
-def _train_bytes(corpus: Corpus) -> int:
-    marked = corpus.read_train(lambda n_bytes: None)
-    return sum(utf8_length(piece.text) for name, piece in marked if name == "train")
 
 
 def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Epochs:
     accumulate: int = 1
 
     def n_batches(self, windows: int) -> int:
-        """Counts the batches for so many windows: as many as their optimizer steps need, of `accumulate` batches each.
+        """Counts the batches for so many windows: what their optimizer steps need, of `accumulate` each.
 
         The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
         """
