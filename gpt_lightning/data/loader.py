@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class TokenBatch(NamedTuple):
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
 
+@dataclass(eq=False)
 class WindowBatches(Dataset[TokenBatch]):
     """Makes one rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
 
@@ -39,29 +41,24 @@ class WindowBatches(Dataset[TokenBatch]):
     how many workers there are. Numbers count from the sample at `start`, over epoch ends.
     """
 
-    def __init__(
-        self,
-        split: TokenSplit,
-        *,
-        seq_len: int,
-        batch_size: int,
-        rank: int,
-        ranks: int,
-        document_mask: bool,
-        vocab_size: int,
-        seed: int | None = None,
-        start: int = 0,
-        accumulate: int = 1,
-    ) -> None:
-        self.split = split
-        self.vocab_size = vocab_size
-        self.seq_len, self.batch_size = seq_len, batch_size
-        self.rank, self.ranks = rank, ranks
-        self.document_mask = document_mask
-        self.start = start
-        self._cut = partial(windows.cut_windows, n_tokens=split.n_tokens, seq_len=seq_len, seed=seed)
-        n_windows = windows.n_windows(split.n_tokens, seq_len)
-        self.epochs = windows.Epochs(n_windows, batch_size * ranks, accumulate)
+    split: TokenSplit
+    _: KW_ONLY
+    seq_len: int
+    batch_size: int
+    rank: int
+    ranks: int
+    document_mask: bool
+    vocab_size: int
+    seed: int | None = None
+    start: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        n_tokens, seq_len = self.split.n_tokens, self.seq_len
+        self.epochs = windows.Epochs(
+            windows.n_windows(n_tokens, seq_len), self.batch_size * self.ranks, self.accumulate
+        )
+        self._cut = partial(windows.cut_windows, n_tokens=n_tokens, seq_len=seq_len, seed=self.seed)
 
     def __len__(self) -> int:
         return self.epochs.n_batches(self.epochs.windows)
