@@ -15,7 +15,7 @@ _CUTTING = ("text_key", "document_separator")
 
 
 class TrainedText:
-    """The text of a datamodule, and what it may be where a run goes on."""
+    """Remembers the text of a datamodule, and refuses another where a run goes on."""
 
     def __init__(self) -> None:
         self.described: dict[str, Any] = {}

@@ -113,7 +113,7 @@ class TrainingOrder:
         return batches.total.processed < self.restored.batches or batches.current.ready > 0
 
     def _epochs_are_limited(self, usual: int) -> bool:
-        """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""
+        """Tells whether limit_train_batches ends Lightning's epochs in ours, while the order goes on."""
         trainer = self._datamodule.trainer
         limit = 1.0 if trainer is None else trainer.limit_train_batches
         return limit < (usual if isinstance(limit, int) else 1)
