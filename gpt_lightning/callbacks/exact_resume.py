@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import rank_and_ranks
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.trainer import validation_is_due
@@ -116,7 +117,10 @@ def _check_that_all_go_on_alike(trainer: Trainer) -> None:
 
 
 def _samples_per_step(trainer: Trainer) -> int:
-    return trainer.datamodule.samples_per_step if isinstance(trainer.datamodule, TextDataModule) else 0
+    """Counts the windows that an optimizer step takes, over all ranks and micro-batches."""
+    if not isinstance(trainer.datamodule, TextDataModule):
+        return 0
+    return trainer.datamodule.batch_size * rank_and_ranks(trainer)[1] * trainer.accumulate_grad_batches
 
 
 # ---- random states, as plain values that `weights_only` reads

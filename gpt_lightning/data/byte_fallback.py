@@ -1,4 +1,4 @@
-"""Tokens that stand for single bytes, as <0x0A> does, one after the other: which of them make characters."""
+"""Tells which of the tokens that stand for single bytes, as <0x0A> does, make characters."""
 
 import codecs
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class ByteFallback:
         self._pending: list[int] = []
 
     def add(self, token_id: int) -> list[int]:
-        """The ids that are certain by now: this one, all of a character that it ends, or none."""
+        """Gives the ids that are certain by now: this one, all of a character that it ends, or none."""
         if token_id not in self._byte_of:
             self._decoder.reset()
             self._pending = []

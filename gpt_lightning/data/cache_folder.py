@@ -1,4 +1,4 @@
-"""A folder computed from source files: built by one process, renamed when whole, trusted while fresh."""
+"""Keeps a folder computed from files: built by one process, renamed when whole, trusted while fresh."""
 
 import contextlib
 import hashlib
@@ -42,8 +42,8 @@ def built_folder(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot be made ({error.strerror})"
-        raise UserError(f"data.cache_dir={cache_dir} {problem}; choose a writable folder") from None
+        problem = f"data.cache_dir={cache_dir} cannot be made ({error.strerror})"
+        raise UserError(f"{problem}; choose a writable folder") from None
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if (reason := _stale_reason(folder, sources)) is not None:
             _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
@@ -71,9 +71,7 @@ def _leave_no_trace(folder: Path, made: list[Path]) -> None:
         parent.rmdir()
 
 
-def _build(
-    folder: Path, described: list[dict[str, Any]], build: Callable[[Path], dict[str, Any]]
-) -> None:
+def _build(folder: Path, described: list[dict[str, Any]], build: Callable[[Path], dict[str, Any]]) -> None:
     try:
         with written_folder(folder) as unfinished:
             built = build(unfinished)

@@ -1,4 +1,4 @@
-"""TextDataModule: from text files and prompts to the batches that Lightning asks for."""
+"""TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
 from collections.abc import Callable, Set
 from functools import partial
@@ -8,16 +8,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-import gpt_lightning.data.windows as windows
 from gpt_lightning.data.corpus_identity import TrainedText
-from gpt_lightning.data.loader import (
-    BatchNumbers,
-    TokenBatch,
-    WindowBatches,
-    batch_loader,
-    rank_and_ranks,
-)
-from gpt_lightning.data.position import TrainingOrder
+from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
+from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
 from gpt_lightning.data.token_cache import (
     Corpus,
@@ -35,7 +28,7 @@ SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
 
 
 class TextDataModule(LightningDataModule):
-    """Text files to training and evaluation batches, and prompts to generate from.
+    """Turns text files into training and evaluation batches, and reads prompts to generate from.
 
     Args:
         train_files: Files, folders or globs of .txt, .jsonl or .parquet text (.gz and .zst too), or
@@ -123,7 +116,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """Loaded, or trained on the training text, at first use."""
+        """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
             if is_trained_here(self.tokenizer):
                 corpus = self._corpus()
@@ -138,16 +131,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the tokenizer can give, for the model's config."""
+        """Counts the ids that the tokenizer can give, for the model's config."""
         return self.text_tokenizer.vocab_size
 
     def use_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Encode with this tokenizer, such as a checkpoint's, whatever `data.tokenizer` says."""
+        """Encodes with this tokenizer, such as a checkpoint's, whatever `data.tokenizer` says."""
         self._text_tokenizer = tokenizer
         self._splits = None
 
     def prepare(self) -> dict[str, TokenSplit]:
-        """Open the token cache, building what is missing or stale; the splits that have tokens, by name.
+        """Opens the token cache, building what is missing or stale: the splits that have tokens, by name.
 
         Every process may call it: one builds, the others wait.
         """
@@ -166,12 +159,12 @@ class TextDataModule(LightningDataModule):
         check_length(n_tokens, self.seq_len, self.train_files)
 
     def split_counts(self, name: str) -> tuple[int, int]:
-        """Tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
+        """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
         split = self._split(name)
         return (split.n_tokens, split.n_bytes) if split else (0, 0)
 
     def _split(self, name: str) -> TokenSplit | None:
-        """Without test files the validation text is the test text."""
+        """Finds a split; without test files the validation text is the test text."""
         splits = self.prepare()
         return splits.get(name, splits.get("val") if name == "test" else None)
 
@@ -207,11 +200,11 @@ class TextDataModule(LightningDataModule):
         split = self._split("train")
         if split is None:
             raise self._no_train_files()
-        epochs = self._epochs()
-        self._order.keep_epoch_length_true(epochs)
-        order = {"seed": self.seed, "start": self._order.first_sample, "accumulate": epochs.accumulate}
-        self._training = self._window_batches(split, **order)
-        return self._loader(self._training, lambda: self._order.batch_numbers(epochs))
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        start = self._order.restored.consumed_samples
+        self._training = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        self._order.take_epochs(self._training.epochs)
+        return self._loader(self._training, self._order.batch_numbers)
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -223,11 +216,10 @@ class TextDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """One batch, of all that is left to this rank: rows that end are replaced within it."""
+        """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        share = share_of_prompts(
-            self.all_prompts, self.finished_prompts, self.text_tokenizer, rank=rank, ranks=ranks
-        )
+        tokenizer = self.text_tokenizer
+        share = share_of_prompts(self.all_prompts, self.finished_prompts, tokenizer, rank=rank, ranks=ranks)
         return batch_loader([share], lambda: BatchNumbers(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
@@ -271,25 +263,21 @@ class TextDataModule(LightningDataModule):
 
     @property
     def consumed_samples(self) -> int:
-        """Windows trained on so far, over all ranks and epochs: the position in the training order."""
-        return self._order.consumed_samples(self._epochs())
-
-    @property
-    def samples_per_step(self) -> int:
-        """Windows that an optimizer step takes, over all ranks and micro-batches."""
-        epochs = self._epochs()
-        return epochs.global_batch * epochs.accumulate
+        """Counts the windows trained on so far, over all ranks and epochs."""
+        return self._order.position().consumed_samples
 
     def close_epoch_first(self) -> None:
-        """For a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""
+        """Resumes a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""
         self._order.close_epoch_first()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        order = self._order.state_dict(self._epochs())
-        settings = {name: getattr(self, name) for name in SETTINGS_OF_A_RUN}
-        tokenizer = self.text_tokenizer.to_dict()
-        return {**order, "settings": settings, "tokenizer": tokenizer, "text": self.trained_text.described}
+        return {
+            **self._order.position()._asdict(),
+            "settings": {name: getattr(self, name) for name in SETTINGS_OF_A_RUN},
+            "tokenizer": self.text_tokenizer.to_dict(),
+            "text": self.trained_text.described,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,12 +291,4 @@ class TextDataModule(LightningDataModule):
                 f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer, whose ids "
                 "the model knows; train anew, or leave data.tokenizer and the text as they were"
             )
-        self._order.load_state_dict(state_dict)
-
-    def _epochs(self) -> windows.Epochs:
-        n_tokens = self.prepare()["train"].n_tokens
-        return windows.Epochs(
-            windows=windows.n_windows(n_tokens, self.seq_len),
-            global_batch=self.batch_size * self._rank_and_ranks()[1],
-            accumulate=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
-        )
+        self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

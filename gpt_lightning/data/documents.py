@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
 from gpt_lightning.exit_codes import UserError
@@ -194,11 +194,16 @@ def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) 
         position += len(line)
 
 
-def _json_text(line: str, text_key: str, place: str) -> str:
+def json_row(line: str, place: str) -> Any:
+    """Reads a line of a .jsonl file."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+
+
+def _json_text(line: str, text_key: str, place: str) -> str:
+    row = json_row(line, place)
     if not isinstance(row, dict) or text_key not in row:
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{place} has no key data.text_key={text_key}; it has: {keys}")

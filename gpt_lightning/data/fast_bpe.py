@@ -99,9 +99,7 @@ def _is_plain(description: dict[str, Any]) -> bool:
     return is_bpe and is_gpt2 and is_text_alone and after["type"] == "ByteLevel" and not any(others)
 
 
-def _made_tokens(
-    model: models.BPE, vocabulary: dict[str, int], merges: list[str | list[str]]
-) -> list[str]:
+def _made_tokens(model: models.BPE, vocabulary: dict[str, int], merges: list[str | list[str]]) -> list[str]:
     """Lists the tokens that the merges make, in their order, less those that no text of bytes can become."""
     alphabet = set(byte_alphabet())
     made = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]

@@ -1,4 +1,4 @@
-"""Batches of windows as tensors, and the loader that asks for them by number."""
+"""Makes batches of windows as tensors, and the loader that asks for them by number."""
 
 import ctypes
 import multiprocessing
@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class TokenBatch(NamedTuple):
-    """Windows of text; rows that an epoch's last batch does not fill have no targets."""
+    """Holds windows of text; rows that an epoch's last batch does not fill have no targets."""
 
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
@@ -31,6 +33,7 @@ class TokenBatch(NamedTuple):
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
 
+@dataclass(eq=False)
 class WindowBatches(Dataset[TokenBatch]):
     """Makes one rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
 
@@ -38,28 +41,24 @@ class WindowBatches(Dataset[TokenBatch]):
     how many workers there are. Numbers count from the sample at `start`, over epoch ends.
     """
 
-    def __init__(
-        self,
-        split: TokenSplit,
-        *,
-        seq_len: int,
-        batch_size: int,
-        rank: int,
-        ranks: int,
-        document_mask: bool,
-        vocab_size: int,
-        seed: int | None = None,
-        start: int = 0,
-        accumulate: int = 1,
-    ) -> None:
-        self.split = split
-        self.vocab_size = vocab_size
-        self.seq_len, self.batch_size = seq_len, batch_size
-        self.rank, self.ranks = rank, ranks
-        self.document_mask = document_mask
-        self.seed, self.start = seed, start
-        n_windows = windows.n_windows(split.n_tokens, seq_len)
-        self.epochs = windows.Epochs(n_windows, batch_size * ranks, accumulate)
+    split: TokenSplit
+    _: KW_ONLY
+    seq_len: int
+    batch_size: int
+    rank: int
+    ranks: int
+    document_mask: bool
+    vocab_size: int
+    seed: int | None = None
+    start: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        n_tokens, seq_len = self.split.n_tokens, self.seq_len
+        self.epochs = windows.Epochs(
+            windows.n_windows(n_tokens, seq_len), self.batch_size * self.ranks, self.accumulate
+        )
+        self._cut = partial(windows.cut_windows, n_tokens=n_tokens, seq_len=seq_len, seed=self.seed)
 
     def __len__(self) -> int:
         return self.epochs.n_batches(self.epochs.windows)
@@ -68,10 +67,6 @@ class WindowBatches(Dataset[TokenBatch]):
         """Counts the targets that all ranks score in these batches."""
         spans = (self.epochs.span(self.start, batch) for batch in batches)
         return sum(int(self._cut(np.arange(*span))[1].sum()) for span in spans)
-
-    def _cut(self, positions: windows.Ints) -> tuple[windows.Ints, windows.Ints]:
-        n_tokens = self.split.n_tokens
-        return windows.cut_windows(positions, n_tokens=n_tokens, seq_len=self.seq_len, seed=self.seed)
 
     def __getitem__(self, batch: int) -> TokenBatch:
         sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
@@ -100,7 +95,7 @@ class WindowBatches(Dataset[TokenBatch]):
 
 
 class BatchNumbers(NamedTuple):
-    """The batches still to come in an epoch, and how many the whole epoch has."""
+    """Tells the batches still to come in an epoch, and how many the whole epoch has."""
 
     remaining: range
     epoch_length: int
@@ -149,7 +144,7 @@ def batch_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """A loader whose items are whole batches already."""
+    """Makes a loader whose items are whole batches already."""
     return BatchLoader(
         dataset,  # type: ignore[arg-type]
         sampler=BatchNumberSampler(dataset, numbers),
@@ -165,7 +160,7 @@ def batch_loader(
 
 
 def _belong_to_the_run(worker_id: int) -> None:
-    """A scheduler signals all processes of a job; without its workers the run could not finish its step.
+    """Ignores what a scheduler signals all processes of a job: a run without workers cannot end its step.
 
     They end with the run, also if it is killed while they start, before PyTorch's own watch begins.
     """
@@ -185,7 +180,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def rank_and_ranks(trainer: Any) -> tuple[int, int]:
-    """This process's data-parallel rank and how many there are, as the Trainer's strategy tells it.
+    """Tells this process's data-parallel rank and how many there are, as the Trainer's strategy has it.
 
     Only they read different samples: tensor-parallel peers have the same rank.
     """
@@ -194,5 +189,5 @@ def rank_and_ranks(trainer: Any) -> tuple[int, int]:
 
 
 def is_first_of_replica(trainer: Any) -> bool:
-    """Whether this process speaks for its tensor-parallel peers, which have adjacent ranks."""
+    """Tells whether this process speaks for its tensor-parallel peers, which have adjacent ranks."""
     return bool(trainer.global_rank % (trainer.world_size // rank_and_ranks(trainer)[1]) == 0)

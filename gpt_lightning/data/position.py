@@ -1,10 +1,10 @@
-"""Where training stands in the sample order, from Lightning's own count of batches.
+"""Tells where training stands in the sample order, from Lightning's own count of batches.
 
 Lightning restores its loop counters by itself, so this keeps no second count that could disagree: it
 remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
@@ -12,62 +12,85 @@ from gpt_lightning.data.loader import BatchNumbers
 from gpt_lightning.data.windows import Epochs
 
 
+class Position(NamedTuple):
+    """Counts what was trained on: windows over all ranks and epochs, batches, and those of this epoch."""
+
+    consumed_samples: int = 0
+    batches: int = 0
+    epoch_batches: int = 0
+
+
 class TrainingOrder:
     """Tells one datamodule's position in training, and the batches left in its epoch and optimizer step."""
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
+        self._epochs: Epochs | None = None
         self._usual_reload: int | None = None
-        self.first_sample = 0
-        self._first_batch = 0
-        self._first_epoch_batches = 0
+        self.restored = Position()
         self._first_epoch_is_finished = False
 
     def start(self) -> None:
-        """Begin anew with a trainer that has not seen what an earlier one restored."""
-        if self._counts().total < self._first_batch:
-            self.first_sample = self._first_batch = self._first_epoch_batches = 0
-            self._first_epoch_is_finished = False
+        """Begins anew with a trainer that has not seen what an earlier one restored."""
+        trainer = self._datamodule.trainer
+        total = 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if total < self.restored.batches:
+            self.restore(Position())
 
-    def consumed_samples(self, epochs: Epochs) -> int:
-        """Counts the windows that were trained on, over all ranks and epochs: the position."""
-        return epochs.span(self.first_sample, self._counts().since_restored)[0]
-
-    def state_dict(self, epochs: Epochs) -> dict[str, int]:
-        counts = self._counts()
-        return {
-            "consumed_samples": self.consumed_samples(epochs),
-            "batches": self._first_batch + counts.since_restored,
-            "epoch_batches": counts.of_epoch,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first_sample = state_dict["consumed_samples"]
-        self._first_batch = state_dict["batches"]
-        self._first_epoch_batches = state_dict["epoch_batches"]
+    def restore(self, position: Position) -> None:
+        """Goes on at a checkpoint's position."""
+        self.restored = position
         self._first_epoch_is_finished = False
 
     def close_epoch_first(self) -> None:
-        """Lightning resumes in an epoch that is finished but not closed: it is to find no batch left."""
+        """Has Lightning, which resumes in an epoch that is finished but not closed, find no batch left."""
         self._first_epoch_is_finished = True
 
-    def batch_numbers(self, epochs: Epochs) -> BatchNumbers:
+    def position(self) -> Position:
+        trainer = self._datamodule.trainer
+        if trainer is None or self._epochs is None:
+            return self.restored
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        # `processed` is right in every hook in which a checkpoint is saved. Lightning restores its counters
+        # after this position; until then it has trained on fewer.
+        since_restored = batches.total.processed - self.restored.batches
+        if since_restored <= 0:
+            return self.restored
+        consumed_samples = self._epochs.span(self.restored.consumed_samples, since_restored)[0]
+        return Position(consumed_samples, batches.total.processed, batches.current.processed)
+
+    def take_epochs(self, epochs: Epochs) -> None:
+        """Counts by these; Lightning is to ask again for the length after an epoch resumed otherwise."""
+        self._epochs = epochs
+        trainer = self._datamodule.trainer
+        if trainer is None:
+            return
+        if self.batch_numbers().epoch_length != epochs.n_batches(epochs.windows):
+            self._usual_reload = trainer.reload_dataloaders_every_n_epochs
+            trainer.reload_dataloaders_every_n_epochs = 1
+        elif self._usual_reload is not None:
+            trainer.reload_dataloaders_every_n_epochs = self._usual_reload
+            self._usual_reload = None
+
+    def batch_numbers(self) -> BatchNumbers:
         """Numbers the rest of the epoch from the restored position."""
-        counts = self._counts()
-        first, of_epoch = counts.since_restored, counts.of_epoch
-        if self._is_to_close_an_epoch():
-            return BatchNumbers(range(first, first), of_epoch)
+        position, epochs = self.position(), self._epochs
+        assert epochs is not None
+        first = position.batches - self.restored.batches
+        if first == 0 and self._is_to_close_an_epoch():
+            return BatchNumbers(range(first, first), position.epoch_batches)
         usual = epochs.n_batches(epochs.windows)
-        within = self.consumed_samples(epochs) % epochs.windows
+        within = position.consumed_samples % epochs.windows
         if within == 0 or self._epochs_are_limited(usual):
             return BatchNumbers(range(first, first + usual), usual)
         left = epochs.n_batches(epochs.windows - within)
-        return BatchNumbers(range(first, first + left), of_epoch + left)
+        return BatchNumbers(range(first, first + left), position.epoch_batches + left)
 
     def rest_of_step(self) -> tuple[bool, range]:
         """Tells whether the next batch begins an optimizer step, and the step's batches from this one on.
 
-        Lightning steps after `accumulate_grad_batches` batches of an epoch, and after its last.
+        Lightning steps after `accumulate_grad_batches` batches of an epoch, and after its last. Only it knows
+        how it counts those of an epoch that it resumed, so it is asked batch by batch.
         """
         trainer = self._datamodule.trainer
         assert trainer is not None
@@ -78,51 +101,19 @@ class TrainingOrder:
         if ready < of_epoch:  # else Lightning resumes in an epoch that is finished, and goes on with it
             left = min(left, of_epoch - ready)
         # With overfit_batches Lightning has each epoch begin with batch 0.
-        first = ready if trainer.overfit_batches else batches.total.processed - self._first_batch
+        first = ready if trainer.overfit_batches else batches.total.processed - self.restored.batches
         return ready % accumulate == 0, range(first, first + left)
 
-    def keep_epoch_length_true(self, epochs: Epochs) -> None:
-        """Have Lightning ask for the length again after an epoch resumed with another global batch."""
-        trainer = self._datamodule.trainer
-        if trainer is None:
-            return
-        if self.batch_numbers(epochs).epoch_length != epochs.n_batches(epochs.windows):
-            self._usual_reload = trainer.reload_dataloaders_every_n_epochs
-            trainer.reload_dataloaders_every_n_epochs = 1
-        elif self._usual_reload is not None:
-            trainer.reload_dataloaders_every_n_epochs = self._usual_reload
-            self._usual_reload = None
-
-    def _counts(self) -> "_Counts":
-        trainer = self._datamodule.trainer
-        if trainer is None:
-            return _Counts(0, 0, self._first_epoch_batches, 0)
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        # `processed` is right in every hook in which a checkpoint is saved. Lightning restores its counters
-        # after this state; until then it has trained on fewer.
-        since = max(0, batches.total.processed - self._first_batch)
-        of_epoch = batches.current.processed if since else self._first_epoch_batches
-        return _Counts(batches.total.processed, since, of_epoch, batches.current.ready)
-
     def _is_to_close_an_epoch(self) -> bool:
-        """Until Lightning has asked for the batches of that epoch."""
-        counts = self._counts()
-        if not self._first_epoch_is_finished or counts.since_restored:
+        """Holds until Lightning has asked for the batches of that epoch."""
+        if not self._first_epoch_is_finished or self._datamodule.trainer is None:
             return False
+        batches = self._datamodule.trainer.fit_loop.epoch_loop.batch_progress
         # Nothing is counted before the counters are restored, and in the epoch after that one.
-        return counts.total < self._first_batch or counts.ready > 0
+        return batches.total.processed < self.restored.batches or batches.current.ready > 0
 
     def _epochs_are_limited(self, usual: int) -> bool:
-        """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""
+        """Tells whether limit_train_batches ends Lightning's epochs in ours, while the order goes on."""
         trainer = self._datamodule.trainer
         limit = 1.0 if trainer is None else trainer.limit_train_batches
         return limit < (usual if isinstance(limit, int) else 1)
-
-
-class _Counts(NamedTuple):
-    """Batches that were trained, and those of Lightning's epoch that were begun."""
-
-    total: int
-    since_restored: int
-    of_epoch: int
-    ready: int

@@ -1,10 +1,10 @@
 """Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
-import json
 from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt_lightning.data.documents import json_row
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
@@ -68,10 +68,7 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _json_prompt(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    row = json_row(line, place)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
     check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")

@@ -5,6 +5,7 @@ or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where 
 end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Corpus:
                 if file in files["train_files"]:
                     raise UserError(f"data.{option}={file} is also in data.train_files; remove it from one")
         return cls(**files, **settings)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.train_files + self.val_files + self.test_files
 
     def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
         for file in files:
@@ -108,13 +112,12 @@ def prepare_tokens(
     check_train: Callable[[int], None] = lambda n_tokens: None,
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
 ) -> dict[str, TokenSplit]:
-    """Opens the splits that have tokens; builds them where the cache is not fresh; safe in every process.
+    """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
     `check_sources` the content hashes of the training, validation and test files, before one is built.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
-    sources = corpus.train_files + corpus.val_files + corpus.test_files
 
     def build(folder: Path) -> dict[str, Any]:
         counts = _write_tokens(folder, corpus, tokenizer)
@@ -122,7 +125,7 @@ def prepare_tokens(
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
         return counts
 
-    with built_folder(cache_dir, "tokens", settings, sources, build, check_sources) as (folder, built):
+    with built_folder(cache_dir, "tokens", settings, corpus.sources, build, check_sources) as (folder, built):
         order: tuple[str, ...] = ("train", "val", "test")
         splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
@@ -155,27 +158,23 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
     # Whatever stands in the validation files, it decides only that nothing else is held out.
     settings["val_files"] = bool(corpus.val_files)
 
+    def texts(on_bytes: Callable[[int], None] = lambda n_bytes: None) -> Iterator[str]:
+        return (piece.text for name, piece in corpus.read_train(on_bytes) if name == "train")
+
     def build(folder: Path) -> dict[str, Any]:
-        size = vocab_size or default_vocab_size(_train_bytes(corpus))
-        with _Progress("Training the tokenizer", corpus.train_files) as progress:
-            texts = (piece.text for name, piece in corpus.read_train(progress.advance) if name == "train")
-            train_bpe(texts, size).save(folder)
+        size = vocab_size or default_vocab_size(sum(map(utf8_length, texts())))
+        with _progress("Training the tokenizer", corpus.train_files) as advance:
+            train_bpe(texts(advance), size).save(folder)
         return {}
 
     with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
         return load_tokenizer(str(folder))
 
 
-def _train_bytes(corpus: Corpus) -> int:
-    marked = corpus.read_train(lambda n_bytes: None)
-    return sum(utf8_length(piece.text) for name, piece in marked if name == "train")
-
-
 def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
-    sources = corpus.train_files + corpus.val_files + corpus.test_files
     writers: dict[str, _SplitWriter] = {}
-    with _Progress("Tokenizing", sources) as progress:
-        for text in encode_pieces(_marked_pieces(corpus, progress.advance), tokenizer):
+    with _progress("Tokenizing", corpus.sources) as advance:
+        for text in encode_pieces(_marked_pieces(corpus, advance), tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
             writers[text.split].add(text)
@@ -213,45 +212,28 @@ class _SplitWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        return {
-            "dtype": self._dtype,
-            "n_tokens": self._n_tokens,
-            "n_bytes": self._n_bytes,
-            "n_documents": self._n_documents,
-        }
+        counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
+        return {"dtype": self._dtype, **counts}
 
 
-class _Progress:
+@contextlib.contextmanager
+def _progress(title: str, sources: tuple[str, ...]) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar on a terminal's stderr, for reads that take longer than a second."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, title: str, sources: tuple[str, ...]) -> None:
-        self._title = title
-        self._total = sum(source_bytes(source) for source in sources)
-        self._done = 0
-        self._started = time.monotonic()
-        self._bar: Any = None
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=sum(map(source_bytes, sources)))
+    started = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
-        return self
+    def advance(n_bytes: int) -> None:
+        bar.update(task, advance=n_bytes)
+        if not bar.live.is_started and sys.stderr.isatty() and time.monotonic() - started > 1:
+            bar.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        if self._bar is None and sys.stderr.isatty() and time.monotonic() - self._started > 1:
-            self._start()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-
-    def _start(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._title, total=self._total)
-        self._bar.start()
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,4 +1,4 @@
-"""Text to token ids and back: load a tokenizer by name or folder, or train a byte-level BPE."""
+"""Turns text to token ids and back by a tokenizer of a name or folder, or a byte-level BPE trained here."""
 
 import codecs
 import hashlib
@@ -51,15 +51,11 @@ class TextTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Like `encode`, on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Encodes as `encode` does, on all cores."""
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def corpus_encoder(self) -> Encoder:
-        """A function like `encode_batch` for much text, which several threads may call at once.
-
-        It takes a moment to make, and then the fastest way that is known to give the same ids.
-        """
+        """Makes, in a moment, the fastest function known to do as `encode_batch`, for several threads."""
         fast = fast_bpe(self._tokenizer)
 
         def encode(texts: list[str]) -> list[NDArray[np.uint32]]:
@@ -71,7 +67,7 @@ class TextTokenizer:
         return encode
 
     def decode(self, ids: list[int]) -> str:
-        """Whole characters only: bytes that make none, as at a cut end, are left out, special tokens too."""
+        """Gives whole characters: bytes that make none, as at a cut end, are left out, special tokens too."""
         if self._decoder_types != {"ByteLevel"}:
             fallback = ByteFallback(self._fallback_bytes)
             certain = [index for given in ids for index in fallback.add(given)]
@@ -80,7 +76,7 @@ class TextTokenizer:
         return text.decode("utf-8", errors="ignore")
 
     def pieces(self) -> Callable[[int], str]:
-        """A function of one id after the other; what it gives is, together, what `decode` makes of all."""
+        """Makes a function of one id after the other, which gives together what `decode` makes of all."""
         if self._decoder_types == {"ByteLevel"}:
             # DecodeStream would hold back a whole character that an unfinished one follows, for ever.
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
@@ -92,13 +88,13 @@ class TextTokenizer:
 
     @cached_property
     def _decoder_types(self) -> set[str]:
-        """The parts of the decoder that change what a token says."""
+        """Names the parts of the decoder that change what a token says."""
         decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
         return set(re.findall(r'"type": "(\w+)"', decoder)) - {"Sequence", "Fuse"}
 
     @cached_property
     def _fallback_bytes(self) -> dict[int, int]:
-        """The byte of each id that stands for one, if the decoder reads them so."""
+        """Maps each id that stands for a byte to it, if the decoder reads them so."""
         if "ByteFallback" not in self._decoder_types:
             return {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -107,7 +103,7 @@ class TextTokenizer:
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """The bytes of each id; special tokens have none, other added tokens are written as they are."""
+        """Maps each id to its bytes; special tokens have none, other added tokens are written as they are."""
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
         found = {
             index: bytes(byte_of[character] for character in token)
@@ -119,7 +115,7 @@ class TextTokenizer:
         return found
 
     def to_dict(self) -> dict[str, str]:
-        """Plain strings that a checkpoint can hold and `from_dict` reads."""
+        """Gives plain strings that a checkpoint can hold and `from_dict` reads."""
         return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
 
     @classmethod
@@ -136,21 +132,18 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal tokenizers, also after a save and load."""
+        """Is equal for equal tokenizers, also after a save and load."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def padded(self, n_ids: int) -> "TextTokenizer":
-        """The same, with special tokens for the ids up to `n_ids` that a model knows and no text has.
-
-        Some readers want a token for each of a model's ids.
-        """
+        """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
         padded = self.from_dict(self.to_dict())
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
         padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
         return self.from_dict(padded.to_dict())
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
-        """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open.
+        """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.
 
         `max_length` is that of the texts that its model can see.
         """
@@ -169,25 +162,23 @@ class TextTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """A byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
+    """Trains a byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
     tokenizer = _byte_level(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer, END_OF_TEXT)
 
 
 def is_trained_here(spec: str) -> bool:
-    """Whether `data.tokenizer` asks for a BPE trained on the corpus: `bpe` or `bpe:8192`."""
+    """Tells whether `data.tokenizer` asks for a BPE trained on the corpus: `bpe` or `bpe:8192`."""
     return spec == "bpe" or spec.startswith("bpe:")
 
 
 def requested_vocab_size(spec: str) -> int | None:
-    """The size in `bpe:8192`; None for `bpe`, which leaves it to `default_vocab_size`."""
+    """Reads the size in `bpe:8192`; None for `bpe`, which leaves it to `default_vocab_size`."""
     if spec == "bpe":
         return None
     size = spec.removeprefix("bpe:")
@@ -197,14 +188,15 @@ def requested_vocab_size(spec: str) -> int | None:
 
 
 def default_vocab_size(n_bytes: int) -> int:
-    """About one token a kilobyte of text, as a power of two between 512 and 32768."""
+    """Gives about one token a kilobyte of text, as a power of two between 512 and 32768."""
     return 2 ** min(15, max(9, round(math.log2(max(1, n_bytes) / 1000))))
 
 
 def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
-    """`bytes`, a folder, or the name of a tokenizer on the Hugging Face hub; code in either never runs."""
+    """Opens `bytes`, a folder, or a name on the Hugging Face hub; code in either never runs."""
     if name == "bytes":
-        return _bytes_tokenizer()
+        vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
+        return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return load_tokenizer_folder(Path(folder), f"{option}={name}")
@@ -214,19 +206,14 @@ def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
 
 
 def is_hub_name(name: str) -> bool:
-    """Only what cannot be a path goes to the network: `texts/bpe` is one where there is a folder `texts`."""
+    """Tells what cannot be a path, and so may go to the network, from `texts/bpe` beside a folder `texts`."""
     path = os.path.expanduser(name)
     is_path = os.path.exists(path) or os.path.isdir(os.path.dirname(path))
     return not is_path and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
-def _bytes_tokenizer() -> TextTokenizer:
-    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
-
-
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
-    """Complaints begin with `option`; `eos_token_id` is its model's, taken where the folder names no end."""
+    """Opens a folder, called `option` in complaints; its model's `eos_token_id` is taken if it names none."""
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -242,21 +229,17 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
         eos_token_id = None
     if tokenizer is None:
         return _from_transformers(str(folder), option, local_files_only=True, eos_token_id=eos_token_id)
-    usual = [token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None]
-    eos_token = named or _token(tokenizer, eos_token_id) or next(iter(usual), None)
-    if eos_token is None:
-        raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(tokenizer, eos_token)
+    usual = (token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None)
+    return _ending(tokenizer, named or _token(tokenizer, eos_token_id) or next(usual, None), option)
 
 
 def _is_plain_bpe(folder: Path) -> bool:
-    """Whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
+    """Tells whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
     path = folder / "tokenizer_config.json"
     options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     changes = options.get("added_tokens_decoder") or options.get("add_prefix_space")
-    if changes or (folder / "added_tokens.json").is_file():
-        return False
-    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    return not changes and "added_tokens.json" not in present and present >= {"vocab.json", "merges.txt"}
 
 
 def _token(tokenizer: Tokenizer, index: int | None) -> str | None:
@@ -285,11 +268,9 @@ def _from_transformers(
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
+        local = local_files_only or not hub_is_reachable()
         loaded = AutoTokenizer.from_pretrained(
-            name,
-            trust_remote_code=False,
-            local_files_only=local_files_only or not hub_is_reachable(),
-            use_fast=True,
+            name, trust_remote_code=False, local_files_only=local, use_fast=True
         )
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
@@ -297,18 +278,23 @@ def _from_transformers(
     if not loaded.is_fast:
         raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
     eos_token = _token(loaded.backend_tokenizer, eos_token_id) or loaded.eos_token
+    return _ending(loaded.backend_tokenizer, eos_token, option)
+
+
+def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
+    """Takes the token that ends documents, which there must be."""
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(loaded.backend_tokenizer, eos_token)
+    return TextTokenizer(tokenizer, eos_token)
 
 
 def hub_is_reachable() -> bool:
-    """Whether a connection can be had at all; the hub's own client tries for minutes before it gives up."""
+    """Tells whether a connection can be had; the hub's own client tries for minutes before it gives up."""
     from huggingface_hub import constants
 
-    address = urlsplit(constants.ENDPOINT)
     if getproxies():
         return True
+    address = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout=10).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""The sample order: which tokens each batch holds, as a pure function of (seed, position).
+"""Tells which tokens each batch holds: the sample order, as a pure function of (seed, position).
 
 The training stream is circular: token t is predicted from the token before it, and token 0 from the last one,
 an eos. Epoch e cuts the circle into windows at its own offset, so every token is a target exactly once an
@@ -22,27 +22,27 @@ Ints = NDArray[np.int64]
 
 
 def n_windows(n_tokens: int, seq_len: int) -> int:
-    """Windows an epoch, the last of which may be short."""
+    """Counts the windows of an epoch, the last of which may be short."""
     return -(-n_tokens // seq_len)
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """How batches and optimizer steps take an epoch's windows; a resumed run may take them otherwise."""
+    """Deals an epoch's windows to batches and optimizer steps; a resumed run may do it otherwise."""
 
     windows: int
     global_batch: int
     accumulate: int = 1
 
     def n_batches(self, windows: int) -> int:
-        """Batches for so many windows: as many as their optimizer steps need, of `accumulate` batches each.
+        """Counts the batches for so many windows: what their optimizer steps need, of `accumulate` each.
 
         The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
         """
         return -(-windows // (self.global_batch * self.accumulate)) * self.accumulate
 
     def span(self, start: int, batch: int) -> tuple[int, int]:
-        """First position, and the one after the last, of batch number `batch` counted from position `start`.
+        """Gives first position, and the one after the last, of batch `batch` counted from position `start`.
 
         A batch never crosses the end of an epoch.
         """
@@ -74,7 +74,7 @@ def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | Non
 def gather(
     tokens: NDArray[np.integer], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
 ) -> tuple[Ints, Ints]:
-    """Inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
+    """Reads inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
     # [B, T + 1]; past a window's end it reads on around the circle, which the mask then hides.
     window = np.empty((len(starts), seq_len + 1), dtype=tokens.dtype)
     for row, start in zip(window, starts.tolist(), strict=True):
@@ -100,7 +100,7 @@ def document_ids(
     rows: int,
     seq_len: int,
 ) -> Ints:
-    """Which document each input is in, counted from 0 within its window; padding has an id of its own.
+    """Tells which document each input is in, counted from 0 within its window; padding has an id of its own.
 
     An input is in the document of its target, so the eos before a document is that document's first input.
     """
@@ -137,7 +137,7 @@ def _permuted_block(block: int, size: int, key: int) -> Ints:
 
 
 def permute(index: Ints, size: int, *, key: int) -> Ints:
-    """A keyed permutation of range(size) at `index`: constant memory, and any index as fast as the first.
+    """Permutes range(size) by a key, at `index`: in constant memory, and any index as fast as the first.
 
     A Feistel network permutes the next even power of two; what falls outside walks on until it is inside.
     """
@@ -158,7 +158,7 @@ def _feistel(value: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint6
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every input bit reaches every output bit."""
+    """Has every input bit reach every output bit: the finalizer of splitmix64."""
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return value ^ value >> np.uint64(31)
@@ -166,6 +166,6 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def _hash(first: int, second: int, purpose: str) -> int:
-    """64 bits, the same in every process and on every machine."""
+    """Gives 64 bits, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{purpose} {first} {second}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
