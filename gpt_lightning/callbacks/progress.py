@@ -97,11 +97,15 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._advance(batch_idx + 1)
 
-    on_test_batch_end = on_validation_batch_end
-
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("testing", sum(trainer.num_test_batches))
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._advance(batch_idx + 1)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,8 +184,6 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
 def _describe(trainer: Trainer, *names: str) -> str:
     metrics = trainer.callback_metrics
-    return "  ".join(f"{name} {_short(float(metrics[name]))}" for name in names if name in metrics)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    values = {name: float(metrics[name]) for name in names if name in metrics}
+    texts = (f"{name} {value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items())
+    return "  ".join(texts)

@@ -64,10 +64,10 @@ class TextWriter:
         samples = [_Sample(TextStream(self._tokenizer, settings.stop)) for _ in range(settings.num_samples)]
         for number, sample in enumerate(samples):
             engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))
-        steps = (samples[step.request.sample].add(step) for step in engine.run())
+        steps = engine.run()
         for number, sample in enumerate(samples, 1):
             self._output.write(prompt)
-            self._write_on(sample, steps, is_interrupted)
+            self._write_on(sample, samples, steps, is_interrupted)
             if sample.ended_by == _ENDED_BY["interrupt"]:
                 break
             if len(samples) > 1:
@@ -78,7 +78,9 @@ class TextWriter:
         reason = f"; ended by {samples[0].ended_by}" if len(samples) == 1 else ""
         say(f"{_tokens(count)} in {seconds:.1f} s{rate}{reason}")
 
-    def _write_on(self, sample: _Sample, steps: Iterator[None], is_interrupted: Callable[[], bool]) -> None:
+    def _write_on(
+        self, sample: _Sample, all: list[_Sample], steps: Iterator[Step], is_interrupted: Callable[[], bool]
+    ) -> None:
         """Writes a sample as the steps add to it; what they add to others waits for its turn."""
         n_written = 0
         while not sample.ended_by:
@@ -88,7 +90,8 @@ class TextWriter:
             if is_interrupted():
                 sample.end("interrupt")
             else:
-                next(steps)
+                step = next(steps)
+                all[step.request.sample].add(step)
         self._output.write(sample.text.text[n_written:] + "\n")
         self._output.flush()
 
