@@ -65,24 +65,24 @@ class TextWriter:
         for number, sample in enumerate(samples):
             engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))
         steps = engine.run()
-        for number, sample in enumerate(samples, 1):
+        for number, sample in enumerate(samples):
             self._output.write(prompt)
-            self._write_on(sample, samples, steps, is_interrupted)
+            self._write_on(number, samples, steps, is_interrupted)
             if sample.ended_by == _ENDED_BY["interrupt"]:
                 break
             if len(samples) > 1:
                 what = f"{_tokens(sample.n_tokens)}; ended by {sample.ended_by}"
-                say(f"sample {number} of {len(samples)}: {what}")
+                say(f"sample {number + 1} of {len(samples)}: {what}")
         seconds, count = time.perf_counter() - start, sum(sample.n_tokens for sample in samples)
         rate = f": {count / seconds:,.0f} tokens/s" if count and seconds else ""
         reason = f"; ended by {samples[0].ended_by}" if len(samples) == 1 else ""
         say(f"{_tokens(count)} in {seconds:.1f} s{rate}{reason}")
 
     def _write_on(
-        self, sample: _Sample, all: list[_Sample], steps: Iterator[Step], is_interrupted: Callable[[], bool]
+        self, number: int, samples: list[_Sample], steps: Iterator[Step], is_interrupted: Callable[[], bool]
     ) -> None:
         """Writes a sample as the steps add to it; what they add to others waits for its turn."""
-        n_written = 0
+        sample, n_written = samples[number], 0
         while not sample.ended_by:
             self._output.write(sample.text.text[n_written:])
             self._output.flush()
@@ -91,7 +91,7 @@ class TextWriter:
                 sample.end("interrupt")
             else:
                 step = next(steps)
-                all[step.request.sample].add(step)
+                samples[step.request.sample].add(step)
         self._output.write(sample.text.text[n_written:] + "\n")
         self._output.flush()
 

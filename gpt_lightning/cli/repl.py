@@ -85,8 +85,10 @@ class Repl:
                 self._ended = True
             case _:
                 close = difflib.get_close_matches(name, COMMANDS, n=1)
-                other = "/help shows them; a text may begin with //"
-                raise UserError(f"/{name} is no command; {f'did you mean /{close[0]}?' if close else other}")
+                remedy = "/help shows them; a text may begin with //"
+                if close:
+                    remedy = f"did you mean /{close[0]}?"
+                raise UserError(f"/{name} is no command; {remedy}")
 
     def _again(self) -> None:
         if self._last_prompt is None:
