@@ -118,6 +118,9 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        if settings.get("weights_only") is False:
+            reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
+            raise UserError(f"weights_only=False {reason}")
         root = checkpoints_folder(settings.trainer.default_root_dir)
         if self.verb in ("fit", "prepare"):
             _name_run(settings)

@@ -23,8 +23,6 @@ def check_options(verb: str, settings: Any) -> None:
     seed, seq_len = settings.seed_everything, settings.data.seq_len
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
-    if settings.get("weights_only") is False:
-        raise UserError("weights_only=False would let a checkpoint run code, which none needs; leave it out")
     if verb != "predict" and seq_len > config.max_position_embeddings:
         remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
         limit = f"model.config.max_position_embeddings={config.max_position_embeddings}"
