@@ -1,4 +1,4 @@
-"""`python -m gpt_lightning` and `gpt-lightning`."""
+"""Runs `python -m gpt_lightning` and `gpt-lightning`."""
 
 from gpt_lightning.cli.main import main
 

@@ -1,4 +1,4 @@
-"""How the program ends, for schedulers and scripts; 1 is a fault of the program, with its traceback."""
+"""Tells schedulers and scripts how the program ended; 1 is a fault of it, with its traceback."""
 
 MISTAKE = 2  # an option, a file or a prompt that cannot be used
 NON_FINITE = 3  # a loss, a gradient or a weight became NaN or infinite

@@ -1,4 +1,4 @@
-"""A run that begins with the weights of another model."""
+"""Begins a run with the weights of another model."""
 
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ class InitialWeights(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The strategy may cut the model for it; that is why it cannot be done when the model is built.
-        if self._contents is not None:
-            if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-                raise UserError(  # they would load nothing here, without a word
-                    f"trainer.strategy={type(trainer.strategy).__name__} cannot begin with init_from="
-                    f"{self._origin}; use ddp or gpt_lightning.TensorParallelDDPStrategy"
-                )
-            trainer.strategy.load_model_state_dict(self._contents, strict=True)
-            self._contents.pop("state_dict", None)  # a sharded checkpoint's is in files of its own
-            self._contents = None
+        if self._contents is None:
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise UserError(  # they would load nothing here, without a word
+                f"trainer.strategy={type(trainer.strategy).__name__} cannot begin with init_from="
+                f"{self._origin}; use ddp or gpt_lightning.TensorParallelDDPStrategy"
+            )
+        trainer.strategy.load_model_state_dict(self._contents, strict=True)
+        self._contents.pop("state_dict", None)  # a sharded checkpoint's is in files of its own
+        self._contents = None
 
     @override
     def on_save_checkpoint(

@@ -1,4 +1,4 @@
-"""One progress bar over the whole run, in optimizer steps, and a line after each validation."""
+"""Shows one progress bar over the whole run, and writes a line after each validation."""
 
 import time
 from functools import cached_property
@@ -8,14 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from gpt_lightning.data.loader import is_first_of_replica, rank_and_ranks
@@ -40,7 +33,9 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self._progress: Progress | None = None
         self._completed, self._shown_at = 0, 0.0
         self._enabled = True
-        self._rate = TokenRate()
+        self._tokens = self._completions = 0  # of this rank, since `_begun`
+        self._begun = 0.0
+        self._counted = (0.0, 0)  # when the rate was last shown, and the tokens by then
 
     @cached_property
     def _console(self) -> Console:
@@ -70,19 +65,17 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Metrics change at logging steps only; reading them between would make the host wait for the device.
-        if is_logging_step(trainer, trainer.global_step):
-            self._advance(
-                trainer.global_step, _describe(trainer, "train/loss", "throughput/tokens_per_second")
-            )
-        else:
-            self._advance(trainer.global_step)
+        is_logged = is_logging_step(trainer, trainer.global_step)
+        names = ("train/loss", "throughput/tokens_per_second")
+        self._advance(trainer.global_step, _describe(trainer, *names) if is_logged else None)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._stop()
+        elif not trainer.sanity_checking:
             names = ("train/loss", "val/loss", "val/ppl", "val/bpb", "throughput/tokens_per_second")
             self._say(f"step {trainer.global_step:,}: {_describe(trainer, *names)}")
-        self._end_evaluation()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,52 +116,48 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        self._rate = TokenRate()
+        self._tokens = self._completions = 0
+        self._begun = time.perf_counter()
+        self._counted = (self._begun, 0)
         ranks = rank_and_ranks(trainer)[1]
         what = "generating" if ranks == 1 else f"generating, one share of {ranks}"
         self._start(what, len(batch.indices) * pl_module.generation.num_samples)
 
     @override
     def on_new_token(self) -> None:
-        if self._rate.count():
-            self._advance(self._rate.completions, f"{self._rate.recent:,.0f} tokens/s")
+        self._tokens += 1
+        now, (then, tokens) = time.perf_counter(), self._counted
+        if now - then >= 1:
+            self._advance(self._completions, f"{(self._tokens - tokens) / (now - then):,.0f} tokens/s")
+            self._counted = (now, self._tokens)
 
     @override
     def on_completion(self, row: dict[str, Any]) -> None:
-        self._rate.completions += 1
-        self._advance(self._rate.completions)
+        self._completions += 1
+        self._advance(self._completions)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
-        counts = (self._rate.tokens, self._rate.completions) if is_first_of_replica(trainer) else (0, 0)
+        counts = (self._tokens, self._completions) if is_first_of_replica(trainer) else (0, 0)
         tokens, completions = (sum(column) for column in zip(*gathered(counts)))
         if completions:
-            seconds = self._rate.seconds
+            seconds = time.perf_counter() - self._begun
             texts = f"{completions:,} completion{'s' if completions != 1 else ''}"
-            self._say(
-                f"generated {tokens:,} tokens of {texts} in {seconds:,.1f} s: "
-                f"{tokens / seconds:,.0f} tokens/s"
-            )
-
-    def _end_evaluation(self) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self._stop()
+            rate = f"{tokens / seconds:,.0f} tokens/s"
+            self._say(f"generated {tokens:,} tokens of {texts} in {seconds:,.1f} s: {rate}")
 
     def _start(self, what: str, total: float, completed: int = 0) -> None:
         if not (self._enabled and self.trainer.is_global_zero and self._console.is_terminal):
             return
         self._stop()
         self._completed = completed
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(
+            *("{task.description}", *columns, "{task.fields[metrics]}"),
+            console=self._console,
+            refresh_per_second=REFRESHES_PER_SECOND,
         )
-        self._progress = Progress(*columns, console=self._console, refresh_per_second=REFRESHES_PER_SECOND)
         self._progress.add_task(what, total=total, completed=completed, metrics="")
         self._progress.start()
 
@@ -193,34 +182,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
             self._console.print(line)
 
 
-class TokenRate:
-    """Counts what one rank has generated since this was made, and how fast."""
-
-    def __init__(self) -> None:
-        self.tokens = self.completions = 0
-        self.recent = 0.0  # tokens a second
-        self._begun = time.perf_counter()
-        self._mark = (self._begun, 0)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._begun
-
-    def count(self) -> bool:
-        """Counts one more token, and tells whether `recent` is new, which it is about every second."""
-        self.tokens += 1
-        now, (then, tokens) = time.perf_counter(), self._mark
-        if now - then < 1:
-            return False
-        self.recent = (self.tokens - tokens) / (now - then)
-        self._mark = (now, self.tokens)
-        return True
-
-
 def _describe(trainer: Trainer, *names: str) -> str:
     metrics = trainer.callback_metrics
-    return "  ".join(f"{name} {_short(float(metrics[name]))}" for name in names if name in metrics)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    values = {name: float(metrics[name]) for name in names if name in metrics}
+    texts = (f"{name} {value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items())
+    return "  ".join(texts)

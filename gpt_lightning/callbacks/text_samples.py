@@ -1,4 +1,4 @@
-"""What the model writes by now: a sample after each validation, in TensorBoard's text tab."""
+"""Shows what the model writes by now, after each validation, in TensorBoard's text tab."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,9 +32,6 @@ class TextSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for number, text in enumerate(self.latest):
-                    logger.experiment.add_text(f"samples/{number}", _as_code(text), trainer.global_step)
-
-
-def _as_code(text: str) -> str:
-    """An indented Markdown block: TensorBoard renders Markdown, and the text is to stay as it is."""
-    return "\n".join("    " + line for line in text.splitlines())
+                    # As a block of code: TensorBoard renders Markdown, and the text is to stay as it is.
+                    block = "\n".join("    " + line for line in text.splitlines())
+                    logger.experiment.add_text(f"samples/{number}", block, trainer.global_step)

@@ -1,4 +1,4 @@
-"""The verbs that a Trainer runs, and `prepare`: LightningCLI makes the objects of one verb from its options.
+"""Runs the verbs of a Trainer, and `prepare`: LightningCLI makes the objects of one verb from its options.
 
 Its subcommands are not used (`run=False`): they know no `prepare`, and let a checkpoint's options win.
 """
@@ -34,29 +34,20 @@ from gpt_lightning.checkpoint.runs import (
     open_named_folder,
     open_run_folder,
 )
-from gpt_lightning.cli.checks import (
-    check_before_opening,
-    check_options,
-    say,
-    warn_of_untrained_positions,
-)
+from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
-from gpt_lightning.cli.errors import one_line_errors, shorten
+from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.origin import Origin, find_origin, take_settings
-from gpt_lightning.cli.ranks import (
-    build_without_memory,
-    check_topology,
-    is_tensor_parallel,
-    leaving_together,
-    this_rank,
-)
+from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
 from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.parallel.layers import check_sequence
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer
 
@@ -76,9 +67,8 @@ class GPTLightningCLI(LightningCLI):
     def __init__(
         self, words: list[str], rank_guard: RankGuard, ending: ExitStack, *, show_all: bool = False
     ) -> None:
-        self.verb = words[0]
+        self.verb, self._show_all = words[0], show_all
         self._rank_guard, self._ending = rank_guard, ending
-        self._show_all = show_all
         self._origin = Origin()
         super().__init__(
             GPTLightningModule,
@@ -128,7 +118,9 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
-        check_before_opening(settings)
+        if settings.get("weights_only") is False:
+            reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
+            raise UserError(f"weights_only=False {reason}")
         root = checkpoints_folder(settings.trainer.default_root_dir)
         if self.verb in ("fit", "prepare"):
             _name_run(settings)
@@ -150,23 +142,22 @@ class GPTLightningCLI(LightningCLI):
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
         if origin.initial is None and ORIGIN_KEY not in self._restored:
-            warn_of_untrained_positions(settings.data.seq_len, settings.model.config.max_position_embeddings)
+            _warn_of_untrained_positions(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
         self._saver = RunCheckpoint(**settings.checkpoint)
-        folder = root / settings.run_name
-        self._run_folder = choose_run_folder(folder, origin.path, begins_again=origin.begins_again)
-        if not trainer.fast_dev_run and this_rank() == 0:
-            self._keep_others_out(folder, settings.checkpoint.dirpath)
+        self._run_folder = self._open_folder(root / settings.run_name, settings)
         settings.run_name = self._run_folder.name
 
-    def _keep_others_out(self, folder: Path, own: str | None) -> None:
-        """Only the first rank writes into the run's folder, and no other process."""
-        path = self._origin.path
-        run = open_run_folder(folder, path, begins_again=self._origin.begins_again)
+    def _open_folder(self, wanted: Path, settings: Any) -> Path:
+        """Finds the run's own folder; the first rank alone writes into it, and keeps other processes out."""
+        path, begins_again = self._origin.path, self._origin.begins_again
+        if settings.trainer.fast_dev_run or this_rank() != 0:
+            return choose_run_folder(wanted, path, begins_again=begins_again)
+        run = open_run_folder(wanted, path, begins_again=begins_again)
         self._ending.callback(run.close)
-        self._run_folder = run.folder
-        if own is not None:
+        if (own := settings.checkpoint.dirpath) is not None:
             self._ending.callback(open_named_folder(Path(own), path, f"checkpoint.dirpath={own}").close)
+        return run.folder
 
     # From options to objects
 
@@ -188,15 +179,16 @@ class GPTLightningCLI(LightningCLI):
             if self._origin.checkpoint is not None:
                 self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
             return
-        is_split = is_tensor_parallel(self.config)
-        instantiators = [(build_without_memory, GPTLightningModule, True)] if is_split else None
+        on_meta = (build_without_memory, GPTLightningModule, True)
+        instantiators = [on_meta] if is_tensor_parallel(self.config) else None
         self.config_init = self.parser.instantiate(self.config, instantiators=instantiators)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
         self.model.generation = self.config_init.generation
         self.trainer = self.instantiate_trainer()
-        if is_split:
-            seq_len = self.datamodule.seq_len if self.verb == "fit" else None
-            check_topology(self.trainer.strategy, self.model, seq_len)
+        if isinstance(strategy := self.trainer.strategy, TensorParallelDDPStrategy):
+            strategy.check(self.model)
+            if self.verb == "fit" and strategy.sequence_parallel:
+                check_sequence(self.datamodule.seq_len, strategy.tensor_parallel_size)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -226,7 +218,8 @@ class GPTLightningCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
-        trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
+        if self.verb == "fit":  # a signal ends any other verb as it ends any process
+            trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
 
     def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
@@ -298,6 +291,17 @@ def _name_run(settings: Any) -> None:
         raise UserError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
 
 
+def _warn_of_untrained_positions(settings: Any) -> None:
+    """Says that text beyond the training windows would be generated from positions never trained."""
+    seq_len, positions = settings.data.seq_len, settings.model.config.max_position_embeddings
+    if 0 < seq_len < positions:
+        say(
+            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
+            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
+            "comes trained from a checkpoint"
+        )
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -305,11 +309,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def run(words: list[str]) -> None:
-    """Runs one command line, the verb first; a user's mistake ends it with one line and exit code 2."""
+    """Runs one command line, the verb first."""
     show_all = "--help-all" in words
     words = ["--help" if word == "--help-all" else word for word in words]
     rank_guard = RankGuard()
-    with one_line_errors(this_rank), leaving_together(rank_guard):
-        with ExitStack() as ending, limited_imports(words) as words:
-            cli = GPTLightningCLI(complete_words(words), rank_guard, ending, show_all=show_all)
-            cli.run_verb()
+    with leaving_together(rank_guard), ExitStack() as ending, limited_imports(words) as words:
+        GPTLightningCLI(complete_words(words), rank_guard, ending, show_all=show_all).run_verb()

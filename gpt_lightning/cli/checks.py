@@ -1,11 +1,9 @@
 """Refuses what the options alone show to be wrong."""
 
 import os
-import sys
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -15,17 +13,6 @@ from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
-def check_before_opening(settings: Any) -> None:
-    """Raises what even the seed and the checkpoint must not be tried with."""
-    seed = settings.seed_everything
-    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
-    if settings.get("weights_only") is False:
-        raise UserError(
-            "weights_only=False would let a checkpoint run code, and none of ours needs it; leave it out"
-        )
-
-
 def check_options(verb: str, settings: Any) -> None:
     """Raises what can be raised before a tokenizer is trained or a file written."""
     config = GPTConfig(**{**settings.model.config, "vocab_size": 1})
@@ -33,23 +20,17 @@ def check_options(verb: str, settings: Any) -> None:
     ScheduleConfig(**settings.model.schedule)
     GenerationConfig(**settings.generation)
     _check_trainer(settings.trainer)
-    if verb != "predict" and settings.data.seq_len > config.max_position_embeddings:
-        raise UserError(
-            f"data.seq_len={settings.data.seq_len} is over "
-            f"model.config.max_position_embeddings={config.max_position_embeddings}; "
-            f"{'lower it' if settings.get('init_from') else 'lower the one or raise the other'}"
-        )
-    if verb == "fit":
-        _check_only_sampled(settings.generation)
-
-
-def _check_only_sampled(generation: Any) -> None:
-    """Raises what has no meaning for the samples that `fit` shows."""
+    seed, seq_len = settings.seed_everything, settings.data.seq_len
+    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed_everything={seed} is not in [0, {LARGEST_SEED}]; choose e.g. 42")
+    if verb != "predict" and seq_len > config.max_position_embeddings:
+        remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
+        limit = f"model.config.max_position_embeddings={config.max_position_embeddings}"
+        raise UserError(f"data.seq_len={seq_len} is over {limit}; {remedy}")
     for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
-        if generation[name] != default:
-            raise UserError(
-                f"generation.{name}={generation[name]} is for predict and generate; leave it out of fit"
-            )
+        given = settings.generation[name]
+        if verb == "fit" and given != default:
+            raise UserError(f"generation.{name}={given} is for predict and generate; leave it out of fit")
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -57,52 +38,26 @@ def _check_trainer(trainer: Any) -> None:
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:
             raise UserError(f"trainer.{name}={trainer[name]} is below {least}; raise it, or leave it out")
-    if trainer.val_check_interval == 0:
+    interval, batches = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if interval == 0:
         raise UserError("trainer.val_check_interval=0 is below 1; choose a number of steps, or leave it out")
+    if interval is not None and not isinstance(interval, (int, float)) and batches > 1:  # by the clock
+        raise UserError(
+            f"trainer.val_check_interval={interval} could validate and save inside an optimizer step of "
+            f"trainer.accumulate_grad_batches={batches}; give a number of steps"
+        )
     if trainer.limit_predict_batches not in (None, 1.0):
         raise UserError(
             f"trainer.limit_predict_batches={trainer.limit_predict_batches}: all prompts are one batch of "
             "predict; leave the option out, and give fewer prompts"
         )
-    by_the_clock = trainer.val_check_interval is not None and not isinstance(
-        trainer.val_check_interval, (int, float)
-    )
-    if by_the_clock and trainer.accumulate_grad_batches > 1:
-        raise UserError(
-            f"trainer.val_check_interval={trainer.val_check_interval} could validate and save inside an "
-            f"optimizer step of trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}; give a "
-            "number of steps"
-        )
-    _check_devices(trainer)
-
-
-def _check_devices(trainer: Any) -> None:
-    """Raises a mistyped number: each device of the CPU is a process, and so many would be started."""
-    if trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or torch.accelerator.is_available()):
-        return
-    cores = os.cpu_count() or 1
-    most = max(8, 2 * cores)
-    devices = str(trainer.devices)
-    if not devices.removeprefix("-").isdecimal():
-        return
-    if int(devices) < 1:
-        raise UserError(f"trainer.devices={devices} is below 1; raise it, or leave it out")
-    if int(devices) > most:
-        raise UserError(
-            f"trainer.devices={devices} is over {most}, all that {cores} cores are good for; lower it"
-        )
-
-
-def warn_of_untrained_positions(seq_len: int, positions: int) -> None:
-    """Says that text beyond the training windows would be generated from positions never trained."""
-    if 0 < seq_len < positions:
-        say(
-            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
-            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
-            "comes trained from a checkpoint"
-        )
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    # Each device of the CPU is a process, and as many as a mistyped number says would be started.
+    on_cpu = trainer.accelerator == "cpu"
+    on_cpu = on_cpu or trainer.accelerator == "auto" and not torch.accelerator.is_available()
+    devices, cores = str(trainer.devices), os.cpu_count() or 1
+    if on_cpu and devices.removeprefix("-").isdecimal():
+        if int(devices) < 1:
+            raise UserError(f"trainer.devices={devices} is below 1; raise it, or leave it out")
+        if int(devices) > (most := max(8, 2 * cores)):
+            limit = f"{most}, all that {cores} cores are good for"
+            raise UserError(f"trainer.devices={devices} is over {limit}; lower it")

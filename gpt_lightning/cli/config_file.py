@@ -9,7 +9,7 @@ import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint, newest_checkpoint, step_of
-from gpt_lightning.cli.checks import say
+from gpt_lightning.cli.errors import say
 from gpt_lightning.exit_codes import UserError
 
 QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"

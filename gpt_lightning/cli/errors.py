@@ -1,13 +1,15 @@
-"""How the program ends: in one line where it is known what went wrong, with a code that says what."""
+"""Says what goes on beside the output, and how the program ends: in one line and a code where it is known."""
 
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED
 
@@ -21,12 +23,18 @@ NOISE = (
 )
 
 
-@contextmanager
-def one_line_errors(rank: Callable[[], int] | None = None) -> Iterator[None]:
-    """Ends the program with a line and a code after a known error; any other shows its traceback.
+def this_rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)  # which Lightning sets, where it is imported
 
-    `rank` is this process's in a run of several; without it, there is no run.
-    """
+
+def say(line: str) -> None:
+    if this_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def one_line_errors(*, is_run: bool = False) -> Iterator[None]:
+    """Ends the program with a line and a code after a known error; any other shows its traceback."""
     try:
         yield
     except KeyboardInterrupt:
@@ -38,11 +46,11 @@ def one_line_errors(rank: Callable[[], int] | None = None) -> Iterator[None]:
         if (known := _known_in(error)) is None:
             raise
         line, exit_code = known
-        if rank is None:
+        if not is_run:
             line = line.replace(" (checkpoint.dirpath)", "")  # an option of runs alone
         if exit_code not in (INTERRUPTED, TERMINATED):  # an end that was asked for is no error
             # Of a rank on its own: the others may not know what it has met.
-            line = f"error of rank {rank()}: {line}" if rank is not None and rank() else f"error: {line}"
+            line = f"error of rank {this_rank()}: {line}" if this_rank() else f"error: {line}"
         print(line, file=sys.stderr)
         sys.exit(exit_code)
 

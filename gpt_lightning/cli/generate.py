@@ -1,4 +1,4 @@
-"""`gpt-lightning generate`: text written as it is drawn, of one prompt or of one after the other."""
+"""Runs `generate`, which writes text as it is drawn, of one prompt or of one after the other."""
 
 import io
 import os
@@ -13,6 +13,7 @@ import torch
 
 from gpt_lightning.checkpoint.checkpoint import load_model
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
+from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.cli.printer import TextWriter
@@ -21,7 +22,7 @@ from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_Precision = Literal["float32", "bfloat16"]
 
 
 def run_generate(words: list[str]) -> None:
@@ -35,11 +36,9 @@ def run_generate(words: list[str]) -> None:
         prompt = options.prompt if options.prompt != "-" else _stdin().read().removesuffix("\n")
         if prompt is not None:
             check_utf8(prompt, f"prompt={prompt!r}", "convert it")
-        writer = _writer(options, device)
-        if prompt is not None:
-            writer.write(prompt, settings)
+            _writer(options, device).write(prompt, settings)
         else:
-            _read_prompts(writer, settings)
+            _read_prompts(_writer(options, device), settings)
 
 
 def _parser() -> PlainParser:
@@ -48,12 +47,7 @@ def _parser() -> PlainParser:
     parser.add_argument("--ckpt_path", type=str, help="The checkpoint; the newest one by default.")
     parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1 or mps; the fastest there by default.")
-    parser.add_argument(
-        "--precision",
-        type=Literal["float32", "bfloat16"],
-        default="float32",
-        help="Of weights and arithmetic.",
-    )
+    parser.add_argument("--precision", type=_Precision, default="float32", help="Of weights and arithmetic.")
     parser.add_class_arguments(GenerationConfig, "generation")
     return parser
 
@@ -85,20 +79,20 @@ def _device(name: str | None) -> torch.device:
 
 
 def _writer(options: Any, device: torch.device) -> TextWriter:
-    path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), _say)
+    path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), say)
     model, tokenizer = load_model(path)
-    _say(f"checkpoint: {path}")
+    say(f"checkpoint: {path}")
     output = sys.stdout
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(errors="replace")  # of characters that the terminal does not have
-    return TextWriter(model.to(device, _PRECISIONS[options.precision]), tokenizer, output, _say)
+    return TextWriter(model.to(device, getattr(torch, options.precision)), tokenizer, output)
 
 
 def _read_prompts(writer: TextWriter, settings: GenerationConfig) -> None:
     stdin = _stdin()
-    repl = Repl(writer.write, settings, _say)
+    repl = Repl(writer.write, settings)
     if stdin.isatty():
-        _say(f"{HELP}\n")
+        say(f"{HELP}\n")
         repl.run(_line_editor(stdin), at_terminal=True)
         return
     lines = (line.removesuffix("\n") for line in stdin)
@@ -166,7 +160,3 @@ def _ending_without_readers() -> Iterator[None]:
         os.dup2(nowhere, sys.stdout.fileno())
         os.dup2(nowhere, sys.stderr.fileno())
         sys.exit(0)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The first words: what can be answered at once is, before the slow imports; every verb runs from here."""
+"""Answers at once what can be, before the slow imports, and runs every verb."""
 
 import difflib
 import gc
@@ -50,18 +50,14 @@ def main(words: list[str] | None = None) -> None:
     elif words[0] not in VERBS:
         _refuse(words)
     else:
-        _run(words)
+        from gpt_lightning.cli.errors import one_line_errors, quiet
 
-
-def _run(words: list[str]) -> None:
-    from gpt_lightning.cli.errors import one_line_errors, quiet
-
-    file, name = WITHOUT_TRAINER.get(words[0], ("app", "run"))
-    with one_line_errors():
-        with without_collector():
-            function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
-        quiet()
-        function(words if file == "app" else words[1:])
+        file, name = WITHOUT_TRAINER.get(words[0], ("app", "run"))
+        with one_line_errors(is_run=file == "app"):
+            with without_collector():
+                function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
+            quiet()
+            function(words if file == "app" else words[1:])
 
 
 def _refuse(words: list[str]) -> None:
@@ -77,11 +73,7 @@ def _refuse(words: list[str]) -> None:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Surrounds the slow imports, whose half a million objects stay until the program ends.
-
-    To look through them for garbage took a third of the time: while they came, at every full collection
-    after that, and in the end.
-    """
+    """Surrounds the slow imports: to look for garbage in what they leave takes a third of the start."""
     n_modules, was_on = len(sys.modules), gc.isenabled()
     gc.disable()
     try:

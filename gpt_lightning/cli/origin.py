@@ -9,7 +9,7 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
-from gpt_lightning.cli.checks import say
+from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import import_gpt2

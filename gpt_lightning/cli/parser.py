@@ -1,4 +1,4 @@
-"""The command line's manners, without Lightning's: exact option names, short errors and help pages."""
+"""Parses the command line with exact option names, short errors and help pages, without Lightning."""
 
 import argparse
 import difflib

@@ -7,21 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.rank_guard import RankGuard
+from gpt_lightning.cli.errors import this_rank
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.parallel.layers import check_sequence
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
-
-
-def this_rank() -> int:
-    return getattr(rank_zero_only, "rank", 0)
 
 
 def is_tensor_parallel(settings: Any) -> bool:
@@ -30,20 +24,10 @@ def is_tensor_parallel(settings: Any) -> bool:
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
 
 
-def build_without_memory(
-    class_type: type[GPTLightningModule], *args: Any, **kwargs: Any
-) -> GPTLightningModule:
+def build_without_memory(module: type[GPTLightningModule], *args: Any, **kwargs: Any) -> GPTLightningModule:
     """Makes the module on the meta device, for the strategy to give each rank its part."""
     with torch.device("meta"):
-        return class_type(*args, **kwargs)
-
-
-def check_topology(strategy: Strategy, module: GPTLightningModule, seq_len: int | None) -> None:
-    """Raises what would stop every rank later; `seq_len` is that of the training windows, if any."""
-    assert isinstance(strategy, TensorParallelDDPStrategy)
-    strategy.check(module)
-    if strategy.sequence_parallel and seq_len is not None:
-        check_sequence(seq_len, strategy.tensor_parallel_size)
+        return module(*args, **kwargs)
 
 
 @contextmanager
@@ -65,7 +49,7 @@ def leaving_together(rank_guard: RankGuard) -> Iterator[None]:
 
 
 def _end_process_groups(rank_guard: RankGuard) -> None:
-    """Left to the interpreter's exit, gloo's threads abort a process now and then, after all its work."""
+    """Ends gloo's threads, which abort a process now and then if they are left to the interpreter's exit."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

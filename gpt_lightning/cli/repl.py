@@ -1,4 +1,4 @@
-"""The loop that reads prompts and commands, a line each: Ctrl-C ends a text and not the program."""
+"""Reads prompts and commands, a line each: Ctrl-C ends a text and not the program."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gpt_lightning.cli.errors import shorten
+from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -28,26 +28,20 @@ TEXT              continue it; an empty line starts a new document
 /quit             end, as Ctrl-D does
 Ctrl-C            end the text that is being written"""
 
+COMMANDS = ("set", "settings", "again", "help", "quit")
 Write = Callable[[str, GenerationConfig, Callable[[], bool]], None]
 
 
 class Repl:
     """Has `write` continue each prompt by the settings, until Ctrl-C interrupts the text."""
 
-    def __init__(self, write: Write, settings: GenerationConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, write: Write, settings: GenerationConfig) -> None:
         self.settings = settings
         self.n_lines, self.n_refused = 0, 0  # all, and those that held a mistake
-        self._write, self._say = write, say
+        self._write = write
         self._last_prompt: str | None = None
         self._is_interrupted: Callable[[], bool] = lambda: False
         self._ended = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "set": self._set,
-            "settings": self._show_settings,
-            "again": self._again,
-            "help": lambda _: self._say(HELP),
-            "quit": self._quit,
-        }
 
     def run(self, read: Callable[[], str | None], *, at_terminal: bool) -> None:
         """Ends when `read` has no more lines, or at /quit."""
@@ -61,7 +55,7 @@ class Repl:
             except KeyboardInterrupt:
                 if not at_terminal:
                     raise
-                self._say("\n/quit or Ctrl-D ends the program")
+                say("\n/quit or Ctrl-D ends the program")
 
     def _handle(self, line: str) -> None:
         try:
@@ -71,38 +65,42 @@ class Repl:
                 self._continue(line.removeprefix("/"))
         except UserError as error:
             self.n_refused += 1
-            self._say(f"error: {shorten(str(error))}")
+            say(f"error: {shorten(str(error))}")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
-        if name not in self._commands:
-            close = difflib.get_close_matches(name, self._commands, n=1)
-            remedy = f"did you mean /{close[0]}?" if close else "/help shows them; a text may begin with //"
-            raise UserError(f"/{name} is no command; {remedy}")
-        self._commands[name](rest.strip())
+        match name:
+            case "set":
+                setting, value, *_ = [*re.split(r"[\s=]+", rest.strip(), maxsplit=1), ""]
+                setting = setting.removeprefix("generation.")
+                self.settings = with_setting(self.settings, setting, value.strip())
+            case "settings":
+                for setting, shown in asdict(self.settings).items():
+                    say(f"{setting} {json.dumps(shown, ensure_ascii=False)}")
+            case "again":
+                self._again()
+            case "help":
+                say(HELP)
+            case "quit":
+                self._ended = True
+            case _:
+                close = difflib.get_close_matches(name, COMMANDS, n=1)
+                remedy = "/help shows them; a text may begin with //"
+                if close:
+                    remedy = f"did you mean /{close[0]}?"
+                raise UserError(f"/{name} is no command; {remedy}")
+
+    def _again(self) -> None:
+        if self._last_prompt is None:
+            raise UserError("/again has no text to continue anew; write one first")
+        self.settings = replace(self.settings, seed=self.settings.seed + 1)
+        say(f"seed {self.settings.seed}")
+        self._continue(self._last_prompt)
 
     def _continue(self, prompt: str) -> None:
         check_utf8(prompt, f"prompt={prompt!r}", "convert it")
         self._last_prompt = prompt
         self._write(prompt, self.settings, self._is_interrupted)
-
-    def _set(self, words: str) -> None:
-        name, value, *_ = [*re.split(r"[\s=]+", words, maxsplit=1), ""]
-        self.settings = with_setting(self.settings, name.removeprefix("generation."), value.strip())
-
-    def _show_settings(self, _: str) -> None:
-        for name, value in asdict(self.settings).items():
-            self._say(f"{name} {json.dumps(value, ensure_ascii=False)}")
-
-    def _again(self, _: str) -> None:
-        if self._last_prompt is None:
-            raise UserError("/again has no text to continue anew; write one first")
-        self.settings = replace(self.settings, seed=self.settings.seed + 1)
-        self._say(f"seed {self.settings.seed}")
-        self._continue(self._last_prompt)
-
-    def _quit(self, _: str) -> None:
-        self._ended = True
 
 
 def with_setting(settings: GenerationConfig, name: str, value: str) -> GenerationConfig:

@@ -1,4 +1,4 @@
-"""The parser of the verbs that Lightning runs: a short help page, and class paths of trusted packages."""
+"""Parses the options of a verb that Lightning runs, with a short help page and trusted class paths only."""
 
 import argparse
 from collections.abc import Iterator
@@ -53,11 +53,10 @@ def limited_imports(words: list[str]) -> Iterator[list[str]]:
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
-        if name == ALLOW_IMPORT:
-            packages.append(_checked_package(value if equals else next(remaining, "")))
-        else:
+        if name != ALLOW_IMPORT:
             rest.append(word)
-    packages = [package for package in packages if package not in TRUSTED]
+        elif (package := value if equals else next(remaining, "")) not in TRUSTED:
+            packages.append(_checked_package(package))
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*TRUSTED, *packages],

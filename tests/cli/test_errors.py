@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -269,9 +270,12 @@ def test_a_known_error_is_one_line_and_a_code(
     assert said.startswith(line)
 
 
-def test_a_rank_says_which_it_is_and_one_process_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_says_which_it_is_and_one_process_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for rank, start in ((0, "error: "), (3, "error of rank 3: ")):
-        with pytest.raises(SystemExit), one_line_errors(lambda: rank):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        with pytest.raises(SystemExit), one_line_errors(is_run=True):
             raise CheckpointWriteError("no room (checkpoint.dirpath)")
         assert capsys.readouterr().err == f"{start}no room (checkpoint.dirpath)\n"
 
