@@ -33,15 +33,9 @@ class RankGuard(Callback):
     def _begin(self, trainer: Trainer) -> None:
         if self.watch is not None:
             return
-        place = Place(
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.local_rank,
-            trainer.node_rank,
-            trainer.num_nodes,
-            children=lambda: started_ranks(trainer),
-            parent=_parent(trainer),
-        )
+        ranks = trainer.global_rank, trainer.world_size, trainer.local_rank
+        nodes = trainer.node_rank, trainer.num_nodes
+        place = Place(*ranks, *nodes, children=lambda: started_ranks(trainer), parent=_parent(trainer))
         timeout = timeout_of(trainer) or default_pg_timeout
         self.watch = RankWatch(place, timeout, before_exit=lambda: self._finish(trainer))
         self.watch.start()

@@ -90,6 +90,8 @@ def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
 
 # ---- with their gradients
 
+Collective = Callable[[Tensor, ParallelMesh], Tensor]
+
 
 def copy_to_peers(x: Tensor, mesh: ParallelMesh) -> Tensor:
     """Takes a replicated tensor into a region in parts, from which its gradient comes back in summands."""
@@ -114,15 +116,11 @@ def sum_and_cut_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
 def gather_features(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
     """Joins the parts of the last dim, of these sizes; all peers have the whole."""
     start, size = sum(sizes[: mesh.tp_rank]), sizes[mesh.tp_rank]
-    return _move(
-        x,
-        mesh,
-        lambda part, mesh: gather_uneven(part, sizes, mesh),
-        lambda whole, mesh: whole.narrow(-1, start, size),
-    )
 
+    def join(part: Tensor, mesh: ParallelMesh) -> Tensor:
+        return gather_uneven(part, sizes, mesh)
 
-Collective = Callable[[Tensor, ParallelMesh], Tensor]
+    return _move(x, mesh, join, lambda whole, mesh: whole.narrow(-1, start, size))
 
 
 def _same(x: Tensor, mesh: ParallelMesh) -> Tensor:

@@ -49,7 +49,12 @@ class SequenceParallel:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Holds rows of the weight: computes some of the output features from all input features."""
+    """Holds rows of the weight: computes some of the output features from all input features.
+
+    The gradient of the input is summed over the peers. Under sequence parallelism the input is this peer's
+    part of the sequence: all parts are gathered for the product, not kept, and gathered again in the backward
+    pass. Messages travel during the arithmetic.
+    """
 
     def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
         super().__init__()
@@ -59,21 +64,11 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return _column_linear(x, self.weight, self.bias, self.mesh, self.sequence.on)
-
-
-def _column_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
-) -> Tensor:
-    """Computes x @ weight.T + bias for this peer's rows of `weight`; messages travel during the arithmetic.
-
-    The gradient of x is summed over the peers. With `sequence_parallel`, x is this peer's part of the
-    sequence: all parts are gathered for the product, not kept, and gathered again in the backward pass.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, _ColumnLinear.apply(x, weight, bias, mesh, sequence_parallel))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            y = _ColumnLinear.apply(x, self.weight, self.bias, self.mesh, self.sequence.on)
+        return cast(Tensor, y)
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -94,9 +89,8 @@ class _ColumnLinear(torch.autograd.Function):
         gathering = start_all_gather_sequence(x, ctx.mesh) if ctx.sequence_parallel else None
         x_grad = y_grad @ weight.to(x.dtype)  # while the parts arrive
         whole = x if gathering is None else gathering()
-        summing = (start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce)(
-            x_grad, ctx.mesh
-        )
+        start_sum = start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce
+        summing = start_sum(x_grad, ctx.mesh)
         rows = y_grad.flatten(0, -2)  # while the sum is taken
         weight_grad = (rows.t() @ whole.flatten(0, -2)).to(weight.dtype)
         bias_grad = None if ctx.bias_dtype is None else rows.sum(dim=0).to(ctx.bias_dtype)
@@ -114,10 +108,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         summand = F.linear(x, self.weight)
-        if self.sequence.on:
-            y = sum_and_cut_sequence(summand, self.mesh)
-        else:
-            y = sum_over_peers(summand, self.mesh)
+        y = (sum_and_cut_sequence if self.sequence.on else sum_over_peers)(summand, self.mesh)
         # The bias is added after the sum, else every peer would add it once.
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -183,9 +174,7 @@ class VocabParallelHead(nn.Module):
         return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard)
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        if self.sequence.on:
-            return gather_sequence(hidden, self.mesh)
-        return copy_to_peers(hidden, self.mesh)
+        return (gather_sequence if self.sequence.on else copy_to_peers)(hidden, self.mesh)
 
 
 def check_sequence(length: int, tp_size: int) -> None:

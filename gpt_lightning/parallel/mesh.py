@@ -9,8 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gpt_lightning.exit_codes import UserError
 
-AXES = ("data_parallel", "tensor_parallel")
-
 
 def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
     if tensor_parallel_size < 1:
@@ -29,21 +27,16 @@ class ParallelMesh:
     """Holds the process groups of this rank; tensor-parallel peers, which talk the most, are adjacent."""
 
     def __init__(
-        self,
-        device_type: str,
-        world_size: int,
-        tensor_parallel_size: int,
-        timeout: timedelta | None = None,
+        self, device_type: str, world_size: int, tp_size: int, timeout: timedelta | None = None
     ) -> None:
-        self.dp_size, self.tp_size = world_size // tensor_parallel_size, tensor_parallel_size
+        self.dp_size, self.tp_size = world_size // tp_size, tp_size
         grid = torch.arange(world_size).view(self.dp_size, self.tp_size)
         dp_rank, tp_rank = divmod(dist.get_rank(), self.tp_size)
         # Made here, since the groups that a DeviceMesh makes know no timeout.
         self.dp_group = _own_group(grid[:, tp_rank], timeout)
         self.tp_group = _own_group(grid[dp_rank], timeout)
-        self.device_mesh = DeviceMesh.from_group(
-            [self.dp_group, self.tp_group], device_type, mesh=grid, mesh_dim_names=AXES
-        )
+        groups, axes = [self.dp_group, self.tp_group], ("data_parallel", "tensor_parallel")
+        self.device_mesh = DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=axes)
         self.dp_rank, self.tp_rank = dp_rank, tp_rank
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":

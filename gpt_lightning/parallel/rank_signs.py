@@ -47,7 +47,8 @@ class MachineFile:
         self._rank, self._beats = place.rank, 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self._offset = place.local_rank * RECORD_BYTES
-        _lock(self._file, self._offset)
+        os.lseek(self._file, self._offset, os.SEEK_SET)
+        os.lockf(self._file, os.F_LOCK, RECORD_BYTES)  # a fork of this process does not hold it
         self.write("")
         if (len(self.others()) + 1) * place.n_nodes == place.world_size:
             path.unlink(missing_ok=True)  # all have opened it, and nothing stays when all are killed
@@ -157,19 +158,11 @@ def _listen() -> socket.socket:
     return listener
 
 
-def _lock(file: int, offset: int) -> None:
-    """Lock a record until this process ends, however it ends; a fork of it does not hold the lock."""
-    import fcntl  # not on Windows
-
-    fcntl.lockf(file, fcntl.LOCK_EX, RECORD_BYTES, offset)
-
-
 def _is_locked(file: int, offset: int) -> bool:
-    import fcntl
-
+    """Tells whether another process holds the lock."""
+    os.lseek(file, offset, os.SEEK_SET)
     try:
-        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, RECORD_BYTES, offset)
-    except BlockingIOError:
+        os.lockf(file, os.F_TEST, RECORD_BYTES)
+    except (BlockingIOError, PermissionError):
         return True
-    fcntl.lockf(file, fcntl.LOCK_UN, RECORD_BYTES, offset)
     return False

@@ -108,7 +108,7 @@ class RankWatch:
                 # Anybody can reach the port, but only a rank knows the keys.
                 self._board = Board(PrefixStore(secret, store), address, place)
                 self._board.start()
-        except (OSError, ImportError, RuntimeError) as error:
+        except (OSError, AttributeError, RuntimeError) as error:  # Windows has no os.lockf
             logger.warning(f"rank {place.rank} is not watched: {str(error).splitlines()[0]}")
 
     def explain(self, error: BaseException) -> None:

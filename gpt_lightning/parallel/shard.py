@@ -1,8 +1,8 @@
 """How a tensor is cut over the tensor-parallel peers, and which of a model and its optimizer are cut."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -45,22 +45,14 @@ class Shard:
         return [*part.shape[: self.dim], self.full_size, *part.shape[self.dim + 1 :]]
 
 
-class ParallelLayer(Protocol):
-    """Holds a part of the parameters that `shards` names, and all of the others."""
-
-    shards: dict[str, Shard]
-
-
 def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
-    """Finds the parameters that are parts; their layers say so, also after a copy or a move."""
-    return dict(_sharded_parameters(module))
-
-
-def _sharded_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
-    for layer in module.modules():
-        for name, shard in getattr(layer, "shards", {}).items():
-            if (parameter := layer._parameters.get(name)) is not None:
-                yield parameter, shard
+    """Finds the parameters that are parts; their layers' `shards` say so, also after a copy or a move."""
+    return {
+        parameter: shard
+        for layer in module.modules()
+        for name, shard in getattr(layer, "shards", {}).items()
+        if (parameter := layer._parameters.get(name)) is not None
+    }
 
 
 def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -3,7 +3,7 @@
 This module is slow to import, as checkpoint.folder is: it is imported when the first such folder is met.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class ShardedLayout:
         """Writes the folder, which gets its name when it is whole; the options are for files."""
         folder = Path(gathered(str(path))[0])
         tied = _tied_names(checkpoint[WEIGHTS])
-        tensors = dict(_named_tensors(checkpoint, tied))
+        tensors, scalars = _split(checkpoint, tied)
         parts = ((name, _local(value)) for name, value in tensors.items())
         if (name := _first_of(first_non_finite(parts))) is not None:
             raise NonFiniteCheckpointError(name)
@@ -84,8 +84,7 @@ class ShardedLayout:
             if self.mesh.is_first_rank:
                 _check_all_arrived(temporary)
                 of_files = {name: digest for own in digests for name, digest in own.items()}
-                rest = {**_without_tensors(checkpoint), TIED_KEY: tied, DIGESTS_KEY: of_files}
-                write(rest, temporary / REST)
+                write({**scalars, TIED_KEY: tied, DIGESTS_KEY: of_files}, temporary / REST)
                 put_folder(temporary, folder)
 
     def read(self, path: str | Path) -> dict[str, Any]:
@@ -173,8 +172,7 @@ def _failing_together(folder: Path) -> Generator[None, None, None]:
         if not isinstance(cause, OSError):
             raise
         complaint = str(cause) if isinstance(cause, CheckpointWriteError) else str(write_error(folder, cause))
-    complaint = _first_of(complaint)
-    if complaint is not None:
+    if (complaint := _first_of(complaint)) is not None:
         if dist.get_rank() == 0:
             remove(unfinished_folder(folder))
         raise CheckpointWriteError(complaint)
@@ -213,28 +211,20 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     return tied
 
 
-def _named_tensors(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the tensors of the model and of its optimizers, each under a name of its own."""
-    for name, value in checkpoint[WEIGHTS].items():
-        if name not in tied:
-            yield f"{WEIGHTS}/{name}", value
-    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
-        for index, entry in state["state"].items():
+def _split(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the model and its optimizers, each under a name of its own, and all else."""
+    weights = checkpoint[WEIGHTS].items()
+    tensors = {f"{WEIGHTS}/{name}": value for name, value in weights if name not in tied}
+    rest = {**checkpoint, WEIGHTS: {}}
+    if OPTIMIZERS in checkpoint:
+        rest[OPTIMIZERS] = []
+    for number, saved in enumerate(checkpoint.get(OPTIMIZERS, [])):
+        scalars: dict[int, dict[str, Any]] = {index: {} for index in saved["state"]}
+        for index, entry in saved["state"].items():
             for key, value in entry.items():
                 if isinstance(value, Tensor):
-                    yield f"{OPTIMIZERS}/{number}/{index}/{key}", value
-
-
-def _without_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all else that the checkpoint holds."""
-    rest = {**checkpoint, WEIGHTS: {}}
-    if OPTIMIZERS in rest:
-        rest[OPTIMIZERS] = [{**saved, "state": _scalars(saved["state"])} for saved in rest[OPTIMIZERS]]
-    return rest
-
-
-def _scalars(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {
-        index: {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
-        for index, entry in state.items()
-    }
+                    tensors[f"{OPTIMIZERS}/{number}/{index}/{key}"] = value
+                else:
+                    scalars[index][key] = value
+        rest[OPTIMIZERS].append({**saved, "state": scalars})
+    return tensors, rest

@@ -57,6 +57,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         timeout: How long a rank waits for the others in a collective operation.
     """
 
+    mesh: ParallelMesh  # the process groups of this rank, from setup_distributed on
+
     def __init__(
         self,
         tensor_parallel_size: int = 1,
@@ -76,12 +78,10 @@ class TensorParallelDDPStrategy(DDPStrategy):
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
         )
-        self.timeout = timeout
         self.tensor_parallel_size = tensor_parallel_size
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
         self.save_sharded = save_sharded
         self.replica_check_every_n_steps = replica_check_every_n_steps
-        self._mesh: ParallelMesh | None = None
         self._styles: dict[str, ParallelStyle] = {}
         self._parallelized: LightningModule | None = None
         self._sequence = SequenceParallel()
@@ -89,18 +89,11 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     # ---- the ranks
 
-    @property
-    def mesh(self) -> ParallelMesh:
-        """Holds the process groups of this rank."""
-        assert self._mesh is not None, "the process groups do not exist before setup_environment"
-        return self._mesh
-
     @override
     def set_world_ranks(self) -> None:
         """Refuses settings that cannot work: Lightning calls this before it starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
-        every = self.replica_check_every_n_steps
-        if every < 0:
+        if (every := self.replica_check_every_n_steps) < 0:
             raise UserError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
         if self._layer_sync is not None:
             raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
@@ -109,10 +102,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
-        if self._mesh is None:  # called again by every fit, validate, test and predict
-            self._mesh = ParallelMesh(
-                self.root_device.type, self.world_size, self.tensor_parallel_size, self.timeout
-            )
+        if not hasattr(self, "mesh"):  # called again by every fit, validate, test and predict
+            device_type, size = self.root_device.type, self.tensor_parallel_size
+            self.mesh = ParallelMesh(device_type, self.world_size, size, self._timeout)
             if "PL_GLOBAL_SEED" not in os.environ:
                 # Tensor-parallel peers have to draw alike, also in a run that nobody seeded.
                 torch.manual_seed(self.broadcast(torch.initial_seed()))
@@ -142,8 +134,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def check(self, module: LightningModule) -> None:
         """Raises UserError for a module or a plan that cannot work, before any process waits for another."""
         check_module(module, sequence_parallel=self.sequence_parallel)
+        # The hook configure_model builds the layers that the plan names.
         if module is not self._parallelized and not is_overridden("configure_model", module):
-            self._styles = styles_of(module, self.tensor_parallel_size)
+            styles_of(module, self.tensor_parallel_size)
 
     @property
     def _module(self) -> LightningModule:
@@ -166,16 +159,17 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelize()
         self.model = self.precision_plugin.convert_module(self._module)
         self.model_to_device()
-        adapt_precision(self.precision_plugin, self._shards(), self.mesh)
-        for metric in self._metrics():
-            metric.process_group = self.mesh.dp_group
+        shards = sharded_parameters(self._module)
+        adapt_precision(self.precision_plugin, shards, self.mesh)
+        self._reduce_metrics_over(self.mesh.dp_group)
         self._check_replicas("at the start")
         if trainer.state.fn == TrainerFn.FITTING:
-            if self.mesh.dp_size > 1:
+            if self.mesh.dp_size > 1:  # gradients are averaged over the ranks that hold the same parts
+                self._ddp_kwargs["process_group"] = self.mesh.dp_group
                 self.configure_ddp()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
-                check_optimizer(optimizer, self._shards())
+                check_optimizer(optimizer, shards)
         self.setup_precision_plugin()
 
     def _parallelize(self, *, draw: bool = True) -> None:
@@ -185,28 +179,21 @@ class TensorParallelDDPStrategy(DDPStrategy):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
-            if is_overridden("configure_model", module):
-                # That hook has built the layers that the plan names.
-                self._styles = styles_of(module, self.tensor_parallel_size)
+            self._styles = styles_of(module, self.tensor_parallel_size)
             sequence = self._sequence if self.sequence_parallel else None
             parallelize(module, self._styles, self.mesh, sequence, draw=draw)
         self._parallelized = module
 
-    @override
-    def configure_ddp(self) -> None:
-        """Wraps the model so that gradients are averaged over the ranks that hold the same parts."""
-        self._ddp_kwargs["process_group"] = self.mesh.dp_group
-        super().configure_ddp()
-
-    def _metrics(self) -> list[Metric]:
-        return [module for module in self._module.modules() if isinstance(module, Metric)]
+    def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:
+        for module in self._module.modules():
+            if isinstance(module, Metric):
+                module.process_group = group
 
     @override
     def teardown(self) -> None:
         module = self.lightning_module
         if module is not None:
-            for metric in self._metrics():
-                metric.process_group = None  # a process group cannot be copied or saved
+            self._reduce_metrics_over(None)  # a process group cannot be copied or saved
             if any(parameter.is_meta for parameter in module.parameters()):
                 # An error came before the model had any memory: there is nothing to move to the host.
                 super().connect(None)  # type: ignore[arg-type]
@@ -231,7 +218,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        """Adds up what sequence parallelism left in parts, steps, and now and then compares the replicas."""
+        """Steps with summed gradients, and now and then compares the replicas."""
         output = super().optimizer_step(optimizer, partial(self._summed, closure), model, **kwargs)
         self._optimizer_steps += 1
         every = self.replica_check_every_n_steps
@@ -254,10 +241,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Returns the 2-norm of the whole model's gradient, the same on all ranks."""
-        return gradient_norm(parameters, self._shards(), self.mesh)
-
-    def _shards(self) -> dict[nn.Parameter, Any]:
-        return sharded_parameters(self._module)
+        return gradient_norm(parameters, sharded_parameters(self._module), self.mesh)
 
     # ---- what the ranks tell each other: numbers to their data-parallel group, decisions to all
 
