@@ -60,7 +60,8 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = Linear(config.d_model, config.d_model, bias=config.bias, std=_residual_std(config))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(3)  # each [B, T, H, K]
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv.view(*qkv.shape[:2], -1, 3, self.head_dim).unbind(3)  # each [B, T, H, K]
         y = attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.flatten(2))
 
@@ -109,6 +110,7 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.head_dim = config.head_dim
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -146,7 +148,7 @@ class GPTModel(nn.Module):
         """Compute the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
         cached = None if kv_cache is None else kv_cache.extend(input_ids.shape[1], input_ids.device)
         dropout_p = self.config.dropout if self.training else 0.0
-        attend = Attend(input_ids, document_ids, cached, head_dim=self.config.head_dim, dropout_p=dropout_p)
+        attend = Attend(input_ids, document_ids, cached, head_dim=self.head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
         for block in self.blocks:
