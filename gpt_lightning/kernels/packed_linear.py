@@ -51,13 +51,14 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8L
     shallow = copy.copy(model)
     shallow.training, shallow._modules = False, {}
     for name, child in model._modules.items():
-        # As plain attributes: nn.Module would look each of them up in Python, and call it there.
+        # As plain attributes, and past nn.Module's own call: both would run in Python for each.
         if isinstance(child, nn.Linear):
             vars(shallow)[name] = make(child)
         elif isinstance(child, nn.Dropout):  # drops nothing in evaluation
             vars(shallow)[name] = lambda x: x
         elif child is not None:
-            shallow._modules[name] = vars(shallow)[name] = _with_layers(child, make)
+            shallow._modules[name] = copied = _with_layers(child, make)
+            vars(shallow)[name] = copied if isinstance(child, nn.ModuleList) else copied.forward
     return shallow
 
 
