@@ -152,11 +152,10 @@ def _plain(state: dict[str, Any]) -> list[Any]:
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     if len(states) not in (1, trainer.world_size):
         if trainer.is_global_zero:
+            held, now = len(states), trainer.world_size
             _log.warning(
-                "the checkpoint holds the random states of %s ranks, and there are %s now: all go on with "
-                "the first one's",
-                len(states),
-                trainer.world_size,
+                f"the checkpoint holds the random states of {held} ranks, and there are {now} now: all go on "
+                "with the first one's"
             )
         return states[0]
     return states[trainer.global_rank if len(states) > 1 else 0]

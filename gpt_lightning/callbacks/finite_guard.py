@@ -15,7 +15,7 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
+from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
 DEVICES_THAT_SKIP = ("cuda",)
@@ -39,7 +39,7 @@ class _Step:
     sample_ids: list[Tensor] = field(default_factory=list)
 
 
-class FiniteGuard(TrainerCallback):
+class FiniteGuard(SaveCallback):
     """Looks at loss and gradient before each optimizer step, on all ranks together.
 
     On a GPU the device itself leaves out a refused step, and all that would follow one too many; the host

@@ -36,13 +36,8 @@ _TFLOPS: dict[str, dict[str, float]] = {
 }
 # A part of a device, and siblings of other rates that bear its name and more.
 _OTHER_DEVICE = re.compile(r" (MIG|Laptop|Max-Q|Ti|SUPER|D)\b")
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {**_HALF, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

@@ -16,24 +16,23 @@ from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback, is_logging_step
+from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback, is_logging_step
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 
 
-class Throughput(TrainerCallback):
+class Throughput(FetchCallback, SaveCallback):
     """Logs at logging steps, about the time since the last one, under `throughput/`:
 
     - `tokens_per_second`: scored tokens of all data-parallel ranks (tensor-parallel peers see the same
       tokens) over the time that is neither validation nor the writing of checkpoints.
     - `step_seconds`: that time for one optimizer step, with all its micro-batches and the waiting for data.
     - `mfu`: the share of the peak arithmetic of all devices, tensor-parallel peers too, that
-      `tokens_per_second` needs. Rows that pad an epoch's last batch count for nothing; the convention for
-      attention is that of `training_flops_per_token`.
+      `tokens_per_second` needs, as `training_flops_per_token` counts; rows that pad a batch count nothing.
     - `data_share`, `step_share`, `validation_share`, `checkpoint_share`, `other_share`: of the wall time of
-      the first rank; they add up to 1. Data is waiting for batches and moving them to the device. What
-      follows a validation, such as samples, counts with it; of a checkpoint, what training waits for. A
-      device that is still busy while the host waits for data is a step's work under the name of data.
+      the first rank; they add up to 1. Data is waiting for batches and moving them to the device, which may
+      still be busy with a step. What follows a validation, such as samples, counts with it; of a checkpoint,
+      what training waits for.
     - `peak_memory_gib`: of the first rank since its start: tensors on the device, or the process on a CPU.
 
     Lightning's own Trainer tells neither of waiting nor of saving: both are `other` then, and count.

@@ -8,6 +8,7 @@ FlexAttention brings PyTorch's compiler along, as slow to import as PyTorch itse
 Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
 """
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
 
-from gpt_lightning.kernels.cpu_attention import attention_in_blocks, runs_in_blocks
+from gpt_lightning.kernels.cpu_attention import attention_in_blocks
 from gpt_lightning.kernels.device import can_compile_for_cuda
+from gpt_lightning.kernels.linear import onednn_multiplies
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 FLEX_BLOCK = 128  # FlexAttention's own default
 MIN_HEAD_DIM = 16  # of FlexAttention's kernels
 LONG_ROW = 512
+# Multiplications of one product below which calling a CPU's blocks from Python costs more than it spares.
+_LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
 
 
 class Cached(Protocol):
@@ -76,6 +80,15 @@ class Attend:
         else:
             y = _flex_attention(q, k, v, self.mask)
         return y.transpose(1, 2)
+
+
+def runs_in_blocks(q: Tensor) -> bool:
+    """Tells where a CPU's blocks pay: in training, uncompiled, where oneDNN multiplies."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    B, T, H, K = q.shape
+    worthwhile = B * H * T * T * K >= _LEAST_WORK.get(q.dtype, math.inf)
+    return worthwhile and onednn_multiplies(q.dtype)
 
 
 class Documents:

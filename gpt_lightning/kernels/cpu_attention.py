@@ -7,7 +7,6 @@ of 64, x86 with AVX-512). In return bfloat16 rounds scores and weights, which th
 Shapes: B batch, T time, H heads, K head_dim, G = rows of the batch taken at a time x H.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,23 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt_lightning.kernels.linear import onednn_multiplies
-
 BLOCK = 128  # queries
 _SCORE_BYTES_AT_A_TIME = 2**21  # within the processor's cache
 # A layer, from the forward to the backward pass; above it they are computed again, but not with dropout.
 _SCORES_KEPT = 2**24
-# Multiplications of one product below which the calls from Python cost more than they spare.
-_LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
-
-
-def runs_in_blocks(q: Tensor) -> bool:
-    """Whether it pays: in training, uncompiled, with fast products; else PyTorch's kernels are no slower."""
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    B, T, H, K = q.shape
-    worthwhile = B * H * T * T * K >= _LEAST_WORK.get(q.dtype, math.inf)
-    return worthwhile and onednn_multiplies(q.dtype)
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:

@@ -29,19 +29,18 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     is_whole = bool(layers) and all(map(is_plain_linear, layers))
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if not is_whole or any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        if quantize is None:
+            return model
+        raise UserError(
+            f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and with "
+            "tensor parallelism"
+        )
     if quantize is not None:
-        if not (is_whole and on_cpu):
-            raise UserError(
-                f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and "
-                "with tensor parallelism"
-            )
         scratch = Scratch()
         return _with_layers(model, lambda layer: Int8Linear(layer, scratch))
-    if not (is_whole and on_cpu):
-        return model
-    is_autocast, stored = torch.is_autocast_enabled("cpu"), layers[0].weight.dtype
-    dtype = torch.get_autocast_dtype("cpu") if is_autocast else stored
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    dtype = autocast or layers[0].weight.dtype
     if not onednn_multiplies(dtype):
         return model
     return _with_layers(model, lambda layer: PackedLinear(layer, dtype, n_rows))
@@ -52,12 +51,14 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8L
     shallow = copy.copy(model)
     shallow.training, shallow._modules = False, {}
     for name, child in model._modules.items():
-        # As plain attributes: nn.Module finds and calls a child in Python, which for one row costs as much as
-        # a twentieth of the products.
+        # As plain attributes, and past nn.Module's own call: both would run in Python for each.
         if isinstance(child, nn.Linear):
             vars(shallow)[name] = make(child)
+        elif isinstance(child, nn.Dropout):  # drops nothing in evaluation
+            vars(shallow)[name] = lambda x: x
         elif child is not None:
-            shallow._modules[name] = vars(shallow)[name] = _with_layers(child, make)
+            shallow._modules[name] = copied = _with_layers(child, make)
+            vars(shallow)[name] = copied if isinstance(child, nn.ModuleList) else copied.forward
     return shallow
 
 

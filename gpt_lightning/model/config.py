@@ -44,16 +44,14 @@ class GPTConfig:
                 raise UserError(f"model.config.{name}={value} is below 1; choose a positive number")
         if self.d_model % self.n_heads:
             raise UserError(
-                f"model.config.d_model={self.d_model} is not divisible by "
-                f"model.config.n_heads={self.n_heads}; choose a multiple of {self.n_heads} or other n_heads"
+                f"model.config.d_model={self.d_model} is not divisible by model.config.n_heads="
+                f"{self.n_heads}; choose a multiple of {self.n_heads} or other n_heads"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.config.activation={self.activation!r} is unknown; "
-                f"choose one of {', '.join(ACTIVATIONS)}"
-            )
+            names = ", ".join(ACTIVATIONS)
+            raise UserError(f"model.config.activation={self.activation!r} is unknown; choose one of {names}")
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise UserError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")
 

@@ -146,7 +146,7 @@ class GPTLightningModule(LightningModule):
             # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
             self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
-        if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
+        if has_logged(self.trainer) and is_logging_step(self.trainer, self.trainer.global_step):
             self.log("step", float(self.trainer.global_step))
 
     def _epoch(self) -> float:
@@ -156,8 +156,8 @@ class GPTLightningModule(LightningModule):
 
     def _nll(self, batch: TokenBatch) -> Tensor:
         """Sums the negative log-likelihood of the batch's targets."""
-        options = {"reduction": "sum", "document_ids": batch.document_ids}
-        return self.model(batch.input_ids, batch.targets, **options).loss
+        output = self.model(batch.input_ids, batch.targets, reduction="sum", document_ids=batch.document_ids)
+        return output.loss
 
     # Validation and test
 
@@ -165,9 +165,7 @@ class GPTLightningModule(LightningModule):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORED_TARGET).sum())
 
-    @override
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORED_TARGET).sum())
+    test_step = validation_step
 
     @override
     def on_validation_epoch_end(self) -> None:

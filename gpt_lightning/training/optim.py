@@ -28,15 +28,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise UserError(
-                f"model.optimizer.learning_rate={self.learning_rate} is not above 0; choose e.g. 6e-4"
-            )
+            raise _error("optimizer.learning_rate", self.learning_rate, "is not above 0; choose e.g. 6e-4")
         if not self.weight_decay >= 0:
-            raise UserError(f"model.optimizer.weight_decay={self.weight_decay} is below 0; choose e.g. 0.1")
+            raise _error("optimizer.weight_decay", self.weight_decay, "is below 0; choose e.g. 0.1")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"model.optimizer.betas={list(self.betas)} are not in [0, 1); choose e.g. [0.9, 0.95]"
-            )
+            raise _error("optimizer.betas", list(self.betas), "are not in [0, 1); choose e.g. [0.9, 0.95]")
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,13 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise UserError(
-                f"model.schedule.warmup_steps={self.warmup_steps} is below 0; choose 0 for no warm-up"
-            )
+            raise _error("schedule.warmup_steps", self.warmup_steps, "is below 0; choose 0 for no warm-up")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(
-                f"model.schedule.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]; choose e.g. 0.1"
-            )
+            raise _error("schedule.min_lr_ratio", self.min_lr_ratio, "is not in [0, 1]; choose e.g. 0.1")
+
+
+def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
+    return UserError(f"model.{name}={value} {rule_and_remedy}")
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) -> float:

@@ -16,14 +16,17 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from typing_extensions import override
 
 
-class TrainerCallback(Callback):
-    """A callback that a GPTTrainer also tells of what Lightning has no hook for."""
+class FetchCallback(Callback):
+    """Is told by a GPTTrainer before a training batch is asked for, for which Lightning has no hook."""
 
-    def on_fetch_start(self, trainer: Trainer) -> None:
-        """Called before a training batch is asked for."""
+    def on_fetch_start(self, trainer: Trainer) -> None: ...
+
+
+class SaveCallback(Callback):
+    """Is told by a GPTTrainer of the whole of a save, of which Lightning's hook is but the middle."""
 
     def on_save_start(self, trainer: Trainer) -> None:
-        """Called before anything of a checkpoint is made; `on_save_checkpoint` comes in the middle."""
+        """Called before anything of a checkpoint is made."""
 
     def on_save_end(self, trainer: Trainer) -> None:
         """Called when training may go on, whether the checkpoint is written or only copied."""
@@ -43,7 +46,7 @@ class GPTTrainer(Trainer):
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """Save, and tell the callbacks before and after."""
-        told = [callback for callback in self.callbacks if isinstance(callback, TrainerCallback)]
+        told = [callback for callback in self.callbacks if isinstance(callback, SaveCallback)]
         for callback in told:
             callback.on_save_start(self)
         super().save_checkpoint(filepath, weights_only, storage_options)
@@ -55,7 +58,7 @@ class _EpochLoop(_TrainingEpochLoop):
     @override
     def _on_before_fetch(self) -> None:
         for callback in self.trainer.callbacks:
-            if isinstance(callback, TrainerCallback):
+            if isinstance(callback, FetchCallback):
                 callback.on_fetch_start(self.trainer)
         super()._on_before_fetch()
 

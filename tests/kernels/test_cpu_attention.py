@@ -38,8 +38,8 @@ def attend(layer: CausalSelfAttention, x: Tensor) -> Tensor:
 
 def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no test of the model would see them."""
-    monkeypatch.setattr(cpu_attention, "_LEAST_WORK", {torch.float32: 2 * 2 * 9 * 9 * 8})
-    monkeypatch.setattr(cpu_attention, "onednn_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(attention, "_LEAST_WORK", {torch.float32: 2 * 2 * 9 * 9 * 8})
+    monkeypatch.setattr(attention, "onednn_multiplies", lambda dtype: dtype == torch.float32)
     calls: list[Tensor] = []
     monkeypatch.setattr(
         attention, "attention_in_blocks", lambda q, *rest: calls.append(q) or attention_in_blocks(q, *rest)
@@ -58,7 +58,7 @@ def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("least_work", [0, 2**30])
 def test_the_layer_drops_in_training_alone(least_work: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = CausalSelfAttention(GPTConfig(vocab_size=8, n_heads=2, d_model=16, dropout=0.5))
-    monkeypatch.setattr(cpu_attention, "_LEAST_WORK", {torch.float32: least_work})
+    monkeypatch.setattr(attention, "_LEAST_WORK", {torch.float32: least_work})
     x = torch.randn(2, 9, 16)
     for training in (True, False):
         layer.train(training)
@@ -80,7 +80,7 @@ def test_a_model_has_the_same_loss_and_gradients_by_either_way(monkeypatch: pyte
     tokens = torch.randint(50, (3, T))
     found = []
     for least_work in (0, 2**40):
-        monkeypatch.setattr(cpu_attention, "_LEAST_WORK", {torch.float32: least_work})
+        monkeypatch.setattr(attention, "_LEAST_WORK", {torch.float32: least_work})
         monkeypatch.setattr("gpt_lightning.kernels.linear._LEAST_WORK", least_work)
         loss = model(tokens, tokens).loss
         assert loss is not None

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import gpt_lightning
-from gpt_lightning.training.trainer import GPTTrainer, TrainerCallback
+from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback
 
 PACKAGE = Path(gpt_lightning.__file__).parent
 HOME = "training/trainer.py"
@@ -79,7 +79,7 @@ def test_the_file_that_may_is_found_out() -> None:
     assert {"_results", "_TrainingEpochLoop", "_can_stop_early"} < private_uses(PACKAGE / HOME)
 
 
-class Heard(TrainerCallback):
+class Heard(FetchCallback, SaveCallback):
     def __init__(self) -> None:
         self.heard: list[str] = []
 
