@@ -38,7 +38,7 @@ def written_file(path: Path) -> Generator[BinaryIO, None, None]:
 
 @contextmanager
 def temporary_beside(path: Path) -> Generator[Path, None, None]:
-    """Yields a name in the same folder, and leaves nothing of that name."""
+    """Yields a free name in the same folder, and removes what still has it in the end."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -79,7 +79,7 @@ def put_folder(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def set_aside(path: Path) -> Generator[None, None, None]:
-    """Makes way under a name; what had it comes back if the block fails, and goes if not."""
+    """Frees a name; what had it gets it back if the block fails, and is removed if not."""
     old = path.with_name(f".{path.name}.old")
     remove(old)
     if path.exists():

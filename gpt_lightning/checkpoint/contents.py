@@ -1,4 +1,4 @@
-"""Says what a checkpoint may hold: plain data, and the weights of its own architecture; nothing can act."""
+"""Refuses what no checkpoint may hold: all but plain data, and weights of another architecture than its."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from gpt_lightning.model.meta import Uninitialized
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
-ORIGIN_KEY = "begun_from"  # what other model's weights a run began with, or were imported
+ORIGIN_KEY = "begun_from"  # the model whose weights a run began with, or that was imported
 VALIDATION_KEY = "last_validation"  # its step, its loss, and whether it was of the whole text
 WEIGHTS_KEY = "state_dict"
 OPTIMIZERS_KEY = "optimizer_states"
@@ -45,7 +45,7 @@ def load_plain(path: str | Path) -> Any:
 
 
 def read_checked(path: str | Path) -> dict[str, Any]:
-    """Reads a file that is as it was written and in which nothing acts, also one of another module."""
+    """Reads a checkpoint, of any LightningModule, that is as it was written and holds plain data alone."""
     verify(Path(path))
     checkpoint = load_plain(path)
     check_contents(path, checkpoint)
@@ -53,12 +53,13 @@ def read_checked(path: str | Path) -> dict[str, Any]:
 
 
 def check_contents(path: str | Path, checkpoint: Any) -> None:
-    """Raises, in one line, what no checkpoint holds, and where one of this package does not fit itself."""
+    """Raises UserError, in one line, for contents that could act, or that contradict each other."""
     if (problem := next(_problems(checkpoint), None)) is not None:
         raise UserError(f"ckpt_path={path} {problem}")
 
 
 def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint of another program."""
     if CONFIG_KEY not in checkpoint:
         raise UserError(
             f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
@@ -66,7 +67,7 @@ def check_own(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Raises where a model differs from the one whose weights it is to take; dropout has none."""
+    """Raises where a model differs from the one whose weights it is to take; only its dropout may differ."""
     if CONFIG_KEY not in checkpoint:
         return
     stored = GPTConfig(**checkpoint[CONFIG_KEY])
@@ -81,7 +82,7 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
         )
 
 
-# ---- problems, of which the first is told; each is looked for where there is none before it
+# ---- problems, in the order in which they are looked for: the first one found is told
 
 
 def _problems(checkpoint: Any) -> Iterator[str]:
@@ -96,7 +97,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
     if DATA_KEY in checkpoint:
         yield from _problems_of_data(checkpoint[DATA_KEY])
     if CONFIG_KEY in checkpoint:
-        # Without the optimizer's state nobody goes on from it, and asks how far it came.
+        # Only a checkpoint with the optimizer's state is gone on from, and must say how far it came.
         for key in PROGRESS_KEYS if OPTIMIZERS_KEY in checkpoint else ():
             if key not in checkpoint:
                 yield f"lacks {key!r}, without which no run goes on; name another"
@@ -121,7 +122,7 @@ def _acting(value: Any, place: str) -> Iterator[str]:
 
 
 def _problems_of_data(state: Any) -> Iterator[str]:
-    """Asks a TextDataModule's state for a tokenizer of two texts, and the settings that a run must share."""
+    """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
     state = state if isinstance(state, dict) else {}
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
@@ -154,7 +155,7 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         for name, value in state_dict.items()
         if str(name).startswith(MODEL_PREFIX)
     }
-    # Before the model is built: a wrong number could be one of thousands of millions.
+    # Before the model is built: a wrong n_layers could be in the billions.
     n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
         yield (

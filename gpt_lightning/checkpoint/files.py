@@ -22,7 +22,7 @@ from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
 END, END_BYTES = b"PK\x05\x06", 22  # the record that ends every zip archive, and then its comment
 JUST_NOW_SECONDS = 2
 REST = "rest.pt"  # the file by which a folder is a sharded checkpoint
-FOLDER_KEY = "sharded_folder"  # where it lies, among the contents of one that is opened
+FOLDER_KEY = "sharded_folder"  # the path of a sharded checkpoint, among its contents once it is opened
 FINITE_PARTS = ("state_dict", "optimizer_states")  # what else a checkpoint holds may be anything
 ELSEWHERE = "choose another folder (checkpoint.dirpath)"
 REMEDIES = {
@@ -109,7 +109,7 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Tells a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
+    """Tells whether it is a sharded checkpoint; `checkpoint.folder`, slow to import, knows all else of one."""
     return (path / REST).is_file()
 
 
@@ -155,7 +155,7 @@ def _check_records(file: BinaryIO) -> None:
         raise UserError(str(error) or type(error).__name__) from error
     if broken is not None:
         raise UserError(f"the checksum of its record {broken} is wrong")
-    # Zip readers look for the end of an archive in whatever follows it.
+    # Zip readers accept an archive that other bytes follow.
     file.seek(-END_BYTES - len(comment), os.SEEK_END)
     end = file.read(END_BYTES)
     if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):

@@ -50,7 +50,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: SaveOptions | None = None
     ) -> None:
-        """Raises the failure of an earlier save in the background, too."""
+        """Saves, and first raises the error of an earlier save that failed in the background."""
         options = storage_options or SaveOptions()
         self.finish()
         if options.background:
@@ -81,7 +81,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
+        """Loads without running what a stranger may have put into the file, whatever `weights_only` says."""
         self.wait()
         check_is_file(Path(path))
         return read_checked(path)
@@ -123,7 +123,7 @@ class HostMemory:
             else:
                 copies[id(original)] = tensor.cpu().clone()
         sizes = [tensors[0][1].untyped_storage().nbytes() for tensors in views.values()]
-        # What has no place in this one goes before anything is added: there is never more than one of them.
+        # What this snapshot cannot use goes before anything is added: there is never memory for two of them.
         self._buffers = {place: self._buffers[place] for place in enumerate(sizes) if place in self._buffers}
         for place, tensors in zip(enumerate(sizes), views.values()):
             if place not in self._buffers:
