@@ -109,7 +109,7 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Tells whether it is a sharded checkpoint; `checkpoint.folder`, slow to import, knows all else of one."""
+    """Tells a sharded checkpoint by its one fixed file; `checkpoint.folder`, slow to import, does the rest."""
     return (path / REST).is_file()
 
 

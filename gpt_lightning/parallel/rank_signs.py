@@ -36,7 +36,7 @@ class Place:
         return self.rank - self.local_rank
 
     def speaks(self, lost_rank: int) -> bool:
-        """Tells whether it is this rank that reports the loss: rank 0, or those who miss rank 0 itself."""
+        """Tells whether this rank reports it: rank 0 or, where that is lost, rank 1 and each machine's first."""
         return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
 
 
@@ -72,7 +72,7 @@ class MachineFile:
 class Board(threading.Thread):
     """Connects a machine to rank 0's store, in a thread that may block while rank 0 is stopped.
 
-    It beats there for all ranks of the machine, reads who is lost, and looks after the next machine of a ring.
+    It beats there, reads who is lost, and looks after the next machine of a ring.
     """
 
     def __init__(self, store: Store, address: str, place: Place) -> None:

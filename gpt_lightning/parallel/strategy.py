@@ -160,7 +160,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         """Does what DDPStrategy does, and cuts the model before it is moved, wrapped and optimized."""
-        # Not by super().setup: before an evaluation it gives all ranks rank 0's weights, which are parts here.
+        # Not super().setup: before an evaluation it gives all ranks rank 0's weights, which are parts here.
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._parallelize()
@@ -186,7 +186,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             if is_overridden("configure_model", module):
-                # Not in `check`: that hook has built the layers that the plan names only now.
+                # Not earlier: it is that hook that builds the layers which the plan names.
                 self._styles = styles_of(module, self.tensor_parallel_size)
             sequence = self._sequence if self.sequence_parallel else None
             parallelize(module, self._styles, self.mesh, sequence, draw=draw)
@@ -208,7 +208,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
             for metric in self._metrics():
                 metric.process_group = None  # a process group cannot be copied or saved
             if any(parameter.is_meta for parameter in module.parameters()):
-                # An error came before the model had any memory, and DDPStrategy could not move it to the host.
+                # An error came before the model had any memory: DDPStrategy could not move it to the host.
                 super().connect(None)  # type: ignore[arg-type]
         super().teardown()
 
