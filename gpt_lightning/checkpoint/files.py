@@ -109,7 +109,7 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Tells a sharded checkpoint by its one fixed file; `checkpoint.folder`, slow to import, does the rest."""
+    """Tells a sharded checkpoint by the file that each has; `checkpoint.folder`, slow to import, reads it."""
     return (path / REST).is_file()
 
 

@@ -36,7 +36,7 @@ class Place:
         return self.rank - self.local_rank
 
     def speaks(self, lost_rank: int) -> bool:
-        """Tells whether this rank reports it: rank 0 or, where that is lost, rank 1 and each machine's first."""
+        """Tells whether this rank reports it: rank 0 or, if that is lost, rank 1 and each first rank."""
         return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
 
 
