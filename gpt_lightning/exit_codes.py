@@ -1,4 +1,4 @@
-"""How the program ends, for schedulers and scripts; 1 is a fault of the program, with its traceback."""
+"""Says how the program ends, to schedulers and scripts; 1 is a fault of its own, with a traceback."""
 
 MISTAKE = 2  # an option, a file or a prompt that cannot be used
 NON_FINITE = 3  # a loss, a gradient or a weight became NaN or infinite

@@ -1,4 +1,4 @@
-"""One progress bar over the whole run, in optimizer steps, and a line after each validation."""
+"""Shows one progress bar over the whole run, in optimizer steps, and a line after each validation."""
 
 import time
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""The configuration of a run, saved beside its checkpoints."""
+"""Saves the configuration of a run beside its checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the model writes by now: a sample after each validation, in TensorBoard's text tab."""
+"""Shows what the model writes by now: a sample after each validation, in TensorBoard's text tab."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -36,5 +36,5 @@ class TextSamples(Callback):
 
 
 def _as_code(text: str) -> str:
-    """An indented Markdown block: TensorBoard renders Markdown, and the text is to stay as it is."""
+    """Makes an indented Markdown block: TensorBoard renders Markdown, and the text is to stay as it is."""
     return "\n".join("    " + line for line in text.splitlines())

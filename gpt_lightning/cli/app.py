@@ -1,4 +1,4 @@
-"""The verbs that a Trainer runs, and `prepare`: LightningCLI makes the objects of one verb from its options.
+"""Runs the verbs of a Trainer, and `prepare`: LightningCLI makes the objects of one verb from its options.
 
 Its subcommands are not used (`run=False`): they know no `prepare`, and let a checkpoint's options win.
 """
@@ -160,7 +160,7 @@ class GPTLightningCLI(LightningCLI):
         settings.run_name = self._run_folder.name
 
     def _keep_others_out(self, folder: Path, own: str | None) -> None:
-        """Only the first rank writes into the run's folder, and no other process."""
+        """Opens the run's folder, and a `checkpoint.dirpath` of its own, for this process alone."""
         path = self._origin.path
         run = open_run_folder(folder, path, begins_again=self._origin.begins_again)
         self._ending.callback(run.close)
@@ -171,7 +171,7 @@ class GPTLightningCLI(LightningCLI):
     # From options to objects
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
-        """Takes a checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
+        """Returns a checkpoint's vocabulary size, if there is one, and takes its tokenizer: no other fits it.
 
         Its model may know more ids than its tokenizer gives.
         """

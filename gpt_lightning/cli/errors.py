@@ -1,4 +1,4 @@
-"""How the program ends: in one line where it is known what went wrong, with a code that says what."""
+"""Ends the program in one line where it is known what went wrong, with a code that says what."""
 
 import logging
 import os

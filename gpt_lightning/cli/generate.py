@@ -1,4 +1,4 @@
-"""`gpt-lightning generate`: text written as it is drawn, of one prompt or of one after the other."""
+"""Runs `generate`, which writes text as it is drawn, of one prompt or of one after the other."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The first words: what can be answered at once is, before the slow imports; every verb runs from here."""
+"""Answers at once what can be, before the slow imports; every verb runs from here."""
 
 import difflib
 import gc
@@ -77,10 +77,10 @@ def _refuse(words: list[str]) -> None:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Surrounds the slow imports, whose half a million objects stay until the program ends.
+    """Turns the garbage collector off for the slow imports, whose half a million objects stay to the end.
 
-    To look through them for garbage took a third of the time: while they came, at every full collection
-    after that, and in the end.
+    To look through them takes a third of their time: while they come, at each full collection after that,
+    and in the end.
     """
     n_modules, was_on = len(sys.modules), gc.isenabled()
     gc.disable()

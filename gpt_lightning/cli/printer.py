@@ -1,4 +1,4 @@
-"""Completions written to a stream of text while the model draws them."""
+"""Writes completions to a stream of text while the model draws them."""
 
 import time
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class TextWriter:
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
     ) -> None:
-        """All samples of one prompt, the first as it is drawn and each other one when those before it end.
+        """Writes all samples of one prompt, the first as it is drawn, each other when those before it end.
 
         The texts are those of `predict` for this prompt alone.
         """
@@ -55,7 +55,7 @@ class TextWriter:
         printer.end(time.perf_counter() - start)
 
     def _ready(self, settings: GenerationConfig) -> GPTModel:
-        """The model that decodes by these settings, kept for the next prompt."""
+        """Returns the model that decodes by these settings, kept for the next prompt."""
         key = (settings.quantize, min(_ROWS, settings.num_samples))
         if key not in self._packed:
             self._packed = {key: packed(self._model, quantize=settings.quantize, n_rows=key[1])}
@@ -64,7 +64,7 @@ class TextWriter:
 
 @dataclass
 class _Sample:
-    """A completion that is drawn, and how it stands."""
+    """Holds a completion that is being drawn, and how it stands."""
 
     text: TextStream
     n_tokens: int = 0
@@ -91,7 +91,7 @@ class _Printer:
         self._write_on()
 
     def end(self, seconds: float) -> None:
-        """The rest of what an interruption ended, and the line about all of it."""
+        """Writes the rest of what an interruption ended, and says the line about all of it."""
         samples = self._samples
         if self._turn < len(samples):
             samples[self._turn].reason = "interrupt"
@@ -102,7 +102,7 @@ class _Printer:
         self._say(f"{_tokens(count)} in {seconds:.1f} s{rate}{reason}")
 
     def _write_on(self) -> None:
-        """What is new of the sample whose turn it is and, where it has ended, of those after it."""
+        """Writes what is new of the sample whose turn it is and, where it has ended, of those after it."""
         while self._turn < len(self._samples):
             sample = self._samples[self._turn]
             self._put(sample.text.text[self._written :])

@@ -25,7 +25,7 @@ def this_rank() -> int:
 
 
 def is_tensor_parallel(settings: Any) -> bool:
-    """Tells whether the options of a verb choose the strategy."""
+    """Tells whether the options of a verb choose TensorParallelDDPStrategy."""
     class_path = getattr(settings.trainer.strategy, "class_path", "")
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
 
@@ -65,7 +65,7 @@ def leaving_together(rank_guard: RankGuard) -> Iterator[None]:
 
 
 def _end_process_groups(rank_guard: RankGuard) -> None:
-    """Left to the interpreter's exit, gloo's threads abort a process now and then, after all its work."""
+    """Ends gloo's threads, which at the interpreter's exit abort a process now and then, its work done."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

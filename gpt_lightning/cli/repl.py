@@ -1,4 +1,4 @@
-"""The loop that reads prompts and commands, a line each: Ctrl-C ends a text and not the program."""
+"""Reads prompts and commands in a loop, a line each: Ctrl-C ends a text and not the program."""
 
 import difflib
 import json
