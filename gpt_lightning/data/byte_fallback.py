@@ -1,13 +1,13 @@
-"""Tokens that stand for single bytes, as <0x0A> does, one after the other: which of them make characters."""
+"""Decides which tokens of single bytes, such as <0x0A>, make characters, as they come one by one."""
 
 import codecs
 from collections.abc import Mapping
 
 
 class ByteFallback:
-    """Leaves out tokens of bytes of which no character comes.
+    """Leaves out tokens of bytes that make no character.
 
-    A library's decoder leaves out all bytes in a row if there is one such among them.
+    A library's decoder leaves out all of several bytes in a row if one of them makes none.
     """
 
     def __init__(self, byte_of: Mapping[int, int]) -> None:
@@ -16,7 +16,7 @@ class ByteFallback:
         self._pending: list[int] = []
 
     def add(self, token_id: int) -> list[int]:
-        """The ids that are certain by now: this one, all of a character that it ends, or none."""
+        """Takes the next id; returns those now certain: this one, all of the character it ends, or none."""
         if token_id not in self._byte_of:
             self._decoder.reset()
             self._pending = []

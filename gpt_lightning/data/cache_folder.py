@@ -1,4 +1,4 @@
-"""A folder computed from source files: built by one process, renamed when whole, trusted while fresh."""
+"""Keeps a folder made from source files: built by one process, renamed when whole, trusted while fresh."""
 
 import contextlib
 import hashlib

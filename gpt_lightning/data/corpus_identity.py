@@ -15,7 +15,7 @@ _CUTTING = ("text_key", "document_separator")
 
 
 class TrainedText:
-    """The text of a datamodule, and what it may be where a run goes on."""
+    """Knows the text of a datamodule, and refuses other text where a run goes on."""
 
     def __init__(self) -> None:
         self.described: dict[str, Any] = {}
@@ -28,7 +28,7 @@ class TrainedText:
         self._check()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Refuse, now and from now on, other text than that of the run whose datamodule's state this is."""
+        """Refuses, now and from now on, other text than that of the run whose datamodule's state this is."""
         self._resumed = state.get("text", {})
         self._check()
 

@@ -35,7 +35,7 @@ SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
 
 
 class TextDataModule(LightningDataModule):
-    """Text files to training and evaluation batches, and prompts to generate from.
+    """Turns text files into training and evaluation batches, and prompts into those of `predict`.
 
     Args:
         train_files: Files, folders or globs of .txt, .jsonl or .parquet text (.gz and .zst too), or
@@ -123,7 +123,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """Loaded, or trained on the training text, at first use."""
+        """Returns the tokenizer, loaded or trained on the training text at first use."""
         if self._text_tokenizer is None:
             if is_trained_here(self.tokenizer):
                 corpus = self._corpus()
@@ -138,16 +138,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the tokenizer can give, for the model's config."""
+        """Counts the ids that the tokenizer can give, for the model's config."""
         return self.text_tokenizer.vocab_size
 
     def use_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Encode with this tokenizer, such as a checkpoint's, whatever `data.tokenizer` says."""
+        """Encodes with this tokenizer from now on, such as a checkpoint's, whatever `data.tokenizer` says."""
         self._text_tokenizer = tokenizer
         self._splits = None
 
     def prepare(self) -> dict[str, TokenSplit]:
-        """Open the token cache, building what is missing or stale; the splits that have tokens, by name.
+        """Opens the token cache, building what is missing or stale; returns the splits with tokens, by name.
 
         Every process may call it: one builds, the others wait.
         """
@@ -166,12 +166,12 @@ class TextDataModule(LightningDataModule):
         check_length(n_tokens, self.seq_len, self.train_files)
 
     def split_counts(self, name: str) -> tuple[int, int]:
-        """Tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
+        """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
         split = self._split(name)
         return (split.n_tokens, split.n_bytes) if split else (0, 0)
 
     def _split(self, name: str) -> TokenSplit | None:
-        """Without test files the validation text is the test text."""
+        """Returns a split, if it has tokens; without test files the validation text is the test text."""
         splits = self.prepare()
         return splits.get(name, splits.get("val") if name == "test" else None)
 
@@ -223,7 +223,7 @@ class TextDataModule(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """One batch, of all that is left to this rank: rows that end are replaced within it."""
+        """Gives this rank all its prompts in one batch: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
         share = share_of_prompts(
             self.all_prompts, self.finished_prompts, self.text_tokenizer, rank=rank, ranks=ranks
@@ -271,17 +271,17 @@ class TextDataModule(LightningDataModule):
 
     @property
     def consumed_samples(self) -> int:
-        """Windows trained on so far, over all ranks and epochs: the position in the training order."""
+        """Counts the windows trained on so far, over all ranks and epochs: the position in the order."""
         return self._order.consumed_samples(self._epochs())
 
     @property
     def samples_per_step(self) -> int:
-        """Windows that an optimizer step takes, over all ranks and micro-batches."""
+        """Counts the windows of an optimizer step, over all ranks and micro-batches."""
         epochs = self._epochs()
         return epochs.global_batch * epochs.accumulate
 
     def close_epoch_first(self) -> None:
-        """For a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""
+        """Has a resumed run close an epoch that was all trained, but not closed, when it was saved."""
         self._order.close_epoch_first()
 
     @override

@@ -1,4 +1,4 @@
-"""Batches of windows as tensors, and the loader that asks for them by number."""
+"""Makes batches of windows as tensors, and the loader that asks for them by number."""
 
 import ctypes
 import multiprocessing
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class TokenBatch(NamedTuple):
-    """Windows of text; rows that an epoch's last batch does not fill have no targets."""
+    """Holds windows of text; rows that an epoch's last batch does not fill have no targets."""
 
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
@@ -100,7 +100,7 @@ class WindowBatches(Dataset[TokenBatch]):
 
 
 class BatchNumbers(NamedTuple):
-    """The batches still to come in an epoch, and how many the whole epoch has."""
+    """Names the batches still to come in an epoch, and counts those of the whole epoch."""
 
     remaining: range
     epoch_length: int
@@ -132,7 +132,7 @@ class BatchLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers or self.pin_memory:
             return super().__iter__()
-        # What is left to do for one that is whole already; PyTorch's own iterator costs more than a batch.
+        # Items are whole batches already, each of which costs less time than PyTorch's own iterator.
         return map(self.dataset.__getitem__, self.sampler)
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def batch_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """A loader whose items are whole batches already."""
+    """Makes a loader whose items are whole batches already."""
     return BatchLoader(
         dataset,  # type: ignore[arg-type]
         sampler=BatchNumberSampler(dataset, numbers),
@@ -165,9 +165,10 @@ def batch_loader(
 
 
 def _belong_to_the_run(worker_id: int) -> None:
-    """A scheduler signals all processes of a job; without its workers the run could not finish its step.
+    """Keeps a worker for as long as its run, and no longer.
 
-    They end with the run, also if it is killed while they start, before PyTorch's own watch begins.
+    A scheduler signals all processes of a job; without its workers the run could not finish its step. They
+    end with the run, also if it is killed while they start, before PyTorch's own watch begins.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -185,7 +186,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def rank_and_ranks(trainer: Any) -> tuple[int, int]:
-    """This process's data-parallel rank and how many there are, as the Trainer's strategy tells it.
+    """Returns this process's data-parallel rank and how many there are, as the Trainer's strategy tells it.
 
     Only they read different samples: tensor-parallel peers have the same rank.
     """
@@ -194,5 +195,5 @@ def rank_and_ranks(trainer: Any) -> tuple[int, int]:
 
 
 def is_first_of_replica(trainer: Any) -> bool:
-    """Whether this process speaks for its tensor-parallel peers, which have adjacent ranks."""
+    """Tells whether this process speaks for its tensor-parallel peers, which have adjacent ranks."""
     return bool(trainer.global_rank % (trainer.world_size // rank_and_ranks(trainer)[1]) == 0)

@@ -1,4 +1,4 @@
-"""Where training stands in the sample order, from Lightning's own count of batches.
+"""Tells where training stands in the sample order, from Lightning's own count of batches.
 
 Lightning restores its loop counters by itself, so this keeps no second count that could disagree: it
 remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
@@ -24,7 +24,7 @@ class TrainingOrder:
         self._first_epoch_is_finished = False
 
     def start(self) -> None:
-        """Begin anew with a trainer that has not seen what an earlier one restored."""
+        """Begins anew with a trainer that has not seen what an earlier one restored."""
         if self._counts().total < self._first_batch:
             self.first_sample = self._first_batch = self._first_epoch_batches = 0
             self._first_epoch_is_finished = False
@@ -48,7 +48,7 @@ class TrainingOrder:
         self._first_epoch_is_finished = False
 
     def close_epoch_first(self) -> None:
-        """Lightning resumes in an epoch that is finished but not closed: it is to find no batch left."""
+        """Leaves no batch in the epoch that Lightning resumes, since it is finished but not closed."""
         self._first_epoch_is_finished = True
 
     def batch_numbers(self, epochs: Epochs) -> BatchNumbers:
@@ -82,7 +82,7 @@ class TrainingOrder:
         return ready % accumulate == 0, range(first, first + left)
 
     def keep_epoch_length_true(self, epochs: Epochs) -> None:
-        """Have Lightning ask for the length again after an epoch resumed with another global batch."""
+        """Has Lightning ask for the length again after an epoch resumed with another global batch."""
         trainer = self._datamodule.trainer
         if trainer is None:
             return
@@ -105,7 +105,7 @@ class TrainingOrder:
         return _Counts(batches.total.processed, since, of_epoch, batches.current.ready)
 
     def _is_to_close_an_epoch(self) -> bool:
-        """Until Lightning has asked for the batches of that epoch."""
+        """Tells whether there is an epoch to close, whose batches Lightning has not asked for yet."""
         counts = self._counts()
         if not self._first_epoch_is_finished or counts.since_restored:
             return False
@@ -113,14 +113,14 @@ class TrainingOrder:
         return counts.total < self._first_batch or counts.ready > 0
 
     def _epochs_are_limited(self, usual: int) -> bool:
-        """With limit_train_batches Lightning's epochs end anywhere in ours, and the order simply goes on."""
+        """Tells whether limit_train_batches ends Lightning's epochs inside ours; the order simply goes on."""
         trainer = self._datamodule.trainer
         limit = 1.0 if trainer is None else trainer.limit_train_batches
         return limit < (usual if isinstance(limit, int) else 1)
 
 
 class _Counts(NamedTuple):
-    """Batches that were trained, and those of Lightning's epoch that were begun."""
+    """Counts the batches trained, and (`ready`) those of Lightning's epoch that were begun."""
 
     total: int
     since_restored: int

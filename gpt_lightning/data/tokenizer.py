@@ -1,4 +1,4 @@
-"""Text to token ids and back: load a tokenizer by name or folder, or train a byte-level BPE."""
+"""Turns text into token ids and back: load a tokenizer by name or folder, or train a byte-level BPE."""
 
 import codecs
 import hashlib
@@ -51,12 +51,12 @@ class TextTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Like `encode`, on all cores."""
+        """Encodes as `encode` does, on all cores."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def corpus_encoder(self) -> Encoder:
-        """A function like `encode_batch` for much text, which several threads may call at once.
+        """Makes a function like `encode_batch` for much text, which several threads may call at once.
 
         It takes a moment to make, and then the fastest way that is known to give the same ids.
         """
@@ -71,7 +71,7 @@ class TextTokenizer:
         return encode
 
     def decode(self, ids: list[int]) -> str:
-        """Whole characters only: bytes that make none, as at a cut end, are left out, special tokens too."""
+        """Gives whole characters: leaves out bytes that make none, as at a cut end, and special tokens."""
         if self._decoder_types != {"ByteLevel"}:
             fallback = ByteFallback(self._fallback_bytes)
             certain = [index for given in ids for index in fallback.add(given)]
@@ -80,7 +80,7 @@ class TextTokenizer:
         return text.decode("utf-8", errors="ignore")
 
     def pieces(self) -> Callable[[int], str]:
-        """A function of one id after the other; what it gives is, together, what `decode` makes of all."""
+        """Makes a function that decodes id after id; all it gives is together what `decode` makes of them."""
         if self._decoder_types == {"ByteLevel"}:
             # DecodeStream would hold back a whole character that an unfinished one follows, for ever.
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
@@ -92,13 +92,13 @@ class TextTokenizer:
 
     @cached_property
     def _decoder_types(self) -> set[str]:
-        """The parts of the decoder that change what a token says."""
+        """Names the parts of the decoder that change what a token says."""
         decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
         return set(re.findall(r'"type": "(\w+)"', decoder)) - {"Sequence", "Fuse"}
 
     @cached_property
     def _fallback_bytes(self) -> dict[int, int]:
-        """The byte of each id that stands for one, if the decoder reads them so."""
+        """Maps each id that stands for a byte to it, if the decoder reads them so."""
         if "ByteFallback" not in self._decoder_types:
             return {}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -107,7 +107,7 @@ class TextTokenizer:
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """The bytes of each id; special tokens have none, other added tokens are written as they are."""
+        """Maps each id to its bytes; special tokens have none, other added tokens are written as they are."""
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
         found = {
             index: bytes(byte_of[character] for character in token)
@@ -119,7 +119,7 @@ class TextTokenizer:
         return found
 
     def to_dict(self) -> dict[str, str]:
-        """Plain strings that a checkpoint can hold and `from_dict` reads."""
+        """Returns plain strings that a checkpoint can hold and `from_dict` reads."""
         return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
 
     @classmethod
@@ -136,11 +136,11 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal tokenizers, also after a save and load."""
+        """Returns a digest, equal for equal tokenizers, also after a save and load."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def padded(self, n_ids: int) -> "TextTokenizer":
-        """The same, with special tokens for the ids up to `n_ids` that a model knows and no text has.
+        """Adds special tokens for the ids up to `n_ids` that a model knows and no text has, to a copy.
 
         Some readers want a token for each of a model's ids.
         """
@@ -150,7 +150,7 @@ class TextTokenizer:
         return self.from_dict(padded.to_dict())
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
-        """Write a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open.
+        """Writes a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` open.
 
         `max_length` is that of the texts that its model can see.
         """
@@ -169,7 +169,7 @@ class TextTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """A byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
+    """Trains a byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -182,12 +182,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def is_trained_here(spec: str) -> bool:
-    """Whether `data.tokenizer` asks for a BPE trained on the corpus: `bpe` or `bpe:8192`."""
+    """Tells whether `data.tokenizer` asks for a BPE trained on the corpus: `bpe` or `bpe:8192`."""
     return spec == "bpe" or spec.startswith("bpe:")
 
 
 def requested_vocab_size(spec: str) -> int | None:
-    """The size in `bpe:8192`; None for `bpe`, which leaves it to `default_vocab_size`."""
+    """Returns the size in `bpe:8192`; None for `bpe`, which leaves it to `default_vocab_size`."""
     if spec == "bpe":
         return None
     size = spec.removeprefix("bpe:")
@@ -197,12 +197,12 @@ def requested_vocab_size(spec: str) -> int | None:
 
 
 def default_vocab_size(n_bytes: int) -> int:
-    """About one token a kilobyte of text, as a power of two between 512 and 32768."""
+    """Returns about one token a kilobyte of text, as a power of two between 512 and 32768."""
     return 2 ** min(15, max(9, round(math.log2(max(1, n_bytes) / 1000))))
 
 
 def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
-    """`bytes`, a folder, or the name of a tokenizer on the Hugging Face hub; code in either never runs."""
+    """Loads `bytes`, a folder, or a tokenizer of the Hugging Face hub by name; code in either never runs."""
     if name == "bytes":
         return _bytes_tokenizer()
     folder = os.path.expanduser(name)
@@ -214,7 +214,7 @@ def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
 
 
 def is_hub_name(name: str) -> bool:
-    """Only what cannot be a path goes to the network: `texts/bpe` is one where there is a folder `texts`."""
+    """Tells whether it can only be a hub name: `texts/bpe` is a path where there is a folder `texts`."""
     path = os.path.expanduser(name)
     is_path = os.path.exists(path) or os.path.isdir(os.path.dirname(path))
     return not is_path and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
@@ -226,7 +226,7 @@ def _bytes_tokenizer() -> TextTokenizer:
 
 
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
-    """Complaints begin with `option`; `eos_token_id` is its model's, taken where the folder names no end."""
+    """Loads a folder, or complains of `option`; `eos_token_id` serves where the folder names no end."""
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -250,7 +250,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
 
 
 def _is_plain_bpe(folder: Path) -> bool:
-    """Whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
+    """Tells whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
     path = folder / "tokenizer_config.json"
     options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     changes = options.get("added_tokens_decoder") or options.get("add_prefix_space")
@@ -303,7 +303,7 @@ def _from_transformers(
 
 
 def hub_is_reachable() -> bool:
-    """Whether a connection can be had at all; the hub's own client tries for minutes before it gives up."""
+    """Tells whether the hub can be reached; its own client tries for minutes before it gives up."""
     from huggingface_hub import constants
 
     address = urlsplit(constants.ENDPOINT)

@@ -1,4 +1,4 @@
-"""The sample order: which tokens each batch holds, as a pure function of (seed, position).
+"""Gives the sample order: which tokens each batch holds, as a pure function of (seed, position).
 
 The training stream is circular: token t is predicted from the token before it, and token 0 from the last one,
 an eos. Epoch e cuts the circle into windows at its own offset, so every token is a target exactly once an
@@ -22,27 +22,27 @@ Ints = NDArray[np.int64]
 
 
 def n_windows(n_tokens: int, seq_len: int) -> int:
-    """Windows an epoch, the last of which may be short."""
+    """Counts the windows of an epoch, of which the last may be short."""
     return -(-n_tokens // seq_len)
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """How batches and optimizer steps take an epoch's windows; a resumed run may take them otherwise."""
+    """Divides epochs of `windows` into batches and optimizer steps; a resumed run may have other sizes."""
 
     windows: int
     global_batch: int
     accumulate: int = 1
 
     def n_batches(self, windows: int) -> int:
-        """Batches for so many windows: as many as their optimizer steps need, of `accumulate` batches each.
+        """Counts the batches for so many windows, in whole optimizer steps of `accumulate` batches each.
 
-        The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
+        The last step's batches may be short or empty, so that no step mixes two epochs.
         """
         return -(-windows // (self.global_batch * self.accumulate)) * self.accumulate
 
     def span(self, start: int, batch: int) -> tuple[int, int]:
-        """First position, and the one after the last, of batch number `batch` counted from position `start`.
+        """Returns the first position of batch number `batch`, from position `start`, and that after the last.
 
         A batch never crosses the end of an epoch.
         """
@@ -57,7 +57,7 @@ class Epochs:
 
 
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
-    """Returns first target and number of targets of the windows at these positions, all of one epoch.
+    """Returns the first target and the number of targets of each window; all positions are of one epoch.
 
     Without a seed the windows come in reading order, as evaluation wants them.
     """
@@ -74,8 +74,8 @@ def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | Non
 def gather(
     tokens: NDArray[np.integer], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
 ) -> tuple[Ints, Ints]:
-    """Inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
-    # [B, T + 1]; past a window's end it reads on around the circle, which the mask then hides.
+    """Returns inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
+    # [B, T + 1]; of a short window, what follows it on the circle is read too, and masked below.
     window = np.empty((len(starts), seq_len + 1), dtype=tokens.dtype)
     for row, start in zip(window, starts.tolist(), strict=True):
         if 0 < start <= len(tokens) - seq_len:
@@ -100,12 +100,12 @@ def document_ids(
     rows: int,
     seq_len: int,
 ) -> Ints:
-    """Which document each input is in, counted from 0 within its window; padding has an id of its own.
+    """Numbers the document of each input, from 0 within its window; padding has a number of its own.
 
     An input is in the document of its target, so the eos before a document is that document's first input.
     """
     changes = np.zeros((rows, seq_len), dtype=np.int64)
-    # Of one dtype, else numpy would convert the whole memory map.
+    # In the dtype of document_starts, else numpy would convert that, a whole memory map.
     begins = starts.astype(np.uint64)
     first = document_starts.searchsorted(begins, side="right")
     counts = document_starts.searchsorted(begins + np.uint64(seq_len)) - first
@@ -113,7 +113,8 @@ def document_ids(
     within = np.arange(len(rows_of)) - np.repeat(counts.cumsum() - counts, counts)
     changes[rows_of, document_starts[first[rows_of] + within].astype(np.int64) - starts[rows_of]] = 1
     for index in (starts + seq_len > n_tokens).nonzero()[0].tolist():
-        # Around the circle; the last of document_starts, n_tokens, has been the first again.
+        # What lies beyond the end is the beginning again, where the first document is marked already: the
+        # last of document_starts is n_tokens.
         rest = n_tokens - int(starts[index])
         again = document_starts.searchsorted(np.uint64(seq_len - rest))
         changes[index, document_starts[1:again] + rest] = 1
@@ -124,7 +125,7 @@ def document_ids(
 
 
 def _permuted(index: Ints, size: int, key: int) -> Ints:
-    """Permutes one batch, from a block of neighbours where it lies in one: they come next."""
+    """Permutes the indices of one batch, and their neighbours with them, of which the next batches are."""
     block = int(index[0]) // _BLOCK if len(index) else 0
     if not len(index) or int(index[-1]) // _BLOCK != block:
         return permute(index, size, key=key)
@@ -137,9 +138,9 @@ def _permuted_block(block: int, size: int, key: int) -> Ints:
 
 
 def permute(index: Ints, size: int, *, key: int) -> Ints:
-    """A keyed permutation of range(size) at `index`: constant memory, and any index as fast as the first.
+    """Permutes range(size) by a key, and returns the values at `index`, in constant memory and time.
 
-    A Feistel network permutes the next even power of two; what falls outside walks on until it is inside.
+    A Feistel network permutes the next power of four; what falls outside is permuted until it is inside.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     permuted = _feistel(index.astype(np.uint64), half, key)
@@ -158,7 +159,7 @@ def _feistel(value: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint6
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every input bit reaches every output bit."""
+    """Mixes as splitmix64 does in its last step: every input bit reaches every output bit."""
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return value ^ value >> np.uint64(31)
@@ -166,6 +167,6 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def _hash(first: int, second: int, purpose: str) -> int:
-    """64 bits, the same in every process and on every machine."""
+    """Returns 64 bits, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{purpose} {first} {second}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
