@@ -1,4 +1,4 @@
-"""TextDataModule: from text files and prompts to the batches that Lightning asks for."""
+"""Makes, of text files and prompts, the batches that Lightning asks for."""
 
 from collections.abc import Callable, Set
 from functools import partial

@@ -1,4 +1,4 @@
-"""Decoding many prompts together: token ids in, token ids out; it knows no tokenizer.
+"""Decodes many prompts together: token ids in, token ids out; it knows no tokenizer.
 
 Every row holds a sequence of its own. The cache holds a row's visible tokens but the last, which each step
 feeds to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1; where one ends, the

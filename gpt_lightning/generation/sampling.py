@@ -1,4 +1,4 @@
-"""From the logits of the next token to a token: logits processors, temperature, filters, and one draw.
+"""Chooses the next token from its logits: logits processors, temperature, filters, and one draw.
 
 Shapes: B rows in use, V vocabulary. The filters keep exactly what those of Hugging Face's transformers keep.
 """
@@ -18,7 +18,7 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is sampled from the model.
+    """Says how text is sampled from the model.
 
     Args:
         max_new_tokens: Longest completion, in tokens.

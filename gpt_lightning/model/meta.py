@@ -1,4 +1,4 @@
-"""Building a model without drawing weights for it."""
+"""Builds a model without drawing weights for it."""
 
 from typing import Any
 

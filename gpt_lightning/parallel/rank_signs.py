@@ -1,4 +1,4 @@
-"""Signs of life: of the ranks of one machine in a file, of the machines in a store of rank 0's."""
+"""Gives signs of life: those of a machine's ranks in a file, those of the machines in rank 0's store."""
 
 import os
 import socket

@@ -153,7 +153,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """With `empty_init`, models are built on the meta device, and `setup` draws this rank's parts."""
+        """Builds models, with `empty_init`, on the meta device, for `setup` to draw this rank's parts."""
         with torch.device("meta") if empty_init else super().tensor_init_context(empty_init):
             yield
 
