@@ -1,4 +1,4 @@
-"""All that a resumed run needs, beside weights, optimizer and data, to be the run that never ended."""
+"""Saves what else a resumed run needs, beside weights, optimizer and data, to be the one that never ended."""
 
 import logging
 import random
@@ -55,7 +55,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """All ranks call it: a checkpoint is dumped by all of them."""
+        """Adds what a resumed run needs; gathers it, for which Lightning has all ranks call this."""
         fit_loop = checkpoint["loops"]["fit_loop"]
         states = gathered(_random_state(pl_module.device))
         are_alike = all(_plain(state) == _plain(states[0]) for state in states[1:])

@@ -25,7 +25,7 @@ _log = logging.getLogger("gpt_lightning")
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite, with the step and the samples."""
+    """Says which loss or gradient is NaN or infinite, by step and samples."""
 
     exit_code = NON_FINITE
 
@@ -42,7 +42,7 @@ class _Step:
 class FiniteGuard(SaveCallback):
     """Looks at loss and gradient before each optimizer step, on all ranks together.
 
-    On a GPU the device itself leaves out a refused step, and all that would follow one too many; the host
+    On a GPU the device itself leaves out refused steps, and every step once too many were; the host
     looks at logging steps and before validations and checkpoints, and waits for the device only then. (With
     fp16's scaler, which waits at every step, and with Lightning's own Trainer it looks at every step.)
 
@@ -101,7 +101,7 @@ class FiniteGuard(SaveCallback):
             optimizer.zero_grad(set_to_none=True)
 
     def _looked_at(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
-        """Returns what is not finite if a loss is not, or the squared norm of this rank's gradients.
+        """Returns a number that is as finite as the losses and the squared norm of this rank's gradients.
 
         A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
         its scale, it leaves out steps of infinite gradients itself.

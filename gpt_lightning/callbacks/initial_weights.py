@@ -12,9 +12,9 @@ from gpt_lightning.exit_codes import UserError
 
 
 class InitialWeights(Callback):
-    """Loads them before the run begins; every checkpoint of the run names where they came from.
+    """Loads a model's weights before the run begins; all checkpoints of the run name where they came from.
 
-    `contents` are a checkpoint's, of which the weights are taken, out of it too: their memory is given back.
+    `contents` are a checkpoint's. Once loaded, its weights are removed from it, to give back their memory.
     """
 
     def __init__(self, name: str | None = None, contents: dict[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A signal ends a run in order: after the optimizer step, with a checkpoint, on all ranks together."""
+"""Ends a run at a signal in order: after the optimizer step, with a checkpoint, on all ranks together."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The most matrix arithmetic that a device can do in a second, which utilization is a share of."""
+"""Finds the most matrix arithmetic that a device can do in a second, of which utilization is a share."""
 
 import re
 import time

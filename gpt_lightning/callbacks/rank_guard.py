@@ -60,18 +60,18 @@ class RankGuard(Callback):
         self.explain(exception)
 
     def explain(self, error: BaseException) -> None:
-        """End the process with one line if the error comes of a lost rank."""
+        """Ends the process with one line if the error comes of a lost rank."""
         if self.watch is not None:
             self.watch.explain(error)
 
     def leave(self) -> None:
-        """When all ranks are done, or have agreed to stop."""
+        """Ends the watch, since all ranks are done or have agreed to stop."""
         if self.watch is not None:
             self.watch.leave()
 
 
 def _parent(trainer: Trainer) -> int | None:
-    """The process id of the first rank on this machine, if Lightning had it start this one."""
+    """Returns the process id of the first rank on this machine, if Lightning had it start this one."""
     if trainer.local_rank == 0:
         os.environ[PARENT] = str(os.getpid())  # which its children inherit
     elif isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):

@@ -140,8 +140,8 @@ class RunCheckpoint(ModelCheckpoint):
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
         if is_end_of_epoch(trainer):
-            # Without validations nothing else would save before the end of training. Here, and not when the
-            # epoch has ended: of that moment Lightning ends the epoch again where it resumes.
+            # Without validations nothing else would save before the end of training. Not when the epoch has
+            # ended: resumed from there, Lightning would end it a second time.
             due = due or not trainer.enable_validation or not sum(trainer.num_val_batches)
         if self._last_interval is not None:
             elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
@@ -166,7 +166,7 @@ class RunCheckpoint(ModelCheckpoint):
     def save_now(self, trainer: Trainer) -> None:
         """Writes `last.ckpt`, unless it is of this step, and waits until it is safe; all ranks call it.
 
-        Also without `save_last`. Not inside an optimizer step, whose gathered gradients no checkpoint holds.
+        It needs no `save_last`. Inside an optimizer step it would lose the gradients gathered so far.
         """
         if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
             self._write(trainer, last=True)
@@ -260,7 +260,7 @@ class RunCheckpoint(ModelCheckpoint):
 def _validate_between_steps(trainer: Trainer) -> None:
     """Moves validations to the ends of steps: a checkpoint inside one would lose its gradients.
 
-    An interval of time is let be.
+    A `val_check_interval` of time stays as it is.
     """
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):

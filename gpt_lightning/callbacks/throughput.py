@@ -1,4 +1,4 @@
-"""How fast a run trains, what of the devices it uses, and what its time goes to."""
+"""Measures how fast a run trains, how much of the devices it uses, and what its time goes to."""
 
 import time
 from typing import Any

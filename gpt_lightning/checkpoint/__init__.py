@@ -9,7 +9,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the public function at its first use: the small files of the room need no PyTorch."""
+    """Imports `load_model` at its first use: the small files of the room need no PyTorch."""
     if name != "load_model":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from gpt_lightning.checkpoint.checkpoint import load_model

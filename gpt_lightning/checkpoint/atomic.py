@@ -67,7 +67,7 @@ def put_folder(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def set_aside(path: Path) -> Generator[None, None, None]:
-    """Makes way under a name; what had it comes back if the block fails, and goes if not."""
+    """Frees a name; what had it gets it back if the block fails, and is removed if not."""
     old = path.with_name(f".{path.name}.old")
     remove(old)
     if path.exists():

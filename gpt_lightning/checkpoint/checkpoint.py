@@ -1,4 +1,4 @@
-"""Opens a checkpoint, once: it is verified, searched for what none may hold, and read without its run."""
+"""Opens a checkpoint once: verifies its bytes, refuses what could act, and needs no run to read it."""
 
 import hashlib
 import zipfile
@@ -18,7 +18,7 @@ from gpt_lightning.model.meta import Uninitialized
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Knows where it lies and what it holds: tensors mapped from the file, or none of a sharded one."""
+    """Holds a checkpoint's path and contents: tensors mapped from its file, or none if it is sharded."""
 
     path: Path
     contents: dict[str, Any]
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Counts the optimizer steps before it was saved."""
+        """Returns how many optimizer steps were taken before it was saved."""
         return int(self.contents.get("global_step", 0))
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Holds the model's state dict, under its own names."""
+        """Returns the model's state dict, under GPTModel's own names."""
         return {
             name.removeprefix(MODEL_PREFIX): tensor
             for name, tensor in self.contents[WEIGHTS].items()
@@ -68,7 +68,7 @@ class Checkpoint:
         }
 
     def whole(self) -> "Checkpoint":
-        """Returns it with its tensors: those of a sharded one are read now, by this process."""
+        """Returns the checkpoint with its tensors; those of a sharded one are read now, by this process."""
         if not self.is_sharded:
             return self
         from gpt_lightning.checkpoint.folder import read_whole  # slow to import

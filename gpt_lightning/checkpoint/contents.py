@@ -1,4 +1,4 @@
-"""Says what a checkpoint may hold: plain data, and the weights of its own architecture; nothing can act."""
+"""Refuses what no checkpoint may hold: all but plain data, and weights of another architecture than its."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from gpt_lightning.model.meta import Uninitialized
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
-ORIGIN_KEY = "begun_from"  # what other model's weights a run began with, or were imported
+ORIGIN_KEY = "begun_from"  # the model whose weights a run began with, or that was imported
 VALIDATION_KEY = "last_validation"  # its step, its loss, and whether it was of the whole text
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
 _HYPER_PARAMETERS = (
@@ -62,7 +62,7 @@ def check_contents(path: Path, checkpoint: Any) -> None:
 
 
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Raises where a model differs from the one whose weights it is to take; dropout has none."""
+    """Raises where a model differs from the one whose weights it is to take; only its dropout may differ."""
     if CONFIG_KEY not in checkpoint:
         return
     own, stored = (
@@ -80,7 +80,7 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
         )
 
 
-# ---- problems, of which the first is told; each is looked for where there is none before it
+# ---- problems, in the order in which they are looked for: the first one found is told
 
 
 def _problems(checkpoint: Any) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _acting(value: Any, place: str) -> Iterator[str]:
 
 
 def _problems_of_data(state: Any) -> Iterator[str]:
-    """Asks a TextDataModule's state for a tokenizer of two texts, and the settings that a run must share."""
+    """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
     state = state if isinstance(state, dict) else {}
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
@@ -149,7 +149,7 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         for name, value in state_dict.items()
         if str(name).startswith(MODEL_PREFIX)
     }
-    # Before the model is built: a wrong number could be one of thousands of millions.
+    # Before the model is built: a wrong n_layers could be in the billions.
     n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
         layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"

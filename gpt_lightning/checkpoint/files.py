@@ -116,7 +116,7 @@ def _in_units(size: int) -> str:
 
 
 def is_sharded(path: Path) -> bool:
-    """Tells a sharded checkpoint, of which `checkpoint.folder`, slow to import, knows all else."""
+    """Tells a sharded checkpoint by the file that each has; `checkpoint.folder`, slow to import, reads it."""
     return (path / REST).is_file()
 
 
@@ -177,7 +177,7 @@ def _check_records(file: BinaryIO) -> None:
         raise UserError(str(error) or type(error).__name__) from error
     if broken is not None:
         raise UserError(f"the checksum of its record {broken} is wrong")
-    # Zip readers look for the end of an archive in whatever follows it.
+    # Zip readers accept an archive that other bytes follow.
     file.seek(-END_BYTES - len(comment), os.SEEK_END)
     end = file.read(END_BYTES)
     if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):

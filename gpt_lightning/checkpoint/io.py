@@ -51,7 +51,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: SaveOptions | None = None
     ) -> None:
-        """Raises the failure of an earlier save in the background, too."""
+        """Saves, and first raises the error of an earlier save that failed in the background."""
         options = storage_options or SaveOptions()
         self.finish()
         if options.background:
@@ -76,7 +76,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Never runs what a stranger may have put into the file, whatever `weights_only` says."""
+        """Loads without running what a stranger may have put into the file, whatever `weights_only` says."""
         self.wait()
         return read_checked(Path(path))
 

@@ -16,7 +16,7 @@ from gpt_lightning.exit_codes import UserError
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 LOCK = ".lock"  # held by the process that writes into a folder
-NUMBERED = ".numbered"  # holds the name that was asked for, in a folder that got a number to it
+NUMBERED = ".numbered"  # in a folder such as NAME-2: holds NAME, the run_name that was asked for
 Warn = Callable[[str], None]  # is told, in one line, of each checkpoint that had to be skipped
 
 
@@ -62,9 +62,9 @@ def step_of(path: Path) -> int | None:
 
 
 def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
-    """Returns, of the folder last written to, that of the latest step: copies of earlier ones may be younger.
+    """Returns the whole checkpoint of the latest step in the folder that was last written to.
 
-    Where no step can be read, the time it was written counts.
+    The youngest file may be a copy of an earlier step; where no step can be read, the time of writing counts.
     """
     times: dict[Path, int] = {}
     for path in paths:
@@ -122,7 +122,7 @@ def _checkpoints_below(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """Keeps other processes from writing into a run's folder, until it is closed or this one ends."""
+    """Keeps other processes from writing into a run's folder, until `close` or the end of this process."""
 
     folder: Path
     _lock: FileLock

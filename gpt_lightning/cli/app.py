@@ -162,7 +162,7 @@ class GPTLightningCLI(LightningCLI):
     # From options to objects
 
     def _choose_vocabulary(self, datamodule: TextDataModule) -> int:
-        """Takes a checkpoint's, with its own tokenizer, if there is one: no other fits its weights.
+        """Returns a checkpoint's vocabulary size, if there is one, and takes its tokenizer: no other fits it.
 
         Its model may know more ids than its tokenizer gives.
         """

@@ -20,7 +20,7 @@ TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning"
 
 
 class PlainParser(ArgumentParser):
-    """Options are never abbreviated: `--model.config.n_layer` would quietly set n_layers."""
+    """Refuses abbreviated options: `--model.config.n_layer` would quietly set n_layers."""
 
     arguments = "[--option value ...]"
 

@@ -19,7 +19,7 @@ from gpt_lightning.training.module import GPTLightningModule
 
 
 def is_tensor_parallel(settings: Any) -> bool:
-    """Tells whether the options of a verb choose the strategy."""
+    """Tells whether the options of a verb choose TensorParallelDDPStrategy."""
     class_path = getattr(settings.trainer.strategy, "class_path", "")
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
 

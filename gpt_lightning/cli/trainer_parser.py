@@ -21,7 +21,7 @@ COMMON_TRAINER_OPTIONS = (
 
 
 class TrainerParser(PlainParser, LightningArgumentParser):
-    """Lightning's parser with our manners; of the Trainer's many options, its help page shows a few."""
+    """Gives Lightning's parser our manners; of the Trainer's many options, its help page shows a few."""
 
     arguments = "[--config FILE] [--option value ...]"
     show_all = False

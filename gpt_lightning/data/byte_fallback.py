@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 
 class ByteFallback:
-    """Leaves out tokens of bytes of which no character comes.
+    """Leaves out tokens of bytes that make no character.
 
-    A library's decoder leaves out all bytes in a row if there is one such among them.
+    A library's decoder leaves out all of several bytes in a row if one of them makes none.
     """
 
     def __init__(self, byte_of: Mapping[int, int]) -> None:

@@ -127,7 +127,7 @@ class BatchLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers or self.pin_memory:
             return super().__iter__()
-        # What is left to do for one that is whole already; PyTorch's own iterator costs more than a batch.
+        # Items are whole batches already, each of which costs less time than PyTorch's own iterator.
         return map(self.dataset.__getitem__, self.sampler)
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def batch_loader(
 def _belong_to_the_run(worker_id: int) -> None:
     """Ignores what a scheduler signals all processes of a job: a run without workers cannot end its step.
 
-    They end with the run, also if it is killed while they start, before PyTorch's own watch begins.
+    A scheduler signals all processes of a job; without its workers the run could not finish its step. They
+    end with the run, also if it is killed while they start, before PyTorch's own watch begins.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

@@ -37,7 +37,7 @@ class Epochs:
     def n_batches(self, windows: int) -> int:
         """Counts the batches for so many windows: what their optimizer steps need, of `accumulate` each.
 
-        The last step's batches may be short or empty. So no step mixes two epochs, and every step is whole.
+        The last step's batches may be short or empty, so that no step mixes two epochs.
         """
         return -(-windows // (self.global_batch * self.accumulate)) * self.accumulate
 
@@ -57,7 +57,7 @@ class Epochs:
 
 
 def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
-    """Returns first target and number of targets of the windows at these positions, all of one epoch.
+    """Returns the first target and the number of targets of each window; all positions are of one epoch.
 
     Without a seed the windows come in reading order, as evaluation wants them.
     """
@@ -105,7 +105,7 @@ def document_ids(
     An input is in the document of its target, so the eos before a document is that document's first input.
     """
     changes = np.zeros((rows, seq_len), dtype=np.int64)
-    # Of one dtype, else numpy would convert the whole memory map.
+    # In the dtype of document_starts, else numpy would convert that, a whole memory map.
     begins = starts.astype(np.uint64)
     first = document_starts.searchsorted(begins, side="right")
     counts = document_starts.searchsorted(begins + np.uint64(seq_len)) - first
@@ -113,7 +113,8 @@ def document_ids(
     within = np.arange(len(rows_of)) - np.repeat(counts.cumsum() - counts, counts)
     changes[rows_of, document_starts[first[rows_of] + within].astype(np.int64) - starts[rows_of]] = 1
     for index in (starts + seq_len > n_tokens).nonzero()[0].tolist():
-        # Around the circle; the last of document_starts, n_tokens, has been the first again.
+        # What lies beyond the end is the beginning again, where the first document is marked already: the
+        # last of document_starts is n_tokens.
         rest = n_tokens - int(starts[index])
         again = document_starts.searchsorted(np.uint64(seq_len - rest))
         changes[index, document_starts[1:again] + rest] = 1
@@ -124,7 +125,7 @@ def document_ids(
 
 
 def _permuted(index: Ints, size: int, key: int) -> Ints:
-    """Permutes one batch, from a block of neighbours where it lies in one: they come next."""
+    """Permutes the indices of one batch, and their neighbours with them, of which the next batches are."""
     block = int(index[0]) // _BLOCK if len(index) else 0
     if not len(index) or int(index[-1]) // _BLOCK != block:
         return permute(index, size, key=key)
@@ -139,7 +140,7 @@ def _permuted_block(block: int, size: int, key: int) -> Ints:
 def permute(index: Ints, size: int, *, key: int) -> Ints:
     """Permutes range(size) by a key, at `index`: in constant memory, and any index as fast as the first.
 
-    A Feistel network permutes the next even power of two; what falls outside walks on until it is inside.
+    A Feistel network permutes the next power of four; what falls outside is permuted until it is inside.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     permuted = _feistel(index.astype(np.uint64), half, key)

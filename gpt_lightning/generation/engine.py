@@ -1,4 +1,4 @@
-"""Decoding many prompts together: token ids in, token ids out; it knows no tokenizer.
+"""Decodes many prompts together: token ids in, token ids out; it knows no tokenizer.
 
 Every row holds a sequence of its own. The cache holds a row's visible tokens but the last, which each step
 feeds to the model, for all rows at once. Rows in use stay next to each other at 0 .. n-1; where one ends, the
@@ -30,10 +30,10 @@ _BLOCK = 1024  # random numbers drawn at once
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt that is to be continued once.
+    """Asks for one continuation of a prompt.
 
-    Its random numbers follow from the seed, `number` and `sample`. `ends_with` sees each new token when it is
-    drawn, and ends the completion, with that token, by True.
+    Its random numbers follow from the seed, `number` and `sample`. `ends_with` is called with each new token,
+    and ends the completion with that token if it returns True.
     """
 
     prompt: list[int]
@@ -44,10 +44,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The new tokens of one prompt, without the eos, and what ended them.
+    """Holds the new tokens of one prompt, without the eos, and what ended them.
 
-    "exhausted" is where `no_repeat_ngram_size` leaves no token. `logprobs` are the tokens' own, if they were
-    asked for.
+    "exhausted" means that `no_repeat_ngram_size` left no token. `logprobs` has one of each token, if they
+    were asked for.
     """
 
     token_ids: list[int]
@@ -56,10 +56,10 @@ class Completion:
 
 
 class Step(NamedTuple):
-    """A token of one request and, with the last one, all of them.
+    """Holds the next token of one request and, in its last step, the completion.
 
-    There is none where the completion ends without it: at the eos, or where no token is left. `logprob` is
-    the model's own, or None unless the settings ask for it.
+    `token_id` is None where a completion ends without one: at the eos, or where no token is left. `logprob`
+    is None unless the settings ask for it.
     """
 
     request: Request
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
 
 class _Row:
-    """A request on its way."""
+    """Holds a request that is being continued."""
 
     def __init__(self, request: Request, settings: GenerationConfig) -> None:
         self.request = request
@@ -79,7 +79,7 @@ class _Row:
         self.start: int | None = None  # the first of `tokens` in the cache; None where the row is not in it
 
     def end(self, reason: FinishReason, logprob: float | None, token_id: int | None = None) -> Step:
-        """Its last step."""
+        """Makes the last step of the request."""
         new_tokens = self.tokens[len(self.request.prompt) :]
         return Step(self.request, token_id, logprob, Completion(new_tokens, reason, self.logprobs))
 
@@ -88,7 +88,7 @@ class Engine:
     """Continues the requests that are added, as many at a time as it has rows, a token of each in a step.
 
     What is drawn for a request depends on it and the settings, not on the others, and not on `batch_size`.
-    Who calls `step` has the model in evaluation mode; `run` sees to that.
+    `run` puts the model into evaluation mode; who calls `step` alone must have done so.
 
     Args:
         settings: Those of all requests.
@@ -125,7 +125,7 @@ class Engine:
         self._in_use: KVCache | None = None  # its view of the rows
 
     def add(self, request: Request) -> None:
-        """The request waits for a row; it is continued from the next step on that has one."""
+        """Has the request wait for a row; it is continued from the first step on that has one for it."""
         prompt, name = request.prompt, f"prompts[{request.number}]"
         vocab_size = self._model.config.vocab_size
         if not prompt:
@@ -139,7 +139,7 @@ class Engine:
         self._waiting.append(request)
 
     def complete(self, requests: list[Request]) -> list[Completion]:
-        """What becomes of these requests, in their order."""
+        """Returns the completions of these requests, in their order."""
         for request in requests:
             self.add(request)
         found = {step.request: step.completion for step in self.run() if step.completion is not None}
@@ -171,7 +171,7 @@ class Engine:
         return steps
 
     def _admit(self) -> None:
-        """Give free rows to requests that wait."""
+        """Gives free rows to requests that wait."""
         n_rows = min(self._batch_size, len(self._rows) + len(self._waiting))
         if self._cache is not None:
             self._make_room(self._cache, n_rows)
@@ -179,7 +179,7 @@ class Engine:
             self._rows.append(_Row(self._waiting.popleft(), self._settings))
 
     def _make_room(self, cache: KVCache, n_rows: int) -> None:
-        """Take a greater cache where rows or texts come that need it; all rows enter it anew."""
+        """Takes a greater cache where rows or texts come that need it; all rows enter it anew."""
         length = min(self._longest_prompt + self._settings.max_new_tokens, self._context)
         if n_rows > len(cache.lengths) or length > cache.max_length:
             self._cache = KVCache(max(n_rows, len(cache.lengths)), max(length, cache.max_length))
@@ -187,7 +187,7 @@ class Engine:
                 row.start = None
 
     def _cached_hidden(self, cache: KVCache) -> Tensor:
-        """Hidden states [B, D] of the rows' last tokens, one step of all rows at once."""
+        """Returns hidden states [B, D] of the rows' last tokens, from one pass over all rows at once."""
         rows, context = self._rows, self._context
         moved = {
             place
@@ -206,7 +206,7 @@ class Engine:
         return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
 
     def _recomputed_hidden(self) -> Tensor:
-        """The same as `_cached_hidden` from nothing but the tokens."""
+        """Returns what `_cached_hidden` does, from nothing but the tokens."""
         last_hidden = []
         for row in self._rows:
             start = visible_start(len(row.tokens), self._context, self._settings.context_stride)
@@ -215,7 +215,7 @@ class Engine:
         return torch.cat(last_hidden)
 
     def _extend(self, row: _Row, numbers: list[float]) -> Step:
-        """Append to a row what was chosen for it, and see whether it ends."""
+        """Appends to a row what was chosen for it, and sees whether it ends."""
         token, greatest, greatest_left, *logprobs = numbers
         if not -math.inf < greatest < math.inf:  # NaN is not either
             raise UserError(
@@ -237,7 +237,7 @@ class Engine:
         return Step(row.request, token_id, logprob, None)
 
     def _release(self, place: int) -> None:
-        """Close the gap that a finished row leaves with the last row."""
+        """Removes a finished row, and moves the last row into its place."""
         last = self._rows.pop()
         if place < len(self._rows):
             self._rows[place] = last
@@ -254,7 +254,7 @@ def generate(
     batch_size: int = 8,
     use_cache: bool = True,
 ) -> list[Completion]:
-    """The completions of each prompt, `settings.num_samples` of the first, then of the second, and so on."""
+    """Completes each prompt: `settings.num_samples` times the first, then the second, and so on."""
     engine = Engine(model, settings, eos_token_id=eos_token_id, batch_size=batch_size, use_cache=use_cache)
     numbered = enumerate(prompts)
     return engine.complete(
@@ -264,7 +264,7 @@ def generate(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; each module's mode is put back afterwards, since they may differ."""
+    """Turns dropout off; each module's mode is put back afterwards, since they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -276,7 +276,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _uniforms(settings: GenerationConfig, number: int, sample: int) -> Iterator[float]:
-    """The random numbers of one completion, in [0, 1)."""
+    """Yields the random numbers of one completion, in [0, 1)."""
     if settings.is_greedy:
         return repeat(0.0)
     # Hashed, so that neither neighbouring numbers nor neighbouring seeds share their text.

@@ -1,4 +1,4 @@
-"""What of a text the model sees, and its way into the cache, in as few passes as possible."""
+"""Decides what of a text the model sees, and brings it into the cache in as few passes as possible."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ _MAX_PADDING = 0.25  # of the tokens that one pass is to compute
 
 
 def visible_start(n_tokens: int, context_length: int, stride: int | None = None) -> int:
-    """Where in a sequence of `n_tokens` the context begins that the next token is predicted from.
+    """Returns where in a sequence of `n_tokens` the context begins that the next token is predicted from.
 
     Up to `context_length` tokens it is all of them. A sequence that grows past that loses its first `stride`
     tokens (None: about half a context), the rest is encoded anew from position 0, and grows from there until
@@ -29,7 +29,7 @@ def visible_start(n_tokens: int, context_length: int, stride: int | None = None)
 def fill(
     model: GPTModel, cache: KVCache, texts: dict[int, list[int]], missing: set[int], device: torch.device
 ) -> None:
-    """Make the cache's rows hold their `texts`, which all but those of `missing` do already.
+    """Makes the cache's rows hold their `texts`, which all but those of `missing` do already.
 
     Texts that begin alike, such as samples of one prompt, are computed once.
     """
@@ -49,7 +49,7 @@ def fill(
 
 
 def _holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
-    """A row that begins with these tokens."""
+    """Finds a row that begins with these tokens."""
     n = len(tokens)
     # The last token first: of texts that begin alike, comparing all of them would take the longest.
     alike = (place for place, others in rows.items() if others[n - 1 : n] == tokens[-1:])
@@ -76,7 +76,7 @@ def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]
 def _compute(
     model: GPTModel, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
 ) -> None:
-    """One pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
+    """Runs one pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
     rows = cache.rows(first, first + len(texts))
     rows.lengths.zero_()
     longest = max(map(len, texts))

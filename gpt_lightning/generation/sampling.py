@@ -1,4 +1,4 @@
-"""From the logits of the next token to a token: logits processors, temperature, filters, and one draw.
+"""Chooses the next token from its logits: logits processors, temperature, filters, and one draw.
 
 Shapes: B rows in use, V vocabulary. The filters keep exactly what those of Hugging Face's transformers keep.
 """
@@ -18,7 +18,7 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is sampled from the model.
+    """Says how text is sampled from the model.
 
     Args:
         max_new_tokens: Longest completion, in tokens.
@@ -91,9 +91,9 @@ def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
 def choose(
     logits: Tensor, texts: list[list[int]], settings: GenerationConfig, uniforms: list[float]
 ) -> Tensor:
-    """Each row's next token, the greatest logits before and after the processors, and maybe its logprob.
+    """Returns for each row a token, the greatest logit before and after the processors, maybe a logprob.
 
-    In one tensor, a column each, for one look from the host. float32 holds every token id below 2**24.
+    They are the columns of one tensor, for one look from the host. float32 holds every token id below 2**24.
     `texts` are the rows' tokens so far; `uniforms`, one a row in [0, 1), decide what is drawn.
     """
     left = processed(logits, texts, settings)  # [B, V]
@@ -110,7 +110,7 @@ def choose(
 
 
 def processed(logits: Tensor, texts: list[list[int]], settings: GenerationConfig) -> Tensor:
-    """Logits [B, V] less what the rows' tokens so far take away; the logits processors of transformers."""
+    """Lowers logits [B, V] by the rows' tokens so far, as the logits processors of transformers do."""
     if settings.repetition_penalty != 1.0:
         seen = torch.zeros_like(logits, dtype=torch.bool)
         _mark(seen, [set(tokens) for tokens in texts], True)
@@ -128,14 +128,14 @@ def _mark(table: Tensor, tokens_of_rows: list[set[int]], value: float) -> None:
 
 
 def repeating(tokens: list[int], size: int) -> set[int]:
-    """The next tokens that would make an n-gram of the text come again."""
+    """Finds the next tokens that would make an n-gram of the text come again."""
     beginning = tuple(tokens[len(tokens) - size + 1 :])
     ngrams = zip(*(tokens[start:] for start in range(size)))
     return {ngram[-1] for ngram in ngrams if ngram[:-1] == beginning}
 
 
 def next_token_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
-    """The distribution [B, V], in float32, that the next token is drawn from; greedy has one token only.
+    """Returns the distribution [B, V], in float32, that the next token is drawn from; greedy has one token.
 
     It reads temperature and filters of the settings: what depends on the tokens so far is in the logits.
     """
@@ -153,19 +153,19 @@ def next_token_probabilities(logits: Tensor, settings: GenerationConfig) -> Tens
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits in which the tokens marked in `seen` [B, V] score lower (penalty > 1) or higher (< 1)."""
+    """Lowers (penalty > 1) or raises (< 1) the logits of the tokens marked in `seen` [B, V]."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen, penalized, logits)
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
-    """Logits of the k likeliest tokens, and of those that tie with the last of them; -inf elsewhere."""
+    """Keeps the logits of the k likeliest tokens, and of any that tie with the last; -inf elsewhere."""
     smallest_kept = torch.topk(logits, min(k, logits.shape[-1]), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < smallest_kept, -math.inf)
 
 
 def top_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Logits of the likeliest tokens up to the one with which their probabilities reach p; -inf elsewhere."""
+    """Keeps the logits of the likeliest tokens whose probabilities together just reach p; -inf elsewhere."""
     # Summed from the least likely token up: the small probabilities are added while the sum is small too.
     ascending, tokens = torch.sort(logits, dim=-1)
     mass_up_to = torch.softmax(ascending, dim=-1).cumsum(dim=-1)
@@ -175,14 +175,14 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
-    """Logits of the tokens at least `min_p` times as likely as the likeliest one; -inf elsewhere."""
+    """Keeps the logits of tokens at least `min_p` times as likely as the likeliest one; -inf elsewhere."""
     probabilities = torch.softmax(logits, dim=-1)
     threshold = min_p * probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < threshold, -math.inf)
 
 
 def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row, [B], by inverting the cumulative distribution at `uniforms` [B], each in [0, 1)."""
+    """Draws one token a row, [B], by inverting the cumulative distribution at `uniforms` [B] in [0, 1)."""
     cumulative = probabilities.cumsum(dim=-1)
     # Zero where a token has no probability: a sum made in parallel may round up there, on some devices.
     cumulative = torch.where(probabilities > 0, cumulative, 0.0)

@@ -1,4 +1,4 @@
-"""The text of a completion while it is drawn, and where a stop string ends it."""
+"""Makes the text of a completion while it is drawn, and ends it at a stop string."""
 
 from gpt_lightning.data.tokenizer import TextTokenizer
 
@@ -18,7 +18,7 @@ class TextStream:
         self._has_stopped = False
 
     def add(self, token_id: int) -> bool:
-        """Whether a stop string ends the text in this token, or did so before."""
+        """Takes the next token; tells whether a stop string has ended the text by now."""
         if not self._stop:
             self.text += self._piece(token_id)
         elif not self._has_stopped:
@@ -30,13 +30,13 @@ class TextStream:
         return self._has_stopped
 
     def end(self) -> str:
-        """The whole text, where no token follows."""
+        """Returns the whole text, once no token follows."""
         if not self._has_stopped:
             self.text, self._held = self.text + self._held, ""
         return self.text
 
     def _n_of_a_beginning(self) -> int:
-        """Characters at the end of the held text that are the beginning of a stop string."""
+        """Counts the characters at the end of the held text that may be the beginning of a stop string."""
         longest = max(map(len, self._stop), default=0)
         lengths = range(min(len(self._held), longest - 1), 0, -1)
         return next((n for n in lengths if any(s.startswith(self._held[-n:]) for s in self._stop)), 0)

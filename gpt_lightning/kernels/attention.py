@@ -4,7 +4,7 @@ Documents packed into one row, each a run of equal ids, see only themselves, wit
 - On CUDA with Triton, without dropout: FlexAttention, which skips the blocks that no document reaches.
 - On a CPU, in long rows: causal attention document by document; in short ones the calls would cost more.
 - Else a mask [B, 1, T, T]. FlexAttention knows no dropout and, on a CPU, no backward pass.
-FlexAttention brings PyTorch's compiler along, as slow to import as PyTorch itself, and waits for a mask.
+FlexAttention is imported where it is used: its compiler takes as long to import as PyTorch itself.
 Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
 """
 
@@ -66,7 +66,7 @@ class Attend:
             self.positions = torch.arange(input_ids.shape[1], device=input_ids.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        """Attention of [B, T, H, K] each, to [B, T, H, K]."""
+        """Attends: q, k and v of [B, T, H, K] each give [B, T, H, K]."""
         if self.mask is None and self.cached is None and runs_in_blocks(q):
             return attention_in_blocks(q, k, v, dropout_p)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, T, K]
@@ -102,7 +102,7 @@ class Documents:
 
     @_disable_dynamo  # else it would compile for the lengths of each batch anew
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        """Attention of [B, H, T, K] each."""
+        """Attends: q, k and v of [B, H, T, K] each give [B, H, T, K]."""
         rows = []
         for *of_row, lengths in zip(q, k, v, self.lengths, strict=True):
             attended = [
@@ -114,14 +114,14 @@ class Documents:
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Positions [B, T] counted from the start of each document."""
+    """Counts positions [B, T] from the start of each document."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     return index - torch.cummax(index * starts, dim=1).values
 
 
 def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor | Documents | BlockMask":
-    """What keeps attention within documents, in the fastest form that the device has."""
+    """Returns what keeps attention within documents, in the form that is fastest on the device."""
     device = positions.device.type
     if device == "cpu" and positions.shape[1] >= LONG_ROW:
         return Documents(positions)
@@ -131,17 +131,17 @@ def document_mask(positions: Tensor, head_dim: int, dropout_p: float) -> "Tensor
 
 
 def dense_mask(positions: Tensor) -> Tensor:
-    """Whether a token sees another, [B, 1, T, T]."""
+    """Tells of each token, by row, whether it sees each other one, [B, 1, T, T]."""
     index = torch.arange(positions.shape[1], device=positions.device)
     begins = (index - positions)[:, :, None]
     return ((begins <= index) & (index <= index[:, None]))[:, None]
 
 
 def block_mask(positions: Tensor) -> "BlockMask":
-    """FlexAttention's mask, from the first token that each token sees; `create_block_mask` makes T x T first.
+    """Makes FlexAttention's mask from each row of blocks alone; `create_block_mask` would make T x T first.
 
-    A row of blocks sees the blocks from the one where its first token's document begins to the diagonal, and
-    all of those that begin no earlier than its last token's document, the diagonal's excepted.
+    A row of blocks sees those from the one where its first token's document begins up to the diagonal. A
+    block before the diagonal is seen whole if it begins no earlier than the document of the row's last token.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -163,7 +163,7 @@ def block_mask(positions: Tensor) -> "BlockMask":
 
 
 def _ordered(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row marks and, marked ones first, which; with an axis for the heads."""
+    """Returns how many blocks each row marks and, marked ones first, which; with an axis for the heads."""
     order = marks.int().argsort(dim=-1, descending=True, stable=True)
     return marks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 

@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # queries
 _SCORE_BYTES_AT_A_TIME = 2**21  # within the processor's cache
-# A layer, from the forward to the backward pass; above it they are computed again, but not with dropout.
+# That a layer keeps for its backward pass; if there are more, and no dropout, it computes them again.
 _SCORES_KEPT = 2**24
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Causal attention of [B, T, H, K] each, to [B, T, H, K]."""
+    """Attends causally: q, k and v of [B, T, H, K] each give [B, T, H, K]."""
     output: Tensor = _AttentionInBlocks.apply(q, k, v, dropout_p)
     return output
 
@@ -82,7 +82,7 @@ class _AttentionInBlocks(torch.autograd.Function):
 
 
 def _rows(q: Tensor) -> Iterator[slice]:
-    """Rows of the batch, as many at a time as the cache holds the scores of."""
+    """Yields rows of the batch, as many at a time as the cache holds the scores of."""
     B, T, H, _ = q.shape
     at_a_time = max(1, _SCORE_BYTES_AT_A_TIME // (H * T * min(T, BLOCK) * q.element_size()))
     return (slice(start, start + at_a_time) for start in range(0, B, at_a_time))
@@ -93,7 +93,7 @@ def _blocks(T: int) -> Iterator[tuple[int, int]]:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """[B, T, H, K] head by head, [G, T, K]."""
+    """Puts [B, T, H, K] head by head, [G, T, K]."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
@@ -104,12 +104,12 @@ def _future(q: Tensor) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, start: int, end: int, future: Tensor) -> Tensor:
-    """The softmax of a block's scores, [G, block, end]."""
+    """Returns the softmax of a block's scores, [G, block, end]."""
     scores = _product(q[:, start:end], k[:, :end].mT, q.shape[-1] ** -0.5)
     scores[:, :, start:] += future[: end - start, : end - start]
     return torch.softmax(scores, dim=-1)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * (a @ b), scaled before it is rounded."""
+    """Computes scale * (a @ b), scaled before it is rounded."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)

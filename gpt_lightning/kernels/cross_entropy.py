@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         grad_dtype = torch.promote_types(weight.dtype, torch.float32)
         weight_grad = torch.zeros_like(weight, dtype=grad_dtype) if needs_grad else None
-        # The same for all who share the vocabulary: they meet once a chunk.
+        # The same on all ranks that share the vocabulary, since they exchange numbers once a chunk.
         columns = V if shard is None else shard.largest_shard
         n_rows = _chunk_rows(len(hidden), columns * compute_dtype.itemsize, device)
         n_softmax_rows = max(1, _SOFTMAX_ELEMENTS // V) if device == "cpu" and shard is None else n_rows
@@ -104,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
-    """As many as the memory allows, in chunks that are about even."""
+    """Returns the rows of a chunk: as many as the memory allows, in chunks that are about even."""
     n_bytes = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
     most = max(1, n_bytes // row_bytes)
     rows = -(-n_rows // -(-n_rows // most)) if n_rows else 1
@@ -114,7 +114,7 @@ def _chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
 def _loss_and_gradient_(
     logits: Tensor, targets: Tensor, shard: VocabShard | None, needs_grad: bool
 ) -> Tensor:
-    """Loss [N]; the logits become softmax - one_hot [N, V], zero for rows that are not scored."""
+    """Returns the loss [N]; makes the logits softmax - one_hot [N, V], zero in rows that are not scored."""
     scored = targets != _NOT_SCORED
     columns, here = targets, scored
     if shard is not None:

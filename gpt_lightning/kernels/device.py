@@ -1,4 +1,4 @@
-"""What a run asks of the device it is on, of whatever kind that is."""
+"""Answers what a run asks of the device it is on, of whatever kind that is."""
 
 import ctypes
 import os
@@ -13,18 +13,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host only queues work for the device, and waits when it reads a result."""
+    """Tells whether the host only queues work for the device, and waits when it reads a result."""
     return device.type != "cpu"
 
 
 def finish_queue(device: torch.device) -> None:
-    """Wait for the work that is queued."""
+    """Waits for the work that is queued."""
     if runs_ahead(device):
         torch.get_device_module(device).synchronize()
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """The most that this process has held: tensors on the device, on the CPU all that the process has."""
+    """Returns the most memory that this process has held: tensors on the device, or all of it on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     if device.type != "cpu" or sys.platform == "win32":
@@ -37,7 +37,7 @@ def peak_memory_gib(device: torch.device) -> float | None:
 
 @cache
 def can_compile_for_cuda() -> bool:
-    """Triton, and the C compiler that it needs to start its kernels."""
+    """Tells whether there is Triton, and the C compiler that it needs to start its kernels."""
     from torch.utils._triton import has_triton  # which brings the compiler along
 
     compilers = [os.environ.get("CC"), "gcc", "clang"]
@@ -45,7 +45,7 @@ def can_compile_for_cuda() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep, for the next step, what memory a step on a CPU frees; a no-op without glibc.
+    """Lets this process keep, for the next step, what memory a step on a CPU frees; a no-op without glibc.
 
     glibc gives every large block back, and the system clears its pages when they are asked for again: a sixth
     of a step's time at 124M parameters. The peak of memory stays within a few percent.

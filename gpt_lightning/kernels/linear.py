@@ -36,12 +36,12 @@ class FastLinear(nn.Linear):
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether another layer that multiplies may take its place, and drop nothing that a child class adds."""
+    """Tells whether another layer may take its place without dropping what a child class adds."""
     return type(layer).forward in (nn.Linear.forward, FastLinear.forward)
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
-    """x as autocast's layers multiply it: on a CPU each would convert it anew, a twentieth of a step."""
+    """Converts x once as autocast would: on a CPU each layer does it anew, which is a twentieth of a step."""
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return x.to(torch.get_autocast_dtype("cpu"))
     return x
@@ -49,7 +49,7 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 
 @cache
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of its own for this dtype on this machine."""
+    """Tells whether oneDNN has products of its own for this dtype on this machine."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     supports_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
@@ -57,7 +57,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias without a gradient, by oneDNN where it is the fastest."""
+    """Computes x @ weight.T + bias without a gradient, by oneDNN where it is the fastest."""
     if x.device.type != "cpu" or not onednn_multiplies(x.dtype):
         return F.linear(x, weight, bias)
     output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -22,10 +22,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
-    """The model for decoding `n_rows` at a time on a CPU; itself where nothing can be gained, as on a GPU.
+    """Makes a copy for decoding `n_rows` at a time on a CPU; returns the model where that gains nothing.
 
-    What is made is in evaluation mode and shares all but the linear layers with the model. It holds their
-    weights once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
+    The copy is in evaluation mode and shares all but the linear layers with the model. It holds their weights
+    once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     is_whole = bool(layers) and all(map(is_plain_linear, layers))
@@ -47,7 +47,7 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
 
 
 def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8Linear"]) -> Model:
-    """A copy that shares every tensor and has other layers in the place of the linear ones."""
+    """Makes a copy that shares every tensor and has other layers in the place of the linear ones."""
     shallow = copy.copy(model)
     shallow.training, shallow._modules = False, {}
     for name, child in model._modules.items():
@@ -63,7 +63,7 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8L
 
 
 class PackedLinear:
-    """A linear layer with its weight in the blocks that oneDNN multiplies fastest for so many rows."""
+    """Holds a linear layer's weight in the blocks that oneDNN multiplies fastest for so many rows."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype, n_rows: int) -> None:
         self.dtype = dtype
@@ -77,7 +77,7 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """A linear layer of 8-bit weights with a scale an output feature, times 8-bit inputs with one a row.
+    """Multiplies 8-bit weights, with a scale an output feature, by 8-bit inputs, with a scale a row.
 
     PyTorch's kernel finds one scale for all rows, so that a row would be rounded by its batch mates' greatest
     value. Every row is therefore scaled into [-1, 1], and two columns without weight hold these ends.
@@ -103,7 +103,7 @@ class Int8Linear:
 
 
 def _pack_int8(weight: Tensor) -> torch.ScriptObject:
-    """A weight [N, D] in 8 bits, in the kernel's own layout, with the two columns that hold no weight."""
+    """Packs a weight [N, D] in 8 bits in the kernel's own layout, with the two columns without weight."""
     if not weight.isfinite().all():
         raise UserError("the model's weights are not finite: they diverged; use an earlier checkpoint")
     scales = weight.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
@@ -117,14 +117,17 @@ def _pack_int8(weight: Tensor) -> torch.ScriptObject:
 
 
 class Scratch:
-    """Room for the scaled rows, which all layers use in turn."""
+    """Keeps room for the scaled rows, which all layers use in turn."""
 
     def __init__(self) -> None:
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by width: [M, D + 1] and [M, D + 2]
         self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For [..., D]: [..., D + 1] that ends in a number above 0, [..., D + 2] in -1 and 1, its first D."""
+        """Returns room for x [..., D]: for its magnitudes, its scaled rows, and the first D of the latter.
+
+        The magnitudes, [..., D + 1], end in a number above 0, the scaled rows, [..., D + 2], in -1 and 1.
+        """
         if x.shape not in self._views:
             self._views[x.shape] = self._cut(x.shape)
         return self._views[x.shape]

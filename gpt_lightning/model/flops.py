@@ -1,15 +1,15 @@
-"""How many floating-point operations the model needs for a token, however it is computed."""
+"""Counts the floating-point operations that the model needs for a token, however it is computed."""
 
 from gpt_lightning.model.config import GPTConfig
 
 
 def training_flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Forward and backward, as PaLM's appendix B counts (Chowdhery et al., 2022): 6 N + 12 L H Q T.
+    """Counts both passes as PaLM's appendix B does (Chowdhery et al., 2022): 6 N + 12 L H Q T.
 
-    N are the weights that multiply: those of the blocks and the head, tied or not, but no rows that are only
-    looked up, no biases and no layer norms. Attention counts all T x T pairs, also those that the causal or
-    the document mask leaves out, and nothing is counted twice that is computed again, as activation
-    checkpointing and flash attention's backward pass do.
+    H Q is d_model. N are the weights that multiply: those of the blocks and the head, tied or not, but no
+    rows that are only looked up, no biases and no layer norms. Attention counts all T x T pairs, also those
+    that the causal or the document mask leaves out, and nothing is counted twice that is computed again, as
+    activation checkpointing and flash attention's backward pass do.
     """
     block = 4 * config.d_model**2 + 2 * config.d_model * config.mlp_width
     n_weights = config.n_layers * block + config.d_model * config.vocab_size

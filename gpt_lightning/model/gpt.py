@@ -43,7 +43,7 @@ class Linear(FastLinear):
 
 
 class Embedding(nn.Embedding):
-    """Starts as GPT-2's embeddings do."""
+    """Starts as GPT-2's embeddings do: normal weights."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
-        # The rows lie head by head (q, k, v of head 0, then of head 1, ...), so any cut gives whole heads.
+        # The rows lie head by head (q, k, v of head 0, then of head 1, ...): a share of them is whole heads.
         self.qkv_proj = Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.out_proj = Linear(config.d_model, config.d_model, bias=config.bias, std=_residual_std(config))
 
@@ -66,6 +66,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Widens each token's vector, applies GELU, and narrows it again."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
@@ -115,6 +117,7 @@ class GPTModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        # A tied head draws no weight of its own.
         with torch.device("meta") if config.tie_embeddings else nullcontext():
             self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -129,9 +132,10 @@ class GPTModel(nn.Module):
         document_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> GPTOutput:
-        """Make logits without `targets`; with them [B, T], already shifted, the loss over all but -100.
+        """Returns the logits or, with `targets`, the loss.
 
         Args:
+            targets: [B, T], the token that follows each input; -100 is not scored.
             reduction: "mean", or "sum" in float64, of the loss over the scored tokens.
             document_ids: [B, T]; a token attends to its own document only, and positions restart with it.
             kv_cache: Earlier tokens of each row; `input_ids` are the tokens that follow them.
@@ -144,7 +148,7 @@ class GPTModel(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
-        """Compute the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
+        """Returns the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
         cached = None if kv_cache is None else kv_cache.extend(input_ids.shape[1], input_ids.device)
         dropout_p = self.config.dropout if self.training else 0.0
         attend = Attend(input_ids, document_ids, cached, head_dim=self.head_dim, dropout_p=dropout_p)
@@ -159,5 +163,5 @@ class GPTModel(nn.Module):
 
 
 def _residual_std(config: GPTConfig) -> float:
-    """Keeps the residual stream's variance, to which two projections a block add theirs, from growing."""
+    """Returns a std, for the projections that add to the residual stream, that keeps its variance level."""
     return INIT_STD / math.sqrt(2 * config.n_layers)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values in which every row (sequence) has a length of its own.
+    """Holds preallocated keys and values, in which every row (sequence) has a length of its own.
 
     The storage is allocated at the first write and takes heads, width, dtype and device from the tensors
     written, so that the cache needs no configuration and a tensor-parallel shard gets a shard-sized cache.
@@ -25,14 +25,14 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, each [rows, H, max_length, K]
 
     def rows(self, start: int, stop: int) -> "KVCache":
-        """A view of some rows; it shares keys, values and lengths with the whole."""
+        """Returns a view of some rows, which shares keys, values and lengths with the whole."""
         view = copy.copy(self)
         view.lengths = self.lengths[start:stop]
         view._first_row += start
         return view
 
     def copy_row(self, source: int, destination: int, length: int | None = None) -> None:
-        """Make one row hold the tokens of another, or the first `length` of them."""
+        """Makes one row hold the tokens of another, or the first `length` of them."""
         length = int(self.lengths[source]) if length is None else length
         for layer in self._layers.values():
             for storage in layer:
@@ -41,13 +41,13 @@ class KVCache:
         self.lengths[destination] = length
 
     def extend(self, n_tokens: int, device: torch.device) -> "CacheStep":
-        """Lengthen each row by `n_tokens`, whose keys and values the layers write in turn."""
+        """Lengthens each row by `n_tokens`, whose keys and values the layers write in turn."""
         step = CacheStep(self, n_tokens, device)
         self.lengths += n_tokens
         return step
 
     def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of the rows in view; heads, width, dtype and device are those of `like`."""
+        """Returns keys and values of the rows in view, of the heads, width, dtype and device of `like`."""
         if layer not in self._layers:
             shape = (self._total_rows, like.shape[1], self.max_length, like.shape[3])
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
@@ -59,10 +59,10 @@ class KVCache:
 
 
 class CacheStep:
-    """One forward pass: where its tokens go, and what they see. Worked out once, for all layers.
+    """Tells all layers of one forward pass where its tokens go and what they see, worked out once.
 
     positions: [B, T], counted from each row's start.
-    mask: [B, 1, T, S], the cached tokens that each new token sees; None where causal attention does.
+    mask: [B, 1, T, S], the cached tokens that each new token sees; None where causal attention shows them.
     """
 
     def __init__(self, cache: KVCache, n_tokens: int, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class CacheStep:
         self._row = torch.arange(len(lengths), device=device)[:, None]
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the next layer's [B, H, T, K] at each row's length; return all of its, [B, H, S, K].
+        """Appends the next layer's [B, H, T, K] at each row's length; returns all of its, [B, H, S, K].
 
         S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
         and `mask` hides it.

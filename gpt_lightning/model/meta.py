@@ -1,4 +1,4 @@
-"""Building a model without drawing weights for it."""
+"""Builds a model without drawing weights for it."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from typing_extensions import override
 
 
 class Uninitialized(TorchFunctionMode):
-    """Within it a model is built whose weights will be replaced.
+    """Skips the drawing of weights in a model that is built within it, since others will replace them.
 
-    On the meta device, where there are none, the drawing would import half a second of torch.compile.
+    Even on the meta device, where nothing can be drawn, `nn.init` would import torch.compile: half a second.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""How tensor-parallel peers share a GPT, by the names of its submodules."""
+"""Says how tensor-parallel peers share a GPT, by the names of its submodules."""
 
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ class Sharding(NamedTuple):
 
 
 def tensor_parallel_plan(config: GPTConfig) -> dict[str, Sharding]:
-    """Attention is cut by heads, the MLP by hidden features, token table and head by the vocabulary."""
+    """Cuts attention by heads, the MLP by hidden features, token table and head by the vocabulary."""
     heads, d_ff = "model.config.n_heads", "model.config.d_ff"
     vocabulary = "model.config.vocab_size"
     plan = {

@@ -166,7 +166,7 @@ class VocabParallelHead(nn.Module):
         return gather_features(logits, self.shards["weight"].sizes, self.mesh)
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Cross entropy of [B, T, D] against [B, T]; the peers exchange two numbers a token."""
+        """Computes cross entropy of [B, T, D] against [B, T]; the peers exchange three numbers a token."""
         rows, own = self._enter(hidden).flatten(0, 1), self.shards["weight"]
         total = partial(all_reduce, mesh=self.mesh)
         greatest = partial(total, op=dist.ReduceOp.MAX)

@@ -128,7 +128,7 @@ def _check(name: str, module: nn.Module, style: ParallelStyle, tp_size: int) -> 
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    """Refuse a layer that computes more than the plain one: what takes its place would drop that."""
+    """Refuses a layer that computes more than the plain one: what takes its place would drop that."""
     is_plain = is_plain_linear(module) or type(module).forward is nn.Embedding.forward
     if not is_plain or is_parametrized(module):
         raise UserError(

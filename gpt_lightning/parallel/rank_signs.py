@@ -1,4 +1,4 @@
-"""Signs of life: of the ranks of one machine in a file, of the machines in a store of rank 0's."""
+"""Gives signs of life: those of a machine's ranks in a file, those of the machines in rank 0's store."""
 
 import os
 import socket
@@ -16,12 +16,12 @@ from torch.distributed import Store, TCPStore
 TICK_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
 RECORD_BYTES = 256
-NOBODY = "nobody"  # is lost from here on: the run ends in order
+NOBODY = "nobody"  # is lost any more: the run ends in order
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is in the run; `children` gives the ranks that it started, `parent` is who started it."""
+    """Says where a rank is in the run, which ranks (`children`) it started, and who (`parent`) started it."""
 
     rank: int
     world_size: int
@@ -36,12 +36,12 @@ class Place:
         return self.rank - self.local_rank
 
     def speaks(self, lost_rank: int) -> bool:
-        """Rank 0 does; where it is lost, its neighbour, and on other machines the first rank there."""
+        """Tells whether this rank reports it: rank 0 or, if that is lost, rank 1 and each first rank."""
         return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
 
 
 class MachineFile:
-    """Each rank of a machine writes a record, and holds a lock on it that ends with its process."""
+    """Holds a record of each rank of a machine, which the rank writes and locks until its process ends."""
 
     def __init__(self, path: Path, place: Place) -> None:
         self._rank, self._beats = place.rank, 0
@@ -59,7 +59,7 @@ class MachineFile:
         os.pwrite(self._file, record.ljust(RECORD_BYTES), self._offset)
 
     def others(self) -> dict[int, tuple[int, str, bool]]:
-        """Each other rank's number of beats, its last word, and whether its process is gone."""
+        """Returns each other rank's number of beats, its last word, and whether its process is gone."""
         data = os.pread(self._file, os.fstat(self._file).st_size, 0)
         records = {}
         for offset in range(0, len(data), RECORD_BYTES):
@@ -71,7 +71,7 @@ class MachineFile:
 
 
 class Board(threading.Thread):
-    """A machine's only connection to rank 0's store, in a thread that may block while rank 0 is stopped.
+    """Connects a machine to rank 0's store, in a thread that may block while rank 0 is stopped.
 
     It beats there, reads who is lost, and looks after the next machine of a ring.
     """
@@ -101,7 +101,7 @@ class Board(threading.Thread):
         store.set_timeout(timedelta(days=1))  # a late answer is better than a broken connection
 
     def end(self, lost: str, patience_seconds: float) -> None:
-        """Tell all machines who is lost, once and for good, and stop when they have read it."""
+        """Tells all machines who is lost, once and for good, and stops when they have read it."""
         self._to_tell = lost
         self._wake.set()
         self.join(patience_seconds)
@@ -120,7 +120,7 @@ class Board(threading.Thread):
             self.is_gone = True
 
     def exchange(self) -> None:
-        """As much work as there are neighbours: one."""
+        """Beats in the store once, and reads there who is lost and how the next machine beats."""
         self._store.add(f"beats {self._own}", 1)
         next_is_gone = self._next_is_gone()  # before what is told is read: who has read it may go
         lost, beats = self._store.multi_get(["lost", f"beats {self._next}"])
@@ -140,7 +140,7 @@ def open_store() -> TCPStore:
 
 
 def reach_store(port: int) -> tuple[TCPStore, str]:
-    """Rank 0's store, and the address by which this machine reaches it."""
+    """Returns rank 0's store, and the address by which this machine reaches it."""
     host = os.environ["MASTER_ADDR"]
     with socket.create_connection((host, port), CONNECT_SECONDS) as probe:  # fails with less noise
         address = probe.getsockname()[0]

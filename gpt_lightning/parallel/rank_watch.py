@@ -56,7 +56,7 @@ class Lost:
 
 
 class RankWatch:
-    """A thread that judges the other ranks a few times a second, from `start` until this rank leaves.
+    """Judges the other ranks a few times a second, in a thread, from `start` until this rank leaves.
 
     The line about a lost rank ends with `remedy`; after it, `before_exit` gets a few seconds.
     """
@@ -93,7 +93,7 @@ class RankWatch:
         atexit.register(self._at_exit)
 
     def connect(self, broadcast: Callable[[Any], Any]) -> None:
-        """On all ranks at once, when they can talk: `broadcast` gives everybody rank 0's argument."""
+        """Begins to see the others; all ranks call it. `broadcast` gives all of them rank 0's argument."""
         place, store, port = self._place, None, None
         if place.rank == 0 and place.n_nodes > 1:
             with suppress(RuntimeError):
@@ -112,7 +112,7 @@ class RankWatch:
             logger.warning(f"rank {place.rank} is not watched: {str(error).splitlines()[0]}")
 
     def explain(self, error: BaseException) -> None:
-        """End the process with the one line if the error comes of a lost rank, else return."""
+        """Ends the process with the one line if the error comes of a lost rank, else returns."""
         if isinstance(error, SystemExit) or error is self._explained:
             return
         self._explained = error
@@ -129,7 +129,7 @@ class RankWatch:
         self._say(f"error {type(error).__name__}")
 
     def leave(self) -> None:
-        """When all ranks are done, or have agreed to stop: from here on nobody is judged."""
+        """Ends the judging, since all ranks are done or have agreed to stop."""
         with self._ending:
             if self._left.is_set():
                 return
@@ -224,7 +224,7 @@ class RankWatch:
         return None
 
     def _listen(self, rank: int, beats: int, elapsed_seconds: float) -> bool:
-        """Whether the rank has been heard since the last time; counts for how long it has been silent."""
+        """Tells whether the rank was heard since the last time; counts for how long it has been silent."""
         is_heard = beats != self._beats.get(rank)
         self._beats[rank] = beats
         self._silent_seconds[rank] += elapsed_seconds

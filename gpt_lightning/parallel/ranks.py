@@ -1,4 +1,4 @@
-"""Objects that all ranks of a run exchange; a run of one rank needs no process group for it."""
+"""Exchanges objects between all ranks of a run; a run of one rank needs no process group for it."""
 
 from typing import Any
 

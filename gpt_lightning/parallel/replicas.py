@@ -1,4 +1,4 @@
-"""A cheap check that the ranks which should hold the same parameters do."""
+"""Checks cheaply that the ranks which should hold the same parameters do."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""How a tensor is cut over the tensor-parallel peers, and which of a model and its optimizer are cut."""
+"""Says how tensors are cut over the tensor-parallel peers, and which of a model and its optimizer are."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

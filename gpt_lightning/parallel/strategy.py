@@ -91,7 +91,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def set_world_ranks(self) -> None:
-        """Refuses settings that cannot work: Lightning calls this before it starts a process."""
+        """Refuses settings that cannot work, before Lightning, which calls this, starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
         if (every := self.replica_check_every_n_steps) < 0:
             raise UserError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
@@ -118,7 +118,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        # Right after this, Lightning would seed the workers by global rank.
+        # By data-parallel rank; right after this, Lightning would seed the workers by global rank.
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", "") is None:
             seed_worker = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
             setattr(dataloader, "worker_init_fn", seed_worker)
@@ -146,14 +146,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """With `empty_init`, models are built on the meta device, and `setup` draws this rank's parts."""
+        """Builds models, with `empty_init`, on the meta device, for `setup` to draw this rank's parts."""
         with torch.device("meta") if empty_init else super().tensor_init_context(empty_init):
             yield
 
     @override
     def setup(self, trainer: Trainer) -> None:
         """Does what DDPStrategy does, and cuts the model before it is moved, wrapped and optimized."""
-        # DDPStrategy's own `setup` would give rank 0's parts to all ranks before an evaluation.
+        # Not super().setup: before an evaluation it gives all ranks rank 0's weights, which are parts here.
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._parallelize()
@@ -173,7 +173,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def _parallelize(self, *, draw: bool = True) -> None:
-        """Cuts the model, once: when its weights are restored, or else in `setup`."""
+        """Cuts the model at the first call: when its weights are restored, or else in `setup`."""
         module = self._module
         if module is self._parallelized:
             return
@@ -195,7 +195,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         if module is not None:
             self._reduce_metrics_over(None)  # a process group cannot be copied or saved
             if any(parameter.is_meta for parameter in module.parameters()):
-                # An error came before the model had any memory: there is nothing to move to the host.
+                # An error came before the model had any memory: DDPStrategy could not move it to the host.
                 super().connect(None)  # type: ignore[arg-type]
         super().teardown()
 
@@ -230,7 +230,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def _summed(self, closure: Callable[[], Any]) -> Any:
         """Runs the closure, and sums over the peers the gradients that it left in parts."""
         loss = closure()
-        self._sequence.on = False  # a step without a loss has had no backward pass
+        self._sequence.on = False  # `backward` is not called in a step without a loss
         if self.sequence_parallel:
             sum_gradients(partial_gradients(self._module, self._styles), self.mesh)
         return loss

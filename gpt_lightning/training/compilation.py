@@ -1,4 +1,4 @@
-"""The decision, by device and length of the run, whether it trains through torch.compile, and how."""
+"""Decides, by device and length of the run, whether it trains through torch.compile, and how."""
 
 import torch
 from lightning.pytorch import Trainer
@@ -24,7 +24,7 @@ def check_backend(name: str | None) -> None:
 def choose_backend(name: str | None, *, device: str, passes: float, can_compile: bool) -> str | None:
     """Returns the backend to compile with; `passes` are those through the model in the whole run.
 
-    Not in what is left of it: a resumed run must compute as the one that was interrupted.
+    The whole run counts, not what is left of it: a resumed run must compute as the interrupted one did.
     """
     if name is not None:
         return None if name == OFF else name

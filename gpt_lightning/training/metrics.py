@@ -1,4 +1,4 @@
-"""The numbers of a logging step, and the loss over many batches, exact on any batch size and device count."""
+"""Logs the numbers of a step, and sums the loss over batches exactly, at any batch size and device count."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -39,7 +39,7 @@ class StepRow:
 
 
 class TokenLoss(Metric):
-    """Mean negative log-likelihood per scored token, in nats: summed nll over summed tokens.
+    """Computes the mean negative log-likelihood per scored token, in nats: summed nll over summed tokens.
 
     The mean of batch means would weigh tokens by how they were batched, and `torchmetrics.text.Perplexity`
     returns inf where one token's probability underflows in float32.
@@ -57,7 +57,7 @@ class TokenLoss(Metric):
             self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
-        """Add a batch's summed nll and the number of tokens it was summed over."""
+        """Adds a batch's summed nll and the number of tokens it was summed over."""
         self.nll += nll.detach()
         self.tokens += tokens
 
@@ -66,7 +66,7 @@ class TokenLoss(Metric):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
-        """Follow the model to its device, but not to its dtype: in bfloat16 the sum stops growing at 256."""
+        """Follows the model to its device, but not to its dtype: in bfloat16 the sum stops growing at 256."""
         super()._apply(fn, exclude_state)
         self.nll = self.nll.to(_sum_dtype())
         self._defaults["nll"] = torch.zeros_like(self.nll)

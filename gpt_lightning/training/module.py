@@ -64,7 +64,7 @@ class GPTLightningModule(LightningModule):
         compile_backend: str | None = None,
     ) -> None:
         super().__init__()
-        # `load_from_checkpoint` hands back the plain dictionaries that the checkpoint holds.
+        # `load_from_checkpoint` gives the plain dictionaries that the checkpoint holds.
         config = GPTConfig(**config) if isinstance(config, dict) else config
         self.optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
@@ -108,7 +108,7 @@ class GPTLightningModule(LightningModule):
         """Returns the batch's part of the mean over all tokens that the optimizer step scores."""
         nll = self._nll(batch)
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
-        # Lightning divides by the number of micro-batches, and DDP by that of replicas.
+        # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
         self._step_tokens = batch.step_tokens or _own_tokens(batch, parts)
         return (nll / (self._step_tokens / parts)).float()
@@ -143,7 +143,7 @@ class GPTLightningModule(LightningModule):
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         if self._step_nll is None:  # a step was taken
-            # Lightning drops them after the next forward pass, whose peak of memory would hold them too.
+            # Lightning keeps the gradients through the next forward pass, and so raises its peak of memory.
             self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
         if has_logged(self.trainer) and is_logging_step(self.trainer, self.trainer.global_step):
@@ -171,7 +171,7 @@ class GPTLightningModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_held_out("val")
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("step", float(self.trainer.global_step))  # where Lightning would put them one step early
+            self.log("step", float(self.trainer.global_step))  # else Lightning puts them one step early
             self.log("epoch", self._epoch())
 
     @override
@@ -194,7 +194,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """A dictionary a completion, in prompt order; a CompletionCallback is told of each when it ends."""
+        """Returns a dictionary a completion, in prompt order; tells CompletionCallbacks when one ends."""
         datamodule = self.trainer.datamodule
         if datamodule is None:
             raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
@@ -208,7 +208,7 @@ class GPTLightningModule(LightningModule):
             return predicted_rows(engine, batch, self.generation, tokenizer, listeners)
 
     def complete(self, tokenizer: TextTokenizer, prompts: list[list[int]]) -> list[str]:
-        """One continuation of each tokenized prompt by the `generation` settings."""
+        """Returns one continuation of each tokenized prompt, by the `generation` settings."""
         settings = replace(self.generation, num_samples=1)
         texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
         requests = [Request(prompt, n, ends_with=texts[n].add) for n, prompt in enumerate(prompts)]
@@ -223,7 +223,7 @@ class GPTLightningModule(LightningModule):
         return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=self._broadcast)
 
     def _broadcast(self, tokens: Tensor) -> Tensor:
-        """The first tensor-parallel peer's choice: one other token, and the peers would wait for ever."""
+        """Takes the first tensor-parallel peer's tokens: with different ones the peers would deadlock."""
         if self._trainer is not None and isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
             return self.trainer.strategy.mesh.from_first_peer(tokens)
         return tokens
@@ -231,6 +231,7 @@ class GPTLightningModule(LightningModule):
     # Tensor parallelism
 
     def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """Returns the model's plan, by the names of the submodules in this module."""
         plan = tensor_parallel_plan(self.model.config)
         return {f"model.{name}": ParallelStyle(*sharding) for name, sharding in plan.items()}
 
@@ -253,7 +254,7 @@ class GPTLightningModule(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loads as Lightning does, but plain data alone: nothing in the file runs, nor what it names."""
+        """Loads as Lightning does, but plain data alone: no code of the file, or that it names, runs."""
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
@@ -263,7 +264,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this run's optimizer settings: PyTorch would restore those of the run that saved."""
+        """Keeps this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
         keep_settings(self.optimizer, checkpoint)
@@ -276,7 +277,7 @@ class GPTLightningModule(LightningModule):
 
 
 def _own_tokens(batch: TokenBatch, parts: int) -> int:
-    """Counts the targets of a batch that does not say what its step scores: it must be all of it."""
+    """Counts the targets of a batch without `step_tokens`, which must be the whole of its optimizer step."""
     if parts > 1:
         raise UserError(
             "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "

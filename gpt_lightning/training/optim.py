@@ -59,7 +59,7 @@ def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) -> float:
-    """Share of the peak learning rate that optimizer step `step` (from 0) uses."""
+    """Returns the share of the peak learning rate that optimizer step `step` (from 0) uses."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if step >= horizon:
@@ -69,7 +69,7 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) ->
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices, which decay, and the rest, which does not; a tied weight appears once."""
+    """Separates matrices, which decay, from the rest, which does not; a tied weight appears once."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -96,7 +96,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, h
 
 
 def keep_settings(settings: OptimizerConfig, checkpoint: dict[str, Any]) -> None:
-    """Put this run's settings into a checkpoint: PyTorch would restore those of the run that saved it."""
+    """Puts this run's settings into a checkpoint: PyTorch would restore those of the run that saved it."""
     for state in checkpoint.get("optimizer_states", []):
         for group in state["param_groups"]:
             group["lr"] *= settings.learning_rate / group["initial_lr"]

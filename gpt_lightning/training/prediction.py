@@ -1,4 +1,4 @@
-"""What `predict` tells of its completions, while they grow and when they have ended."""
+"""Tells callbacks of the completions of `predict`, while they grow and when they have ended."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ class CompletionCallback(Callback):
     """
 
     def on_new_token(self) -> None:
-        """One more token of some completion is there, the eos not counted."""
+        """Called at each new token of any completion, the eos not counted."""
 
     def on_completion(self, row: dict[str, Any]) -> None:
-        """A completion has ended; `row` is as `predict_step` returns it."""
+        """Called when a completion has ended; `row` is as `predict_step` returns it."""
 
 
 def predicted_rows(
@@ -31,7 +31,7 @@ def predicted_rows(
     tokenizer: TextTokenizer,
     listeners: list[CompletionCallback],
 ) -> list[dict[str, Any]]:
-    """A dictionary a completion, in the order of the prompts and their samples."""
+    """Returns a dictionary for each completion, in the order of the prompts and their samples."""
     texts: dict[Request, TextStream] = {}
     prompts = dict(zip(batch.indices, batch.prompts))
     for index, token_ids in zip(batch.indices, batch.token_ids):
@@ -54,7 +54,7 @@ def predicted_rows(
 
 
 def _row(request: Request, prompt: str, text: str, completion: Completion, n_samples: int) -> dict[str, Any]:
-    """What is written of a completion, after the number of its prompt."""
+    """Makes the dictionary of a completion; `index`, its place among the prompts, is not written out."""
     row: dict[str, Any] = {
         "index": request.number,
         "prompt": prompt,

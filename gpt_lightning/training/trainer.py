@@ -1,4 +1,4 @@
-"""The Trainer of this program, and all that is needed of Lightning's private names.
+"""Holds the Trainer of this program, and all that is needed of Lightning's private names.
 
 tests/training/test_trainer.py fails when one of them goes away, or is used anywhere else.
 """
@@ -64,37 +64,37 @@ class _EpochLoop(_TrainingEpochLoop):
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing: at every batch the host would wait for the device."""
+        """Does nothing: Lightning's broadcast has the host wait for the device at every batch."""
 
 
 class _NoSignals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
-        """None: Lightning's save nothing, end with code 0, and hang when one rank alone is signalled."""
+        """Registers none: Lightning's save nothing, exit with 0, and hang if one rank alone is signalled."""
 
 
 def is_logging_step(trainer: Trainer, step: int) -> bool:
-    """Whether the numbers of this optimizer step are logged."""
+    """Tells whether the numbers of this optimizer step are logged."""
     return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
 def is_inside_a_step(trainer: Trainer) -> bool:
-    """Whether the optimizer step is still to come after the batch that was trained last."""
+    """Tells whether the optimizer step is still to come after the batch that was trained last."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_end_of_epoch(trainer: Trainer) -> bool:
-    """Whether the batch that was trained last is the epoch's last."""
+    """Tells whether the batch that was trained last is the epoch's last."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def can_stop_early(trainer: Trainer) -> bool:
-    """Whether the least steps and epochs that were asked for are done."""
+    """Tells whether the least steps and epochs that were asked for are done."""
     return trainer.fit_loop._can_stop_early
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
+    """Tells whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
         return False
@@ -106,22 +106,22 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def has_logged(trainer: Trainer) -> bool:
-    """Whether somebody has logged a value of this loop with `self.log`."""
+    """Tells whether somebody has logged a value of this loop with `self.log`."""
     return bool(trainer._results)
 
 
 def log_step_now(trainer: Trainer) -> None:
-    """Hand the loggers what was logged in this step with `self.log`; Lightning does it after the hooks."""
+    """Hands the loggers what was logged in this step with `self.log`; Lightning does it after the hooks."""
     trainer._logger_connector.update_train_step_metrics()
 
 
 def starts_ranks_as_programs(trainer: Trainer) -> bool:
-    """Whether Lightning starts the machine's other ranks, each as this program anew."""
+    """Tells whether Lightning starts the machine's other ranks, each as this program anew."""
     return isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
 def started_ranks(trainer: Trainer) -> dict[int, "subprocess.Popen[bytes]"]:
-    """The processes of the ranks that this one has started, which Lightning watches no longer."""
+    """Returns the processes of the ranks that this one has started, which Lightning watches no longer."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
         return {}
@@ -133,5 +133,5 @@ def started_ranks(trainer: Trainer) -> dict[int, "subprocess.Popen[bytes]"]:
 
 
 def timeout_of(trainer: Trainer) -> timedelta | None:
-    """How long a rank waits for the others in a collective operation, where the strategy says it."""
+    """Returns how long a rank waits for the others in a collective operation, where the strategy says it."""
     return getattr(trainer.strategy, "_timeout", None)
