@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
-from gpt_lightning.training.trainer import log_step_now, timeout_of
+from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of
 
 EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
 
@@ -44,6 +45,11 @@ class OrderlyStop(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":  # a signal ends an evaluation or a prediction as it ends any process
             return
+        if not isinstance(trainer, GPTTrainer):
+            rank_zero_warn(
+                "OrderlyStop hears no signal of a Trainer whose own handlers take it: make a "
+                "gpt_lightning.training.trainer.GPTTrainer"
+            )
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=timeout_of(trainer))

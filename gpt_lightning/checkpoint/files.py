@@ -171,6 +171,8 @@ def _check_records(file: BinaryIO) -> None:
     if os.fstat(file.fileno()).st_size == 0:
         raise UserError("it is empty")
     try:
+        if not zipfile.is_zipfile(file):
+            raise UserError("it is cut short, or no checkpoint")
         with zipfile.ZipFile(file) as archive:
             broken, comment = archive.testzip(), archive.comment
     except Exception as error:  # what a changed byte in a zip archive leads to may be anything

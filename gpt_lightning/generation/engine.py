@@ -203,7 +203,12 @@ class Engine:
         if moved or self._in_use is None or len(self._in_use.lengths) != len(rows):
             self._in_use = cache.rows(0, len(rows))
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)  # [B, 1]
-        return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
+        try:
+            return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
+        except BaseException:
+            for row in rows:  # of this token some layers hold keys and values, and others do not
+                row.start = None
+            raise
 
     def _recomputed_hidden(self) -> Tensor:
         """Returns what `_cached_hidden` does, from nothing but the tokens."""

@@ -55,6 +55,8 @@ class Attend:
         head_dim: int,
         dropout_p: float,
     ) -> None:
+        if cached is not None and document_ids is not None:
+            raise ValueError("document_ids are not kept in a cache; give the one or the other")
         self.cached = cached
         self.mask: Tensor | Documents | BlockMask | None = None
         if cached is not None:

@@ -46,6 +46,8 @@ def linear_cross_entropy(
     # Asked here: within `forward` gradients are always off, and `needs_input_grad` is on for any parameter.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, shard, needs_grad)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is unknown; choose mean or sum")
     if reduction == "sum":
         return total
     return (total / (targets != _NOT_SCORED).sum()).float()

@@ -51,14 +51,13 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8L
     shallow = copy.copy(model)
     shallow.training, shallow._modules = False, {}
     for name, child in model._modules.items():
-        # As plain attributes, and past nn.Module's own call: both would run in Python for each.
+        # As plain attributes, which nn.Module would look up in Python, each at every use.
         if isinstance(child, nn.Linear):
             vars(shallow)[name] = make(child)
         elif isinstance(child, nn.Dropout):  # drops nothing in evaluation
             vars(shallow)[name] = lambda x: x
         elif child is not None:
-            shallow._modules[name] = copied = _with_layers(child, make)
-            vars(shallow)[name] = copied if isinstance(child, nn.ModuleList) else copied.forward
+            shallow._modules[name] = vars(shallow)[name] = _with_layers(child, make)
     return shallow
 
 

@@ -60,7 +60,8 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = Linear(config.d_model, config.d_model, bias=config.bias, std=_residual_std(config))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(3)  # each [B, T, H, K]
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv.view(*qkv.shape[:2], -1, 3, self.head_dim).unbind(3)  # each [B, T, H, K]
         y = attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.flatten(2))
 

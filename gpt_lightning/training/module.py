@@ -14,6 +14,7 @@ from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, VALIDATION_KEY, check_same_architecture
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -107,11 +108,16 @@ class GPTLightningModule(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Returns the batch's part of the mean over all tokens that the optimizer step scores."""
         nll = self._nll(batch)
-        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
-        self._step_tokens = batch.step_tokens or _own_tokens(batch, parts)
-        return (nll / (self._step_tokens / parts)).float()
+        if batch.step_tokens is not None:
+            self._step_tokens, share = batch.step_tokens, batch.step_tokens / parts
+        else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
+            share = max(1, _scored_tokens(batch))
+            before = 0 if self._step_nll is None else self._step_tokens
+            self._step_tokens = before + self._replicas * share
+        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+        return (nll / share).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -183,12 +189,14 @@ class GPTLightningModule(LightningModule):
         loss = self.held_out_loss.compute()
         self.held_out_loss.reset()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            whole = self.trainer.limit_val_batches == 1.0
+            limit = self.trainer.limit_val_batches
+            whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
             self._last_validation = {"step": self.trainer.global_step, "loss": float(loss), "whole": whole}
-        n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/ppl", loss.exp())
-        self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
+        if isinstance(self.trainer.datamodule, TextDataModule):  # others do not know their bytes
+            n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
+            self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
 
     # Prediction
 
@@ -276,11 +284,5 @@ class GPTLightningModule(LightningModule):
             checkpoint[VALIDATION_KEY] = self._last_validation
 
 
-def _own_tokens(batch: TokenBatch, parts: int) -> int:
-    """Counts the targets of a batch without `step_tokens`, which must be the whole of its optimizer step."""
-    if parts > 1:
-        raise UserError(
-            "a TokenBatch has no step_tokens: give the targets that all ranks score in all micro-batches of "
-            "the optimizer step, or use TextDataModule"
-        )
+def _scored_tokens(batch: TokenBatch) -> int:
     return int((batch.targets != IGNORED_TARGET).sum())

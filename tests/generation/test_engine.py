@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpt_lightning.generation.engine import Completion, generate
+from gpt_lightning.generation.engine import Completion, Engine, Request, generate
 from gpt_lightning.generation.prefill import visible_start
 from gpt_lightning.generation.sampling import (
     GenerationConfig,
@@ -229,3 +229,26 @@ def test_errors_name_value_rule_and_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_a_step_that_failed_is_taken_again_as_if_it_had_not() -> None:
+    """Such as one without enough memory: of its token some layers hold keys and values, others do not."""
+    model = make_model()
+    prompt = [1, 2, 3]
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False)
+    expected = generate(model, [prompt], settings, eos_token_id=None)[0].token_ids
+    engine = Engine(model, settings, eos_token_id=None)
+    engine.add(Request(prompt, 0, 0))
+    steps = engine.step() + engine.step()
+    forward = model.blocks[1].forward
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    model.blocks[1].forward = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(MemoryError):
+        engine.step()
+    model.blocks[1].forward = forward  # type: ignore[method-assign]
+    while steps[-1].completion is None:
+        steps += engine.step()
+    assert [step.token_id for step in steps] == expected

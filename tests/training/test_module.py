@@ -1,5 +1,6 @@
 """A fit equals a plain loop written here: loss, gradients, accumulation, held-out perplexity."""
 
+import copy
 import csv
 import math
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from lightning.fabric.utilities import move_data_to_device
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
@@ -208,20 +208,22 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run(corpus: Path, tmp_p
     assert recorder.logged[0]["train/loss"] == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_a_batch_that_does_not_say_what_its_step_scores_is_a_step_of_its_own_or_refused(
-    tmp_path: Path,
-) -> None:
-    """One's own loader of TokenBatches; a mean over its parts would weigh tokens by how they are batched."""
-    ids = torch.ones(2, 8, dtype=torch.long)
-    targets = torch.where(torch.arange(8) < 5, ids, -100)
-    loader = torch.utils.data.DataLoader([TokenBatch(ids, targets, None)] * 6, batch_size=None)
+def test_batches_that_do_not_say_what_their_step_scores_weigh_alike(tmp_path: Path) -> None:
+    """With a loader of one's own: the gradient is that of the mean of their means, as Lightning has it."""
+    ids = torch.arange(16).view(2, 8)
+    batches = [TokenBatch(ids, torch.where(torch.arange(8) < n, ids, -100), None) for n in (5, 2)]
     module = GPTLightningModule(GPTConfig(16, 8, n_layers=1, n_heads=2, d_model=8))
+    before = copy.deepcopy(module.model)
     recorder = Recorder()
-    trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[recorder]).fit(module, loader)
-    assert module.trained_tokens == 2 * 10 and recorder.logged[0]["train/loss"] < 4
-    accumulating = trainer(tmp_path, max_steps=1, limit_val_batches=0, accumulate_grad_batches=2)
-    with pytest.raises(UserError, match="a TokenBatch has no step_tokens: give the targets that all ranks"):
-        accumulating.fit(module, loader)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    options = {"max_steps": 1, "limit_val_batches": 0, "accumulate_grad_batches": 2}
+    trainer(tmp_path, callbacks=[recorder], **options).fit(module, loader)
+    losses = [before(batch.input_ids, batch.targets, reduction="sum").loss for batch in batches]
+    assert module.trained_tokens == 14
+    assert recorder.logged[0]["train/loss"] == pytest.approx(float(sum(losses)) / 14, abs=1e-5)
+    ((losses[0] / 10 + losses[1] / 4) / 2).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in before.parameters() if p.grad is not None])
+    assert recorder.logged[0]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_a_batch_moves_to_a_device() -> None:

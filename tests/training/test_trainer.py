@@ -21,7 +21,6 @@ HOME = "training/trainer.py"
 # What the rooms that may not import `training` need: a type, and three helpers of Lightning's strategies.
 BELOW = {
     "checkpoint": {"_PATH"},
-    "parallel": {"_PATH", "_auto_add_worker_init_fn", "_optimizer_to_device", "_optimizers_to_device"},
 }
 
 
