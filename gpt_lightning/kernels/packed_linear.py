@@ -92,13 +92,13 @@ class Int8Linear:
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
     def __call__(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        magnitudes, scaled, inside = self._scratch.like(x32)
-        torch.abs(x32, out=magnitudes[..., :-1])
-        greatest = magnitudes.amax(dim=-1, keepdim=True)  # [..., 1]
+        x32 = x if x.dtype == torch.float32 else x.float()
+        scaled, inside = self._scratch.like(x32)
+        greatest = x32.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
         torch.div(x32, greatest, out=inside)
         product = self._multiply(scaled, self._weight, self._reduce_range)  # [..., N]
-        return torch.addcmul(self._bias, product, greatest).to(x.dtype)
+        y = torch.addcmul(self._bias, product, greatest)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _pack_int8(weight: Tensor) -> torch.ScriptObject:
@@ -119,27 +119,22 @@ class Scratch:
     """Keeps room for the scaled rows, which all layers use in turn."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by width: [M, D + 1] and [M, D + 2]
-        self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rooms: dict[int, Tensor] = {}  # by width: [M, D + 2]
+        self._views: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
-    def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns room for x [..., D]: for its magnitudes, its scaled rows, and the first D of the latter.
-
-        The magnitudes, [..., D + 1], end in a number above 0, the scaled rows, [..., D + 2], in -1 and 1.
-        """
+    def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns room for the scaled rows of x [..., D]: [..., D + 2], ending in -1 and 1, and its first D."""
         if x.shape not in self._views:
             self._views[x.shape] = self._cut(x.shape)
         return self._views[x.shape]
 
-    def _cut(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         *rows, width = shape
         n_rows = math.prod(rows)
-        if width not in self._rooms or len(self._rooms[width][0]) < n_rows:
+        if width not in self._rooms or len(self._rooms[width]) < n_rows:
             self._views = {key: views for key, views in self._views.items() if key[-1] != width}
             # The dtype is said outright: within a step, bf16-true makes half precision the default.
-            magnitudes = torch.full((n_rows, width + 1), _TINY, dtype=torch.float32)
-            scaled = torch.zeros(n_rows, width + 2, dtype=torch.float32)
-            scaled[:, -2], scaled[:, -1] = -1.0, 1.0
-            self._rooms[width] = (magnitudes, scaled)
-        magnitudes, scaled = (room[:n_rows].unflatten(0, rows) for room in self._rooms[width])
-        return magnitudes, scaled, scaled[..., :width]
+            self._rooms[width] = torch.zeros(n_rows, width + 2, dtype=torch.float32)
+            self._rooms[width][:, -2], self._rooms[width][:, -1] = -1.0, 1.0
+        scaled = self._rooms[width][:n_rows].unflatten(0, rows)
+        return scaled, scaled[..., :width]
