@@ -123,7 +123,7 @@ class Scratch:
         self._views: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns room for the scaled rows of x [..., D]: [..., D + 2], ending in -1 and 1, and its first D."""
+        """Returns room for scaled rows [..., D]: [..., D + 2] that ends in -1 and 1, and its first D."""
         if x.shape not in self._views:
             self._views[x.shape] = self._cut(x.shape)
         return self._views[x.shape]
