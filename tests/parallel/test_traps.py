@@ -50,7 +50,8 @@ class SamplesByGlobalRank(TensorParallelDDPStrategy):
 
 class AveragesOverTheWorld(TensorParallelDDPStrategy):
     def configure_ddp(self) -> None:
-        DDPStrategy.configure_ddp(self)
+        del self._ddp_kwargs["process_group"]
+        super().configure_ddp()
 
 
 class ReducesOverTheWorld(TensorParallelDDPStrategy):
@@ -59,8 +60,7 @@ class ReducesOverTheWorld(TensorParallelDDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        for metric in self._metrics():
-            metric.process_group = None
+        self._reduce_metrics_over(None)
 
 
 class DecidesByDataParallelRank(TensorParallelDDPStrategy):
