@@ -158,7 +158,12 @@ class Engine:
             self._admit()
         if not self._rows:
             return []
-        hidden = self._recomputed_hidden() if self._cache is None else self._cached_hidden(self._cache)
+        try:
+            hidden = self._recomputed_hidden() if self._cache is None else self._cached_hidden(self._cache)
+        except BaseException:
+            for row in self._rows:  # some layers hold keys and values of what others do not
+                row.start = None
+            raise
         logits = self._model.lm_head(hidden).float()  # [B, V]
         texts, uniforms = [row.tokens for row in self._rows], [next(row.uniforms) for row in self._rows]
         chosen = choose(logits, texts, self._settings, uniforms)
@@ -203,12 +208,7 @@ class Engine:
         if moved or self._in_use is None or len(self._in_use.lengths) != len(rows):
             self._in_use = cache.rows(0, len(rows))
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)  # [B, 1]
-        try:
-            return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
-        except BaseException:
-            for row in rows:  # of this token some layers hold keys and values, and others do not
-                row.start = None
-            raise
+        return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
 
     def _recomputed_hidden(self) -> Tensor:
         """Returns what `_cached_hidden` does, from nothing but the tokens."""

@@ -113,7 +113,7 @@ class GPTLightningModule(LightningModule):
         if batch.step_tokens is not None:
             self._step_tokens, share = batch.step_tokens, batch.step_tokens / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
-            share = max(1, _scored_tokens(batch))
+            share = max(1, int(_scored_tokens(batch)))
             before = 0 if self._step_nll is None else self._step_tokens
             self._step_tokens = before + self._replicas * share
         self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
@@ -169,7 +169,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(self._nll(batch), (batch.targets != IGNORED_TARGET).sum())
+        self.held_out_loss.update(self._nll(batch), _scored_tokens(batch))
 
     test_step = validation_step
 
@@ -284,5 +284,5 @@ class GPTLightningModule(LightningModule):
             checkpoint[VALIDATION_KEY] = self._last_validation
 
 
-def _scored_tokens(batch: TokenBatch) -> int:
-    return int((batch.targets != IGNORED_TARGET).sum())
+def _scored_tokens(batch: TokenBatch) -> Tensor:
+    return (batch.targets != IGNORED_TARGET).sum()

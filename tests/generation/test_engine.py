@@ -231,7 +231,8 @@ def test_errors_name_value_rule_and_remedy(
         call(model)
 
 
-def test_a_step_that_failed_is_taken_again_as_if_it_had_not() -> None:
+@pytest.mark.parametrize("n_before", [0, 2])
+def test_a_step_that_failed_is_taken_again_as_if_it_had_not(n_before: int) -> None:
     """Such as one without enough memory: of its token some layers hold keys and values, others do not."""
     model = make_model()
     prompt = [1, 2, 3]
@@ -239,7 +240,7 @@ def test_a_step_that_failed_is_taken_again_as_if_it_had_not() -> None:
     expected = generate(model, [prompt], settings, eos_token_id=None)[0].token_ids
     engine = Engine(model, settings, eos_token_id=None)
     engine.add(Request(prompt, 0, 0))
-    steps = engine.step() + engine.step()
+    steps = [step for _ in range(n_before) for step in engine.step()]
     forward = model.blocks[1].forward
 
     def fail(*args: object) -> None:
@@ -249,6 +250,6 @@ def test_a_step_that_failed_is_taken_again_as_if_it_had_not() -> None:
     with pytest.raises(MemoryError):
         engine.step()
     model.blocks[1].forward = forward  # type: ignore[method-assign]
-    while steps[-1].completion is None:
+    while not steps or steps[-1].completion is None:
         steps += engine.step()
     assert [step.token_id for step in steps] == expected
