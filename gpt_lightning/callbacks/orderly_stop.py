@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
+from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED, WRITE_FAILED
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of, validation_is_due
 
@@ -85,7 +85,9 @@ class OrderlyStop(Callback):
     ) -> None:
         if trainer.global_step != self._seen_step:  # else the batch was accumulated, the step is not done
             self._seen_step = trainer.global_step
-            self._stop_if_asked(trainer)
+            if (stop := self._stop(trainer)) is not None:
+                log_step_now(trainer)
+                raise stop
         self._trained = _norm(pl_module) if validation_is_due(trainer) else None
 
     @override
@@ -94,25 +96,32 @@ class OrderlyStop(Callback):
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._greatest(self._exit_code):
             are_others = self._trained is None or self._trained != _norm(pl_module)
-            if not self._greatest(int(are_others)):
-                self._stop_if_asked(trainer)
+            if not self._greatest(int(are_others)) and (stop := self._stop(trainer)) is not None:
+                raise stop
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._stop_if_asked(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and (stop := self._stop(trainer)) is not None:
+            raise stop
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        code = self._greatest(self._exit_code)
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._exit_code = 0  # all is done: a signal of now stops nothing
+        if (stop := self._stop(trainer)) is not None:
+            raise stop
+
+    def _stop(self, trainer: Trainer) -> Stopped | None:
+        """Saves a checkpoint and returns what ends the run, if any rank has a reason to end it."""
+        error = trainer.logger_error if isinstance(trainer, GPTTrainer) else None
+        code = self._greatest(self._exit_code or (WRITE_FAILED if error is not None else 0))
         if not code:
-            return
+            return None
         saved = ""
         for saver in self._savers if trainer.global_step else ():
             saver.save_now(trainer)
             saved = f"; go on with --ckpt_path {saver.last_model_path}"
-        if trainer.training:  # before a validation the step has been logged
-            log_step_now(trainer)
-        raise Stopped(f"stopped by a signal at step {trainer.global_step:,}{saved}", code)
+        reason = f"since curves cannot be written ({error})" if code == WRITE_FAILED else "by a signal"
+        return Stopped(f"stopped {reason} at step {trainer.global_step:,}{saved}", code)
 
     def _greatest(self, number: int) -> int:
         """Returns the greatest number that a rank has, the same on all."""

@@ -19,7 +19,12 @@ from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step
+from gpt_lightning.training.trainer import (
+    can_stop_early,
+    is_end_of_epoch,
+    is_inside_a_step,
+    loggers_may_fail,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -269,9 +274,10 @@ def _validate_between_steps(trainer: Trainer) -> None:
 
 def _flush_curves(trainer: Trainer) -> None:
     """Writes the curves out, lest those of a killed run end before its checkpoint."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()
+    with loggers_may_fail(trainer):
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
 
 
 def _writes_one_file(strategy: Strategy) -> bool:

@@ -9,6 +9,8 @@ from torch.nn import Module
 from torchmetrics import Metric
 from typing_extensions import override
 
+from gpt_lightning.training.trainer import loggers_may_fail
+
 
 class StepRow:
     """Gives the numbers of a logging step to callbacks and bars at once, and to loggers in one row.
@@ -33,9 +35,10 @@ class StepRow:
 
     def write(self, trainer: Trainer, step: int) -> None:
         numbers, self._numbers = self._numbers, {}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step)
-            logger.save()
+        with loggers_may_fail(trainer):
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step)
+                logger.save()
 
 
 class TokenLoss(Metric):
