@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -168,30 +169,33 @@ def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
 def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    for chunk in _chunks(path, on_bytes):
+    for chunk in chain(_chunks(path, on_bytes), [b""]):
         held_back = len(decoder.getstate()[0])
         try:
-            text = decoder.decode(chunk)
+            text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, position - held_back + error.start) from None
+            offset = position - held_back + error.start
+            raise UserError(
+                f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8"
+            ) from None
         yield text.removeprefix("\ufeff") if position == 0 else text
         position += len(chunk)
-    if unfinished := decoder.getstate()[0]:
-        raise _not_utf8(path, position - len(unfinished))
 
 
 def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-    position = 0
-    for number, line in enumerate(_lines(_chunks(path, on_bytes)), start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, position + error.start) from None
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        if not text.isspace():
-            yield Piece(_json_text(text, text_key, f"{path}, line {number}"), ends_document=True)
-        position += len(line)
+    for number, line in enumerate(_lines(_decoded(path, on_bytes)), start=1):
+        if not _is_blank(line):
+            yield Piece(_json_text(line, text_key, f"{path}, line {number}"), ends_document=True)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yields whole lines; parts of a long one wait in a list: adding up would be quadratic."""
+    waiting: list[str] = []
+    for text, ends_line in _separated(texts, "\n"):
+        waiting.append(text)
+        if ends_line:
+            yield "".join(waiting)
+            waiting = []
 
 
 def json_row(line: str, place: str) -> Any:
@@ -245,19 +249,6 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
             on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields lines with their breaks; parts of a long line wait in a list: adding up would be quadratic."""
-    waiting: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        waiting.append(first)
-        for line in others:
-            yield b"".join(waiting) + b"\n"
-            waiting = [line]
-    if last := b"".join(waiting):
-        yield last
-
-
 def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
     told = 0
@@ -291,7 +282,3 @@ def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Excep
 
 def _damaged(path: str, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
-
-
-def _not_utf8(path: str, offset: int) -> UserError:
-    return UserError(f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8")
