@@ -24,6 +24,17 @@ _log = logging.getLogger("gpt_lightning")
 ACTIVATION_FROM_GPT2 = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 ACTIVATION_TO_GPT2 = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 
+OPTIONS = {  # ours -> GPT-2's
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_positions",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "d_model": "n_embd",
+    "d_ff": "n_inner",
+    "tie_embeddings": "tie_word_embeddings",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 ATTENTION = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what ours does
 
 BLOCK_LAYERS = {  # ours -> GPT-2's
@@ -50,42 +61,21 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
                 f"{name}={not needed} of the Hugging Face model changes its attention; "
                 f"import a model with {name}={needed}"
             )
-    config = GPTConfig(
-        vocab_size=hf_config.vocab_size,
-        max_position_embeddings=hf_config.n_positions,
-        n_layers=hf_config.n_layer,
-        n_heads=hf_config.n_head,
-        d_model=hf_config.n_embd,
-        d_ff=hf_config.n_inner,
-        dropout=float(hf_config.resid_pdrop),
-        activation=ACTIVATION_FROM_GPT2[hf_config.activation_function],
-        bias=True,
-        tie_embeddings=hf_config.tie_word_embeddings,
-        layer_norm_eps=hf_config.layer_norm_epsilon,
-    )
-    dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    dropouts = {name: getattr(hf_config, name) for name in DROPOUTS}
+    dropout = float(hf_config.resid_pdrop)
     if len(set(dropouts.values())) > 1:
         listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
-        _log.warning("%s become one dropout=%s", listing, config.dropout)
-    return config
+        _log.warning("%s become one dropout=%s", listing, dropout)
+    options = {ours: getattr(hf_config, theirs) for ours, theirs in OPTIONS.items()}
+    activation = ACTIVATION_FROM_GPT2[hf_config.activation_function]
+    return GPTConfig(**options, dropout=dropout, activation=activation, bias=True)
 
 
 def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
     """Returns keyword arguments for transformers' GPT2Config; its special tokens are the caller's to add."""
-    return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_position_embeddings,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_embd": config.d_model,
-        "n_inner": config.d_ff,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "activation_function": ACTIVATION_TO_GPT2[config.activation],
-        "tie_word_embeddings": config.tie_embeddings,
-        "layer_norm_epsilon": config.layer_norm_eps,
-    }
+    options = {theirs: getattr(config, ours) for ours, theirs in OPTIONS.items()}
+    activation = ACTIVATION_TO_GPT2[config.activation]
+    return {**options, **dict.fromkeys(DROPOUTS, config.dropout), "activation_function": activation}
 
 
 def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:

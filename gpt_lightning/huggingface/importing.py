@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
 from gpt_lightning.checkpoint.files import first_non_finite
+from gpt_lightning.data.position import Position
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     first_line,
@@ -36,6 +37,7 @@ from gpt_lightning.huggingface.gpt2 import (
 )
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
 
 _log = logging.getLogger("gpt_lightning")
 
@@ -45,11 +47,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
 )
-WEIGHT_FILES = {  # of each form, the names to fetch
-    SAFETENSORS: (SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"),
-    BIN: (BIN, BIN + INDEX, "pytorch_model-*.bin"),
-}
-BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
+FORMS = (SAFETENSORS, BIN)  # of the weights, in one file or in parts that an index lists
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
 
 
@@ -67,7 +65,6 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
     data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
-    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     return {
         "epoch": 0,
         "global_step": 0,
@@ -76,7 +73,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
         "hyper_parameters": {"config": asdict(config)},
         "state_dict": {MODEL_PREFIX + key: tensor for key, tensor in weights.items()},
         CONFIG_KEY: asdict(config),
-        DATA_KEY: {**position, **data},
+        DATA_KEY: {**Position()._asdict(), **data},
         ORIGIN_KEY: origin,
     }
 
@@ -101,22 +98,16 @@ def _download(name: str, option: str) -> Path:
     reachable = hub_is_reachable()
     others = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
-        for form, files in WEIGHT_FILES.items():
-            patterns = [*others, *files]
+        for form in FORMS:
+            patterns = [*others, f"{form}*", "-*.".join(form.split("."))]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
-            if _has(folder, form):
+            if any(folder.glob(f"{form}*")):
                 break
         return folder
     except Exception as error:  # network, hub and cache each raise their own kinds
         reason = first_line(error)[:160] if reachable else "it cannot be reached"
-        raise UserError(
-            f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
-            "or give a folder"
-        ) from None
-
-
-def _has(folder: Path, form: str) -> bool:
-    return (folder / form).is_file() or (folder / (form + INDEX)).is_file()
+        problem = f"{option}={name} is no folder here, and cannot be had from the hub ({reason})"
+        raise UserError(f"{problem}; check the name, or give a folder") from None
 
 
 # ---- what
@@ -134,14 +125,13 @@ def _read_config(folder: Path) -> GPTConfig:
         # The others, of which some cost memory or make noise, have no meaning here.
         known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
         options = {key: value for key, value in stored.items() if key in known}
-        theirs = GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None})
+        ends = {"bos_token_id": None, "eos_token_id": None}
+        return config_from_gpt2(GPT2Config.from_dict(options | ends))
+    except UserError:
+        raise
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
         raise UserError(f"{CONFIG} is no GPT-2's ({reason}); mend it") from None
-    try:
-        return config_from_gpt2(theirs)
-    except OverflowError as error:
-        raise UserError(f"{CONFIG} is no GPT-2's ({error}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
@@ -150,10 +140,8 @@ def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
     eos_token_id = _stored_eos(folder, config)
     tokenizer = load_tokenizer_folder(folder, "its tokenizer", eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
-            f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
-        )
+        ids = f"{tokenizer.vocab_size} ids, and its model knows {config.vocab_size} (vocab_size)"
+        raise UserError(f"its tokenizer has {ids}; give the model with its own tokenizer")
     if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
         _log.warning(
             "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept",
@@ -164,9 +152,8 @@ def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
 
 def _stored_eos(folder: Path, config: GPTConfig) -> int | None:
     """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
-    for name in (CONFIG, GENERATION_CONFIG):
-        stored = _read_json(folder / name) if (folder / name).is_file() else {}
-        index = stored.get("eos_token_id")
+    for path in (folder / CONFIG, folder / GENERATION_CONFIG):
+        index = _read_json(path).get("eos_token_id") if path.is_file() else None
         if type(index) is int and 0 <= index < config.vocab_size:
             return index
     return None
@@ -196,15 +183,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[str]:
     """Names the files that the weights are in, all of one form."""
-    form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
-    if form is None:
+    entries = (name for form in FORMS for name in (form, form + INDEX))
+    entry = next((name for name in entries if (folder / name).is_file()), None)
+    if entry is None:
         raise UserError(f"it holds no weights; give a folder with {SAFETENSORS} or {BIN}")
-    if (folder / form).is_file():
-        return [form]
-    files = _read_json(folder / (form + INDEX)).get("weight_map")
+    if entry in FORMS:
+        return [entry]
+    files = _read_json(folder / entry).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{form + INDEX} lists no files beside it; fetch it again")
+        raise UserError(f"{entry} lists no files beside it; fetch it again")
     return names
 
 
@@ -225,11 +213,11 @@ def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
     # Before a model is built: a wrong number could be one of thousands of millions.
-    blocks = {match[1] for name in theirs if (match := BLOCK.match(name))}
+    blocks = {match[1] for name in theirs if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
     if len(blocks) != config.n_layers:
         raise UserError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
         raise UserError(f"{CONFIG} gives sizes of no weights ({first_line(error)[:160]}); mend it") from None
