@@ -99,7 +99,7 @@ def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
     for source, before in zip(sources, recorded, strict=True):
         if _stat(source) != before["stat"]:
             if _content_hash(source) != before["hash"]:
-                return f"{os.path.relpath(source) if source != SOURCE_NAME else source} changed"
+                return f"{os.path.relpath(source)} changed"
             touched = True
     if touched:
         _write_meta(folder, {**meta, "sources": [_describe(source) for source in sources]})

@@ -113,7 +113,7 @@ def prepare_tokens(
     """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
-    `check_sources` the content hashes of the training, validation and test files, before one is built.
+    `check_sources` the content hashes of `corpus.sources`, before one is built.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
 
