@@ -69,15 +69,10 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Gives whole characters: bytes that make none, as at a cut end, are left out, special tokens too."""
-        if self._decoder_types != {"ByteLevel"}:
-            fallback = ByteFallback(self._fallback_bytes)
-            certain = [index for given in ids for index in fallback.add(given)]
-            return self._tokenizer.decode(certain, skip_special_tokens=True).replace("\ufffd", "")
-        text = b"".join(self._token_bytes.get(index, b"") for index in ids)
-        return text.decode("utf-8", errors="ignore")
+        return "".join(map(self.pieces(), ids))
 
     def pieces(self) -> Callable[[int], str]:
-        """Makes a function of one id after the other, which gives together what `decode` makes of all."""
+        """Makes a function that takes one id after the other, and gives the text that is certain by then."""
         if self._decoder_types == {"ByteLevel"}:
             # DecodeStream would hold back a whole character that an unfinished one follows, for ever.
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
@@ -194,7 +189,7 @@ def default_vocab_size(n_bytes: int) -> int:
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """Opens what `data.tokenizer` names: `bytes`, a folder, or a name on the hub; code in either never runs."""
+    """Opens `bytes`, a folder, or a name on the Hugging Face hub; code in either never runs."""
     option = f"data.tokenizer={name}"
     if name == "bytes":
         vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -271,9 +266,7 @@ def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:
 
     try:
         local = os.path.isdir(name) or not hub_is_reachable()
-        loaded = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=local, use_fast=True
-        )
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
         raise UserError(f"{option} cannot be loaded ({first_line(error)}); {remedy}") from None
