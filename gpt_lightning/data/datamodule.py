@@ -9,17 +9,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from gpt_lightning.data.corpus_identity import TrainedText
+from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
-from gpt_lightning.data.token_cache import (
-    Corpus,
-    TokenSplit,
-    check_bytes,
-    check_length,
-    prepare_tokenizer,
-    prepare_tokens,
-)
+from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
 from gpt_lightning.exit_codes import UserError
 
@@ -122,7 +116,9 @@ class TextDataModule(LightningDataModule):
                 corpus = self._corpus()
                 if not corpus.train_files:
                     raise self._no_train_files()
-                check_bytes(corpus, self.seq_len, self.train_files)
+                # A token has a byte at least; too little text is refused before a tokenizer is made of it.
+                if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
+                    self._check_tokens(sum(map(source_bytes, corpus.train_files)))
                 size = requested_vocab_size(self.tokenizer)
                 self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
             else:
@@ -156,7 +152,12 @@ class TextDataModule(LightningDataModule):
         return self._splits
 
     def _check_tokens(self, n_tokens: int) -> None:
-        check_length(n_tokens, self.seq_len, self.train_files)
+        if n_tokens == 0:
+            raise UserError(f"data.train_files={self.train_files} is empty; give files with text")
+        if n_tokens < self.seq_len + 1:
+            needs = f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens"
+            remedy = "lower data.seq_len or add text to data.train_files"
+            raise UserError(f"{needs}, but there are {n_tokens}; {remedy}")
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""

@@ -54,13 +54,11 @@ def _resolve(pattern: str, option: str) -> list[str]:
     if pattern == SOURCE_NAME:
         return [SOURCE_NAME]
     path = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
-        return [path]
-    if not os.path.isdir(path) and not has_magic(path):
+    matches = [path] if os.path.exists(path) else glob(path, recursive=True)
+    if os.path.isfile(path) and not path.endswith(SUFFIXES):
+        raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
+    if not matches and not has_magic(path):
         raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
-    matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
     files = sorted({file for match in matches for file in _files_under(Path(match))})
     if not files:
         raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
@@ -68,13 +66,11 @@ def _resolve(pattern: str, option: str) -> list[str]:
 
 
 def _files_under(path: Path) -> Iterator[str]:
-    if path.is_file() and path.name.endswith(SUFFIXES):
-        yield str(path)
-    elif path.is_dir():
-        for file in path.rglob("*"):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
-                yield str(file)
+    """Yields the file itself, or the files in a folder that are not hidden in it."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
+            yield str(file)
 
 
 def source_bytes(source: str) -> int:

@@ -132,24 +132,6 @@ def prepare_tokens(
     return splits
 
 
-def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | None) -> None:
-    """Refuses what is too short in bytes already, before a tokenizer is trained on it."""
-    if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
-        n_bytes = sum(map(source_bytes, corpus.train_files))
-        if n_bytes < seq_len + 1:
-            check_length(n_bytes, seq_len, train_files)
-
-
-def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | None) -> None:
-    if n_tokens == 0:
-        raise UserError(f"data.train_files={train_files} is empty; give files with text")
-    if n_tokens < seq_len + 1:
-        raise UserError(
-            f"data.seq_len={seq_len} needs {seq_len + 1} training tokens, but there are {n_tokens}; lower "
-            "data.seq_len or add text to data.train_files"
-        )
-
-
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
     """Trains a BPE on the training split alone; without a `vocab_size`, the split's size decides it."""
     settings = {**asdict(corpus), "test_files": (), "vocab_size": vocab_size}
