@@ -41,12 +41,9 @@ class TrainedText:
         self._check()
 
     def _check(self) -> None:
-        change = text_difference(self._resumed, self.described)
-        if change is not None:
-            raise UserError(
-                f"{change} since the checkpoint was saved, and what it held out could be trained on; "
-                "give the text as it was, or train anew"
-            )
+        if (change := text_difference(self._resumed, self.described)) is not None:
+            problem = f"{change} since the checkpoint was saved, and what it held out could be trained on"
+            raise UserError(f"{problem}; give the text as it was, or train anew")
 
     def warning(self, state: dict[str, Any], verb: str) -> str | None:
         """Warns that a model may know what it is judged on: another part is held out of another text."""

@@ -85,9 +85,8 @@ class TextDataModule(LightningDataModule):
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise UserError(
-                f"data.val_fraction={self.val_fraction} is not in [0, 1); choose a fraction such as 0.1"
-            )
+            option = f"data.val_fraction={self.val_fraction}"
+            raise UserError(f"{option} is not in [0, 1); choose a fraction such as 0.1")
         for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
             if getattr(self, option) < least:
                 raise UserError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
@@ -112,18 +111,18 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            if is_trained_here(self.tokenizer):
-                corpus = self._corpus()
-                if not corpus.train_files:
-                    raise self._no_train_files()
-                # A token has a byte at least; too little text is refused before a tokenizer is made of it.
-                if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
-                    self._check_tokens(sum(map(source_bytes, corpus.train_files)))
-                size = requested_vocab_size(self.tokenizer)
-                self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
-            else:
-                self._text_tokenizer = load_tokenizer(self.tokenizer)
+            trains = is_trained_here(self.tokenizer)
+            self._text_tokenizer = self._train_tokenizer() if trains else load_tokenizer(self.tokenizer)
         return self._text_tokenizer
+
+    def _train_tokenizer(self) -> TextTokenizer:
+        corpus = self._corpus()
+        if not corpus.train_files:
+            raise self._no_train_files()
+        # A token has a byte at least; too little text is refused before a tokenizer is made of it.
+        if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
+            self._check_tokens(sum(map(source_bytes, corpus.train_files)))
+        return prepare_tokenizer(corpus, requested_vocab_size(self.tokenizer), self.cache_dir)
 
     @property
     def vocab_size(self) -> int:
@@ -142,7 +141,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._splits is None:
             corpus = self._corpus()
-            if not corpus.train_files and not corpus.val_files and not corpus.test_files:
+            if not corpus.sources:
                 raise self._no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
             splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, *checks)
@@ -288,8 +287,7 @@ class TextDataModule(LightningDataModule):
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
         elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer, whose ids "
-                "the model knows; train anew, or leave data.tokenizer and the text as they were"
-            )
+            problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
+            remedy = "train anew, or leave data.tokenizer and the text as they were"
+            raise UserError(f"{problem}, whose ids the model knows; {remedy}")
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

@@ -104,7 +104,7 @@ def read_pieces(
 def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
     """Regroups parts into pieces of even size, cut where it is safe; drops empty documents."""
     text, inside_document, searched = "", False, 0
-    for part in parts:
+    for part in chain(parts, [Piece("", ends_document=True)]):
         text += part.text
         start = 0
         while len(text) > (limit := max(start + _PIECE_CHARACTERS, searched)):
@@ -117,15 +117,9 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
         if start:
             text, searched = text[start:], 0
         if part.ends_document:
-            if inside_document or not _is_blank(text):
+            if inside_document or text.strip():
                 yield Piece(text, ends_document=True)
             text, inside_document, searched = "", False, 0
-    if inside_document or not _is_blank(text):
-        yield Piece(text, ends_document=True)
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _safe_cut(text: str, start: int, limit: int) -> int | None:
@@ -170,17 +164,15 @@ def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            offset = position - held_back + error.start
-            raise UserError(
-                f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8"
-            ) from None
+            problem = f"{path} is not UTF-8 at byte {position - held_back + error.start}"
+            raise UserError(f"{problem}; convert it, e.g. with iconv -t UTF-8") from None
         yield text.removeprefix("\ufeff") if position == 0 else text
         position += len(chunk)
 
 
 def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
     for number, line in enumerate(_lines(_decoded(path, on_bytes)), start=1):
-        if not _is_blank(line):
+        if line.strip():
             yield Piece(_json_text(line, text_key, f"{path}, line {number}"), ends_document=True)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
 from gpt_lightning.checkpoint.files import first_non_finite
-from gpt_lightning.data.position import Position
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     first_line,
@@ -64,6 +63,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     # As data.tokenizer, the bare name would mean one of ours.
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
+    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
     return {
         "epoch": 0,
@@ -73,7 +73,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
         "hyper_parameters": {"config": asdict(config)},
         "state_dict": {MODEL_PREFIX + key: tensor for key, tensor in weights.items()},
         CONFIG_KEY: asdict(config),
-        DATA_KEY: {**Position()._asdict(), **data},
+        DATA_KEY: {**position, **data},
         ORIGIN_KEY: origin,
     }
 
@@ -143,10 +143,8 @@ def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
         ids = f"{tokenizer.vocab_size} ids, and its model knows {config.vocab_size} (vocab_size)"
         raise UserError(f"its tokenizer has {ids}; give the model with its own tokenizer")
     if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
-        _log.warning(
-            "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept",
-            *(folder, eos_token_id, tokenizer.eos_token_id),
-        )
+        message = "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept"
+        _log.warning(message, folder, eos_token_id, tokenizer.eos_token_id)
     return tokenizer
 
 
