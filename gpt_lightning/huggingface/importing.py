@@ -96,10 +96,10 @@ def _download(name: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
-    others = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
         for form in FORMS:
-            patterns = [*others, f"{form}*", "-*.".join(form.split("."))]
+            weights = [f"{form}*", "-*.".join(form.split("."))]
+            patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *weights]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
             if any(folder.glob(f"{form}*")):
                 break
@@ -125,8 +125,7 @@ def _read_config(folder: Path) -> GPTConfig:
         # The others, of which some cost memory or make noise, have no meaning here.
         known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
         options = {key: value for key, value in stored.items() if key in known}
-        ends = {"bos_token_id": None, "eos_token_id": None}
-        return config_from_gpt2(GPT2Config.from_dict(options | ends))
+        return config_from_gpt2(GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None}))
     except UserError:
         raise
     except Exception as error:  # huggingface_hub has error classes of its own
