@@ -47,9 +47,7 @@ class PredictionWriter(CompletionCallback):
         self._rows: list[dict[str, Any]] = []
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "predict":
-            return
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished, self._rows = [], []
         # Tensor-parallel peers have the same rows.
         self._is_keeping = is_first_of_replica(trainer)
@@ -67,7 +65,7 @@ class PredictionWriter(CompletionCallback):
         """Takes over what earlier runs have finished, from the disks of all nodes."""
         found = gathered(read_journals(self.output, settings) if trainer.local_rank == 0 else ([], []))
         finished = finished_prompts((row for rows, _ in found for row in rows), num_samples)
-        trainer.datamodule.finished_prompts = finished.keys()
+        trainer.datamodule.finished_prompts.update(finished)  # before the prompts are dealt
         if not trainer.is_global_zero:
             return
         self._finished = [row for rows in finished.values() for row in rows]

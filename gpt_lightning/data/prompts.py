@@ -1,8 +1,11 @@
 """Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.utils.data import Dataset
 
 from gpt_lightning.data.documents import json_row
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -34,14 +37,24 @@ def check_utf8(prompt: str, place: str, remedy: str) -> None:
         raise UserError(f"{place} is not UTF-8; {remedy}") from None
 
 
-def share_of_prompts(
-    prompts: list[str], finished: Set[int], tokenizer: TextTokenizer, *, rank: int, ranks: int
-) -> PromptBatch:
-    """Deals one data-parallel rank its share of the prompts that are not finished."""
-    remaining = [index for index in range(len(prompts)) if index not in finished]
-    indices = remaining[rank::ranks]
-    texts = [prompts[index] for index in indices]
-    return PromptBatch(indices, texts, encode_prompts(texts, tokenizer))
+@dataclass(frozen=True)
+class PromptShare(Dataset[PromptBatch]):
+    """Is one batch: a data-parallel rank's share of the prompts that are not finished when it is asked for."""
+
+    prompts: list[str]
+    finished: Set[int]
+    tokenizer: TextTokenizer
+    rank: int
+    ranks: int
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> PromptBatch:
+        remaining = [index for index in range(len(self.prompts)) if index not in self.finished]
+        indices = remaining[self.rank :: self.ranks]
+        texts = [self.prompts[index] for index in indices]
+        return PromptBatch(indices, texts, encode_prompts(texts, self.tokenizer))
 
 
 def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
