@@ -39,7 +39,7 @@ def check_utf8(prompt: str, place: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class PromptShare(Dataset[PromptBatch]):
-    """Is one batch: a data-parallel rank's share of the prompts that are not finished when it is asked for."""
+    """Is one batch: a data-parallel rank's share of the prompts that are not finished when asked for."""
 
     prompts: list[str]
     finished: Set[int]
