@@ -89,9 +89,7 @@ class PredictionWriter(CompletionCallback):
         rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
         if trainer.is_global_zero:
             self._write(rows)
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self._journal = None
         if self.checkpoint_digest is not None:
             trainer.strategy.barrier("predictions written")
             if trainer.local_rank == 0:
@@ -115,10 +113,8 @@ class PredictionWriter(CompletionCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            if trainer.is_global_zero and self._rows:
-                _log.info("what was finished is kept: the same command goes on with the rest")
+        if self._journal is not None and trainer.is_global_zero and self._rows:
+            _log.info("what was finished is kept: the same command goes on with the rest")
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes the rows, all or none, also if the machine crashes."""

@@ -21,7 +21,6 @@ def keep(output: Path, rank: int, *rows: int) -> Path:
     journal = Journal(output, rank, SETTINGS)
     for row in rows:
         journal.append(ROWS[row])
-    journal.close()
     (path,) = [path for path in output.parent.iterdir() if path.name.endswith(f"-{rank}")] or [Path()]
     return path
 
