@@ -26,17 +26,11 @@ _ROWS = 8  # samples decoded together
 
 @dataclass
 class _Sample:
-    """Holds a completion that is drawn, and how it stands."""
+    """Tells how a completion that is drawn stands."""
 
     text: TextStream
     n_tokens: int = 0
     ended_by: str = ""  # nothing yet
-
-    def add(self, step: Step) -> None:
-        if step.token_id is not None:
-            self.n_tokens += 1
-        if step.completion is not None:
-            self.end(step.completion.finish_reason)
 
     def end(self, reason: str) -> None:
         self.text.end()
@@ -90,8 +84,11 @@ class TextWriter:
             if is_interrupted():
                 sample.end("interrupt")
             else:
-                step = next(steps)
-                samples[step.request.sample].add(step)
+                request, token_id, _, completion = next(steps)
+                drawn = samples[request.sample]
+                drawn.n_tokens += token_id is not None
+                if completion is not None:
+                    drawn.end(completion.finish_reason)
         self._output.write(sample.text.text[n_written:] + "\n")
         self._output.flush()
 

@@ -4,7 +4,6 @@ import difflib
 import json
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -138,11 +137,18 @@ def noting_interrupts(at_terminal: bool) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came = True
 
-    if not at_terminal or threading.current_thread() is not threading.main_thread():
+    if not at_terminal:
         yield lambda: False
         return
-    former = signal.signal(signal.SIGINT, note)
-    try:
+    with handling(signal.SIGINT, note):
         yield lambda: came
+
+
+@contextmanager
+def handling(number: signal.Signals, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has `handle` called when this signal comes."""
+    former = signal.signal(number, handle)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(number, former)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ def journal_settings(checkpoint_digest: str, prompts: list[str], options: dict[s
     """Collects what the completions depend on; `options` are those that change what is generated."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     settings = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **options}
-    as_read_back: Settings = json.loads(json.dumps(settings))
-    return as_read_back
+    return dict(json.loads(json.dumps(settings)))  # as they are read back
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Journal:
     output: Path
     rank: int
     settings: Settings
-    _path: Path | None = None  # until there is a row
+    _path: Path | None = field(default=None, init=False)  # until there is a row
 
     def append(self, row: Row) -> None:
         self._path = self._path or self._begin()
@@ -84,7 +83,7 @@ def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str
 
 
 def remove_journals(output: Path) -> None:
-    """Removes those of all settings, and what a kill has left of an output that was being written."""
+    """Removes those of all settings, and what a kill has left of an unfinished output."""
     left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
     for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)
