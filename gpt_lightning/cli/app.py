@@ -63,10 +63,9 @@ class GPTLightningCLI(LightningCLI):
     `words` are the command line, the verb first; `ending` is closed when the program ends.
     """
 
-    def __init__(
-        self, words: list[str], rank_guard: RankGuard, ending: ExitStack, *, show_all: bool = False
-    ) -> None:
-        self.verb, self._show_all = words[0], show_all
+    def __init__(self, words: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
+        self.verb, *args = words
+        self._shows_all = "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
         self._restored: dict[str, Any] = {}  # what the Trainer restores
@@ -83,7 +82,7 @@ class GPTLightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
             load_from_checkpoint_support=False,
-            args=words[1:],
+            args=["--help" if word == "--help-all" else word for word in args],
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class GPTLightningCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, TrainerParser)
-        parser.show_all = self._show_all
+        parser.show_all = self._shows_all
         parser.add_argument("--run_name", type=str | None, default=None, help=RUN_NAME_HELP)
         parser.add_argument("--init_from", type=str | None, default=None, help=INIT_FROM_HELP)
         # Only fit makes these callbacks, though a configuration is given to other verbs too.
@@ -117,6 +116,9 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        if settings.get("weights_only") is False:
+            reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
+            raise UserError(f"weights_only=False {reason}")
         root = checkpoints_folder(settings.trainer.default_root_dir)
         if self.verb in ("fit", "prepare"):
             _name_run(settings)
@@ -174,8 +176,7 @@ class GPTLightningCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.verb == "prepare":
             self.datamodule = TextDataModule(**self.config.data.as_dict())
-            if self._origin.checkpoint is not None:
-                self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
+            self._choose_vocabulary(self.datamodule)
             return
         on_meta = (build_without_memory, GPTLightningModule, True)
         instantiators = [on_meta] if is_tensor_parallel(self.config) else None
@@ -232,7 +233,8 @@ class GPTLightningCLI(LightningCLI):
             )
         checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
         begins_with = checkpoint.contents if checkpoint is not None and init_from is not None else None
-        callbacks = [InitialWeights(init_from, begins_with), self._guard, ExactResume(), Throughput(), self._samples]
+        initial = InitialWeights(init_from, begins_with)
+        callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
         if settings["enable_checkpointing"] is not False:
             self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
             callbacks.append(self._saver)
@@ -305,8 +307,6 @@ def _warn_of_untrained_positions(settings: Any) -> None:
 
 def run(words: list[str]) -> None:
     """Runs one command line, the verb first."""
-    show_all = "--help-all" in words
-    words = ["--help" if word == "--help-all" else word for word in words]
     rank_guard = RankGuard()
     with leaving_together(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        GPTLightningCLI(complete_words(words), rank_guard, ending, show_all=show_all).run_verb()
+        GPTLightningCLI(complete_words(words), rank_guard, ending).run_verb()

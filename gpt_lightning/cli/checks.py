@@ -22,9 +22,6 @@ def check_options(verb: str, settings: Any) -> None:
     ScheduleConfig(**settings.model.schedule)
     GenerationConfig(**settings.generation)
     trainer, seed, refused = settings.trainer, settings.seed_everything, {}
-    if settings.get("weights_only") is False:
-        rule = " would let a checkpoint run code, and none of ours needs it; leave it out"
-        refused["weights_only"] = rule
     # What Lightning would take without a word, or divide by.
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:

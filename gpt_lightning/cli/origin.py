@@ -20,8 +20,8 @@ NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, t
 class Origin:
     """Holds the checkpoint, if there is one, that decides the architecture and the tokenizer.
 
-    The Trainer restores it, or a run begins at step 0 with its weights: then `init_from` is what it was called.
-    A run that `begins_again` was asked to go on from its last checkpoint, and its folder has none.
+    The Trainer restores it, or a run begins at step 0 with its weights; `init_from` is what the latter was
+    called. A run that `begins_again` was asked to go on from its last checkpoint, and its folder has none.
     """
 
     checkpoint: Checkpoint | None = None

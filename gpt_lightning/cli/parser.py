@@ -47,9 +47,12 @@ class PlainParser(ArgumentParser):
         known = [action.dest for action in self._actions]
         for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-                if close := close or _same_last_name(name, known):
+                if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
                     return [f"did you mean {close[0]}?"]
+                # The right word under another group: `model.config.n_layers` for `model.n_layers`.
+                last_names = {key.rpartition(".")[2]: key for key in known}
+                for close_name in difflib.get_close_matches(name.rpartition(".")[2], last_names, 1, 0.75):
+                    return [f"did you mean {last_names[close_name]}?"]
         return []
 
     @override
@@ -85,10 +88,3 @@ def option_line(name: str, text: str) -> str:
 def _first_sentence(help: str) -> str:
     text = " ".join(help.replace("``", "").split())
     return re.split(r"(?<=[a-z)])\. | Default: ", text)[0].rstrip(".").replace("%%", "%")
-
-
-def _same_last_name(name: str, known: list[str]) -> list[str]:
-    """Finds the right word under another group: `model.config.n_layers` for `model.n_layers`."""
-    last_names = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
-    return [last_names[match] for match in close]

@@ -22,7 +22,7 @@ class PromptBatch(NamedTuple):
 
 def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
     """Lists the given prompts, then those of the file; without any, an empty one: the start of a document."""
-    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    given = [prompts] if isinstance(prompts, str) else [*(prompts or [])]
     for prompt in given:
         check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
     if prompts_file is not None:
@@ -73,11 +73,10 @@ def _read_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     # Not splitlines(): it also splits at characters that a prompt may hold, such as a form feed.
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
+    lines = {n: line.removesuffix("\r") for n, line in enumerate(text.split("\n"), 1) if line.strip()}
     if path.suffix == ".txt":
-        return [line for _, line in lines]
-    return [_json_prompt(line, f"{option}, line {number},") for number, line in lines]
+        return [*lines.values()]
+    return [_json_prompt(line, f"{option}, line {n},") for n, line in lines.items()]
 
 
 def _json_prompt(line: str, place: str) -> str:
