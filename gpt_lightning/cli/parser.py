@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 from gpt_lightning.cli.errors import shorten
+from gpt_lightning.exit_codes import MISTAKE
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
@@ -38,7 +39,7 @@ class PlainParser(ArgumentParser):
             )
         lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
         sys.stderr.write("\n".join(lines) + "\n")
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:
         """Suggests the known option that is closest to the unknown one, if one is close."""
