@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.atomic import written_file
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.loader import is_first_of_replica
 from gpt_lightning.generation.journal import (
     Journal,
@@ -33,14 +34,14 @@ _log = logging.getLogger("gpt_lightning")
 class PredictionWriter(CompletionCallback):
     """Writes the completions of all ranks, each once: into `output`, and as text to `stream`.
 
-    With a `checkpoint_digest` of the weights, what is finished is kept in journals beside `output`, and a
+    With the `checkpoint` of the weights, what is finished is kept in journals beside `output`, and a
     run with the same weights, prompts and settings goes on from there, on however many ranks.
     """
 
-    def __init__(self, output: Path, stream: TextIO, checkpoint_digest: str | None = None) -> None:
+    def __init__(self, output: Path, stream: TextIO, checkpoint: Checkpoint | None = None) -> None:
         self.output = output
         self.stream = stream
-        self.checkpoint_digest = checkpoint_digest
+        self.checkpoint = checkpoint
         self._is_keeping = True
         self._journal: Journal | None = None
         self._finished: list[dict[str, Any]] = []  # by earlier runs; on the rank that writes
@@ -51,11 +52,11 @@ class PredictionWriter(CompletionCallback):
         self._finished, self._rows = [], []
         # Tensor-parallel peers have the same rows.
         self._is_keeping = is_first_of_replica(trainer)
-        if self.checkpoint_digest is not None:
+        if self.checkpoint is not None:
             assert isinstance(pl_module, GPTLightningModule)
             options = {f"generation.{name}": value for name, value in asdict(pl_module.generation).items()}
             options["trainer.precision"] = trainer.precision
-            settings = journal_settings(self.checkpoint_digest, trainer.datamodule.all_prompts, options)
+            settings = journal_settings(self.checkpoint.digest, trainer.datamodule.all_prompts, options)
             settings = gathered(settings)[0]  # all ranks must take the same, and need not see the same files
             self._go_on(trainer, settings, pl_module.generation.num_samples)
             if self._is_keeping:
@@ -90,7 +91,7 @@ class PredictionWriter(CompletionCallback):
         if trainer.is_global_zero:
             self._write(rows)
         self._journal = None
-        if self.checkpoint_digest is not None:
+        if self.checkpoint is not None:
             trainer.strategy.barrier("predictions written")
             if trainer.local_rank == 0:
                 remove_journals(self.output)

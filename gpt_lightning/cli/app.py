@@ -253,7 +253,7 @@ class GPTLightningCLI(LightningCLI):
         output.parent.mkdir(parents=True, exist_ok=True)
         if this_rank() == 0:
             self._ending.callback(lock_output(output))
-        return PredictionWriter(output, sys.stdout, checkpoint.digest)
+        return PredictionWriter(output, sys.stdout, checkpoint)
 
     # Verbs
 
