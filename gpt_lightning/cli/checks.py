@@ -1,7 +1,6 @@
 """Refuses what the options alone show to be wrong."""
 
 import os
-import re
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
-NUMBER = re.compile(r"-?\d+")
 
 
 def check_options(verb: str, settings: Any) -> None:
@@ -39,7 +37,8 @@ def check_options(verb: str, settings: Any) -> None:
         refused["trainer.limit_predict_batches"] = rule
     # Each device of the CPU is a process, and as many as a mistyped number says would be started.
     on_gpu = trainer.accelerator == "auto" and torch.accelerator.is_available()
-    if trainer.accelerator in ("cpu", "auto") and not on_gpu and NUMBER.fullmatch(str(trainer.devices)):
+    is_number = str(trainer.devices).removeprefix("-").isdecimal()
+    if trainer.accelerator in ("cpu", "auto") and not on_gpu and is_number:
         cores = os.cpu_count() or 1
         most = max(8, 2 * cores)
         if int(trainer.devices) < 1:

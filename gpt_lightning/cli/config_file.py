@@ -47,13 +47,13 @@ def complete_words(words: list[str]) -> list[str]:
     path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
-    config = path.parent / CONFIG_NAME
-    if verb == "fit" and step_of(path) == 0 and not config.is_file():  # an imported one
-        return [verb, "--config", _shipped_config(FINE_TUNING), *rest, "--ckpt_path", str(path)]
-    if not config.is_file():
-        raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+    config = str(path.parent / CONFIG_NAME)
+    if not Path(config).is_file():
+        if verb != "fit" or step_of(path) != 0:
+            raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+        config = _shipped_config(FINE_TUNING)  # the checkpoint is an imported one
     # The path again: the configuration may name another folder to look for checkpoints in.
-    return [verb, "--config", str(config), *rest, "--ckpt_path", str(path)]
+    return [verb, "--config", config, *rest, "--ckpt_path", str(path)]
 
 
 def _verbatim(before: str, word: str) -> str:

@@ -55,8 +55,7 @@ def _with_joined_prompt(words: list[str]) -> list[str]:
     """Joins --prompt to its text, which may begin as an option does, with one dash."""
     joined: list[str] = []
     for word in words:
-        is_text = word.startswith("-") and not word.startswith("--")
-        if joined and joined[-1] == "--prompt" and is_text:
+        if joined[-1:] == ["--prompt"] and word.startswith("-") and not word.startswith("--"):
             joined[-1] += f"={word}"
         else:
             joined.append(word)

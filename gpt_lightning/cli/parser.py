@@ -78,14 +78,11 @@ def _option_lines(actions: list[argparse.Action]) -> list[str]:
     for action in actions:
         name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
         default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-        lines.append(option_line(name, _first_sentence(str(action.help)) + default))
+        help = " ".join(str(action.help).replace("``", "").split())
+        first = re.split(r"(?<=[a-z)])\. | Default: ", help)[0].rstrip(".").replace("%%", "%")
+        lines.append(option_line(name, first + default))
     return [*lines, ""] if lines else []
 
 
 def option_line(name: str, text: str) -> str:
     return textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41)
-
-
-def _first_sentence(help: str) -> str:
-    text = " ".join(help.replace("``", "").split())
-    return re.split(r"(?<=[a-z)])\. | Default: ", text)[0].rstrip(".").replace("%%", "%")

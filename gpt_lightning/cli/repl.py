@@ -68,7 +68,7 @@ class Repl:
                 self._command(line[1:])
             else:
                 self._continue(line.removeprefix("/"))
-        except UserError as error:
+        except (UserError, ArgumentError) as error:
             self.n_refused += 1
             say(f"error: {shorten(str(error))}")
 
@@ -117,10 +117,7 @@ def with_setting(settings: GenerationConfig, name: str, value: str) -> Generatio
         raise UserError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GenerationConfig, "generation")
-    try:
-        read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)
-    except ArgumentError as error:
-        raise UserError(shorten(str(error))) from None
+    read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)
     return check_shown(replace(settings, **{name: read[f"generation.{name}"]}))
 
 

@@ -1,4 +1,4 @@
-"""Prompts: options first, then the file, each rank its share."""
+"""Checks that prompts come from options and then from the file, and that each rank gets its share."""
 
 from pathlib import Path
 

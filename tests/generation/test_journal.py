@@ -1,4 +1,4 @@
-"""Journals of finished completions: what a kill leaves in them, whose they are, and who else may write."""
+"""Tells what a kill leaves in journals of completions, whose they are, and who else may write."""
 
 from pathlib import Path
 
