@@ -1,6 +1,6 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
+from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
 from gpt_lightning.exit_codes import UserError
@@ -74,7 +74,7 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
         self.all_prompts: list[str] = []  # once set up to predict
-        self.finished_prompts: Set[int] = frozenset()  # places in it of those that are not to be run again
+        self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self._check_options()
         self._text_tokenizer: TextTokenizer | None = None
         self._splits: dict[str, TokenSplit] | None = None
@@ -183,7 +183,7 @@ class TextDataModule(LightningDataModule):
         # Not in prepare_data, which is not told the stage: predict needs a tokenizer and no corpus.
         if stage == "predict":
             self.all_prompts = read_prompts(self.prompts, self.prompts_file)
-            self.finished_prompts = frozenset()
+            self.finished_prompts = set()
             return
         self.prepare()
         if stage == "fit":
@@ -218,9 +218,8 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        tokenizer = self.text_tokenizer
-        share = share_of_prompts(self.all_prompts, self.finished_prompts, tokenizer, rank=rank, ranks=ranks)
-        return batch_loader([share], lambda: BatchNumbers(range(1), 1))
+        share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
+        return batch_loader(share, lambda: BatchNumbers(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)

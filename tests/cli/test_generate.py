@@ -1,4 +1,4 @@
-"""`gpt-lightning generate`: the text of predict, as it is drawn; prompts and commands in a row; signals."""
+"""Holds `generate` to the text of predict, as it is drawn; to prompts and commands in a row; to signals."""
 
 import io
 import json
