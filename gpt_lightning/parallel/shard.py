@@ -55,20 +55,32 @@ def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
     }
 
 
-def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Lists the parameters in the order by which a state dict numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def map_optimizer_parts(
-    optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], change: Callable[[Tensor, Shard], Any]
+def model_state(module: nn.Module, change: Callable[[Tensor, Shard], Any]) -> dict[str, Any]:
+    """Returns a module's state dict with `change` applied to each part, once to one that is tied."""
+    changed: dict[Tensor, Any] = {
+        parameter: change(parameter.detach(), shard) for parameter, shard in sharded_parameters(module).items()
+    }
+    return {
+        name: changed.get(value, value.detach()) if isinstance(value, Tensor) else value
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+def optimizer_state(
+    optimizer: Optimizer, module: nn.Module, change: Callable[[Tensor, Shard], Any]
 ) -> dict[str, Any]:
-    """Applies `change` to every tensor of an optimizer's state dict that is cut like its parameter."""
+    """Returns an optimizer's state dict with `change` applied to all that is cut like its parameter."""
+    shards, parameters = sharded_parameters(module), parameters_of(optimizer)
+    state_dict = optimizer.state_dict()
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
         return change(value, shards[parameter]) if _is_cut(value, parameter, shards) else value
 
-    state_dict, parameters = optimizer.state_dict(), parameters_by_index(optimizer)
     state = {
         index: {key: changed(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
