@@ -105,6 +105,6 @@ def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | 
 
 def _cut(value: Any, own: Any, shards: Mapping[nn.Parameter, Shard]) -> Any:
     """Cuts this rank's part of a whole tensor; another shape stays, for `load_state_dict` to refuse."""
-    if own in shards and isinstance(value, Tensor) and list(value.shape) == shards[own].full_shape(own):
+    if isinstance(value, Tensor) and own in shards and list(value.shape) == shards[own].full_shape(own):
         return shards[own].cut(value)
     return value

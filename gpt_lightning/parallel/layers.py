@@ -8,6 +8,7 @@ each all-reduce.
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -48,7 +49,24 @@ class SequenceParallel:
         return self
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLayer(nn.Module):
+    """Takes the place of a plain layer, and has its parameters; `shards` says how they are cut."""
+
+    weight: nn.Parameter
+    dims: Mapping[str, int] = {"weight": 0}  # along which each parameter is cut
+    size: str = "out_features"  # what the plain layer calls its size along them
+
+    def __init__(self, layer: Any, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
+        super().__init__()
+        self.mesh, self.sequence = mesh, sequence
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        self.shards = {
+            name: Shard(dim, getattr(layer, self.size), mesh.tp_rank, mesh.tp_size)
+            for name, dim in self.dims.items()
+        }
+
+
+class ColumnParallelLinear(ParallelLayer):
     """Holds rows of the weight: computes some of the output features from all input features.
 
     The gradient of the input is summed over the peers. Under sequence parallelism the input is this peer's
@@ -56,12 +74,7 @@ class ColumnParallelLinear(nn.Module):
     pass. Messages travel during the arithmetic.
     """
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        shard = Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)
-        self.shards = {"weight": shard, "bias": shard}
-        self.weight, self.bias = linear.weight, linear.bias
+    dims = {"weight": 0, "bias": 0}
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -97,14 +110,10 @@ class _ColumnLinear(torch.autograd.Function):
         return summing(), weight_grad, bias_grad, None, None
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLayer):
     """Holds columns of the weight: its products are summands, which it adds up over the peers."""
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(1, linear.in_features, mesh.tp_rank, mesh.tp_size)}
-        self.weight, self.bias = linear.weight, linear.bias
+    dims, size = {"weight": 1}, "in_features"
 
     def forward(self, x: Tensor) -> Tensor:
         summand = F.linear(x, self.weight)
@@ -113,14 +122,10 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ParallelLayer):
     """Holds rows of the weight; a token's vector comes from the one peer that has its row."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(0, embedding.num_embeddings, mesh.tp_rank, mesh.tp_size)}
-        self.weight = embedding.weight
+    size = "num_embeddings"
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = input_ids - self.shards["weight"].start
@@ -136,13 +141,10 @@ class VocabParallelEmbedding(nn.Module):
         return sum_over_peers(summand, self.mesh)
 
 
-class SequenceParallelEmbedding(nn.Module):
+class SequenceParallelEmbedding(ParallelLayer):
     """Holds the whole weight, and looks up this peer's part of the sequence: the learned positions."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.weight = embedding.weight
+    dims: Mapping[str, int] = {}
 
     def forward(self, positions: Tensor) -> Tensor:
         if self.sequence.on:
@@ -151,14 +153,8 @@ class SequenceParallelEmbedding(nn.Module):
         return F.embedding(positions, self.weight)
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(ParallelLayer):
     """Holds rows of the output layer's weight; gathers logits on demand, and never for the loss."""
-
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)}
-        self.weight = linear.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns all logits, [..., V], on all peers."""

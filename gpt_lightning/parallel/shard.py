@@ -62,9 +62,9 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def model_state(module: nn.Module, change: Callable[[Tensor, Shard], Any]) -> dict[str, Any]:
     """Returns a module's state dict with `change` applied to each part, once to one that is tied."""
-    changed: dict[Tensor, Any] = {
-        parameter: change(parameter.detach(), shard) for parameter, shard in sharded_parameters(module).items()
-    }
+    changed: dict[Tensor, Any] = {}
+    for parameter, shard in sharded_parameters(module).items():
+        changed[parameter] = change(parameter.detach(), shard)
     return {
         name: changed.get(value, value.detach()) if isinstance(value, Tensor) else value
         for name, value in module.state_dict(keep_vars=True).items()
