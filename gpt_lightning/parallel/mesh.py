@@ -24,7 +24,13 @@ def check_devices(devices_per_node: int, tensor_parallel_size: int) -> None:
 
 
 class ParallelMesh:
-    """Holds the process groups of this rank; tensor-parallel peers, which talk the most, are adjacent."""
+    """Holds the process groups of this rank; tensor-parallel peers, which talk the most, are adjacent.
+
+    `cuts_sequence` says whether, at the moment, the peers cut activations along the sequence. A layer's
+    training mode could not tell: a frozen block in evaluation mode would take a part for the whole.
+    """
+
+    cuts_sequence = False
 
     def __init__(
         self, device_type: str, world_size: int, tp_size: int, timeout: timedelta | None = None

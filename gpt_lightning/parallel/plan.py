@@ -16,7 +16,6 @@ from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
     ParallelLayer,
     RowParallelLinear,
-    SequenceParallel,
     SequenceParallelEmbedding,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -165,16 +164,15 @@ def parallelize(
     module: nn.Module,
     styles: Mapping[str, ParallelStyle],
     mesh: ParallelMesh,
-    sequence: SequenceParallel | None = None,
     *,
+    sequence_parallel: bool = False,
     draw: bool = True,
 ) -> None:
     """Replaces the submodules named by parallel ones, which keep this rank's part of each parameter.
 
     Parameters keep their identity, so tied ones stay tied. Those on the meta device are drawn whole, layer by
     layer in the order of `modules()`: they get the values that one process draws, and are never all in
-    memory. Without `draw` they get memory alone, for a checkpoint to fill. With `sequence`, activations are
-    cut along the sequence while it is on.
+    memory. Without `draw` they get memory alone, for a checkpoint to fill.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
     cut_already: set[nn.Parameter] = set()
@@ -183,7 +181,7 @@ def parallelize(
         _materialize(layer, built, draw)
         if name not in styles:
             continue
-        parallel = _parallel_version(layer, styles[name].kind, mesh, sequence)
+        parallel = _parallel_version(layer, styles[name].kind, mesh, sequence_parallel)
         replaced[layer] = parallel.train(layer.training)
         for parameter, shard in sharded_parameters(parallel).items():
             if parameter not in cut_already:  # a tied one comes twice
@@ -196,17 +194,16 @@ def parallelize(
 
 
 def _parallel_version(
-    layer: nn.Module, kind: Kind, mesh: ParallelMesh, sequence: SequenceParallel | None
+    layer: nn.Module, kind: Kind, mesh: ParallelMesh, sequence_parallel: bool
 ) -> nn.Module:
-    parallel = LAYERS[kind][1]
-    if kind == "sequence" and sequence is not None and isinstance(layer, nn.Embedding):
-        parallel = SequenceParallelEmbedding
-    if parallel is not None:
-        return parallel(layer, mesh, sequence or SequenceParallel())
+    if (parallel := LAYERS[kind][1]) is not None:
+        return parallel(layer, mesh)
     if kind == "sharded_dropout":
         draw_own_numbers(layer, mesh)
-    elif sequence is not None and isinstance(layer, nn.Dropout):
-        draw_own_numbers(layer, mesh, lambda: sequence.on)
+    elif sequence_parallel and isinstance(layer, nn.Embedding):
+        return SequenceParallelEmbedding(layer, mesh)
+    elif sequence_parallel and isinstance(layer, nn.Dropout):
+        draw_own_numbers(layer, mesh, lambda: mesh.cuts_sequence)
     return layer
 
 

@@ -26,7 +26,6 @@ from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.full_layout import FullLayout
 from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
-from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
@@ -84,7 +83,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.replica_check_every_n_steps = replica_check_every_n_steps
         self._styles: dict[str, ParallelStyle] = {}
         self._parallelized: LightningModule | None = None
-        self._sequence = SequenceParallel()
         self._optimizer_steps = 0
 
     # ---- the ranks
@@ -180,8 +178,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             self._styles = styles_of(module, self.tensor_parallel_size)
-            sequence = self._sequence if self.sequence_parallel else None
-            parallelize(module, self._styles, self.mesh, sequence, draw=draw)
+            parallelize(
+                module, self._styles, self.mesh, sequence_parallel=self.sequence_parallel, draw=draw
+            )
         self._parallelized = module
 
     def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:
@@ -203,7 +202,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._sequence.on = self.sequence_parallel
+        self.mesh.cuts_sequence = self.sequence_parallel
         return super().training_step(*args, **kwargs)
 
     @override
@@ -212,7 +211,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
             return super().backward(*args, **kwargs)
         finally:
             # Not earlier: the backward pass may recompute parts of the forward pass.
-            self._sequence.on = False
+            self.mesh.cuts_sequence = False
 
     @override
     def optimizer_step(
@@ -230,7 +229,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def _summed(self, closure: Callable[[], Any]) -> Any:
         """Runs the closure, and sums over the peers the gradients that it left in parts."""
         loss = closure()
-        self._sequence.on = False  # `backward` is not called in a step without a loss
+        self.mesh.cuts_sequence = False  # `backward` is not called in a step without a loss
         if self.sequence_parallel:
             sum_gradients(partial_gradients(self._module, self._styles), self.mesh)
         return loss
