@@ -86,16 +86,15 @@ def from_parts(summand: Tensor, mesh: ParallelMesh) -> Tensor:
 
 def gather_features(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
     """Joins the parts of the last dim, of these sizes; all peers have the whole."""
-    start, size = sum(sizes[: mesh.tp_rank]), sizes[mesh.tp_rank]
 
     def join(part: Tensor) -> Tensor:
         padded = part.new_zeros(*part.shape[:-1], max(sizes))
-        padded[..., :size] = part
+        padded[..., : part.shape[-1]] = part
         parts = part.new_empty(mesh.tp_size, *padded.shape)
         _all_gather(parts.view(-1), padded.view(-1), group=mesh.tp_group)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes)], dim=-1)
 
-    return _move(x, join, lambda whole: whole.narrow(-1, start, size))
+    return _move(x, join, lambda whole: whole.split(sizes, -1)[mesh.tp_rank])
 
 
 def _move(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:

@@ -92,13 +92,11 @@ def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | 
         dist.send(part.detach().contiguous(), dst=mesh.tp_peer(0), group=mesh.tp_group)
         return None
     full = torch.empty(shard.full_shape(part), dtype=part.dtype)
-    for peer in range(mesh.tp_size):
-        start, stop = shard.bounds(peer)
-        target = full.narrow(shard.dim, start, stop - start)
-        arrived = part.detach()
-        if peer != 0:
-            arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
-            dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
+    own, *others = full.split(shard.sizes, shard.dim)
+    own.copy_(part.detach())
+    for peer, target in enumerate(others, start=1):
+        arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
+        dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
         target.copy_(arrived)
     return full
 

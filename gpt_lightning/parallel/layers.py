@@ -118,18 +118,6 @@ class VocabParallelEmbedding(ParallelLayer):
         return from_parts(summand, self.mesh)
 
 
-class SequenceParallelEmbedding(ParallelLayer):
-    """Holds the whole weight, and looks up this peer's part of the sequence: the learned positions."""
-
-    dims: Mapping[str, int] = {}
-
-    def forward(self, positions: Tensor) -> Tensor:
-        if self.mesh.cuts_sequence:
-            check_sequence(positions.shape[-1], self.mesh.tp_size)
-            positions = positions.chunk(self.mesh.tp_size, dim=-1)[self.mesh.tp_rank]
-        return F.embedding(positions, self.weight)
-
-
 class VocabParallelHead(ParallelLayer):
     """Holds rows of the output layer's weight; gathers logits on demand, and never for the loss."""
 
@@ -145,6 +133,15 @@ class VocabParallelHead(ParallelLayer):
         greatest = partial(total, op=dist.ReduceOp.MAX)
         shard = VocabShard(own.start, own.full_size, max(own.sizes), greatest, total)
         return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard)
+
+
+def cut_positions(mesh: ParallelMesh, embedding: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+    """Makes learned positions, as their hook, look up this peer's part of a sequence that is cut."""
+    (positions,) = inputs
+    if not mesh.cuts_sequence:
+        return None
+    check_sequence(positions.shape[-1], mesh.tp_size)
+    return positions.chunk(mesh.tp_size, dim=-1)[mesh.tp_rank]
 
 
 def check_sequence(length: int, tp_size: int) -> None:

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,9 +17,9 @@ from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
     ParallelLayer,
     RowParallelLinear,
-    SequenceParallelEmbedding,
     VocabParallelEmbedding,
     VocabParallelHead,
+    cut_positions,
 )
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
@@ -69,7 +70,7 @@ def styles_of(module: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:
     if make is None:
         raise UserError(
             f"{type(module).__name__} has no tensor_parallel_plan(), which a trainer.strategy."
-            "tensor_parallel_size above 1 needs; add the method (submodule pattern -> style), or set it to 1"
+            "tensor_parallel_size above 1 needs; add it (submodule pattern -> style), or set the size to 1"
         )
     return resolve(module, make(), tp_size)
 
@@ -165,7 +166,7 @@ def parallelize(
     styles: Mapping[str, ParallelStyle],
     mesh: ParallelMesh,
     *,
-    sequence_parallel: bool = False,
+    cuts_sequence: bool = False,
     draw: bool = True,
 ) -> None:
     """Replaces the submodules named by parallel ones, which keep this rank's part of each parameter.
@@ -175,34 +176,30 @@ def parallelize(
     memory. Without `draw` they get memory alone, for a checkpoint to fill.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
-    cut_already: set[nn.Parameter] = set()
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(module.named_modules()):
         _materialize(layer, built, draw)
         if name not in styles:
             continue
-        parallel = _parallel_version(layer, styles[name].kind, mesh, sequence_parallel)
+        parallel = _parallel_version(layer, styles[name].kind, mesh, cuts_sequence)
         replaced[layer] = parallel.train(layer.training)
         for parameter, shard in sharded_parameters(parallel).items():
-            if parameter not in cut_already:  # a tied one comes twice
+            if parameter.shape[shard.dim] == shard.full_size:  # else it is tied, and came before
                 parameter.data = shard.cut(parameter.data).clone(memory_format=torch.contiguous_format)
-                cut_already.add(parameter)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():  # a layer may have several names
             if child in replaced:
                 parent._modules[name] = replaced[child]
 
 
-def _parallel_version(
-    layer: nn.Module, kind: Kind, mesh: ParallelMesh, sequence_parallel: bool
-) -> nn.Module:
+def _parallel_version(layer: nn.Module, kind: Kind, mesh: ParallelMesh, cuts_sequence: bool) -> nn.Module:
     if (parallel := LAYERS[kind][1]) is not None:
         return parallel(layer, mesh)
     if kind == "sharded_dropout":
         draw_own_numbers(layer, mesh)
-    elif sequence_parallel and isinstance(layer, nn.Embedding):
-        return SequenceParallelEmbedding(layer, mesh)
-    elif sequence_parallel and isinstance(layer, nn.Dropout):
+    elif cuts_sequence and isinstance(layer, nn.Embedding):
+        layer.register_forward_pre_hook(partial(cut_positions, mesh))
+    elif cuts_sequence and isinstance(layer, nn.Dropout):
         draw_own_numbers(layer, mesh, lambda: mesh.cuts_sequence)
     return layer
 

@@ -23,23 +23,19 @@ class Shard:
     tp_rank: int
     tp_size: int
 
-    def bounds(self, tp_rank: int) -> tuple[int, int]:
-        """Returns the start and stop of a peer's part along `dim`."""
-        part = -(-self.full_size // self.tp_size)
-        return min(tp_rank * part, self.full_size), min((tp_rank + 1) * part, self.full_size)
-
     @property
     def sizes(self) -> list[int]:
-        return [stop - start for start, stop in map(self.bounds, range(self.tp_size))]
+        """Returns how much of `dim` each peer has."""
+        part = -(-self.full_size // self.tp_size)
+        return [max(0, min(part, self.full_size - peer * part)) for peer in range(self.tp_size)]
 
     @property
     def start(self) -> int:
-        return self.bounds(self.tp_rank)[0]
+        return sum(self.sizes[: self.tp_rank])
 
     def cut(self, full: Tensor) -> Tensor:
         """Returns this rank's part, a view."""
-        start, stop = self.bounds(self.tp_rank)
-        return full.narrow(self.dim, start, stop - start)
+        return full.split(self.sizes, self.dim)[self.tp_rank]
 
     def full_shape(self, part: Tensor) -> list[int]:
         return [*part.shape[: self.dim], self.full_size, *part.shape[self.dim + 1 :]]

@@ -3,6 +3,7 @@
 This module is slow to import, as checkpoint.folder is: it is imported when the first such folder is met.
 """
 
+import copy
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,8 @@ from gpt_lightning.checkpoint.folder import (
     check_whole,
     complaining,
     missing_parts,
+    put_back,
     tensors_in,
-    with_tensors,
 )
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
@@ -119,25 +120,22 @@ class ShardedLayout:
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
         """Reads this rank's part of the optimizers' state."""
-        folder = Path(checkpoint[FOLDER_KEY])
-        for number, (optimizer, rest) in enumerate(zip(optimizers, checkpoint[OPTIMIZERS])):
-            parts = self._empty_parts(folder, number, optimizer)
-            with complaining(folder):
-                dcp.load(parts, storage_reader=Reader(folder))
-            own = {key: _local(part) for key, part in parts.items()}
-            optimizer.load_state_dict(with_tensors(rest, own))
-
-    def _empty_parts(self, folder: Path, number: int, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Returns memory for this rank's part of each of an optimizer's tensors."""
-        shards, parameters = sharded_parameters(self.module), parameters_of(optimizer)
+        folder, shards = Path(checkpoint[FOLDER_KEY]), sharded_parameters(self.module)
+        parameters = [parameters_of(optimizer) for optimizer in optimizers]
         parts: dict[str, Tensor] = {}
-        for key, meta in tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
-            parameter, dtype = parameters[int(key.split("/")[2])], meta.properties.dtype
+        for key, meta in tensors_in(folder, f"{OPTIMIZERS}/"):
+            _, number, index, _ = key.split("/")
+            parameter, dtype = parameters[int(number)][int(index)], meta.properties.dtype
             if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
                 parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shards[parameter])
             else:
                 parts[key] = torch.empty(meta.size, dtype=dtype)
-        return parts
+        with complaining(folder):
+            dcp.load(parts, storage_reader=Reader(folder))
+        states = copy.deepcopy(checkpoint[OPTIMIZERS])
+        put_back(states, {key: _local(part) for key, part in parts.items()})
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict(state)
 
     def _as_dtensor(self, part: Tensor, shard: Shard) -> DTensor:
         placements: list[Placement] = [Replicate(), DTensorShard(shard.dim)]
@@ -200,18 +198,15 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
 
 def _split(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors of the model and its optimizers, each under a name of its own, and all else."""
-    weights = checkpoint[WEIGHTS].items()
+    weights, optimizers = checkpoint[WEIGHTS].items(), checkpoint.get(OPTIMIZERS, [])
     tensors = {f"{WEIGHTS}/{name}": value for name, value in weights if name not in tied}
-    rest = {**checkpoint, WEIGHTS: {}}
-    if OPTIMIZERS in checkpoint:
-        rest[OPTIMIZERS] = []
-    for number, saved in enumerate(checkpoint.get(OPTIMIZERS, [])):
-        scalars: dict[int, dict[str, Any]] = {index: {} for index in saved["state"]}
+    scalars = [{**saved, "state": {index: {} for index in saved["state"]}} for saved in optimizers]
+    for number, saved in enumerate(optimizers):
         for index, entry in saved["state"].items():
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     tensors[f"{OPTIMIZERS}/{number}/{index}/{key}"] = value
                 else:
-                    scalars[index][key] = value
-        rest[OPTIMIZERS].append({**saved, "state": scalars})
-    return tensors, rest
+                    scalars[number]["state"][index][key] = value
+    rest = {**checkpoint, WEIGHTS: {}}
+    return tensors, {**rest, OPTIMIZERS: scalars} if OPTIMIZERS in checkpoint else rest

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,7 +24,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.full_layout import FullLayout
-from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
+from gpt_lightning.parallel.gradients import by_whole_norm, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
@@ -157,8 +156,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelize()
         self.model = self.precision_plugin.convert_module(self._module)
         self.model_to_device()
-        shards = sharded_parameters(self._module)
-        adapt_precision(self.precision_plugin, shards, self.mesh)
+        self.precision_plugin = by_whole_norm(self.precision_plugin, self.mesh, self.gradient_norm)
         self._reduce_metrics_over(self.mesh.dp_group)
         self._check_replicas("at the start")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -167,7 +165,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
                 self.configure_ddp()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
-                check_optimizer(optimizer, shards)
+                check_optimizer(optimizer, sharded_parameters(self._module))
         self.setup_precision_plugin()
 
     def _parallelize(self, *, draw: bool = True) -> None:
@@ -178,9 +176,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             self._styles = styles_of(module, self.tensor_parallel_size)
-            parallelize(
-                module, self._styles, self.mesh, sequence_parallel=self.sequence_parallel, draw=draw
-            )
+            cuts_sequence = self.sequence_parallel
+            parallelize(module, self._styles, self.mesh, cuts_sequence=cuts_sequence, draw=draw)
         self._parallelized = module
 
     def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:
@@ -207,11 +204,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return super().backward(*args, **kwargs)
-        finally:
-            # Not earlier: the backward pass may recompute parts of the forward pass.
-            self.mesh.cuts_sequence = False
+        loss = super().backward(*args, **kwargs)
+        self.mesh.cuts_sequence = False  # not earlier: the pass may recompute parts of the forward pass
+        return loss
 
     @override
     def optimizer_step(
@@ -273,8 +268,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return self._layout(sharded=self.save_sharded).optimizer_state(plain)
+        return self._layout(sharded=self.save_sharded).optimizer_state(optimizer)
 
     @override
     def save_checkpoint(

@@ -198,7 +198,7 @@ def test_dropout_masks_differ_where_the_tensor_is_cut_and_only_there() -> None:
 def masks_along_the_sequence(on: bool) -> Tensor:
     model, groups = Dropping(), mesh()
     styles = resolve(model, {"outside": "sequence"}, groups.tp_size)
-    parallelize(model, styles, groups, sequence_parallel=True)
+    parallelize(model, styles, groups, cuts_sequence=True)
     torch.manual_seed(7)
     groups.cuts_sequence = on
     return model.outside(torch.ones(BATCH, TIME, WIDTH))
