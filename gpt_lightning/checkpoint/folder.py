@@ -49,21 +49,15 @@ def check_whole(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, A
     """
     rest = read_rest(folder)
     with complaining(folder):
-        if missing := missing_parts(folder):
-            raise UserError(f"{', '.join(missing)} missing")
+        parts = (Reader(folder).read_metadata().storage_data or {}).values()
+        if missing := {part.relative_path for part in parts if not (folder / part.relative_path).is_file()}:
+            raise UserError(f"{', '.join(sorted(missing))} missing")
         for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
             try:
                 check_bytes(folder / name, digest)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
     return rest
-
-
-def missing_parts(folder: Path) -> list[str]:
-    """Lists the files that the folder's table of contents names and that are not there."""
-    storage = Reader(folder).read_metadata().storage_data or {}
-    names = {part.relative_path for part in storage.values()}
-    return sorted(name for name in names if not (folder / name).is_file())
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

@@ -51,10 +51,6 @@ class ParallelMesh:
     def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelMesh":
         return self  # process groups cannot be copied, and a copied module talks to the same peers
 
-    @property
-    def is_first_rank(self) -> bool:
-        return self.dp_rank == self.tp_rank == 0
-
     def tp_peer(self, tp_rank: int) -> int:
         """Returns the global rank of a tensor-parallel peer of this rank."""
         return dist.get_global_rank(self.tp_group, tp_rank)

@@ -1,6 +1,6 @@
 """Says how tensors are cut over the tensor-parallel peers, and which of a model and its optimizer are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,25 +72,20 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """Returns an optimizer's state dict with `change` applied to all that is cut like its parameter."""
     shards, parameters = sharded_parameters(module), parameters_of(optimizer)
-    state_dict = optimizer.state_dict()
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
-        return change(value, shards[parameter]) if _is_cut(value, parameter, shards) else value
+        if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if value.shape != parameter.shape:
+            raise UserError(
+                f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
+                "parameter, and nothing tells how to join them; choose one that works element by element"
+            )
+        return change(value, shards[parameter])
 
+    state_dict = optimizer.state_dict()
     state = {
         index: {key: changed(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
-
-
-def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
-    """Tells whether an entry of a parameter's optimizer state is cut like it, as moments are."""
-    if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
-        return False
-    if value.shape != parameter.shape:
-        raise UserError(
-            f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
-            "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
-        )
-    return True

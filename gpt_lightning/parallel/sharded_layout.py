@@ -38,7 +38,6 @@ from gpt_lightning.checkpoint.folder import (
     Reader,
     check_whole,
     complaining,
-    missing_parts,
     put_back,
     tensors_in,
 )
@@ -80,17 +79,17 @@ class ShardedLayout:
             raise NonFiniteCheckpointError(name)
         temporary = unfinished_folder(folder)
         with _failing_together(folder):
-            if self.mesh.is_first_rank:
+            if dist.get_rank() == 0:
                 remove(temporary)  # parts of a save that was interrupted
         with _failing_together(folder):
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         digests = gathered(_digests_of_own(temporary))
         with _failing_together(folder):
-            if self.mesh.is_first_rank:
-                if missing := missing_parts(temporary):
+            if dist.get_rank() == 0:
+                of_files = {name: digest for own in digests for name, digest in own.items()}
+                if missing := sorted(name for name in of_files if not (temporary / name).is_file()):
                     needed = "trainer.strategy.save_sharded needs a folder that all nodes share"
                     raise CheckpointWriteError(f"{temporary} lacks {', '.join(missing)}: {needed}")
-                of_files = {name: digest for own in digests for name, digest in own.items()}
                 write({**scalars, TIED_KEY: tied, DIGESTS_KEY: of_files}, temporary / REST)
                 put_folder(temporary, folder)
 
