@@ -190,8 +190,8 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     tied = {}
     for name, value in state_dict.items():
         local = _local(value)
-        if local.numel() and first.setdefault(local.data_ptr(), name) != name:
-            tied[name] = first[local.data_ptr()]
+        if local.numel() and (original := first.setdefault(local.data_ptr(), name)) != name:
+            tied[name] = original
     return tied
 
 
