@@ -27,7 +27,6 @@ from gpt_lightning.kernels.device import keep_freed_memory
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.sharding import tensor_parallel_plan
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -41,6 +40,7 @@ from gpt_lightning.training.optim import (
     keep_settings,
 )
 from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
+from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_logging_step
 
 
@@ -239,9 +239,7 @@ class GPTLightningModule(LightningModule):
     # Tensor parallelism
 
     def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Returns the model's plan, by the names of the submodules in this module."""
-        plan = tensor_parallel_plan(self.model.config)
-        return {f"model.{name}": ParallelStyle(*sharding) for name, sharding in plan.items()}
+        return tensor_parallel_plan(self.model.config)
 
     # Optimizer and checkpoint
 

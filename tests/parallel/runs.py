@@ -203,7 +203,7 @@ def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
     module.train()
     strategy = module.trainer.strategy
     if isinstance(strategy, TensorParallelDDPStrategy):
-        strategy._sequence.on = strategy.sequence_parallel
+        strategy.mesh.cuts_sequence = strategy.sequence_parallel
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.model.hidden_states(input_ids)
     return sum(kept.values())
