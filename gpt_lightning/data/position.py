@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import LightningDataModule
 
-from gpt_lightning.data.loader import BatchNumbers
+from gpt_lightning.data.loader import EpochBatches
 from gpt_lightning.data.windows import Epochs
 
 
@@ -21,7 +21,7 @@ class Position(NamedTuple):
 
 
 class TrainingOrder:
-    """Tells one datamodule's position in training, and the batches left in its epoch and optimizer step."""
+    """Tells one datamodule's position in training, and the batches left in its epoch."""
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
@@ -56,7 +56,7 @@ class TrainingOrder:
         since_restored = batches.total.processed - self.restored.batches
         if since_restored <= 0:
             return self.restored
-        consumed_samples = self._epochs.span(self.restored.consumed_samples, since_restored)[0]
+        consumed_samples = self._epochs.span(since_restored)[0]
         return Position(consumed_samples, batches.total.processed, batches.current.processed)
 
     def take_epochs(self, epochs: Epochs) -> None:
@@ -65,44 +65,38 @@ class TrainingOrder:
         trainer = self._datamodule.trainer
         if trainer is None:
             return
-        if self.batch_numbers().epoch_length != epochs.n_batches(epochs.windows):
+        if self.batches().epoch_length != epochs.epoch_batches:
             self._usual_reload = trainer.reload_dataloaders_every_n_epochs
             trainer.reload_dataloaders_every_n_epochs = 1
         elif self._usual_reload is not None:
             trainer.reload_dataloaders_every_n_epochs = self._usual_reload
             self._usual_reload = None
 
-    def batch_numbers(self) -> BatchNumbers:
-        """Numbers the rest of the epoch from the restored position."""
-        position, epochs = self.position(), self._epochs
+    def batches(self) -> EpochBatches:
+        """Tells the rest of the epoch, numbered from the restored position."""
+        numbers, length = self._numbers()
+        trainer = self._datamodule.trainer
+        if trainer is None:
+            return EpochBatches(numbers, length)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return EpochBatches(
+            numbers, length, done, trainer.accumulate_grad_batches, trainer.num_training_batches
+        )
+
+    def _numbers(self) -> tuple[range, int]:
+        position, epochs, trainer = self.position(), self._epochs, self._datamodule.trainer
         assert epochs is not None
+        usual = epochs.epoch_batches
+        if trainer is not None and trainer.overfit_batches:
+            return range(usual), usual
         first = position.batches - self.restored.batches
         if first == 0 and self._is_to_close_an_epoch():
-            return BatchNumbers(range(first, first), position.epoch_batches)
-        usual = epochs.n_batches(epochs.windows)
+            return range(0), position.epoch_batches
         within = position.consumed_samples % epochs.windows
         if within == 0 or self._epochs_are_limited(usual):
-            return BatchNumbers(range(first, first + usual), usual)
+            return range(first, first + usual), usual
         left = epochs.n_batches(epochs.windows - within)
-        return BatchNumbers(range(first, first + left), position.epoch_batches + left)
-
-    def rest_of_step(self) -> tuple[bool, range]:
-        """Tells whether the next batch begins an optimizer step, and the step's batches from this one on.
-
-        Lightning steps after `accumulate_grad_batches` batches of an epoch, and after its last. Only it knows
-        how it counts those of an epoch that it resumed, so it is asked batch by batch.
-        """
-        trainer = self._datamodule.trainer
-        assert trainer is not None
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        ready = batches.current.ready
-        accumulate, of_epoch = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
-        left = accumulate - ready % accumulate
-        if ready < of_epoch:  # else Lightning resumes in an epoch that is finished, and goes on with it
-            left = min(left, of_epoch - ready)
-        # With overfit_batches Lightning has each epoch begin with batch 0.
-        first = ready if trainer.overfit_batches else batches.total.processed - self.restored.batches
-        return ready % accumulate == 0, range(first, first + left)
+        return range(first, first + left), position.epoch_batches + left
 
     def _is_to_close_an_epoch(self) -> bool:
         """Holds until Lightning has asked for the batches of that epoch."""
