@@ -64,6 +64,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._progress is None:
+            return
         # Metrics change at logging steps only; reading them between would make the host wait for the device.
         is_logged = is_logging_step(trainer, trainer.global_step)
         names = ("train/loss", "throughput/tokens_per_second")

@@ -1,6 +1,7 @@
 """Logs the numbers of a step, and sums the loss over batches exactly, at any batch size and device count."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import Trainer
@@ -8,6 +9,18 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 from typing_extensions import override
+
+
+@dataclass(eq=False)
+class OptimizerStep:
+    """Gathers what this rank has done of an optimizer step: its micro-batches' losses and samples.
+
+    `tokens` are those that all ranks score in all of the step.
+    """
+
+    nlls: list[Tensor] = field(default_factory=list)
+    sample_ids: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
 
 
 class StepRow:
