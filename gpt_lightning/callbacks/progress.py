@@ -94,7 +94,13 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             self._advance(batch_idx + 1)
@@ -103,15 +109,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("testing", sum(trainer.num_test_batches))
 
-    @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._advance(batch_idx + 1)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_train_end
 
     @override
     def on_predict_batch_start(

@@ -14,7 +14,6 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback, is_logging_step
 
@@ -58,7 +57,7 @@ class Throughput(FetchCallback, SaveCallback):
                 "other_share; make a gpt_lightning.training.trainer.GPTTrainer"
             )
         self._logged_step, self._logged_tokens = trainer.global_step, pl_module.trained_tokens
-        pl_module.step_row = StepRow(is_shared=True)
+        pl_module.step_row.is_shared = True
         self._clock = Stopwatch()
 
     @override
@@ -118,18 +117,6 @@ class Throughput(FetchCallback, SaveCallback):
     @override
     def on_save_end(self, trainer: Trainer) -> None:
         self._clock.turn_to(self._part_before_save)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def _leave(self, module: LightningModule) -> None:
-        if isinstance(module, GPTLightningModule):
-            module.step_row = StepRow()
 
 
 class Stopwatch:

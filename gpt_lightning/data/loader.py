@@ -34,7 +34,7 @@ class TokenBatch(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """Names a batch by its number, and tells those of the optimizer step that it is one of."""
+    """Names a batch by its number, from where the run goes on, and by those of its optimizer step."""
 
     number: int
     step: range
@@ -42,10 +42,9 @@ class StepBatch(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class WindowBatches(Dataset[TokenBatch]):
-    """Makes one rank's batches of a split, by the number of the batch.
+    """Makes one rank's batches of a split, each in one go.
 
-    A batch is gathered in one go, and its number is all that a worker is told: what it holds cannot depend on
-    how many workers there are. Numbers count from the sample at `epochs.start`, over epoch ends.
+    Its name is all that a worker is told: what a batch holds cannot depend on how many workers there are.
     """
 
     split: TokenSplit
@@ -162,7 +161,6 @@ def batch_loader(
         dataset,  # type: ignore[arg-type]
         sampler=BatchSampler(dataset, batches),
         batch_size=None,
-        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -186,10 +184,6 @@ def _belong_to_the_run(worker_id: int) -> None:
     is_child = multiprocessing.get_start_method(allow_none=True) != "forkserver"
     if is_child and parent is not None and parent.pid != os.getppid():
         os._exit(1)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def rank_and_ranks(trainer: Any) -> tuple[int, int]:

@@ -94,7 +94,8 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self.step = OptimizerStep()  # an interrupted run may have left some of one
+        # An interrupted run may have left some of a step, and a callback that writes its row.
+        self.step, self.step_row = OptimizerStep(), StepRow()
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -186,8 +187,8 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
-        loss = self.held_out_loss.compute()
-        self.held_out_loss.reset()
+        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
+        loss = held_out.compute(self.trainer.strategy)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             limit = self.trainer.limit_val_batches
             whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
