@@ -208,6 +208,8 @@ class TextDataModule(LightningDataModule):
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         start = self._order.restored.consumed_samples
         dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        if self.trainer is None:
+            return self._whole_loader(dataset)
         self._order.take_epochs(dataset.epochs)
         return self._loader(dataset, self._order.batches)
 
@@ -229,10 +231,11 @@ class TextDataModule(LightningDataModule):
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)
-        if split is None:
-            return []
-        dataset = self._window_batches(split)
-        return self._loader(dataset, lambda: EpochBatches(range(len(dataset)), len(dataset)))
+        return [] if split is None else self._whole_loader(self._window_batches(split))
+
+    def _whole_loader(self, dataset: WindowBatches) -> DataLoader[TokenBatch]:
+        batches = EpochBatches(range(dataset.epochs.first_batches), dataset.epochs.epoch_batches)
+        return self._loader(dataset, lambda: batches)
 
     def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
