@@ -31,7 +31,6 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def __init__(self) -> None:
         super().__init__()
         self._progress: Progress | None = None
-        self._completed, self._shown_at = 0, 0.0
         self._enabled = True
         self._tokens = self._completions = 0  # of this rank, since `_begun`
         self._begun = 0.0
@@ -152,7 +151,6 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         if not (self._enabled and self.trainer.is_global_zero and self._console.is_terminal):
             return
         self._stop()
-        self._completed = completed
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(
             *("{task.description}", *columns, "{task.fields[metrics]}"),
@@ -163,18 +161,12 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self._progress.start()
 
     def _advance(self, completed: int, metrics: str | None = None) -> None:
-        if self._progress is None:
-            return
-        self._completed, now = completed, time.perf_counter()
-        if metrics is not None:
-            self._progress.update(self._progress.task_ids[0], completed=completed, metrics=metrics)
-        elif now - self._shown_at > 0.5 / REFRESHES_PER_SECOND:  # what comes between would not be seen
-            self._progress.update(self._progress.task_ids[0], completed=completed)
-            self._shown_at = now
+        if self._progress is not None:
+            fields: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+            self._progress.update(self._progress.task_ids[0], completed=completed, **fields)
 
     def _stop(self) -> None:
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=self._completed)
             self._progress.stop()
             self._progress = None
 
