@@ -1,4 +1,4 @@
-"""Makes batches of windows as tensors, and the loader that asks for them by number."""
+"""Makes batches of windows as tensors, and the loader that asks for them by number and optimizer step."""
 
 import ctypes
 import math
@@ -139,7 +139,7 @@ class BatchLoader(DataLoader[Any]):
         return map(self.dataset.__getitem__, self.sampler)
 
     def _from_workers(self) -> Iterator[Any]:
-        """Yields their batches; they would ask for the first ones as soon as they are there."""
+        """Begins with the first batch that is asked for; PyTorch has workers begin when they are there."""
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

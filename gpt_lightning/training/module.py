@@ -1,4 +1,4 @@
-"""The LightningModule: what a step of training, validation and prediction does with a batch."""
+"""Tells Lightning what a step of training, validation or prediction does with a batch."""
 
 import math
 from dataclasses import asdict, replace
