@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +13,6 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback, is_logging_step
 
@@ -40,7 +38,6 @@ class Throughput(FetchCallback, SaveCallback):
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
-        self._device = torch.device("cpu")
         self._part_before_save = "other"
         self._logged_step = self._logged_tokens = 0
         self._peak_flops: float | None = None  # of all devices
@@ -48,17 +45,16 @@ class Throughput(FetchCallback, SaveCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        self._device = pl_module.device
         if self._peak_flops is None:
             trainer.strategy.barrier()  # to measure at the same time where it has to be measured
-            self._peak_flops = sum(gathered(peak_flops(self._device, str(trainer.precision))))
+            self._peak_flops = sum(gathered(peak_flops(pl_module.device, str(trainer.precision))))
         if not isinstance(trainer, GPTTrainer):
             rank_zero_warn(
                 "Throughput: this Trainer does not tell of waiting for data and of saving, which count as "
                 "other_share; make a gpt_lightning.training.trainer.GPTTrainer"
             )
         self._logged_step, self._logged_tokens = trainer.global_step, pl_module.trained_tokens
-        pl_module.step_row = StepRow(is_shared=True)
+        pl_module.step_row.is_shared = True
         self._clock = Stopwatch()
 
     @override
@@ -82,6 +78,8 @@ class Throughput(FetchCallback, SaveCallback):
             self._clock.turn_to("other")
             flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
             values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
+            if (peak_memory := peak_memory_gib(pl_module.device)) is not None:
+                values["peak_memory_gib"] = peak_memory
             row = {f"throughput/{name}": value for name, value in values.items()}
             pl_module.step_row.add(trainer, row)
             pl_module.step_row.write(trainer, step)
@@ -94,42 +92,27 @@ class Throughput(FetchCallback, SaveCallback):
         assert self._peak_flops is not None
         total = sum(seconds.values())
         training = total - seconds["validation"] - seconds["checkpoint"]
-        values = {
+        return {
             "tokens_per_second": tokens / training,
             "step_seconds": training / steps,
             "mfu": tokens / training * flops_per_token / self._peak_flops,
             **{f"{part}_share": seconds[part] / total for part in PARTS},
         }
-        if (peak_memory := peak_memory_gib(self._device)) is not None:
-            values["peak_memory_gib"] = peak_memory
-        return values
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            finish_queue(self._device)  # of steps that are to be counted as such
+            finish_queue(pl_module.device)  # of steps that are to be counted as such
             self._clock.turn_to("validation")
 
     @override
     def on_save_start(self, trainer: Trainer) -> None:
-        finish_queue(self._device)
+        finish_queue(trainer.strategy.root_device)
         self._part_before_save = self._clock.turn_to("checkpoint")
 
     @override
     def on_save_end(self, trainer: Trainer) -> None:
         self._clock.turn_to(self._part_before_save)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def _leave(self, module: LightningModule) -> None:
-        if isinstance(module, GPTLightningModule):
-            module.step_row = StepRow()
 
 
 class Stopwatch:

@@ -10,11 +10,12 @@ from typing_extensions import override
 
 from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
-from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
+from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
@@ -80,8 +81,6 @@ class TextDataModule(LightningDataModule):
         self._splits: dict[str, TokenSplit] | None = None
         self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
-        self._training: WindowBatches | None = None
-        self._step_tokens: int | None = None  # of the optimizer step that is under way
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -190,7 +189,6 @@ class TextDataModule(LightningDataModule):
             if self.train_files is None:
                 raise self._no_train_files()
             self._order.start()
-            self._step_tokens = None
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
             raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
@@ -202,9 +200,11 @@ class TextDataModule(LightningDataModule):
             raise self._no_train_files()
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         start = self._order.restored.consumed_samples
-        self._training = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
-        self._order.take_epochs(self._training.epochs)
-        return self._loader(self._training, self._order.batch_numbers)
+        dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        if self.trainer is None:
+            return self._whole_loader(dataset)
+        self._order.take_epochs(dataset.epochs)
+        return self._loader(dataset, self._order.batches)
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -219,46 +219,37 @@ class TextDataModule(LightningDataModule):
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
         share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
-        return batch_loader(share, lambda: BatchNumbers(range(1), 1))
+        return batch_loader(share, lambda: EpochBatches(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)
-        if split is None:
-            return []
-        dataset = self._window_batches(split)
-        return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
+        return [] if split is None else self._whole_loader(self._window_batches(split))
+
+    def _whole_loader(self, dataset: WindowBatches) -> DataLoader[TokenBatch]:
+        batches = EpochBatches(range(dataset.epochs.first_batches), dataset.epochs.epoch_batches)
+        return self._loader(dataset, lambda: batches)
 
     def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
+        global_batch = self.batch_size * ranks
+        epochs = Epochs(n_tokens=split.n_tokens, seq_len=self.seq_len, global_batch=global_batch, **order)
         return WindowBatches(
-            split,
-            seq_len=self.seq_len,
-            batch_size=self.batch_size,
+            split=split,
+            epochs=epochs,
             rank=rank,
             ranks=ranks,
             document_mask=self.document_mask,
             vocab_size=self.vocab_size,
-            **order,
         )
 
-    def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
+    def _loader(self, dataset: WindowBatches, batches: Callable[[], EpochBatches]) -> DataLoader[TokenBatch]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return batch_loader(dataset, numbers, num_workers=self.num_workers, pin_memory=on_gpu)
+        return batch_loader(dataset, batches, num_workers=self.num_workers, pin_memory=on_gpu)
 
     def _rank_and_ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else rank_and_ranks(self.trainer)
 
     # ---- the position in the training order
-
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Adds to a training batch how many targets its optimizer step scores, which no rank has to ask."""
-        if self._training is None or self.trainer is None or not self.trainer.training:
-            return batch
-        begins, rest_of_step = self._order.rest_of_step()
-        if begins or self._step_tokens is None:
-            self._step_tokens = self._training.n_targets(rest_of_step)
-        return batch._replace(step_tokens=self._step_tokens)
 
     @property
     def consumed_samples(self) -> int:

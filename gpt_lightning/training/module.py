@@ -1,4 +1,4 @@
-"""The LightningModule: what a step of training, validation and prediction does with a batch."""
+"""Tells Lightning what a step of training, validation or prediction does with a batch."""
 
 import math
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.metrics import StepRow, TokenLoss
+from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
@@ -87,15 +87,15 @@ class GPTLightningModule(LightningModule):
         self.step_row = StepRow()
         self.trained_tokens = 0  # scored by all ranks in this process's optimizer steps
         self._replicas = 1
-        self._step_nll: Tensor | None = None  # of this rank's micro-batches of the step that is under way
-        self._step_tokens = 0  # scored in all of that step, by all ranks
+        self.step = OptimizerStep()  # which is under way
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     # Training
 
     @override
     def on_fit_start(self) -> None:
-        self._step_nll = None  # an interrupted run may have left one
+        # An interrupted run may have left some of a step, and a callback that writes its row.
+        self.step, self.step_row = OptimizerStep(), StepRow()
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -111,23 +111,24 @@ class GPTLightningModule(LightningModule):
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
         if batch.step_tokens is not None:
-            self._step_tokens, share = batch.step_tokens, batch.step_tokens / parts
+            self.step.tokens, share = batch.step_tokens, batch.step_tokens / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
             share = max(1, int(_scored_tokens(batch)))
-            before = 0 if self._step_nll is None else self._step_tokens
-            self._step_tokens = before + self._replicas * share
-        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+            self.step.tokens += self._replicas * share
+        self.step.nlls.append(nll.detach())
+        if batch.sample_ids is not None:
+            self.step.sample_ids.append(batch.sample_ids)
         return (nll / share).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._step_nll is not None
-        nll, self._step_nll = self._step_nll, None
-        self.trained_tokens += self._step_tokens
+        step, self.step = self.step, OptimizerStep()
+        self.trained_tokens += step.tokens
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
+            nll = sum(step.nlls, torch.zeros((), device=self.device))
             if self._replicas > 1:
                 nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
-            self._log_step(nll / self._step_tokens, optimizer)
+            self._log_step(nll / step.tokens, optimizer)
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         values = {
@@ -148,11 +149,11 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        if self._step_nll is None:  # a step was taken
+        if not self.step.nlls:  # a step was taken
             # Lightning keeps the gradients through the next forward pass, and so raises its peak of memory.
             self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
-        if has_logged(self.trainer) and is_logging_step(self.trainer, self.trainer.global_step):
+        if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
             self.log("step", float(self.trainer.global_step))
 
     def _epoch(self) -> float:
@@ -186,8 +187,8 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
-        loss = self.held_out_loss.compute()
-        self.held_out_loss.reset()
+        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
+        loss = held_out.compute(self.trainer.strategy)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             limit = self.trainer.limit_val_batches
             whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
