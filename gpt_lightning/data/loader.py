@@ -104,7 +104,7 @@ class BatchSampler(DistributedSampler[StepBatch], SequentialSampler):
     """
 
     def __init__(self, dataset: Dataset[Any], batches: Callable[[], EpochBatches]) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
         self._batches = batches
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ def batch_loader(
 ) -> BatchLoader:
     """Makes a loader whose items are whole batches already."""
     return BatchLoader(
-        dataset,  # type: ignore[arg-type]
+        dataset,
         sampler=BatchSampler(dataset, batches),
         batch_size=None,
         num_workers=num_workers,
