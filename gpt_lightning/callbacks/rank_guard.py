@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.constants import default_pg_timeout
@@ -57,7 +58,12 @@ class RankGuard(Callback):
             self.watch.explain(exception)
 
     def leave(self) -> None:
-        """Ends the watch, since all ranks are done or have agreed to stop."""
+        """Ends the process groups and the watch, since all ranks are done or have agreed to stop."""
+        if dist.is_initialized():
+            dist.barrier()
+            # gloo's threads abort a process now and then if they are left to the interpreter's exit.
+            dist.destroy_process_group()
+        # Last: the first rank waits for its children, and they for the groups' end.
         if self.watch is not None:
             self.watch.leave()
 

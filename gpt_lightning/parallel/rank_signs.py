@@ -69,47 +69,35 @@ class MachineFile:
 class StoreReader(threading.Thread):
     """Asks a machine's store for its last word, in a thread that may block while the machine is stopped.
 
-    Its process answers as long as it lives. A data worker that was forked from it keeps the connection open
-    after its end, but only until the worker looks for its parent, every 5 s.
+    The store's process answers as long as it lives. That it has ended is also seen on a `line` to it, and in
+    silence, where the store itself would print where in torch it has failed.
     """
 
-    def __init__(self, rank: int, store: Store) -> None:
+    def __init__(
+        self, rank: int, store: Store, left: threading.Event, line: socket.socket | None = None
+    ) -> None:
         super().__init__(name="rank-watch-store", daemon=True)
         self.store, self.sign = store, Sign(rank, 1, "", False)
-        self._is_done = threading.Event()
+        self._left, self._line = left, line
         store.add("readers", 1)
         store.set_timeout(timedelta(days=1))  # a late answer is better than a broken connection
         self.start()
 
     def run(self) -> None:
         try:
-            while not self.sign.word and not self._is_done.is_set():
-                word = self.store.get("word").decode()
-                self.sign = self.sign._replace(beats=self.sign.beats + 1, word=word)
-                self._is_done.wait(TICK_SECONDS)
+            while not self.sign.word and not self._left.wait(TICK_SECONDS):
+                self._ask()
             self.store.add("readers", -1)
-        except RuntimeError:  # the connection has ended
+        except (OSError, RuntimeError):  # the connection has ended
             self.sign = self.sign._replace(is_gone=True)
 
-    def end(self, patience_seconds: float) -> None:
-        self._is_done.set()
-        self.join(patience_seconds)
-
-
-def open_store(rank: int, secret: str) -> tuple[Store, str, int]:
-    """Returns this machine's store, and the address and port at which others reach it."""
-    timeout = timedelta(seconds=CONNECT_SECONDS)
-    server = TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
-    # Anybody can reach the port, but only a rank knows the keys.
-    store = PrefixStore(secret, server)
-    store.set("word", "")
-    return store, _own_address() if rank else os.environ["MASTER_ADDR"], server.port
-
-
-def reach_store(address: str, port: int, secret: str) -> Store:
-    socket.create_connection((address, port), CONNECT_SECONDS).close()  # fails with less noise
-    timeout = timedelta(seconds=CONNECT_SECONDS)
-    return PrefixStore(secret, TCPStore(address, port, timeout=timeout, wait_for_workers=False))
+    def _ask(self) -> None:
+        if self._line is not None:
+            with suppress(BlockingIOError):
+                if not self._line.recv(1):
+                    raise ConnectionResetError
+        word = self.store.get("word").decode()
+        self.sign = self.sign._replace(beats=self.sign.beats + 1, word=word)
 
 
 def say_last(store: Store, word: str, patience_seconds: float) -> None:
@@ -119,6 +107,31 @@ def say_last(store: Store, word: str, patience_seconds: float) -> None:
         store.compare_set("word", "", word)
         while store.add("readers", 0) > 0 and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS / 10)
+
+
+def open_store(rank: int, secret: str) -> tuple[Store, str, int]:
+    """Returns this machine's store, and the address and port at which others reach it."""
+    timeout = timedelta(seconds=CONNECT_SECONDS)
+    server = TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    # Its sockets are torch's: a forked data worker keeps them until it looks for its rank, every 5 s.
+    # Anybody can reach the port, but only a rank knows the keys.
+    store = PrefixStore(secret, server)
+    store.set("word", "")
+    return store, _own_address() if rank else os.environ["MASTER_ADDR"], server.port
+
+
+def reach_store(secret: str, address: str, port: int) -> Store:
+    """Returns another machine's store."""
+    open_line(address, port).close()  # fails with less noise
+    timeout = timedelta(seconds=CONNECT_SECONDS)
+    return PrefixStore(secret, TCPStore(address, port, timeout=timeout, wait_for_workers=False))
+
+
+def open_line(address: str, port: int) -> socket.socket:
+    """Returns a connection to a store's process on which nothing is sent."""
+    line = socket.create_connection((address, port), CONNECT_SECONDS)
+    line.setblocking(False)
+    return line
 
 
 def _own_address() -> str:

@@ -30,6 +30,7 @@ from gpt_lightning.parallel.rank_signs import (
     MachineFile,
     Sign,
     StoreReader,
+    open_line,
     open_store,
     reach_store,
     say_last,
@@ -67,8 +68,8 @@ class RankWatch:
     ) -> None:
         self.remedy = ""
         self.before_exit: Callable[[], None] = lambda: None
-        self._rank, self._world_size, self._n_machines = rank, world_size, n_machines
-        self._machine, self._local_rank = divmod(rank, world_size // n_machines)
+        self._rank, self._world_size, self._n_local = rank, world_size, world_size // n_machines
+        self._local_rank = rank % self._n_local
         self._first_rank = rank - self._local_rank
         self._children, self._parent = children, parent
         self._timeout_seconds = timeout.total_seconds()
@@ -94,24 +95,25 @@ class RankWatch:
 
     def connect(self) -> None:
         """Begins to see the others; all ranks call it."""
-        secret, address, port = secrets.token_hex(), "", 0
-        with self._warning():
-            if self._n_machines > 1 and self._local_rank == 0:
-                self._store, address, port = open_store(self._rank, secret)
-        stores = gathered((address, port, secret))
-        path = Path(tempfile.gettempdir(), f"gpt_lightning-{stores[0][-1]}-{self._machine}")
-        file, readers = None, {}
+        secret, address, port = gathered(secrets.token_hex())[0], "", 0
+        path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._first_rank}")
+        file = None
         with self._warning():
             file = MachineFile(path, self._rank, self._local_rank)
-            if self._store is not None:
-                next_rank = (self._rank + self._world_size // self._n_machines) % self._world_size
-                for rank in {0, next_rank}:
-                    store = reach_store(*stores[rank]) if rank != self._rank else self._store
-                    readers[rank] = StoreReader(rank, store)
-        gathered(None)  # all have opened the file, or cannot: nothing stays of it when all are killed
+            if self._local_rank == 0 and self._n_local < self._world_size:
+                self._store, address, port = open_store(self._rank, secret)
+        stores = gathered((address, port))
         with suppress(OSError):
-            path.unlink()
-        self._file, self._readers = file, readers
+            path.unlink()  # all have opened it, or cannot: nothing stays of it when all are killed
+        self._file = file
+        if self._store is not None:
+            with self._warning():
+                store = reach_store(secret, *stores[0]) if self._rank != 0 else self._store
+                self._readers[0] = StoreReader(0, store, self._left)
+                next_rank = (self._rank + self._n_local) % self._world_size
+                if next_rank != 0:
+                    store, line = reach_store(secret, *stores[next_rank]), open_line(*stores[next_rank])
+                    self._readers[next_rank] = StoreReader(next_rank, store, self._left, line)
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
@@ -143,7 +145,7 @@ class RankWatch:
         self._say("left")
         self._thread.join()
         for reader in self._readers.values():
-            reader.end(PATIENCE_SECONDS)
+            reader.join(PATIENCE_SECONDS)
         if self._store is not None:
             say_last(self._store, "left", PATIENCE_SECONDS)
         self._end_children(GRACE_SECONDS)
@@ -177,7 +179,7 @@ class RankWatch:
     def _find_lost(self) -> Lost | None:
         children = self._children()
         signs = self._file.signs() if self._file is not None else []
-        signs += [reader.sign for reader in self._readers.values()]
+        signs += [reader.sign for reader in list(self._readers.values())]
         for rank, _, word, is_gone in signs:
             kind, _, rest = word.partition(" ")
             if kind == "lost":
@@ -220,7 +222,7 @@ class RankWatch:
 
     def _report(self, lost: Lost) -> None:
         """Prints the line: on rank 0 or, if that is lost, on rank 1 and the first rank of each machine."""
-        if self._rank != 0 and (lost.rank != 0 or (self._rank != 1 and self._local_rank != 0)):
+        if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._first_rank)):
             return
         line = f"error: rank {lost.rank} of {self._world_size} {lost.how}; the other ranks end too"
         print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
@@ -233,7 +235,8 @@ class RankWatch:
         self._say(word)
         if 0 in self._readers and (lost.rank != 0 or self._rank == 0):
             store, seconds = self._readers[0].store, 3 * TICK_SECONDS
-            _try(lambda: say_last(store, word, seconds), seconds)
+            # Rank 0 keeps its store until the others have read the word.
+            _try(lambda: say_last(store, word, 0 if self._rank else seconds), seconds)
 
     def _end_children(self, patience_seconds: float, lost: Lost | None = None) -> None:
         deadline = time.monotonic() + patience_seconds

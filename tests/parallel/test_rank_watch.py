@@ -294,7 +294,7 @@ def test_rank_0_holds_a_connection_of_each_node(ranks: Ranks) -> None:
 
 def pretend_nodes(port: int, n_nodes: int, telling: Any) -> None:
     """Asks rank 0's store for all nodes but the first, by one connection, and is rank 8 itself."""
-    store = reach_store("127.0.0.1", port, "secret")
+    store = reach_store("secret", "127.0.0.1", port)
     own, *address = open_store(8, "secret")
     telling.send(address)
     assert own.get("word") == b""
@@ -324,8 +324,8 @@ def measure_a_tick(rank: int, _: RankWatch) -> None:
     watch._file = MachineFile(folder / "machine", 0, 0)
     for other in range(1, 8):
         start_process(join_and_wait, folder / "machine", other)
-    watch._readers = {0: StoreReader(0, store)}
-    watch._readers[8] = StoreReader(8, reach_store(address, next_port, "secret"))
+    watch._readers = {0: StoreReader(0, store, watch._left)}
+    watch._readers[8] = StoreReader(8, reach_store("secret", address, next_port), watch._left)
     first, start = watch._readers[8].sign.beats, time.process_time()
     for tick in range(8):
         watch._say("")
@@ -386,7 +386,7 @@ def watch_again(watch: RankWatch) -> None:
     """In place of the harness's watch, with a timeout that is shorter than the collective operations'."""
     watch.leave()
     (Path(os.environ["FOLDER"]) / f"{watch._rank}.working").touch()
-    second = RankWatch(watch._rank, watch._world_size, watch._n_machines, timedelta(seconds=2))
+    second = RankWatch(watch._rank, 2, 2 // watch._n_local, timedelta(seconds=2))
     second.start()
     second.connect()
 
@@ -423,7 +423,7 @@ def test_a_stranger_is_not_taken_for_a_rank(ranks: Ranks, monkeypatch: pytest.Mo
     port = int((ranks.folder / "port").read_text())
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"a guess 1\n")
-        store = reach_store("127.0.0.1", port, "a guess")
+        store = reach_store("a guess", "127.0.0.1", port)
         store.set("word", "lost 1 was killed")
         store.set("readers", "-1")
         ranks.wait_for_ticks(3)
