@@ -368,12 +368,21 @@ def work_without_descriptors(rank: int, watch: RankWatch) -> None:
 
 
 def join_without_descriptors(rank: int, watch: RankWatch) -> None:
-    """The other ranks join when rank 0 has no descriptors any more."""
+    """Rank 0 has no descriptors for its file and store."""
+    exhaust_after_exchange(str, rank, watch)
+
+
+def reach_without_descriptors(rank: int, watch: RankWatch) -> None:
+    """The other ranks reach rank 0's store when it has no descriptors any more."""
+    exhaust_after_exchange(tuple, rank, watch)
+
+
+def exhaust_after_exchange(kind: type, rank: int, watch: RankWatch) -> None:
     gathered = rank_watch.gathered
 
     def gathered_and_exhausted(value: Any) -> list[Any]:
         values = gathered(value)
-        if rank == 0 and value is not None:
+        if rank == 0 and isinstance(value, kind):
             exhaust_descriptors()
         return values
 
@@ -399,7 +408,9 @@ def reduce_for_a_while() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [work_without_descriptors, join_without_descriptors])
+@pytest.mark.parametrize(
+    "body", [work_without_descriptors, join_without_descriptors, reach_without_descriptors]
+)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
     ranks: Ranks, n_nodes: int, body: Body, monkeypatch: pytest.MonkeyPatch
