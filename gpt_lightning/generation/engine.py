@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.prefill import fill, visible_start
 from gpt_lightning.generation.sampling import GenerationConfig, Sampler
-from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.kernels.attention import KVCache
+from gpt_lightning.model.gpt import GPTModel
 
 FinishReason = Literal["eos", "stop", "length", "exhausted"]
 _BLOCK = 1024  # random numbers drawn at once
