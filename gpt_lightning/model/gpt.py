@@ -111,6 +111,7 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.head_dim = config.head_dim
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -149,9 +150,7 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """Returns the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
         dropout_p = self.config.dropout if self.training else 0.0
-        attend = Attend(
-            input_ids, document_ids, kv_cache, head_dim=self.config.head_dim, dropout_p=dropout_p
-        )
+        attend = Attend(input_ids, document_ids, kv_cache, head_dim=self.head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
         for block in self.blocks:
