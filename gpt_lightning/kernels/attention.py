@@ -77,6 +77,7 @@ class KVCache:
         mask: Tensor | None = None
         if longest > 0 and not (n_tokens == 1 and self._is_even):
             mask = (torch.arange(self._end) <= positions[:, :, None])[:, None].to(device)
+        self._row = torch.arange(len(positions), device=device)[:, None]
         self._positions = positions.to(device)
         return self._positions, mask
 
@@ -96,8 +97,7 @@ class KVCache:
             if self._is_even:
                 cached[:, :, -self._n_tokens :] = new
             else:
-                row = torch.arange(len(new), device=new.device)[:, None]
-                cached[row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
+                cached[self._row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
         return all_keys, all_values
 
 

@@ -159,7 +159,7 @@ class GPTModel(nn.Module):
             else:
                 x = block(x, attend)
         if kv_cache is not None:
-            kv_cache.lengths += input_ids.shape[1]
+            kv_cache.lengths += input_ids.shape[1]  # at the end: a pass that fails may be taken again
         return self.ln_f(x)
 
 
