@@ -12,14 +12,9 @@ GIB = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def runs_ahead(device: torch.device) -> bool:
-    """Tells whether the host only queues work for the device, and waits when it reads a result."""
-    return device.type != "cpu"
-
-
 def finish_queue(device: torch.device) -> None:
-    """Waits for the work that is queued."""
-    if runs_ahead(device):
+    """Waits for the work that the host has queued for the device; a CPU does it at once."""
+    if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 

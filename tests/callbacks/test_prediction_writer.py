@@ -102,8 +102,8 @@ def test_rows_that_end_are_replaced_at_once(
 ) -> None:
     """Prompts that need 6, 1, 1, 1, 1 and 2 tokens take six steps of two rows; batches of two took nine."""
     steps = []
-    choose = engine.choose
-    monkeypatch.setattr(engine, "choose", lambda *args: (steps.append(1), choose(*args))[1])
+    choose = engine.Sampler.choose
+    monkeypatch.setattr(engine.Sampler, "choose", lambda *args: (steps.append(1), choose(*args))[1])
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, stop=["z"])
     prompts = ["t", "ay", "y", "by", "abcy", "x"]
     bar, counter = StepProgressBar(), Counter()
