@@ -28,12 +28,7 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import (
-    checkpoints_folder,
-    choose_run_folder,
-    open_named_folder,
-    open_run_folder,
-)
+from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
 from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
@@ -152,7 +147,7 @@ class GPTLightningCLI(LightningCLI):
         """Finds the run's own folder; the first rank alone writes into it, and keeps other processes out."""
         path, begins_again = self._origin.path, self._origin.begins_again
         if settings.trainer.fast_dev_run or this_rank() != 0:
-            return choose_run_folder(wanted, path, begins_again=begins_again)
+            return wanted
         run = open_run_folder(wanted, path, begins_again=begins_again)
         self._ending.callback(run.close)
         if (own := settings.checkpoint.dirpath) is not None:
