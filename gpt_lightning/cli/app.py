@@ -224,9 +224,9 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        begins_with = self._origin.initial.contents if self._origin.initial is not None else None
-        initial = InitialWeights(self._origin.init_from, begins_with)
-        callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
+        callbacks = [self._guard, ExactResume(), Throughput(), self._samples]
+        if self._origin.initial is not None:
+            callbacks.insert(0, InitialWeights(str(self._origin.init_from), self._origin.initial.contents))
         if settings["enable_checkpointing"] is not False:
             self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
             callbacks.append(self._saver)
