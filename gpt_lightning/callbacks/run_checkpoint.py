@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
@@ -73,6 +72,7 @@ class RunCheckpoint(ModelCheckpoint):
             verbose=verbose,
             auto_insert_metric_name=False,
             enable_version_counter=False,
+            save_on_train_epoch_end=False,  # it would judge a second time by the epoch's last validation
         )
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise UserError(
@@ -83,6 +83,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._background = background
         self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
         self._former_dirpath: str | None = None
+        # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
         self._stop_asked = self._flush_due = False
@@ -94,9 +95,13 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        plugin = trainer.strategy.checkpoint_io
-        one_file = isinstance(plugin, DurableCheckpointIO) and _writes_one_file(trainer.strategy)
-        self._writer = plugin if one_file else None
+        strategy = trainer.strategy
+        if isinstance(strategy, TensorParallelDDPStrategy):
+            one_file = not strategy.save_sharded
+        else:
+            one_file = type(strategy).save_checkpoint is Strategy.save_checkpoint
+        plugin = strategy.checkpoint_io
+        self._writer = plugin if one_file and isinstance(plugin, DurableCheckpointIO) else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +120,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Lightning logs a step after its checkpoint; a resumed run will not log it again.
-        if self._flush_due:
+        if self._flush_due:  # Lightning logs a step after its checkpoint; a resumed run will not log it again
             _flush_curves(trainer)
             self._flush_due = False
 
@@ -139,10 +143,10 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if is_end_of_epoch(trainer):
-            # Without validations nothing else would save before the end of training. Not when the epoch has
-            # ended: resumed from there, Lightning would end it a second time.
-            due = due or not trainer.enable_validation or not sum(trainer.num_val_batches)
+        if not trainer.enable_validation or not sum(trainer.num_val_batches):
+            # Nothing else would save before the end of training. Not when the epoch has ended: resumed from
+            # there, Lightning would end it a second time.
+            due = due or is_end_of_epoch(trainer)
         if self._last_interval is not None:
             elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
             # The first rank's clock decides for all: saving is collective.
@@ -180,13 +184,15 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
         if judge:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            # The logged "step" is that of the last logging; file names need the one of now.
+            step = torch.tensor(trainer.global_step)
+            self._save_topk_checkpoint(trainer, {**self._monitor_candidates(trainer), "step": step})
         if self._targets or self.save_last:
             self._write(trainer, last=bool(self.save_last))
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self._targets.append(filepath)  # for `_write`, which makes one checkpoint for all of them
+        self._targets.append(filepath)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -216,13 +222,6 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_at_seconds = time.monotonic()
         _flush_curves(trainer)
         self._flush_due = True
-
-    @override
-    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        # The logged "step" is that of the last logging; file names need the one of now.
-        metrics = super()._monitor_candidates(trainer)
-        metrics["step"] = Tensor([trainer.global_step]).int()[0]
-        return metrics
 
     # ---- after a resume
 
@@ -269,12 +268,6 @@ def _validate_between_steps(trainer: Trainer) -> None:
 
 def _flush_curves(trainer: Trainer) -> None:
     """Writes the curves out, lest those of a killed run end before its checkpoint."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
+    for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
-
-
-def _writes_one_file(strategy: Strategy) -> bool:
-    if isinstance(strategy, TensorParallelDDPStrategy):
-        return not strategy.save_sharded
-    return type(strategy).save_checkpoint is Strategy.save_checkpoint
