@@ -142,7 +142,7 @@ class OpenRun:
 def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> OpenRun:
     """Makes `folder`, or the first of folder-2, folder-3, ... that holds no other run, and keeps others out.
 
-    A run that goes on from the newest checkpoint of `folder` goes on in it. What killed saves left is removed.
+    A run goes on from the newest checkpoint of `folder` in `folder`. What killed saves left in it is removed.
     A run that `begins_again` was killed before its first checkpoint.
     """
     if _lies_in(folder, resumed_from):

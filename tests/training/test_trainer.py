@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import gpt_lightning
-from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback
+from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, Stopwatch
 
 PACKAGE = Path(gpt_lightning.__file__).parent
 HOME = "training/trainer.py"
@@ -78,41 +78,42 @@ def test_the_file_that_may_is_found_out() -> None:
     assert {"_results", "_TrainingEpochLoop", "_can_stop_early"} < private_uses(PACKAGE / HOME)
 
 
-class Heard(FetchCallback, SaveCallback):
+class Turns(Stopwatch):
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        super().__init__()
+        self.parts: list[str] = []
 
-    def on_fetch_start(self, trainer: pl.Trainer) -> None:
-        self.heard.append("fetch")
+    def turn_to(self, part: str) -> str:
+        self.parts.append(part)
+        return super().turn_to(part)
+
+
+class Making(SaveCallback):
+    """Turns the clock of the Trainer as its batches come and its checkpoint is made."""
+
+    def __init__(self, clock: Stopwatch) -> None:
+        self.clock = clock
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.heard.append("batch")
+        self.clock.turn_to("step")
 
     def on_save_start(self, trainer: pl.Trainer) -> None:
-        self.heard.append("save")
+        self.clock.turn_to("told")
 
     def state_dict(self) -> dict[str, Any]:
-        self.heard.append("make")
+        assert self.clock.turn_to("making") == "told"
+        self.clock.turn_to("checkpoint")
         return {}
 
-    def on_save_end(self, trainer: pl.Trainer) -> None:
-        self.heard.append("go on")
 
-
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        (GPTTrainer, ["fetch", "batch", "fetch", "batch", "save", "make", "go on"]),
-        (pl.Trainer, ["batch", "batch", "make"]),
-    ],
-)
-def test_callbacks_hear_of_fetches_and_saves(
-    kind: type[pl.Trainer], expected: list[str], tmp_path: Path
-) -> None:
-    heard = Heard()
+def test_fetches_and_saves_are_timed(tmp_path: Path) -> None:
+    clock = Turns()
+    clock.seconds |= {"told": 0.0, "making": 0.0}
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": tmp_path}
-    trainer = kind(accelerator="cpu", max_steps=2, callbacks=[heard], **quiet)
+    trainer = GPTTrainer(accelerator="cpu", max_steps=2, callbacks=[Making(clock)], **quiet)
+    trainer.clock = clock
     trainer.fit(BoringModel())
     trainer.save_checkpoint(tmp_path / "some.ckpt")
-    assert heard.heard == expected
+    batch, save = ["data", "step"], ["checkpoint", "told", "making", "checkpoint", "step"]
+    assert clock.parts == [*batch, *batch, *save]
