@@ -17,6 +17,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step
 
@@ -82,7 +83,6 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_interval = train_time_interval
         self._background = background
         self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
-        self._former_dirpath: str | None = None
         # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
@@ -108,8 +108,6 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_step = self._last_step = self._seen_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
         self._stop_asked = False
-        if self._former_dirpath is not None:
-            self._keep_what_is_here(trainer)
         _validate_between_steps(trainer)
 
     @override
@@ -227,33 +225,31 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the best checkpoints of a moved folder, of which Lightning forgets all but one path."""
-        self._former_dirpath = state_dict["dirpath"]
-        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
-
-    def _keep_what_is_here(self, trainer: Trainer) -> None:
-        """Keeps, of the best checkpoints, those that lie in this run's folder, also if it was moved."""
-        scores = {self._here(path): score for path, score in self.best_k_models.items()}
-        candidates = {*scores, self._here(self.best_model_path)} - {""}
+        """Keeps the best checkpoints that lie in this run's folder, also if it was moved."""
+        former, folder = state_dict["dirpath"], Path(str(self.dirpath))
+        paths = [path for path in (*state_dict["best_k_models"], state_dict["best_model_path"]) if path]
+        here = {
+            path: str(folder / Path(path).relative_to(former))
+            for path in paths
+            if Path(path).is_relative_to(former)
+        }
         # Ranks have to decide alike, and may not all see the folder.
-        present = trainer.strategy.broadcast([path for path in candidates if Path(path).exists()])
+        present = gathered([path for path in here.values() if Path(path).exists()])[0]
+        scores = {here[path]: score for path, score in state_dict["best_k_models"].items() if path in here}
         sign = 1 if self.mode == "min" else -1
         ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
         ranked = ranked[: self.save_top_k] if self.save_top_k > 0 else ranked
-        self.best_k_models = {path: scores[path] for path in ranked}
-        newest = self._here(self.best_model_path)
-        self.best_model_path = ranked[0] if ranked else newest if newest in present else ""
-        self.best_model_score = scores[ranked[0]] if ranked else None
-        self.kth_best_model_path, self.kth_value = "", torch.tensor(sign * float("inf"))
-        if ranked and len(ranked) == self.save_top_k:
-            self.kth_best_model_path, self.kth_value = ranked[-1], scores[ranked[-1]]
-
-    def _here(self, path: str) -> str:
-        """Returns where a file of the former folder would be now; "" for one that lay elsewhere."""
-        assert self.dirpath is not None and self._former_dirpath is not None
-        if not path or not Path(path).is_relative_to(self._former_dirpath):
-            return ""
-        return str(Path(self.dirpath) / Path(path).relative_to(self._former_dirpath))
+        newest = here.get(state_dict["best_model_path"])
+        is_full = bool(ranked) and len(ranked) == self.save_top_k
+        state = {
+            "dirpath": self.dirpath,  # of another one Lightning forgets all but one path
+            "best_k_models": {path: scores[path] for path in ranked},
+            "best_model_path": ranked[0] if ranked else newest if newest in present else "",
+            "best_model_score": scores[ranked[0]] if ranked else None,
+            "kth_best_model_path": ranked[-1] if is_full else "",
+            "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
+        }
+        super().load_state_dict({**state_dict, **state})
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

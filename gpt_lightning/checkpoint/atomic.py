@@ -98,14 +98,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Removes, and returns, what killed saves left in the folder, into which nobody else may be writing."""
-    stale = []
+def sweep(folder: Path) -> None:
+    """Removes what killed saves left in the folder, into which nobody else may be writing."""
     for path in folder.glob(".*.tmp"):
         if (LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name) and not path.is_symlink():
             remove(path)
-            stale.append(path)
-    return stale
 
 
 def sync(path: Path) -> None:

@@ -145,7 +145,7 @@ def _problems_of_config(stored: Any) -> Iterator[str]:
 
 def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
     found = {
-        name.removeprefix(MODEL_PREFIX): tuple(value.shape) if isinstance(value, Tensor) else None
+        name.removeprefix(MODEL_PREFIX): list(value.shape) if isinstance(value, Tensor) else "no tensor"
         for name, value in state_dict.items()
         if str(name).startswith(MODEL_PREFIX)
     }
@@ -155,16 +155,16 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"
         yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
     with torch.device("meta"), Uninitialized():
-        expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
+        expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
     if found == expected:
         return
     differences = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
         "of another shape": [
-            f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
-            for name, shape in found.items()
-            if shape != expected.get(name, shape)
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
         ],
     }
     listing = "; ".join(
