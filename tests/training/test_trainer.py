@@ -1,6 +1,9 @@
 """Lightning's private names: each is there, and all of the package's uses of them lie in one file."""
 
 import ast
+import importlib
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,15 @@ HOME = "training/trainer.py"
 # What the rooms that may not import `training` need: a type, and three helpers of Lightning's strategies.
 BELOW = {
     "checkpoint": {"_PATH"},
+}
+# What a subclass outside of HOME overrides or calls, for which Lightning has no public name.
+INHERITED = {
+    "callbacks/run_checkpoint.py": {
+        "_monitor_candidates",
+        "_save_topk_checkpoint",
+        "_save_checkpoint",
+        "_remove_checkpoint",
+    },
 }
 
 
@@ -72,6 +84,40 @@ def test_no_other_file_uses_private_names_of_lightning(path: Path) -> None:
     name = path.relative_to(PACKAGE).as_posix()
     if name != HOME:
         assert private_uses(path) <= BELOW.get(name.partition("/")[0], set())
+
+
+def inherited_names(kind: type) -> set[str]:
+    """Private names of Lightning's that a class overrides, or reads from itself."""
+    bases = [base for base in kind.__mro__ if base.__module__.startswith("lightning.")]
+    names = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls", "super()"):
+            names.add(node.attr)
+    private = {name for name in names if name.startswith("_") and not name.endswith("__")}
+    return {name for name in private if any(name in vars(base) for base in bases)}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_subclasses_take_from_lightning_is_known_and_there(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    if name in (HOME, "__main__.py"):
+        return
+    module = importlib.import_module("gpt_lightning." + name.removesuffix(".py").replace("/", "."))
+    kinds = [kind for kind in vars(module).values() if inspect.isclass(kind)]
+    found = [inherited_names(kind) for kind in kinds if kind.__module__ == module.__name__]
+    assert set().union(*found) == INHERITED.get(name, set())
+
+
+def test_the_loops_state_has_the_layout_that_a_resume_mends() -> None:
+    state = pl.Trainer(logger=False, enable_checkpointing=False).fit_loop.state_dict()
+    assert {"ready", "started", "processed", "completed"} == state["epoch_progress"]["total"].keys()
+    for loop in ("epoch_loop", "epoch_loop.val_loop"):
+        progress = state[f"{loop}.batch_progress"]
+        assert progress.keys() == {"total", "current", "is_last_batch"}
+        assert {"ready", "started", "processed", "completed"} == progress["total"].keys()
+    assert "_batches_that_stepped" in state["epoch_loop.state_dict"]
 
 
 def test_the_file_that_may_is_found_out() -> None:
