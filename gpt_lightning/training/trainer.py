@@ -1,7 +1,7 @@
 """Holds the Trainer of this program, and all that is needed of Lightning's private names.
 
-tests/training/test_trainer.py fails when one of them goes away, or is used anywhere else: but for the names that
-RunCheckpoint inherits and the layout of the loops' state that ExactResume mends, which it knows too.
+tests/training/test_trainer.py fails when one of them goes away, or is used anywhere else. It knows two more
+kinds: the names that RunCheckpoint inherits, and the layout of the loops' state, which ExactResume mends.
 """
 
 import subprocess
