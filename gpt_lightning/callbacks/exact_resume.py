@@ -124,11 +124,11 @@ def _samples_per_step(trainer: Trainer) -> int:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
     }
 
@@ -149,10 +149,9 @@ def _plain(state: dict[str, Any]) -> list[Any]:
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     if len(states) not in (1, trainer.world_size):
         if trainer.is_global_zero:
-            held, now = len(states), trainer.world_size
             _log.warning(
-                f"the checkpoint holds the random states of {held} ranks, and there are {now} now: all go on "
-                "with the first one's"
+                f"the checkpoint holds the random states of {len(states)} ranks, and there are "
+                f"{trainer.world_size} now: all go on with the first one's"
             )
         return states[0]
     return states[trainer.global_rank if len(states) > 1 else 0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from gpt_lightning.checkpoint.atomic import release, restore_set_aside, sweep, take_lock
+from gpt_lightning.checkpoint.atomic import release, take_lock, tidy
 from gpt_lightning.checkpoint.contents import load_plain
 from gpt_lightning.checkpoint.files import is_sharded, verify
 from gpt_lightning.exit_codes import UserError
@@ -112,7 +112,7 @@ def _checkpoints_below(folder: Path) -> list[Path]:
         with suppress(OSError):
             # A run that is writing there sets aside and gives back itself.
             if (lock := take_lock(parent / LOCK)) is not None:
-                restore_set_aside(parent)
+                tidy(parent)
                 release(lock)
     return [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
 
@@ -210,8 +210,7 @@ def _opened(folder: Path) -> OpenRun | None:
         return None
     run = OpenRun(folder, lock, made)
     try:
-        sweep(folder)
-        restore_set_aside(folder)
+        tidy(folder)
     except BaseException:
         run.close()
         raise
