@@ -28,12 +28,7 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import (
-    checkpoints_folder,
-    choose_run_folder,
-    open_named_folder,
-    open_run_folder,
-)
+from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
 from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
@@ -151,7 +146,7 @@ class GPTLightningCLI(LightningCLI):
         path = Path(settings.ckpt_path) if self._restored else None
         begins_again = self._origin.begins_again
         if settings.trainer.fast_dev_run or this_rank() != 0:
-            return choose_run_folder(wanted, path, begins_again=begins_again)
+            return wanted
         run = open_run_folder(wanted, path, begins_again=begins_again)
         self._ending.callback(run.close)
         if (own := settings.checkpoint.dirpath) is not None:
@@ -231,10 +226,10 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
+        callbacks = [self._guard, ExactResume(), Throughput(), self._samples]
         checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
-        begins_with = checkpoint.contents if checkpoint is not None and init_from is not None else None
-        initial = InitialWeights(init_from, begins_with)
-        callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
+        if checkpoint is not None and init_from is not None:
+            callbacks.insert(0, InitialWeights(init_from, checkpoint.contents))
         if settings["enable_checkpointing"] is not False:
             self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
             callbacks.append(self._saver)

@@ -265,7 +265,7 @@ class TextDataModule(LightningDataModule):
         return {
             **self._order.position()._asdict(),
             "settings": {name: getattr(self, name) for name in SETTINGS_OF_A_RUN},
-            "tokenizer": self.text_tokenizer.to_dict(),
+            "tokenizer": self.text_tokenizer.state,
             "text": self.trained_text.described,
         }
 

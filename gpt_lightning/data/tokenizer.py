@@ -110,8 +110,9 @@ class TextTokenizer:
             found[index] = b"" if added.special else added.content.encode()
         return found
 
-    def to_dict(self) -> dict[str, str]:
-        """Gives plain strings that a checkpoint can hold and `from_dict` reads."""
+    @cached_property
+    def state(self) -> dict[str, str]:
+        """Holds plain strings for a checkpoint, which `from_dict` reads."""
         return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
 
     @classmethod
@@ -124,19 +125,19 @@ class TextTokenizer:
 
     def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
-        return self.from_dict, (self.to_dict(),)
+        return self.from_dict, (self.state,)
 
     @cached_property
     def fingerprint(self) -> str:
         """Is equal for equal tokenizers, also after a save and load."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.state, sort_keys=True).encode()).hexdigest()[:32]
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
-        padded = self.from_dict(self.to_dict())
+        padded = self.from_dict(self.state)
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
         padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
-        return self.from_dict(padded.to_dict())
+        return self.from_dict(padded.state)
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.

@@ -12,12 +12,6 @@ GIB = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def finish_queue(device: torch.device) -> None:
-    """Waits for the work that the host has queued for the device; a CPU does it at once."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-
-
 def peak_memory_gib(device: torch.device) -> float | None:
     """Returns the most memory that this process has held: tensors on the device, or all of it on a CPU."""
     if device.type == "cuda":

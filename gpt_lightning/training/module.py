@@ -13,7 +13,12 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, VALIDATION_KEY, check_same_architecture
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    ORIGIN_KEY,
+    VALIDATION_KEY,
+    check_same_architecture,
+)
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
@@ -88,6 +93,7 @@ class GPTLightningModule(LightningModule):
         self.trained_tokens = 0  # scored by all ranks in this process's optimizer steps
         self._replicas = 1
         self.step = OptimizerStep()  # which is under way
+        self.begun_from: str | None = None  # the model whose weights the run began with
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     # Training
@@ -273,14 +279,16 @@ class GPTLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
+        self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
         keep_settings(self.optimizer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
-        if self._last_validation is not None:
-            checkpoint[VALIDATION_KEY] = self._last_validation
+        for key, value in ((ORIGIN_KEY, self.begun_from), (VALIDATION_KEY, self._last_validation)):
+            if value is not None:
+                checkpoint[key] = value
 
 
 def _scored_tokens(batch: TokenBatch) -> Tensor:

@@ -1,6 +1,9 @@
 """Lightning's private names: each is there, and all of the package's uses of them lie in one file."""
 
 import ast
+import importlib
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import gpt_lightning
-from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback
+from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, Stopwatch
 
 PACKAGE = Path(gpt_lightning.__file__).parent
 HOME = "training/trainer.py"
@@ -25,6 +28,15 @@ BESIDE = {
     "callbacks": {"_save_topk_checkpoint"},
     "training": {"_trainer", "_defaults"},  # the latter a Metric's
     "cli": {"_actions", "_action_groups"},  # of argparse
+}
+# What a subclass outside of HOME overrides or calls, for which Lightning has no public name.
+INHERITED = {
+    "callbacks/run_checkpoint.py": {
+        "_monitor_candidates",
+        "_save_topk_checkpoint",
+        "_save_checkpoint",
+        "_remove_checkpoint",
+    },
 }
 
 
@@ -88,45 +100,80 @@ def test_no_other_file_uses_private_names_of_lightning(path: Path) -> None:
         assert private_uses(path) <= BESIDE.get(name.partition("/")[0], set())
 
 
+def inherited_names(kind: type) -> set[str]:
+    """Private names of Lightning's that a class overrides, or reads from itself."""
+    bases = [base for base in kind.__mro__ if base.__module__.startswith("lightning.")]
+    names = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls", "super()"):
+            names.add(node.attr)
+    private = {name for name in names if name.startswith("_") and not name.endswith("__")}
+    return {name for name in private if any(name in vars(base) for base in bases)}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_subclasses_take_from_lightning_is_known_and_there(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    if name in (HOME, "__main__.py"):
+        return
+    module = importlib.import_module("gpt_lightning." + name.removesuffix(".py").replace("/", "."))
+    kinds = [kind for kind in vars(module).values() if inspect.isclass(kind)]
+    found = [inherited_names(kind) for kind in kinds if kind.__module__ == module.__name__]
+    assert set().union(*found) == INHERITED.get(name, set())
+
+
+def test_the_loops_state_has_the_layout_that_a_resume_mends() -> None:
+    state = pl.Trainer(logger=False, enable_checkpointing=False).fit_loop.state_dict()
+    assert {"ready", "started", "processed", "completed"} == state["epoch_progress"]["total"].keys()
+    for loop in ("epoch_loop", "epoch_loop.val_loop"):
+        progress = state[f"{loop}.batch_progress"]
+        assert progress.keys() == {"total", "current", "is_last_batch"}
+        assert {"ready", "started", "processed", "completed"} == progress["total"].keys()
+    assert "_batches_that_stepped" in state["epoch_loop.state_dict"]
+
+
 def test_the_file_that_may_is_found_out() -> None:
     assert {"_results", "_TrainingEpochLoop", "_can_stop_early"} < private_uses(PACKAGE / HOME)
 
 
-class Heard(FetchCallback, SaveCallback):
+class Turns(Stopwatch):
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        super().__init__()
+        self.parts: list[str] = []
 
-    def on_fetch_start(self, trainer: pl.Trainer) -> None:
-        self.heard.append("fetch")
+    def turn_to(self, part: str) -> str:
+        self.parts.append(part)
+        return super().turn_to(part)
+
+
+class Making(SaveCallback):
+    """Turns the clock of the Trainer as its batches come and its checkpoint is made."""
+
+    def __init__(self, clock: Stopwatch) -> None:
+        self.clock = clock
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.heard.append("batch")
+        self.clock.turn_to("step")
 
     def on_save_start(self, trainer: pl.Trainer) -> None:
-        self.heard.append("save")
+        self.clock.turn_to("told")
 
     def state_dict(self) -> dict[str, Any]:
-        self.heard.append("make")
+        assert self.clock.turn_to("making") == "told"
+        self.clock.turn_to("checkpoint")
         return {}
 
-    def on_save_end(self, trainer: pl.Trainer) -> None:
-        self.heard.append("go on")
 
-
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        (GPTTrainer, ["fetch", "batch", "fetch", "batch", "save", "make", "go on"]),
-        (pl.Trainer, ["batch", "batch", "make"]),
-    ],
-)
-def test_callbacks_hear_of_fetches_and_saves(
-    kind: type[pl.Trainer], expected: list[str], tmp_path: Path
-) -> None:
-    heard = Heard()
+def test_fetches_and_saves_are_timed(tmp_path: Path) -> None:
+    clock = Turns()
+    clock.seconds |= {"told": 0.0, "making": 0.0}
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "limit_val_batches": 0, "default_root_dir": tmp_path}
-    trainer = kind(accelerator="cpu", max_steps=2, callbacks=[heard], **quiet)
+    trainer = GPTTrainer(accelerator="cpu", max_steps=2, callbacks=[Making(clock)], **quiet)
+    trainer.clock = clock
     trainer.fit(BoringModel())
     trainer.save_checkpoint(tmp_path / "some.ckpt")
-    assert heard.heard == expected
+    batch, save = ["data", "step"], ["checkpoint", "told", "making", "checkpoint", "step"]
+    assert clock.parts == [*batch, *batch, *save]
