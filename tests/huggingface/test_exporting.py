@@ -58,8 +58,8 @@ def test_a_round_trip_is_exact(trip: Path) -> None:
 def test_the_configuration_says_all_that_it_said(trip: Path) -> None:
     theirs, back = (GPT2LMHeadModel.from_pretrained(trip / name).config for name in ("theirs", "back"))
     ends = ("bos_token_id", "eos_token_id")
-    assert {**back.state, **dict.fromkeys(ends)} == {
-        **theirs.state,
+    assert {**back.to_dict(), **dict.fromkeys(ends)} == {
+        **theirs.to_dict(),
         **dict.fromkeys(ends),
         "_name_or_path": back._name_or_path,
     }

@@ -25,7 +25,7 @@ HOME = "training/trainer.py"
 BESIDE = {
     "checkpoint": {"_PATH"},
     "parallel": {"_layer_sync", "_timeout", "_ddp_kwargs"},
-    "callbacks": {"_save_topk_checkpoint"},
+    "callbacks": {"_save_topk_checkpoint", "_monitor_candidates"},
     "training": {"_trainer", "_defaults"},  # the latter a Metric's
     "cli": {"_actions", "_action_groups"},  # of argparse
 }
@@ -59,6 +59,7 @@ INHERITED = {
         (DDPStrategy(), "_layer_sync"),
         (DDPStrategy(), "_ddp_kwargs"),
         (pl.callbacks.ModelCheckpoint, "_save_topk_checkpoint"),
+        (pl.callbacks.ModelCheckpoint, "_monitor_candidates"),
         (pl.LightningModule(), "_trainer"),
         (_ChildProcessObserver(0, []), "_child_processes"),
     ],
