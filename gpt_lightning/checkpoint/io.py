@@ -90,7 +90,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def teardown(self) -> None:
-        self.wait()
         self._memory = {}
         self.finish()
 

@@ -1,1 +1,1 @@
-"""Text to batches, and where training stands in them."""
+"""Turns text into batches, and tells where training stands in them."""

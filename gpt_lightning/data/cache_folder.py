@@ -95,14 +95,13 @@ def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
         recorded = meta["sources"]
     except (OSError, ValueError, KeyError, AttributeError):
         return "it is damaged"
-    touched = False
-    for source, before in zip(sources, recorded, strict=True):
-        if _stat(source) != before["stat"]:
-            if _content_hash(source) != before["hash"]:
-                return f"{os.path.relpath(source) if source != SOURCE_NAME else source} changed"
-            touched = True
-    if touched:
-        _write_meta(folder, {**meta, "sources": [_describe(source) for source in sources]})
+    if [_stat(source) for source in sources] == [before["stat"] for before in recorded]:
+        return None
+    described = [_describe(source) for source in sources]
+    for now, before in zip(described, recorded, strict=True):
+        if now["hash"] != before["hash"]:
+            return f"{os.path.relpath(now['source'])} changed"
+    _write_meta(folder, {**meta, "sources": described})
     return None
 
 

@@ -4,13 +4,12 @@ With other text another part is held out, and what was held out before would be 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt_lightning.data.token_cache import Corpus
 from gpt_lightning.exit_codes import UserError
 
-_FILES = ("train_files", "val_files")
 _CUTTING = ("text_key", "document_separator")
 
 
@@ -23,8 +22,16 @@ class TrainedText:
         self._corpus: Corpus | None = None
 
     def take(self, corpus: Corpus, hashes: Sequence[str]) -> None:
-        """Takes note of the text before it is used; `hashes` are those of its sources, in order."""
-        self._corpus, self.described = corpus, describe_text(corpus, hashes)
+        """Takes note of the text before it is used; `hashes` are those of its sources, in order.
+
+        Where the files lie does not matter, nor what is tested on.
+        """
+        self._corpus, hash_of = corpus, dict(zip(corpus.sources, hashes, strict=True))
+        self.described = {
+            "train_files": [[os.path.basename(file), hash_of[file]] for file in corpus.train_files],
+            "val_files": [[os.path.basename(file), hash_of[file]] for file in corpus.val_files],
+            **{option: getattr(corpus, option) for option in _CUTTING},
+        }
         self._check()
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -33,12 +40,9 @@ class TrainedText:
         self._check()
 
     def _check(self) -> None:
-        change = text_difference(self._resumed, self.described)
-        if change is not None:
-            raise UserError(
-                f"{change} since the checkpoint was saved, and what it held out could be trained on; "
-                "give the text as it was, or train anew"
-            )
+        if (change := text_difference(self._resumed, self.described)) is not None:
+            problem = f"{change} since the checkpoint was saved, and what it held out could be trained on"
+            raise UserError(f"{problem}; give the text as it was, or train anew")
 
     def warning(self, state: dict[str, Any], verb: str) -> str | None:
         """Warns that a model may know what it is judged on: another part is held out of another text."""
@@ -48,41 +52,25 @@ class TrainedText:
         return change and f"{change} since the checkpoint was saved; what is held out now may be known to it"
 
 
-def describe_text(corpus: Corpus, hashes: Sequence[str]) -> dict[str, Any]:
-    """Describes the text as plain data; `hashes` are those of the training and validation files, in order.
-
-    Where the files lie does not matter, nor what is tested on.
-    """
-    names = [os.path.basename(file) for file in corpus.train_files + corpus.val_files]
-    pairs = [list(pair) for pair in zip(names, hashes, strict=False)]
-    n_train = len(corpus.train_files)
-    files = {"train_files": pairs[:n_train], "val_files": pairs[n_train:]}
-    return {**files, **{option: getattr(corpus, option) for option in _CUTTING}}
-
-
 def text_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Says what differs, such as `data.train_files: a.txt has changed`; None if nothing known does."""
-    if not saved or not now:
-        return None
-    for option in _FILES:
-        problem = _first_other(saved[option], now[option])
-        if problem is not None:
-            return f"data.{option}: {problem}"
+    return next(_differences(saved, now), None) if saved and now else None
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for option in ("train_files", "val_files"):
+        yield from (f"data.{option}: {change}" for change in _changes(saved[option], now[option]))
     for option in _CUTTING:
         if saved[option] != now[option]:
-            return f"data.{option}={now[option]!r} was {saved[option]!r}"
-    return None
+            yield f"data.{option}={now[option]!r} was {saved[option]!r}"
 
 
-def _first_other(before: list[list[str]], after: list[list[str]]) -> str | None:
-    old_names, old_hashes = {name for name, _ in before}, [text for _, text in before]
-    new_names, new_hashes = {name for name, _ in after}, [text for _, text in after]
-    if old_hashes == new_hashes:
-        return None
-    for name, text in after:
-        if text not in old_hashes:
-            return f"{name} has changed" if name in old_names else f"{name} was not among them"
-    for name, text in before:
-        if text not in new_hashes:
-            return f"{name} has changed" if name in new_names else f"{name} is missing"
-    return "the order of the files has changed"
+def _changes(before: list[list[str]], after: list[list[str]]) -> Iterator[str]:
+    """Yields how lists of file names and hashes of content differ; names alone do not matter."""
+    for here, there, alone in ((after, before, "was not among them"), (before, after, "is missing")):
+        names, hashes = {name for name, _ in there}, {content for _, content in there}
+        for name, content in here:
+            if content not in hashes:
+                yield f"{name} has changed" if name in names else f"{name} {alone}"
+    if [content for _, content in before] != [content for _, content in after]:
+        yield "the order of the files has changed"

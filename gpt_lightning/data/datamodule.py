@@ -1,6 +1,6 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -9,18 +9,13 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from gpt_lightning.data.corpus_identity import TrainedText
-from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
+from gpt_lightning.data.documents import source_bytes
+from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
-from gpt_lightning.data.token_cache import (
-    Corpus,
-    TokenSplit,
-    check_bytes,
-    check_length,
-    prepare_tokenizer,
-    prepare_tokens,
-)
+from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
+from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
@@ -80,20 +75,17 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
         self.all_prompts: list[str] = []  # once set up to predict
-        self.finished_prompts: Set[int] = frozenset()  # places in it of those that are not to be run again
+        self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self._check_options()
         self._text_tokenizer: TextTokenizer | None = None
         self._splits: dict[str, TokenSplit] | None = None
         self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
-        self._training: WindowBatches | None = None
-        self._step_tokens: int | None = None  # of the optimizer step that is under way
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
-            raise UserError(
-                f"data.val_fraction={self.val_fraction} is not in [0, 1); choose a fraction such as 0.1"
-            )
+            option = f"data.val_fraction={self.val_fraction}"
+            raise UserError(f"{option} is not in [0, 1); choose a fraction such as 0.1")
         for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
             if getattr(self, option) < least:
                 raise UserError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
@@ -118,16 +110,18 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            if is_trained_here(self.tokenizer):
-                corpus = self._corpus()
-                if not corpus.train_files:
-                    raise self._no_train_files()
-                check_bytes(corpus, self.seq_len, self.train_files)
-                size = requested_vocab_size(self.tokenizer)
-                self._text_tokenizer = prepare_tokenizer(corpus, size, self.cache_dir)
-            else:
-                self._text_tokenizer = load_tokenizer(self.tokenizer)
+            trains = is_trained_here(self.tokenizer)
+            self._text_tokenizer = self._train_tokenizer() if trains else load_tokenizer(self.tokenizer)
         return self._text_tokenizer
+
+    def _train_tokenizer(self) -> TextTokenizer:
+        corpus = self._corpus()
+        if not corpus.train_files:
+            raise self._no_train_files()
+        # A token has a byte at least; too little text is refused before a tokenizer is made of it.
+        if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
+            self._check_tokens(sum(map(source_bytes, corpus.train_files)))
+        return prepare_tokenizer(corpus, requested_vocab_size(self.tokenizer), self.cache_dir)
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +140,7 @@ class TextDataModule(LightningDataModule):
         """
         if self._splits is None:
             corpus = self._corpus()
-            if not corpus.train_files and not corpus.val_files and not corpus.test_files:
+            if not corpus.sources:
                 raise self._no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
             splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, *checks)
@@ -156,7 +150,12 @@ class TextDataModule(LightningDataModule):
         return self._splits
 
     def _check_tokens(self, n_tokens: int) -> None:
-        check_length(n_tokens, self.seq_len, self.train_files)
+        if n_tokens == 0:
+            raise UserError(f"data.train_files={self.train_files} is empty; give files with text")
+        if n_tokens < self.seq_len + 1:
+            needs = f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens"
+            remedy = "lower data.seq_len or add text to data.train_files"
+            raise UserError(f"{needs}, but there are {n_tokens}; {remedy}")
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
@@ -183,14 +182,13 @@ class TextDataModule(LightningDataModule):
         # Not in prepare_data, which is not told the stage: predict needs a tokenizer and no corpus.
         if stage == "predict":
             self.all_prompts = read_prompts(self.prompts, self.prompts_file)
-            self.finished_prompts = frozenset()
+            self.finished_prompts = set()
             return
         self.prepare()
         if stage == "fit":
             if self.train_files is None:
                 raise self._no_train_files()
             self._order.start()
-            self._step_tokens = None
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
             raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
@@ -202,9 +200,11 @@ class TextDataModule(LightningDataModule):
             raise self._no_train_files()
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         start = self._order.restored.consumed_samples
-        self._training = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
-        self._order.take_epochs(self._training.epochs)
-        return self._loader(self._training, self._order.batch_numbers)
+        dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        if self.trainer is None:
+            return self._whole_loader(dataset)
+        self._order.take_epochs(dataset.epochs)
+        return self._loader(dataset, self._order.batches)
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -218,48 +218,38 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        tokenizer = self.text_tokenizer
-        share = share_of_prompts(self.all_prompts, self.finished_prompts, tokenizer, rank=rank, ranks=ranks)
-        return batch_loader([share], lambda: BatchNumbers(range(1), 1))
+        share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
+        return batch_loader(share, lambda: EpochBatches(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)
-        if split is None:
-            return []
-        dataset = self._window_batches(split)
-        return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
+        return [] if split is None else self._whole_loader(self._window_batches(split))
+
+    def _whole_loader(self, dataset: WindowBatches) -> DataLoader[TokenBatch]:
+        batches = EpochBatches(range(dataset.epochs.first_batches), dataset.epochs.epoch_batches)
+        return self._loader(dataset, lambda: batches)
 
     def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
+        global_batch = self.batch_size * ranks
+        epochs = Epochs(n_tokens=split.n_tokens, seq_len=self.seq_len, global_batch=global_batch, **order)
         return WindowBatches(
-            split,
-            seq_len=self.seq_len,
-            batch_size=self.batch_size,
+            split=split,
+            epochs=epochs,
             rank=rank,
             ranks=ranks,
             document_mask=self.document_mask,
             vocab_size=self.vocab_size,
-            **order,
         )
 
-    def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
+    def _loader(self, dataset: WindowBatches, batches: Callable[[], EpochBatches]) -> DataLoader[TokenBatch]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return batch_loader(dataset, numbers, num_workers=self.num_workers, pin_memory=on_gpu)
+        return batch_loader(dataset, batches, num_workers=self.num_workers, pin_memory=on_gpu)
 
     def _rank_and_ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else rank_and_ranks(self.trainer)
 
     # ---- the position in the training order
-
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Adds to a training batch how many targets its optimizer step scores, which no rank has to ask."""
-        if self._training is None or self.trainer is None or not self.trainer.training:
-            return batch
-        begins, rest_of_step = self._order.rest_of_step()
-        if begins or self._step_tokens is None:
-            self._step_tokens = self._training.n_targets(rest_of_step)
-        return batch._replace(step_tokens=self._step_tokens)
 
     @property
     def consumed_samples(self) -> int:
@@ -275,7 +265,7 @@ class TextDataModule(LightningDataModule):
         return {
             **self._order.position()._asdict(),
             "settings": {name: getattr(self, name) for name in SETTINGS_OF_A_RUN},
-            "tokenizer": self.text_tokenizer.to_dict(),
+            "tokenizer": self.text_tokenizer.state,
             "text": self.trained_text.described,
         }
 
@@ -287,8 +277,7 @@ class TextDataModule(LightningDataModule):
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
         elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer, whose ids "
-                "the model knows; train anew, or leave data.tokenizer and the text as they were"
-            )
+            problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
+            remedy = "train anew, or leave data.tokenizer and the text as they were"
+            raise UserError(f"{problem}, whose ids the model knows; {remedy}")
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

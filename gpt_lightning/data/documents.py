@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -53,13 +54,11 @@ def _resolve(pattern: str, option: str) -> list[str]:
     if pattern == SOURCE_NAME:
         return [SOURCE_NAME]
     path = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
-        return [path]
-    if not os.path.isdir(path) and not has_magic(path):
+    matches = [path] if os.path.exists(path) else glob(path, recursive=True)
+    if os.path.isfile(path) and not path.endswith(SUFFIXES):
+        raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
+    if not matches and not has_magic(path):
         raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
-    matches = [path] if os.path.isdir(path) else glob(path, recursive=True)
     files = sorted({file for match in matches for file in _files_under(Path(match))})
     if not files:
         raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
@@ -67,20 +66,16 @@ def _resolve(pattern: str, option: str) -> list[str]:
 
 
 def _files_under(path: Path) -> Iterator[str]:
-    if path.is_file() and path.name.endswith(SUFFIXES):
-        yield str(path)
-    elif path.is_dir():
-        for file in path.rglob("*"):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
-                yield str(file)
+    """Yields the file itself, or the files in a folder that are not hidden in it."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
+            yield str(file)
 
 
 def source_bytes(source: str) -> int:
     """Returns what the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
-    if source == SOURCE_NAME:
-        return sum(len(document) for document in python_documents())
-    return os.path.getsize(source)
+    return sum(map(len, python_documents())) if source == SOURCE_NAME else os.path.getsize(source)
 
 
 def read_pieces(
@@ -107,7 +102,7 @@ def read_pieces(
 def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
     """Regroups parts into pieces of even size, cut where it is safe; drops empty documents."""
     text, inside_document, searched = "", False, 0
-    for part in parts:
+    for part in chain(parts, [Piece("", ends_document=True)]):
         text += part.text
         start = 0
         while len(text) > (limit := max(start + _PIECE_CHARACTERS, searched)):
@@ -120,15 +115,9 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
         if start:
             text, searched = text[start:], 0
         if part.ends_document:
-            if inside_document or not _is_blank(text):
+            if inside_document or text.strip():
                 yield Piece(text, ends_document=True)
             text, inside_document, searched = "", False, 0
-    if inside_document or not _is_blank(text):
-        yield Piece(text, ends_document=True)
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _safe_cut(text: str, start: int, limit: int) -> int | None:
@@ -168,30 +157,31 @@ def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
 def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    for chunk in _chunks(path, on_bytes):
+    for chunk in chain(_chunks(path, on_bytes), [b""]):
         held_back = len(decoder.getstate()[0])
         try:
-            text = decoder.decode(chunk)
+            text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, position - held_back + error.start) from None
+            problem = f"{path} is not UTF-8 at byte {position - held_back + error.start}"
+            raise UserError(f"{problem}; convert it, e.g. with iconv -t UTF-8") from None
         yield text.removeprefix("\ufeff") if position == 0 else text
         position += len(chunk)
-    if unfinished := decoder.getstate()[0]:
-        raise _not_utf8(path, position - len(unfinished))
 
 
 def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-    position = 0
-    for number, line in enumerate(_lines(_chunks(path, on_bytes)), start=1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, position + error.start) from None
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        if not text.isspace():
-            yield Piece(_json_text(text, text_key, f"{path}, line {number}"), ends_document=True)
-        position += len(line)
+    for number, line in enumerate(_lines(_decoded(path, on_bytes)), start=1):
+        if line.strip():
+            yield Piece(_json_text(line, text_key, f"{path}, line {number}"), ends_document=True)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yields whole lines; parts of a long one wait in a list: adding up would be quadratic."""
+    waiting: list[str] = []
+    for text, ends_line in _separated(texts, "\n"):
+        waiting.append(text)
+        if ends_line:
+            yield "".join(waiting)
+            waiting = []
 
 
 def json_row(line: str, place: str) -> Any:
@@ -245,19 +235,6 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
             on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields lines with their breaks; parts of a long line wait in a list: adding up would be quadratic."""
-    waiting: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        waiting.append(first)
-        for line in others:
-            yield b"".join(waiting) + b"\n"
-            waiting = [line]
-    if last := b"".join(waiting):
-        yield last
-
-
 def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
     told = 0
@@ -291,7 +268,3 @@ def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Excep
 
 def _damaged(path: str, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
-
-
-def _not_utf8(path: str, offset: int) -> UserError:
-    return UserError(f"{path} is not UTF-8 at byte {offset}; convert it, e.g. with iconv -t UTF-8")

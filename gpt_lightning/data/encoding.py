@@ -1,7 +1,7 @@
 """Encodes pieces of documents on all cores, in order, with little text in memory at a time."""
 
 import os
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -26,18 +26,18 @@ class EncodedText(NamedTuple):
 
 
 def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer) -> Iterator[EncodedText]:
-    """Yields the text of (split, piece) in its order; all threads are busy while there is more to read."""
-    encode_batch = partial(_encode_batch, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
+    """Yields each split's text in its order; all threads are busy while there is more to read."""
+    encode = partial(_encode, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
     threads = available_cores()
-    waiting: deque[Future[list[EncodedText]]] = deque()
+    waiting: deque[Future[EncodedText]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
     try:
-        for batch in _batches(marked):
-            waiting.append(pool.submit(encode_batch, batch))
+        for split, pieces in _batches(marked):
+            waiting.append(pool.submit(encode, split, pieces))
             if len(waiting) > 2 * threads:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)  # whoever ends early does not wait for what is queued
 
@@ -46,33 +46,24 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
-    """Groups text so that a turn of a thread is worthwhile, however short the documents are."""
-    batch: list[tuple[str, Piece]] = []
-    characters = 0
-    for name, piece in marked:
-        batch.append((name, piece))
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
+    """Groups a split's text so that a turn of a thread is worthwhile, however short the documents are."""
+    batches: defaultdict[str, list[Piece]] = defaultdict(list)
+    characters: Counter[str] = Counter()
+    for split, piece in marked:
+        batches[split].append(piece)
+        characters[split] += len(piece.text)
+        if characters[split] >= _BATCH_CHARACTERS:
+            yield split, batches.pop(split)
+            characters[split] = 0
+    yield from batches.items()
 
 
-def _encode_batch(encode: Encoder, eos_token_id: int, batch: list[tuple[str, Piece]]) -> list[EncodedText]:
-    """Encodes into one text a split, however its documents take turns with those of another."""
-    pieces: dict[str, list[Piece]] = {}
-    for split, piece in batch:
-        pieces.setdefault(split, []).append(piece)
-    return [_encode_split(encode, eos_token_id, *item) for item in pieces.items()]
-
-
-def _encode_split(encode: Encoder, eos_token_id: int, split: str, pieces: list[Piece]) -> EncodedText:
+def _encode(encoder: Encoder, eos_token_id: int, split: str, pieces: list[Piece]) -> EncodedText:
     eos = np.array([eos_token_id], dtype=np.uint32)
     parts: list[NDArray[np.uint32]] = []
     document_ends, n_tokens = [], 0
-    for piece, ids in zip(pieces, encode([piece.text for piece in pieces]), strict=True):
+    for piece, ids in zip(pieces, encoder([piece.text for piece in pieces]), strict=True):
         parts.append(ids)
         n_tokens += len(ids)
         if piece.ends_document:

@@ -5,14 +5,12 @@ or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where 
 end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
 """
 
-import contextlib
-import os
 import sys
-import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +64,17 @@ class Corpus:
         """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
         if self.val_files or not self.val_fraction:
             return (("train", piece) for piece in self.read(self.train_files, on_bytes))
-        plan = plan_split(self._document_sizes(), self.val_fraction, self.seed)
-        return split_pieces(self.read(self.train_files, on_bytes), plan)
+        cuts = plan_split(self._document_sizes(), self.val_fraction, self.seed)
+        return split_pieces(self.read(self.train_files, on_bytes), cuts)
 
-    def _document_sizes(self) -> NDArray[np.uint64]:
-        sizes, size = array("Q"), 0
+    def _document_sizes(self) -> NDArray[np.int64]:
+        sizes, size = array("q"), 0
         for piece in self.read(self.train_files, lambda n_bytes: None):
             size += utf8_length(piece.text)
             if piece.ends_document:
                 sizes.append(size)
                 size = 0
-        return np.asarray(sizes, dtype=np.uint64)
+        return np.asarray(sizes)
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def prepare_tokens(
     """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
-    `check_sources` the content hashes of the training, validation and test files, before one is built.
+    `check_sources` the content hashes of `corpus.sources`, before one is built.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
 
@@ -132,24 +130,6 @@ def prepare_tokens(
         for split in splits.values():
             split.tokens, split.document_starts
     return splits
-
-
-def check_bytes(corpus: Corpus, seq_len: int, train_files: list[str] | str | None) -> None:
-    """Refuses what is too short in bytes already, before a tokenizer is trained on it."""
-    if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
-        n_bytes = sum(map(source_bytes, corpus.train_files))
-        if n_bytes < seq_len + 1:
-            check_length(n_bytes, seq_len, train_files)
-
-
-def check_length(n_tokens: int, seq_len: int, train_files: list[str] | str | None) -> None:
-    if n_tokens == 0:
-        raise UserError(f"data.train_files={train_files} is empty; give files with text")
-    if n_tokens < seq_len + 1:
-        raise UserError(
-            f"data.seq_len={seq_len} needs {seq_len + 1} training tokens, but there are {n_tokens}; lower "
-            "data.seq_len or add text to data.train_files"
-        )
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
@@ -207,33 +187,20 @@ class _SplitWriter:
         self._n_documents += len(text.document_ends)
 
     def finish(self) -> dict[str, Any]:
-        """Returns the counts of the split, once its files are on disk."""
-        for file in (self._tokens_file, self._documents_file):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        """Returns the counts of the split, once its files are written."""
+        self._tokens_file.close()
+        self._documents_file.close()
         counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
         return {"dtype": self._dtype, **counts}
 
 
-@contextlib.contextmanager
+@contextmanager
 def _progress(title: str, sources: tuple[str, ...]) -> Iterator[Callable[[int], None]]:
-    """Shows a progress bar on a terminal's stderr, for reads that take longer than a second."""
+    """Shows on a terminal's stderr how many bytes of the sources have been read, until the block ends."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=sum(map(source_bytes, sources)))
-    started = time.monotonic()
-
-    def advance(n_bytes: int) -> None:
-        bar.update(task, advance=n_bytes)
-        if not bar.live.is_started and sys.stderr.isatty() and time.monotonic() - started > 1:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+    console, is_silent = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
+        yield partial(bar.advance, bar.add_task(title, total=sum(map(source_bytes, sources))))

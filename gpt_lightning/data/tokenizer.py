@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -68,15 +69,10 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Gives whole characters: bytes that make none, as at a cut end, are left out, special tokens too."""
-        if self._decoder_types != {"ByteLevel"}:
-            fallback = ByteFallback(self._fallback_bytes)
-            certain = [index for given in ids for index in fallback.add(given)]
-            return self._tokenizer.decode(certain, skip_special_tokens=True).replace("\ufffd", "")
-        text = b"".join(self._token_bytes.get(index, b"") for index in ids)
-        return text.decode("utf-8", errors="ignore")
+        return "".join(map(self.pieces(), ids))
 
     def pieces(self) -> Callable[[int], str]:
-        """Makes a function of one id after the other, which gives together what `decode` makes of all."""
+        """Makes a function that takes one id after the other, and gives the text that is certain by then."""
         if self._decoder_types == {"ByteLevel"}:
             # DecodeStream would hold back a whole character that an unfinished one follows, for ever.
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
@@ -114,8 +110,9 @@ class TextTokenizer:
             found[index] = b"" if added.special else added.content.encode()
         return found
 
-    def to_dict(self) -> dict[str, str]:
-        """Gives plain strings that a checkpoint can hold and `from_dict` reads."""
+    @cached_property
+    def state(self) -> dict[str, str]:
+        """Holds plain strings for a checkpoint, which `from_dict` reads."""
         return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
 
     @classmethod
@@ -128,19 +125,19 @@ class TextTokenizer:
 
     def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
-        return self.from_dict, (self.to_dict(),)
+        return self.from_dict, (self.state,)
 
     @cached_property
     def fingerprint(self) -> str:
         """Is equal for equal tokenizers, also after a save and load."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.state, sort_keys=True).encode()).hexdigest()[:32]
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
-        padded = self.from_dict(self.to_dict())
+        padded = self.from_dict(self.state)
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
         padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
-        return self.from_dict(padded.to_dict())
+        return self.from_dict(padded.state)
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.
@@ -192,17 +189,18 @@ def default_vocab_size(n_bytes: int) -> int:
     return 2 ** min(15, max(9, round(math.log2(max(1, n_bytes) / 1000))))
 
 
-def load_tokenizer(name: str, option: str = "data.tokenizer") -> TextTokenizer:
+def load_tokenizer(name: str) -> TextTokenizer:
     """Opens `bytes`, a folder, or a name on the Hugging Face hub; code in either never runs."""
+    option = f"data.tokenizer={name}"
     if name == "bytes":
         vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
         return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return load_tokenizer_folder(Path(folder), f"{option}={name}")
+        return load_tokenizer_folder(Path(folder), option)
     if not is_hub_name(name):
-        raise UserError(f"{option}={name} is not a folder; give the folder that holds tokenizer.json")
-    return _from_transformers(name, f"{option}={name}", local_files_only=False)
+        raise UserError(f"{option} is not a folder; give the folder that holds tokenizer.json")
+    return _ending(*_from_transformers(name, option), option)
 
 
 def is_hub_name(name: str) -> bool:
@@ -215,35 +213,45 @@ def is_hub_name(name: str) -> bool:
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
     """Opens a folder, called `option` in complaints; its model's `eos_token_id` is taken if it names none."""
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif _is_plain_bpe(folder):
-            vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-            tokenizer = _byte_level(models.BPE.from_file(vocabulary, merges))
-        else:
-            tokenizer = None
-        named = _named_eos(folder)
+        named, tokenizer = _named_eos(folder), _from_tokenizers(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
-    if named is not None:
-        eos_token_id = None
     if tokenizer is None:
-        return _from_transformers(str(folder), option, local_files_only=True, eos_token_id=eos_token_id)
-    usual = (token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None)
-    return _ending(tokenizer, named or _token(tokenizer, eos_token_id) or next(usual, None), option)
+        tokenizer, usual = _from_transformers(str(folder), option)
+    else:
+        usual = next((token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None), None)
+    of_model = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
+    return _ending(tokenizer, named or of_model or usual, option)
 
 
-def _is_plain_bpe(folder: Path) -> bool:
-    """Tells whether vocab.json and merges.txt are all there is to it, as for GPT-2's own."""
-    path = folder / "tokenizer_config.json"
-    options = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changes = options.get("added_tokens_decoder") or options.get("add_prefix_space")
+def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
+    """Takes the token that ends documents, which there must be."""
+    if eos_token is None:
+        raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+    return TextTokenizer(tokenizer, eos_token)
+
+
+def _named_eos(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (token := _options(folder / name).get("eos_token")) is not None:
+            return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def _options(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _from_tokenizers(folder: Path) -> Tokenizer | None:
+    """Reads tokenizer.json, or vocab.json and merges.txt where they are all there is, as for GPT-2's own."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
-    return not changes and "added_tokens.json" not in present and present >= {"vocab.json", "merges.txt"}
-
-
-def _token(tokenizer: Tokenizer, index: int | None) -> str | None:
-    return None if index is None else tokenizer.id_to_token(index)
+    if "tokenizer.json" in present:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    options = _options(folder / "tokenizer_config.json")
+    is_changed = options.get("added_tokens_decoder") or options.get("add_prefix_space")
+    if is_changed or "added_tokens.json" in present or not present >= {"vocab.json", "merges.txt"}:
+        return None
+    return _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -253,39 +261,19 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _named_eos(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-            if token is not None:
-                return token["content"] if isinstance(token, dict) else token
-    return None
-
-
-def _from_transformers(
-    name: str, option: str, *, local_files_only: bool, eos_token_id: int | None = None
-) -> TextTokenizer:
+def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:
+    """Loads a folder of another form, or a name on the hub, with the token that it says ends a text."""
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
-        local = local_files_only or not hub_is_reachable()
-        loaded = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=local, use_fast=True
-        )
+        local = os.path.isdir(name) or not hub_is_reachable()
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
         remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
         raise UserError(f"{option} cannot be loaded ({first_line(error)}); {remedy}") from None
     if not loaded.is_fast:
         raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
-    eos_token = _token(loaded.backend_tokenizer, eos_token_id) or loaded.eos_token
-    return _ending(loaded.backend_tokenizer, eos_token, option)
-
-
-def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
-    """Takes the token that ends documents, which there must be."""
-    if eos_token is None:
-        raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(tokenizer, eos_token)
+    return loaded.backend_tokenizer, loaded.eos_token
 
 
 def hub_is_reachable() -> bool:

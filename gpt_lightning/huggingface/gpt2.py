@@ -24,6 +24,17 @@ _log = logging.getLogger("gpt_lightning")
 ACTIVATION_FROM_GPT2 = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 ACTIVATION_TO_GPT2 = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 
+OPTIONS = {  # ours -> GPT-2's
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_positions",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "d_model": "n_embd",
+    "d_ff": "n_inner",
+    "tie_embeddings": "tie_word_embeddings",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 ATTENTION = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what ours does
 
 BLOCK_LAYERS = {  # ours -> GPT-2's
@@ -39,53 +50,27 @@ MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
     """Returns our configuration of the same network; raises UserError where ours cannot be the same."""
-    if hf_config.activation_function not in ACTIVATION_FROM_GPT2:
-        raise UserError(
-            f"activation_function={hf_config.activation_function!r} of the Hugging Face model is not known "
-            f"to GPTModel; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}"
-        )
+    if (activation := hf_config.activation_function) not in ACTIVATION_FROM_GPT2:
+        problem = f"activation_function={activation!r} of the Hugging Face model is not known to GPTModel"
+        raise UserError(f"{problem}; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}")
     for name, needed in ATTENTION.items():
         if getattr(hf_config, name) is not needed:
-            raise UserError(
-                f"{name}={not needed} of the Hugging Face model changes its attention; "
-                f"import a model with {name}={needed}"
-            )
-    config = GPTConfig(
-        vocab_size=hf_config.vocab_size,
-        max_position_embeddings=hf_config.n_positions,
-        n_layers=hf_config.n_layer,
-        n_heads=hf_config.n_head,
-        d_model=hf_config.n_embd,
-        d_ff=hf_config.n_inner,
-        dropout=float(hf_config.resid_pdrop),
-        activation=ACTIVATION_FROM_GPT2[hf_config.activation_function],
-        bias=True,
-        tie_embeddings=hf_config.tie_word_embeddings,
-        layer_norm_eps=hf_config.layer_norm_epsilon,
-    )
-    dropouts = {name: getattr(hf_config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+            problem = f"{name}={not needed} of the Hugging Face model changes its attention"
+            raise UserError(f"{problem}; import a model with {name}={needed}")
+    dropouts = {name: getattr(hf_config, name) for name in DROPOUTS}
+    dropout = float(hf_config.resid_pdrop)
     if len(set(dropouts.values())) > 1:
         listing = ", ".join(f"{name}={value}" for name, value in dropouts.items())
-        _log.warning("%s become one dropout=%s", listing, config.dropout)
-    return config
+        _log.warning("%s become one dropout=%s", listing, dropout)
+    options = {ours: getattr(hf_config, theirs) for ours, theirs in OPTIONS.items()}
+    return GPTConfig(**options, dropout=dropout, activation=ACTIVATION_FROM_GPT2[activation], bias=True)
 
 
 def config_to_gpt2(config: GPTConfig) -> dict[str, Any]:
     """Returns keyword arguments for transformers' GPT2Config; its special tokens are the caller's to add."""
-    return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_position_embeddings,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_embd": config.d_model,
-        "n_inner": config.d_ff,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "activation_function": ACTIVATION_TO_GPT2[config.activation],
-        "tie_word_embeddings": config.tie_embeddings,
-        "layer_norm_epsilon": config.layer_norm_eps,
-    }
+    options = {theirs: getattr(config, ours) for ours, theirs in OPTIONS.items()}
+    activation = ACTIVATION_TO_GPT2[config.activation]
+    return {**options, **dict.fromkeys(DROPOUTS, config.dropout), "activation_function": activation}
 
 
 def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -94,10 +79,8 @@ def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> di
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
     if config.tie_embeddings and "wte.weight" in theirs:
         if not torch.equal(theirs.setdefault("lm_head.weight", theirs["wte.weight"]), theirs["wte.weight"]):
-            raise UserError(
-                "tie_word_embeddings=True, but lm_head.weight differs from wte.weight; "
-                "set it to false in config.json"
-            )
+            problem = "tie_word_embeddings=True, but lm_head.weight differs from wte.weight"
+            raise UserError(f"{problem}; set it to false in config.json")
     names = _gpt2_names(config)
     if missing := sorted(set(names.values()) - theirs.keys()):
         raise UserError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")
@@ -110,13 +93,12 @@ def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict
     """Makes GPT2LMHeadModel's weights of GPTModel's; GPT-2 has all biases, so missing ones become zeros."""
     converted = {}
     for our_name, name in _gpt2_names(config).items():
-        prefix = "" if name == "lm_head.weight" else "transformer."
-        if our_name in state_dict:
-            converted[prefix + name] = _to_gpt2(our_name, state_dict[our_name], config)
-        else:
-            assert our_name.endswith(".bias") and not config.bias, our_name
+        if our_name.endswith(".bias") and not config.bias:
             weight = state_dict[our_name.removesuffix("bias") + "weight"]
-            converted[prefix + name] = weight.new_zeros(weight.shape[0])
+            theirs = weight.new_zeros(weight.shape[0])
+        else:
+            theirs = _to_gpt2(our_name, state_dict[our_name], config)
+        converted[name if name == "lm_head.weight" else f"transformer.{name}"] = theirs
     return converted
 
 

@@ -36,6 +36,7 @@ from gpt_lightning.huggingface.gpt2 import (
 )
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
 
 _log = logging.getLogger("gpt_lightning")
 
@@ -45,11 +46,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
 )
-WEIGHT_FILES = {  # of each form, the names to fetch
-    SAFETENSORS: (SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"),
-    BIN: (BIN, BIN + INDEX, "pytorch_model-*.bin"),
-}
-BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
+FORMS = (SAFETENSORS, BIN)  # of the weights, in one file or in parts that an index lists
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
 
 
@@ -66,7 +63,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     # As data.tokenizer, the bare name would mean one of ours.
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
-    data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
+    data = {"settings": settings, "tokenizer": tokenizer.state, "text": {}}
     position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     return {
         "epoch": 0,
@@ -99,24 +96,18 @@ def _download(name: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
-    others = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
-        for form, files in WEIGHT_FILES.items():
-            patterns = [*others, *files]
+        for form in FORMS:
+            weights = [f"{form}*", "-*.".join(form.split("."))]
+            patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *weights]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
-            if _has(folder, form):
+            if any(folder.glob(f"{form}*")):
                 break
         return folder
     except Exception as error:  # network, hub and cache each raise their own kinds
         reason = first_line(error)[:160] if reachable else "it cannot be reached"
-        raise UserError(
-            f"{option}={name} is no folder here, and cannot be had from the hub ({reason}); check the name, "
-            "or give a folder"
-        ) from None
-
-
-def _has(folder: Path, form: str) -> bool:
-    return (folder / form).is_file() or (folder / (form + INDEX)).is_file()
+        problem = f"{option}={name} is no folder here, and cannot be had from the hub ({reason})"
+        raise UserError(f"{problem}; check the name, or give a folder") from None
 
 
 # ---- what
@@ -134,14 +125,12 @@ def _read_config(folder: Path) -> GPTConfig:
         # The others, of which some cost memory or make noise, have no meaning here.
         known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
         options = {key: value for key, value in stored.items() if key in known}
-        theirs = GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None})
+        return config_from_gpt2(GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None}))
+    except UserError:
+        raise
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
         raise UserError(f"{CONFIG} is no GPT-2's ({reason}); mend it") from None
-    try:
-        return config_from_gpt2(theirs)
-    except OverflowError as error:
-        raise UserError(f"{CONFIG} is no GPT-2's ({error}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
@@ -150,23 +139,18 @@ def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
     eos_token_id = _stored_eos(folder, config)
     tokenizer = load_tokenizer_folder(folder, "its tokenizer", eos_token_id)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"its tokenizer has {tokenizer.vocab_size} ids, and its model knows "
-            f"{config.vocab_size} (vocab_size); give the model with its own tokenizer"
-        )
+        ids = f"{tokenizer.vocab_size} ids, and its model knows {config.vocab_size} (vocab_size)"
+        raise UserError(f"its tokenizer has {ids}; give the model with its own tokenizer")
     if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
-        _log.warning(
-            "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept",
-            *(folder, eos_token_id, tokenizer.eos_token_id),
-        )
+        message = "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept"
+        _log.warning(message, folder, eos_token_id, tokenizer.eos_token_id)
     return tokenizer
 
 
 def _stored_eos(folder: Path, config: GPTConfig) -> int | None:
     """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
-    for name in (CONFIG, GENERATION_CONFIG):
-        stored = _read_json(folder / name) if (folder / name).is_file() else {}
-        index = stored.get("eos_token_id")
+    for path in (folder / CONFIG, folder / GENERATION_CONFIG):
+        index = _read_json(path).get("eos_token_id") if path.is_file() else None
         if type(index) is int and 0 <= index < config.vocab_size:
             return index
     return None
@@ -177,10 +161,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from huggingface_hub import load_state_dict_from_file
 
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        path = folder / file
+    for path in _weight_files(folder):
         if not path.is_file():
-            raise UserError(f"it lacks {file}, a part of its weights; fetch it again")
+            raise UserError(f"it lacks {path.name}, a part of its weights; fetch it again")
         try:
             # `weights_only` is said outright: left out, an environment variable could turn it off.
             is_zip = zipfile.is_zipfile(path)
@@ -189,23 +172,24 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
             reason = first_line(error)[:160]
-            raise UserError(f"{file} cannot be read as weights ({reason}); fetch it again") from None
+            raise UserError(f"{path.name} cannot be read as weights ({reason}); fetch it again") from None
         weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names the files that the weights are in, all of one form."""
-    form = next((form for form in WEIGHT_FILES if _has(folder, form)), None)
-    if form is None:
+def _weight_files(folder: Path) -> list[Path]:
+    """Lists the files that the weights are in, all of one form."""
+    entries = (folder / name for form in FORMS for name in (form, form + INDEX))
+    entry = next((path for path in entries if path.is_file()), None)
+    if entry is None:
         raise UserError(f"it holds no weights; give a folder with {SAFETENSORS} or {BIN}")
-    if (folder / form).is_file():
-        return [form]
-    files = _read_json(folder / (form + INDEX)).get("weight_map")
+    if entry.name in FORMS:
+        return [entry]
+    files = _read_json(entry).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{form + INDEX} lists no files beside it; fetch it again")
-    return names
+        raise UserError(f"{entry.name} lists no files beside it; fetch it again")
+    return [folder / name for name in names]
 
 
 def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -225,11 +209,11 @@ def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
     # Before a model is built: a wrong number could be one of thousands of millions.
-    blocks = {match[1] for name in theirs if (match := BLOCK.match(name))}
+    blocks = {match[1] for name in theirs if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
     if len(blocks) != config.n_layers:
         raise UserError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
         raise UserError(f"{CONFIG} gives sizes of no weights ({first_line(error)[:160]}); mend it") from None

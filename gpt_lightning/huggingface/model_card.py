@@ -4,11 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
-from gpt_lightning.model.gpt import GPTModel
 
 HEADER = """---
 library_name: transformers
@@ -31,8 +28,8 @@ print(pipeline("text-generation", model="{name}")("The")[0]["generated_text"])
 
 def model_card(checkpoint: Checkpoint, name: str) -> str:
     name = _in_a_line(name)
-    with torch.device("meta"):
-        n_parameters = sum(parameter.numel() for parameter in GPTModel(checkpoint.config).parameters())
+    head = "lm_head.weight" if checkpoint.config.tie_embeddings else None
+    n_parameters = sum(weight.numel() for key, weight in checkpoint.weights.items() if key != head)
     architecture = f"A language model of GPT-2's architecture with {n_parameters:,} parameters"
     parts = (
         HEADER,
@@ -48,7 +45,7 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
 def _data(checkpoint: Checkpoint) -> dict[str, str]:
     n_ids = checkpoint.tokenizer.vocab_size
     state = checkpoint.contents[DATA_KEY]
-    text, settings = _mapping(state.get("text")), _mapping(state.get("settings"))
+    text, settings = _mapping(state.get("text")), state["settings"]
     train, held_out = _file_names(text.get("train_files")), _file_names(text.get("val_files"))
     if not held_out and train and "val_fraction" in settings:
         held_out = f"{settings['val_fraction']} of it, held out before anything was cut into windows"
@@ -67,9 +64,8 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
         "architecture": _options(vars(checkpoint.config)),
     }
     if not checkpoint.step:
-        return {**recipe, "training": "none since"}
-    return {
-        **recipe,
+        return recipe | {"training": "none since"}
+    return recipe | {
         "AdamW": _options(_mapping(chosen.get("optimizer"))),
         "learning rate over time": _options(_mapping(chosen.get("schedule"))),
         "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
@@ -78,7 +74,7 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _tokens_seen(checkpoint: Checkpoint) -> str:
     state = checkpoint.contents[DATA_KEY]
-    windows, seq_len = state.get("consumed_samples"), _mapping(state.get("settings")).get("seq_len")
+    windows, seq_len = state.get("consumed_samples"), state["settings"].get("seq_len")
     if type(windows) is not int or type(seq_len) is not int:
         return ""
     return f", {windows:,} windows of {seq_len:,} tokens ({windows * seq_len:,} tokens)"
@@ -105,7 +101,7 @@ def _as_list(entries: Mapping[str, str]) -> str:
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_in_a_line(name)} {_in_a_line(value)}" for name, value in options.items())
+    return _in_a_line(", ".join(f"{name} {value}" for name, value in options.items()))
 
 
 def _file_names(files: Any) -> str:

@@ -8,8 +8,11 @@ from gpt_lightning.data.split import plan_split, split_pieces
 
 
 def held_out(sizes: list[int], val_fraction: float, seed: int = 0) -> list[int] | None:
-    mask = plan_split(np.array(sizes, dtype=np.uint64), val_fraction, seed).held_out
-    return None if mask is None else np.flatnonzero(mask).tolist()
+    """Which documents are held out whole; None where each is cut."""
+    cuts = plan_split(np.array(sizes, dtype=np.int64), val_fraction, seed)
+    if ((cuts > 0) & (cuts < sizes)).any():
+        return None
+    return np.flatnonzero(cuts == 0).tolist()
 
 
 def split(pieces: list[Piece], val_fraction: float, seed: int = 0) -> dict[str, list[str]]:
@@ -22,7 +25,7 @@ def split(pieces: list[Piece], val_fraction: float, seed: int = 0) -> dict[str, 
             size = 0
     sides: dict[str, list[str]] = {"train": [], "val": []}
     unfinished = {"train": "", "val": ""}
-    for name, piece in split_pieces(pieces, plan_split(np.array(sizes, dtype=np.uint64), val_fraction, seed)):
+    for name, piece in split_pieces(pieces, plan_split(np.array(sizes, dtype=np.int64), val_fraction, seed)):
         unfinished[name] += piece.text
         if piece.ends_document:
             sides[name].append(unfinished[name])
