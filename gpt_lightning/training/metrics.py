@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from gpt_lightning.training.trainer import loggers_may_fail
+
 
 @dataclass(eq=False)
 class OptimizerStep:
@@ -19,8 +21,6 @@ class OptimizerStep:
     nlls: list[Tensor] = field(default_factory=list)
     sample_ids: list[Tensor] = field(default_factory=list)
     tokens: int = 0
-
-from gpt_lightning.training.trainer import loggers_may_fail
 
 
 class StepRow:
