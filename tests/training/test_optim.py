@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
+    build_schedule,
     learning_rate_factor,
     parameter_groups,
 )
@@ -64,3 +66,18 @@ def test_bad_settings_name_option_and_value(make: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()  # type: ignore[operator]
     assert message in str(error.value)
+
+
+def test_settings_at_their_bounds_are_taken() -> None:
+    OptimizerConfig(learning_rate=1e-30, weight_decay=0.0, betas=(0.0, 0.0))
+    for ratio in (0.0, 1.0):
+        ScheduleConfig(warmup_steps=0, min_lr_ratio=ratio)
+
+
+def test_a_warm_up_that_never_ends_is_told() -> None:
+    optimizer = build_optimizer(torch.nn.Linear(2, 1), OptimizerConfig())
+    with pytest.warns(UserWarning, match="warmup_steps=5 is not below the 5 steps"):
+        build_schedule(optimizer, ScheduleConfig(warmup_steps=5), horizon=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_schedule(optimizer, ScheduleConfig(warmup_steps=5), horizon=6)
