@@ -175,6 +175,12 @@ class GPTLightningModule(LightningModule):
     # Validation and test
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self.held_out_loss = TokenLoss()  # an interrupted evaluation may have left sums
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.held_out_loss.update(self._nll(batch), _scored_tokens(batch))
 
@@ -193,8 +199,7 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
-        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
-        loss = held_out.compute(self.trainer.strategy)
+        loss = self.held_out_loss.compute(self.trainer.strategy)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             limit = self.trainer.limit_val_batches
             whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch

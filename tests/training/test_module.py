@@ -208,6 +208,27 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run(corpus: Path, tmp_p
     assert recorder.logged[0]["train/loss"] == pytest.approx(float(loss), abs=1e-5)
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_interrupted_evaluation_leaves_nothing_for_the_next(
+    corpus: Path, tmp_path: Path, verb: str
+) -> None:
+    other = tmp_path / corpus.with_stem("other").name
+    other.write_bytes(corpus.read_bytes())
+    module, datamodule = build(corpus, tmp_path / "cache", test_files=[str(other)])
+
+    class Interrupts(pl.Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise OSError("in the middle of an evaluation")
+
+        on_test_batch_end = on_validation_batch_end
+
+    (whole,) = getattr(trainer(tmp_path), verb)(module, datamodule, verbose=False)
+    with pytest.raises(OSError, match="in the middle"):
+        getattr(trainer(tmp_path, callbacks=[Interrupts()]), verb)(module, datamodule, verbose=False)
+    (again,) = getattr(trainer(tmp_path), verb)(module, datamodule, verbose=False)
+    assert again == whole
+
+
 def test_batches_that_do_not_say_what_their_step_scores_weigh_alike(tmp_path: Path) -> None:
     """With a loader of one's own: the gradient is that of the mean of their means, as Lightning has it."""
     ids = torch.arange(16).view(2, 8)
