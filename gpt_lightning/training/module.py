@@ -117,7 +117,8 @@ class GPTLightningModule(LightningModule):
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
         if batch.step_tokens is not None:
-            self.step.tokens, share = batch.step_tokens, batch.step_tokens / parts
+            # An epoch's last batches may be of padding alone, and limit_train_batches a step of nothing else.
+            self.step.tokens, share = batch.step_tokens, max(1, batch.step_tokens) / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
             share = max(1, int(_scored_tokens(batch)))
             self.step.tokens += self._replicas * share
