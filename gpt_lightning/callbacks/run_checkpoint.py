@@ -25,9 +25,9 @@ class RunCheckpoint(ModelCheckpoint):
     """Saves as ModelCheckpoint does, and a `last.ckpt` that does not depend on the monitored metric.
 
     The best `save_top_k` checkpoints are judged right after each validation. `last.ckpt` is written then too,
-    every `every_n_train_steps` steps, every `train_time_interval`, and when training ends. Lightning's own
-    class judges by the previous validation's value when asked to save every N steps, and leaves `last.ckpt`
-    behind when nothing was good enough.
+    every `every_n_train_steps` steps, every `train_time_interval`, and when training ends; in a run without
+    validations that is when the best are judged. Lightning's own class judges by the previous validation's
+    value when asked to save every N steps, and leaves `last.ckpt` behind when nothing was good enough.
 
     Training goes on while a file is written, from a copy in host memory; the next save waits for it. A
     checkpoint is removed after those that replace it are safe.
@@ -127,12 +127,14 @@ class RunCheckpoint(ModelCheckpoint):
             return
         self._seen_step = trainer.global_step
         if self._is_due(trainer):
-            self._save(trainer, judge=self.monitor is None)
+            # The default metric, which is logged by validations alone, may be missing where there are none.
+            is_fresh = not _validates(trainer) and self.monitor in trainer.callback_metrics
+            self._save(trainer, judge=self.monitor is None or is_fresh)
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if not trainer.enable_validation or not sum(trainer.num_val_batches):
+        if not _validates(trainer):
             # Nothing else would save before the end of training. Not when the epoch has ended: resumed from
             # there, Lightning would end it a second time.
             due = due or is_end_of_epoch(trainer)
@@ -239,6 +241,11 @@ class RunCheckpoint(ModelCheckpoint):
             "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
         }
         super().load_state_dict({**state_dict, **state})
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Tells whether the run has validations, which judge by themselves."""
+    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

@@ -156,6 +156,20 @@ class Engine:
             self._admit()
         if not self._rows:
             return []
+        try:
+            chosen = self._choose()
+        except BaseException:
+            for row in self._rows:  # the cache may hold tokens in some layers, or one that chose nothing
+                row.n_steps_left = 0
+            raise
+        steps = [self._extend(row, numbers) for row, numbers in zip(self._rows, chosen.tolist())]
+        for place in reversed(range(len(steps))):
+            if steps[place].completion is not None:
+                self._release(place)
+        return steps
+
+    def _choose(self) -> Tensor:
+        """Returns the sampler's numbers for each row, from one pass over their last tokens."""
         if not all(row.n_steps_left for row in self._rows):
             self._fill()
         last = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)  # [B, 1]
@@ -163,13 +177,7 @@ class Engine:
         logits = self._model.lm_head(hidden).float()  # [B, V]
         texts, uniforms = [row.tokens for row in self._rows], [next(row.uniforms) for row in self._rows]
         chosen = self._sampler.choose(logits, texts, uniforms)
-        if self._broadcast is not None:
-            chosen = self._broadcast(chosen)
-        steps = [self._extend(row, numbers) for row, numbers in zip(self._rows, chosen.tolist())]
-        for place in reversed(range(len(steps))):
-            if steps[place].completion is not None:
-                self._release(place)
-        return steps
+        return chosen if self._broadcast is None else self._broadcast(chosen)
 
     def _admit(self) -> None:
         """Gives free rows to requests that wait; a greater cache where they need it, which all enter anew."""

@@ -142,8 +142,8 @@ class RankWatch:
             if self._left.is_set():
                 return
             self._left.set()
+        self._thread.join()  # which else could write its former word over this one
         self._say("left")
-        self._thread.join()
         for reader in self._readers.values():
             reader.join(PATIENCE_SECONDS)
         if self._store is not None:
@@ -167,14 +167,17 @@ class RankWatch:
             now = time.monotonic()
             self._clock += min(now - last, 2 * TICK_SECONDS)
             last = now
-            self._say(self._word)
+            self._beat()
             if (lost := self._find_lost()) is not None:
                 self._end(lost)
 
     def _say(self, word: str) -> None:
         self._word = word
+        self._beat()
+
+    def _beat(self) -> None:
         if self._file is not None:
-            self._file.write(word)
+            self._file.write(self._word)
 
     def _find_lost(self) -> Lost | None:
         children = self._children()

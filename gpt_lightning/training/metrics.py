@@ -30,8 +30,8 @@ class StepRow:
     a step that ends the run. `is_shared` tells that a callback adds to what the module adds, and writes then.
     """
 
-    def __init__(self, is_shared: bool = False) -> None:
-        self.is_shared = is_shared
+    def __init__(self) -> None:
+        self.is_shared = False
         self._numbers: dict[str, float] = {}
 
     def add(

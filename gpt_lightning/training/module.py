@@ -117,7 +117,8 @@ class GPTLightningModule(LightningModule):
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
         if batch.step_tokens is not None:
-            self.step.tokens, share = batch.step_tokens, batch.step_tokens / parts
+            # An epoch's last batches may be of padding alone, and limit_train_batches a step of nothing else.
+            self.step.tokens, share = batch.step_tokens, max(1, batch.step_tokens) / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
             share = max(1, int(_scored_tokens(batch)))
             self.step.tokens += self._replicas * share
@@ -175,6 +176,12 @@ class GPTLightningModule(LightningModule):
     # Validation and test
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self.held_out_loss = TokenLoss()  # an interrupted evaluation may have left sums
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.held_out_loss.update(self._nll(batch), _scored_tokens(batch))
 
@@ -193,8 +200,7 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
-        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
-        loss = held_out.compute(self.trainer.strategy)
+        loss = self.held_out_loss.compute(self.trainer.strategy)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             limit = self.trainer.limit_val_batches
             whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch

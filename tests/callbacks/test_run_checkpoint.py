@@ -91,6 +91,15 @@ def test_it_is_judged_once_where_an_epoch_ends_with_a_validation(tmp_path: Path)
     assert [step_of(path) for path in sorted(tmp_path.glob("step*.ckpt"))] == [6, 9]
 
 
+def test_without_validations_the_best_are_judged_at_each_save(tmp_path: Path) -> None:
+    """The loss of training goes down with every step, so that the last saves are the best."""
+    settings = {"limit_val_batches": 0, "limit_train_batches": 2, "log_every_n_steps": 1}
+    callback = fit(tmp_path, [], max_steps=7, trainer=settings, monitor="loss", save_top_k=3)
+    assert names_in(tmp_path) == ["last.ckpt", "step000004.ckpt", "step000006.ckpt", "step000007.ckpt"]
+    assert [step_of(path) for path in sorted(tmp_path.glob("step*.ckpt"))] == [4, 6, 7]
+    assert Path(callback.best_model_path).name == "step000007.ckpt"
+
+
 def test_last_is_the_newest_when_nothing_improves(tmp_path: Path) -> None:
     fit(tmp_path, [1.0, 2.0, 3.0, float("nan")])
     assert step_of(tmp_path / "last.ckpt") == 8

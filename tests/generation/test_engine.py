@@ -230,25 +230,28 @@ def test_errors_name_value_rule_and_remedy(
         call(model)
 
 
+@pytest.mark.parametrize("name", ["blocks.1", "ln_f", "lm_head"])
 @pytest.mark.parametrize("n_before", [0, 2])
-def test_a_step_that_failed_is_taken_again_as_if_it_had_not(n_before: int) -> None:
+def test_a_step_that_failed_is_taken_again_as_if_it_had_not(n_before: int, name: str) -> None:
     """Such as one without enough memory: of its token some layers hold keys and values, others do not."""
     model = make_model()
     prompt = [1, 2, 3]
-    settings = GenerationConfig(max_new_tokens=8, do_sample=False)
-    expected = generate(model, [prompt], settings, eos_token_id=None)[0].token_ids
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, logprobs=True)
+    expected = generate(model, [prompt], settings, eos_token_id=None)[0]
     engine = Engine(model, settings, eos_token_id=None)
     engine.add(Request(prompt, 0, 0))
     steps = [step for _ in range(n_before) for step in engine.step()]
-    forward = model.blocks[1].forward
+    layer = model.get_submodule(name)
+    forward = layer.forward
 
     def fail(*args: object) -> None:
         raise MemoryError
 
-    model.blocks[1].forward = fail  # type: ignore[method-assign, assignment]
+    layer.forward = fail
     with pytest.raises(MemoryError):
         engine.step()
-    model.blocks[1].forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     while not steps or steps[-1].completion is None:
         steps += engine.step()
-    assert [step.token_id for step in steps] == expected
+    assert [step.token_id for step in steps] == expected.token_ids
+    assert [step.logprob for step in steps] == pytest.approx(expected.logprobs, abs=1e-5)

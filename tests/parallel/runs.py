@@ -170,9 +170,9 @@ def validate(run: Run, corpus: Path) -> dict[str, float]:
     """Runs in a rank: loss, perplexity and the number of held-out tokens of a model that nobody trained."""
     module, datamodule = build(corpus, run)
     trainer = trainer_of(replace(run, trainer={"limit_val_batches": 1.0}), corpus.parent, Recorder(None))
-    held_out = module.held_out_loss
     (metrics,) = trainer.validate(module, datamodule, verbose=False)
-    return {**metrics, "tokens": int(held_out.tokens), "in the split": datamodule.split_counts("val")[0]}
+    tokens = int(module.held_out_loss.tokens)
+    return {**metrics, "tokens": tokens, "in the split": datamodule.split_counts("val")[0]}
 
 
 def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:

@@ -239,6 +239,27 @@ def test_leaving_in_order_judges_nobody(ranks: Ranks, world_size: int, n_nodes: 
     assert not ranks.lines()
 
 
+def test_the_last_word_of_who_leaves_is_not_overwritten(tmp_path: Path) -> None:
+    """By the thread, which may be about to write what the rank has said before."""
+    watch, file = RankWatch(1, 2, 1, TIMEOUT), MachineFile(tmp_path / "machine", 1, 1)
+    write, is_writing, may_write = file.write, threading.Event(), threading.Event()
+
+    def write_late(word: str) -> None:
+        if threading.current_thread() is watch._thread:
+            is_writing.set()
+            may_write.wait(TICK_SECONDS)
+        write(word)
+        if word == "left":
+            may_write.set()
+
+    setattr(file, "write", write_late)
+    watch._file = file
+    watch.start()
+    assert is_writing.wait(DEADLINE_SECONDS)
+    watch.leave()
+    assert [sign.word for sign in MachineFile(tmp_path / "machine", 0, 0).signs()] == ["left"]
+
+
 def watch_a_child(rank: int, watch: RankWatch) -> None:
     """In place of the harness's watch: rank 0 of 2 as Lightning's launcher has it, with a child process."""
     watch.leave()

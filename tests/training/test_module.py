@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 
+from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
@@ -206,6 +207,45 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run(corpus: Path, tmp_p
         parameter.data.copy_(value)
     loss = module.model(recorder.batches[0].input_ids, recorder.batches[0].targets).loss
     assert recorder.logged[0]["train/loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_a_step_that_scores_nothing_has_no_gradient(tmp_path: Path) -> None:
+    """Of six batches for five windows the last is empty, and in epochs of three it is a step of its own."""
+    (tmp_path / "text.txt").write_text("abcdefghijklm" * 3)  # 40 tokens with the eos
+    datamodule = TextDataModule(
+        train_files=str(tmp_path / "text.txt"),
+        tokenizer="bytes",
+        seq_len=8,
+        batch_size=1,
+        val_fraction=0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    module = GPTLightningModule(GPTConfig(datamodule.vocab_size, 8, n_layers=1, n_heads=1, d_model=4))
+    limits = {"max_epochs": 4, "max_steps": -1, "limit_train_batches": 3, "accumulate_grad_batches": 2}
+    trainer(tmp_path, callbacks=[FiniteGuard()], **limits).fit(module, datamodule)
+    assert module.trained_tokens == 2 * 40
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_interrupted_evaluation_leaves_nothing_for_the_next(
+    corpus: Path, tmp_path: Path, verb: str
+) -> None:
+    other = tmp_path / corpus.with_stem("other").name
+    other.write_bytes(corpus.read_bytes())
+    module, datamodule = build(corpus, tmp_path / "cache", test_files=[str(other)])
+
+    class Interrupts(pl.Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise OSError("in the middle of an evaluation")
+
+        on_test_batch_end = on_validation_batch_end
+
+    (whole,) = getattr(trainer(tmp_path), verb)(module, datamodule, verbose=False)
+    with pytest.raises(OSError, match="in the middle"):
+        getattr(trainer(tmp_path, callbacks=[Interrupts()]), verb)(module, datamodule, verbose=False)
+    (again,) = getattr(trainer(tmp_path), verb)(module, datamodule, verbose=False)
+    assert again == whole
 
 
 def test_batches_that_do_not_say_what_their_step_scores_weigh_alike(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ BESIDE = {
     "checkpoint": {"_PATH"},
     "parallel": {"_layer_sync", "_timeout", "_ddp_kwargs"},
     "callbacks": {"_save_topk_checkpoint", "_monitor_candidates"},
-    "training": {"_trainer", "_defaults"},  # the latter a Metric's
+    "training": {"_trainer"},
     "cli": {"_actions", "_action_groups"},  # of argparse
 }
 # What a subclass outside of HOME overrides or calls, for which Lightning has no public name.
