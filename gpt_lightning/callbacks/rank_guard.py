@@ -31,9 +31,9 @@ class RankGuard(Callback):
             self.watch = self._start(trainer)
 
     def _start(self, trainer: Trainer) -> RankWatch:
-        ranks = trainer.global_rank, trainer.world_size, trainer.num_nodes
+        place = trainer.global_rank, trainer.world_size, trainer.local_rank, trainer.node_rank
         timeout = timeout_of(trainer) or default_pg_timeout
-        watch = RankWatch(*ranks, timeout, lambda: started_ranks(trainer), _parent(trainer))
+        watch = RankWatch(*place, timeout, lambda: started_ranks(trainer), _parent(trainer))
         watch.before_exit = lambda: self._finish(trainer)
         watch.start()
         return watch

@@ -31,10 +31,10 @@ class Sign(NamedTuple):
 class MachineFile:
     """Holds a record of each rank of a machine, which the rank writes and locks until its process ends."""
 
-    def __init__(self, path: Path, rank: int, local_rank: int) -> None:
-        self._first_rank, self._beats = rank - local_rank, 0
+    def __init__(self, path: Path, rank: int, ranks: list[int]) -> None:
+        self._ranks, self._beats = ranks, 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._offset = local_rank * RECORD_BYTES
+        self._offset = ranks.index(rank) * RECORD_BYTES
         os.lseek(self._file, self._offset, os.SEEK_SET)
         os.lockf(self._file, os.F_LOCK, RECORD_BYTES)  # a fork of this process does not hold it
         self.write("")
@@ -53,7 +53,7 @@ class MachineFile:
                 record = os.pread(self._file, RECORD_BYTES, offset)
                 if record[0]:  # else that rank could not join
                     beats, _, word = record.decode(errors="replace").partition(" ")
-                    rank = self._first_rank + offset // RECORD_BYTES
+                    rank = self._ranks[offset // RECORD_BYTES]
                     signs.append(Sign(rank, int(beats), word.rstrip(), is_gone))
         return signs
 

@@ -61,16 +61,17 @@ class RankWatch:
         self,
         rank: int,
         world_size: int,
-        n_machines: int,
+        local_rank: int,
+        machine: int,
         timeout: timedelta,
         children: Callable[[], dict[int, "subprocess.Popen[bytes]"]] = dict,
         parent: int | None = None,
     ) -> None:
         self.remedy = ""
         self.before_exit: Callable[[], None] = lambda: None
-        self._rank, self._world_size, self._n_local = rank, world_size, world_size // n_machines
-        self._local_rank = rank % self._n_local
-        self._first_rank = rank - self._local_rank
+        self._rank, self._world_size, self._machine_number = rank, world_size, machine
+        # This machine's ranks: by Lightning's launcher, until all have told where a scheduler has put them.
+        self._machine = [*range(rank - local_rank, rank + 1)]
         self._children, self._parent = children, parent
         self._timeout_seconds = timeout.total_seconds()
         # Earlier than the collective operations, so that the run has ended when their time is over.
@@ -95,12 +96,15 @@ class RankWatch:
 
     def connect(self) -> None:
         """Begins to see the others; all ranks call it."""
+        machines = gathered(self._machine_number)
+        first_ranks = [machines.index(number) for number in dict.fromkeys(machines)]
+        self._machine = [rank for rank, number in enumerate(machines) if number == self._machine_number]
         secret, address, port = gathered(secrets.token_hex())[0], "", 0
-        path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._first_rank}")
+        path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._machine[0]}")
         file = None
         with self._warning():
-            file = MachineFile(path, self._rank, self._local_rank)
-            if self._local_rank == 0 and self._n_local < self._world_size:
+            file = MachineFile(path, self._rank, self._machine)
+            if self._rank == self._machine[0] and len(first_ranks) > 1:
                 self._store, address, port = open_store(self._rank, secret)
         stores = gathered((address, port))
         with suppress(OSError):
@@ -110,7 +114,7 @@ class RankWatch:
             with self._warning():
                 store = reach_store(secret, *stores[0]) if self._rank != 0 else self._store
                 self._readers[0] = StoreReader(0, store, self._left)
-                next_rank = (self._rank + self._n_local) % self._world_size
+                next_rank = [*first_ranks, 0][first_ranks.index(self._rank) + 1]
                 if next_rank != 0:
                     store, line = reach_store(secret, *stores[next_rank]), open_line(*stores[next_rank])
                     self._readers[next_rank] = StoreReader(next_rank, store, self._left, line)
@@ -153,7 +157,7 @@ class RankWatch:
     def _at_exit(self) -> None:
         if self._explained is None:
             self.leave()
-        elif self._local_rank == 0 and not self._left.is_set():
+        elif self._rank == self._machine[0] and not self._left.is_set():
             self._left.set()
             error = type(self._explained).__name__
             self._tell(Lost(self._rank, f"ended with an error ({error})"))
@@ -194,7 +198,7 @@ class RankWatch:
             if children[rank].poll():
                 return Lost(rank, _ending(children[rank]))
         if self._parent not in (None, os.getppid()):
-            return Lost(self._first_rank, "was killed")
+            return Lost(self._machine[0], "was killed")
         return self._find_silent(signs)
 
     def _find_silent(self, signs: list[Sign]) -> Lost | None:
@@ -225,11 +229,11 @@ class RankWatch:
 
     def _report(self, lost: Lost) -> None:
         """Prints the line: on rank 0 or, if that is lost, on rank 1 and the first rank of each machine."""
-        if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._first_rank)):
+        if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._machine[0])):
             return
         line = f"error: rank {lost.rank} of {self._world_size} {lost.how}; the other ranks end too"
         print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
-        if lost.rank == self._first_rank and lost.how.startswith(SILENT) and self._parent == os.getppid():
+        if lost.rank == self._machine[0] and lost.how.startswith(SILENT) and self._parent == os.getppid():
             os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
 
     def _tell(self, lost: Lost) -> None:

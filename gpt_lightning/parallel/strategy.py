@@ -204,9 +204,10 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().backward(*args, **kwargs)
-        self.mesh.cuts_sequence = False  # not earlier: the pass may recompute parts of the forward pass
-        return loss
+        try:
+            return super().backward(*args, **kwargs)
+        finally:  # not earlier: the pass may recompute parts of the forward pass
+            self.mesh.cuts_sequence = False
 
     @override
     def optimizer_step(

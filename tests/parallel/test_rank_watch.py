@@ -44,12 +44,21 @@ class Ranks:
         self.folder = folder
         self.processes: list[Any] = []
 
-    def start(self, world_size: int, body: Body, timeout: timedelta = TIMEOUT, n_nodes: int = 1) -> None:
+    def start(
+        self,
+        world_size: int,
+        body: Body,
+        timeout: timedelta = TIMEOUT,
+        n_nodes: int = 1,
+        machines: list[int] | None = None,
+    ) -> None:
+        """Machine after machine is filled, unless `machines` says where each rank lies."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         fork = multiprocessing.get_context("fork")
         for rank in range(world_size):
-            args = (self.folder, rank, world_size, n_nodes, port, body, timeout)
+            machine = rank // (world_size // n_nodes) if machines is None else machines[rank]
+            args = (self.folder, rank, world_size, machine, port, body, timeout)
             self.processes.append(fork.Process(target=_rank, args=args))
             self.processes[-1].start()
         self.wait_until(lambda: len(list(self.folder.glob("*.working"))) == world_size)
@@ -91,7 +100,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 
 def _rank(
-    folder: Path, rank: int, world_size: int, n_nodes: int, port: int, body: Body, timeout: timedelta
+    folder: Path, rank: int, world_size: int, machine: int, port: int, body: Body, timeout: timedelta
 ) -> None:
     torch.set_num_threads(1)
     sys.stderr = (folder / "stderr").open("a", buffering=1)
@@ -99,7 +108,7 @@ def _rank(
     tempfile.tempdir = str(folder)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder))
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
-    watch = RankWatch(rank, world_size, n_nodes, timeout)
+    watch = RankWatch(rank, world_size, 0, machine, timeout)
     watch.remedy = "Resume with --ckpt_path last"
     watch.start()
     watch.connect()
@@ -160,6 +169,15 @@ def test_a_killed_rank_ends_the_others(
     )
     assert ranks.told() == [line] * n_machines_that_speak(world_size, n_nodes, killed)
     assert "Traceback" not in "".join(ranks.lines())
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3])
+def test_ranks_that_a_scheduler_deals_to_machines_in_turn_are_watched(ranks: Ranks, killed: int) -> None:
+    ranks.start(4, wait_outside_of_collectives, machines=[0, 1, 0, 1])
+    ranks.send(killed, signal.SIGKILL)
+    others = [rank for rank in range(4) if rank != killed]
+    assert ranks.codes(*others, within_seconds=3) == [LOST_RANK] * 3
+    assert [line.startswith(f"error: rank {killed} of 4 was killed") for line in ranks.told()] == [True]
 
 
 @pytest.mark.slow
@@ -241,7 +259,7 @@ def test_leaving_in_order_judges_nobody(ranks: Ranks, world_size: int, n_nodes: 
 
 def test_the_last_word_of_who_leaves_is_not_overwritten(tmp_path: Path) -> None:
     """By the thread, which may be about to write what the rank has said before."""
-    watch, file = RankWatch(1, 2, 1, TIMEOUT), MachineFile(tmp_path / "machine", 1, 1)
+    watch, file = RankWatch(1, 2, 1, 0, TIMEOUT), MachineFile(tmp_path / "machine", 1, [0, 1])
     write, is_writing, may_write = file.write, threading.Event(), threading.Event()
 
     def write_late(word: str) -> None:
@@ -257,7 +275,7 @@ def test_the_last_word_of_who_leaves_is_not_overwritten(tmp_path: Path) -> None:
     watch.start()
     assert is_writing.wait(DEADLINE_SECONDS)
     watch.leave()
-    assert [sign.word for sign in MachineFile(tmp_path / "machine", 0, 0).signs()] == ["left"]
+    assert [sign.word for sign in MachineFile(tmp_path / "machine", 0, [0, 1]).signs()] == ["left"]
 
 
 def watch_a_child(rank: int, watch: RankWatch) -> None:
@@ -266,7 +284,7 @@ def watch_a_child(rank: int, watch: RankWatch) -> None:
     folder = Path(os.environ["FOLDER"])
     command = "import os; open('child', 'w').write(str(os.getpid())); import time; time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", command], cwd=folder)
-    RankWatch(0, 2, 1, TIMEOUT, children=lambda: {1: child}).start()
+    RankWatch(0, 2, 0, 0, TIMEOUT, children=lambda: {1: child}).start()
     wait_outside_of_collectives(rank, watch)
 
 
@@ -341,8 +359,8 @@ def measure_a_tick(rank: int, _: RankWatch) -> None:
     store, here, port = open_store(0, "secret")
     assert here == "127.0.0.1"
     address, next_port = start_process(pretend_nodes, port, 128)
-    watch = RankWatch(0, 1024, 128, TIMEOUT)
-    watch._file = MachineFile(folder / "machine", 0, 0)
+    watch = RankWatch(0, 1024, 0, 0, TIMEOUT)
+    watch._file = MachineFile(folder / "machine", 0, [*range(8)])
     for other in range(1, 8):
         start_process(join_and_wait, folder / "machine", other)
     watch._readers = {0: StoreReader(0, store, watch._left)}
@@ -369,7 +387,7 @@ def test_a_tick_of_rank_0_of_1024(ranks: Ranks, capsys: pytest.CaptureFixture[st
 
 
 def join_and_wait(path: Path, rank: int, telling: Any) -> None:
-    file = MachineFile(path, rank, rank)
+    file = MachineFile(path, rank, [*range(8)])
     telling.send("joined")
     signal.pause()
     file.write("")
@@ -416,7 +434,7 @@ def watch_again(watch: RankWatch) -> None:
     """In place of the harness's watch, with a timeout that is shorter than the collective operations'."""
     watch.leave()
     (Path(os.environ["FOLDER"]) / f"{watch._rank}.working").touch()
-    second = RankWatch(watch._rank, 2, 2 // watch._n_local, timedelta(seconds=2))
+    second = RankWatch(watch._rank, 2, 0, watch._machine_number, timedelta(seconds=2))
     second.start()
     second.connect()
 
