@@ -80,6 +80,7 @@ class Epochs:
         starts = index * self.seq_len
         return (starts + offset) % self.n_tokens, np.minimum(self.n_tokens - starts, self.seq_len)
 
+    @lru_cache(maxsize=4)  # each micro-batch of a step asks
     def n_targets(self, batches: range) -> int:
         """Counts the targets that all ranks score in these batches, which may reach into another epoch."""
         first, end = self.span(batches[0])[0], self.span(batches[-1])[1]

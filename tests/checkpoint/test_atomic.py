@@ -73,6 +73,31 @@ def test_all_is_on_the_disk_before_it_has_the_name(
     assert tmp_path.stat().st_ino in on_disk
 
 
+def test_a_folder_that_cannot_be_named_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "folder", "first")
+    rename = Path.rename
+
+    def refuse_new(source: Path, target: Path) -> Path:
+        if source.name.endswith(".tmp"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OSError, match="Input/output"):
+        fill(tmp_path / "folder", "second")
+    assert holds(tmp_path / "folder") == ["first"] and list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_what_a_crash_left_between_two_names_gets_its_name_back(tmp_path: Path) -> None:
+    for name in (".lost.ckpt.old", ".kept.ckpt.old", "kept.ckpt"):
+        (tmp_path / name).write_text(name)
+    tidy(tmp_path)
+    names = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert names["lost.ckpt"] == ".lost.ckpt.old" and names["kept.ckpt"] == "kept.ckpt"
+
+
 def test_what_a_kill_left_of_a_folder_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / ".folder.tmp").mkdir()
     (tmp_path / ".folder.tmp" / "half").touch()
