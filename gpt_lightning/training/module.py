@@ -32,6 +32,7 @@ from gpt_lightning.kernels.device import keep_freed_memory
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.parallel.dropout import own_numbers
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -97,6 +98,15 @@ class GPTLightningModule(LightningModule):
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     # Training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Has each replica drop elements of its own in its training step, which DDP takes through here."""
+        if self.training and self._trainer is not None:
+            replica, replicas = rank_and_ranks(self.trainer)
+            if replicas > 1:
+                with own_numbers(replica):
+                    return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     @override
     def on_fit_start(self) -> None:
