@@ -7,6 +7,8 @@ kinds: the names that RunCheckpoint inherits, and the layout of the loops' state
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -59,12 +61,20 @@ class GPTTrainer(Trainer):
     ) -> None:
         """Saves until training may go on, whether the checkpoint is written or only copied."""
         torch.get_device_module(self.strategy.root_device).synchronize()  # steps are to be counted as such
-        former = self.clock.turn_to("checkpoint")
-        for callback in self.callbacks:
-            if isinstance(callback, SaveCallback):
-                callback.on_save_start(self)
-        super().save_checkpoint(filepath, weights_only, storage_options)
-        self.clock.turn_to(former)
+        with saving(self):
+            for callback in self.callbacks:
+                if isinstance(callback, SaveCallback):
+                    callback.on_save_start(self)
+            super().save_checkpoint(filepath, weights_only, storage_options)
+
+
+@contextmanager
+def saving(trainer: Trainer) -> Iterator[None]:
+    """Counts the time inside as that of a checkpoint, where the Trainer measures it."""
+    clock = trainer.clock if isinstance(trainer, GPTTrainer) else Stopwatch()
+    former = clock.turn_to("checkpoint")
+    yield
+    clock.turn_to(former)
 
 
 class _EpochLoop(_TrainingEpochLoop):
