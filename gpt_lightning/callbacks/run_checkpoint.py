@@ -10,7 +10,6 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -20,7 +19,13 @@ from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step, saving
+from gpt_lightning.training.trainer import (
+    can_stop_early,
+    is_end_of_epoch,
+    is_inside_a_step,
+    loggers_may_fail,
+    saving,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -88,7 +93,7 @@ class RunCheckpoint(ModelCheckpoint):
         # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
-        self._stop_asked = self._flush_due = False
+        self._stop_asked = False
         self._saved_step = self._last_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
@@ -115,14 +120,6 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _validate_between_steps(trainer)  # Lightning reckons anew when it has reloaded the data
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._flush_due:  # Lightning logs a step after its checkpoint; a resumed run will not log it again
-            _flush_curves(trainer)
-            self._flush_due = False
 
     @override
     def on_train_batch_end(
@@ -226,8 +223,6 @@ class RunCheckpoint(ModelCheckpoint):
             self._tell_loggers(trainer)
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
-        _flush_curves(trainer)
-        self._flush_due = True
 
     def _finish(self, trainer: Trainer) -> None:
         """Waits until the last checkpoint is whole, and lets the loggers know; raises if it failed."""
@@ -239,8 +234,9 @@ class RunCheckpoint(ModelCheckpoint):
                 self._tell_loggers(trainer)
 
     def _tell_loggers(self, trainer: Trainer) -> None:
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.after_save_checkpoint(proxy(self))
+        with loggers_may_fail(trainer):
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                logger.after_save_checkpoint(proxy(self))
 
     # ---- after a resume
 
@@ -281,10 +277,3 @@ def _validate_between_steps(trainer: Trainer) -> None:
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
-
-
-def _flush_curves(trainer: Trainer) -> None:
-    """Writes the curves out, lest those of a killed run end before its checkpoint."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()
