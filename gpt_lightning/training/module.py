@@ -37,7 +37,7 @@ from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss
+from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss, scored_share
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
@@ -202,15 +202,20 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
+        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token.
+
+        Of what was not all of the split, the share is logged beside.
+        """
         held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
         loss = held_out.compute(self.trainer.strategy)
+        share = scored_share(self.trainer, split, int(held_out.tokens))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            limit = self.trainer.limit_val_batches
-            whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
-            self._last_validation = {"step": self.trainer.global_step, "loss": float(loss), "whole": whole}
+            step, whole = self.trainer.global_step, share == 1
+            self._last_validation = {"step": step, "loss": float(loss), "whole": whole}
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/ppl", loss.exp())
+        if share < 1:
+            self.log(f"{split}/share", share)
         if isinstance(self.trainer.datamodule, TextDataModule):  # others do not know their bytes
             n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
             self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)

@@ -259,6 +259,36 @@ def test_perplexity_is_that_of_a_plain_loop_at_any_batch_size(
     assert metrics["val/bpb"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)
 
 
+class OneBatch(pl.LightningDataModule):
+    """Loaders of somebody's own, of four batches."""
+
+    def val_dataloader(self) -> Any:
+        ids = torch.arange(4 * 2 * SEQ_LEN).view(4, 2, SEQ_LEN) % 300
+        return torch.utils.data.DataLoader([TokenBatch(row, row, None) for row in ids], batch_size=None)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("limit", [1, 0.5, 3, 1.0, 1000])
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_what_is_taken_of_a_part_of_the_held_out_text_says_so(
+    own_loader: bool, limit: float, split: str, corpus: Path, tmp_path: Path
+) -> None:
+    module, text = build(corpus, tmp_path / "cache", batch_size=5)
+    data = OneBatch() if own_loader else text
+    n_batches = 4 if own_loader else len(text.val_dataloader())
+    run = trainer(tmp_path, **{f"limit_{split}_batches": limit})
+    (metrics,) = (run.validate if split == "val" else run.test)(module, data, verbose=False)
+    n_done = int(limit * n_batches) if isinstance(limit, float) else min(limit, n_batches)
+    if n_done == n_batches:
+        assert f"{split}/share" not in metrics
+    else:
+        n_tokens = 4 * 2 * SEQ_LEN if own_loader else text.split_counts("val")[0]
+        rows = 2 if own_loader else 5
+        assert metrics[f"{split}/share"] == pytest.approx(n_done * rows * SEQ_LEN / n_tokens)
+
+
 def held_out_tokens(datamodule: TextDataModule) -> Any:
     """The held-out split as it lies in the cache file."""
     import numpy as np
