@@ -38,13 +38,7 @@ from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
 from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss, scored_share
-from gpt_lightning.training.optim import (
-    OptimizerConfig,
-    ScheduleConfig,
-    build_optimizer,
-    build_schedule,
-    keep_settings,
-)
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
 from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_logging_step
@@ -292,11 +286,9 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
         self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
-        keep_settings(self.optimizer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -303,6 +303,35 @@ def test_a_fresh_model_is_as_good_as_a_guess(corpus: Path, tmp_path: Path) -> No
     assert abs(loss - math.log(datamodule.vocab_size)) < 0.1
 
 
+class OwnOptimizer(GPTLightningModule):
+    """A subclass with two groups of its own, of AdamW's or of another optimizer's."""
+
+    kind: Any = torch.optim.AdamW
+
+    def configure_optimizers(self) -> Any:
+        first, *others = self.parameters()
+        groups = [{"params": [first], "lr": 0.5}, {"params": others, "lr": 0.25, "weight_decay": 0.75}]
+        optimizer = self.kind(groups, lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_resumed_run_leaves_a_subclass_its_own_optimizer(kind: Any, corpus: Path, tmp_path: Path) -> None:
+    config = build(corpus, tmp_path / "cache")[0].model.config
+    path, saved = tmp_path / "m.ckpt", []
+    for steps in (2, 3):
+        module, datamodule = OwnOptimizer(config), build(corpus, tmp_path / "cache")[1]
+        module.kind = kind
+        fit = trainer(tmp_path, max_steps=steps, limit_val_batches=0)
+        fit.fit(module, datamodule, ckpt_path=path if saved else None, weights_only=True)
+        fit.save_checkpoint(path)
+        saved.append(torch.load(path, weights_only=True))
+    (one,), (other,) = (state["optimizer_states"] for state in saved)
+    assert [group["lr"] for group in one["param_groups"]] == [0.5, 0.25]
+    assert one["param_groups"] == other["param_groups"]
+    assert saved[0]["lr_schedulers"][0]["base_lrs"] == saved[1]["lr_schedulers"][0]["base_lrs"] == [0.5, 0.25]
+
+
 def test_the_module_reloads_from_plain_scalars(corpus: Path, tmp_path: Path) -> None:
     module, datamodule = build(corpus, tmp_path / "cache")
     fit = trainer(tmp_path, max_steps=2)
