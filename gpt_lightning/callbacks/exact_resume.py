@@ -57,11 +57,8 @@ class ExactResume(Callback):
     ) -> None:
         """Adds what a resumed run needs; gathers it, for which Lightning has all ranks call this."""
         fit_loop = checkpoint["loops"]["fit_loop"]
-        states = gathered(_random_state(pl_module.device))
-        are_alike = all(_plain(state) == _plain(states[0]) for state in states[1:])
         checkpoint[RESUME_KEY] = {
-            # One, where all are alike, so that another number of ranks can go on from it.
-            "random_states": states[:1] if are_alike else states,
+            "random_states": _compact(gathered(_random_state(pl_module.device))),
             "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
@@ -142,8 +139,19 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"])
 
 
-def _plain(state: dict[str, Any]) -> list[Any]:
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in state.values()]
+def _compact(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keeps of the other ranks' states what differs from the first one's.
+
+    One state is left where all are alike, as they are unless a user's code draws differently by rank; from it
+    any number of ranks goes on.
+    """
+    first, *others = states
+    kept = [{name: part for name, part in state.items() if not _same(part, first[name])} for state in others]
+    return [first, *kept] if any(kept) else [first]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
                 f"{trainer.world_size} now: all go on with the first one's"
             )
         return states[0]
-    return states[trainer.global_rank if len(states) > 1 else 0]
+    return {**states[0], **states[trainer.global_rank if len(states) > 1 else 0]}
 
 
 # ---- Lightning's loops

@@ -14,6 +14,7 @@ from typing_extensions import override
 from gpt_lightning.data.loader import is_first_of_replica, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.prediction import CompletionCallback
 from gpt_lightning.training.trainer import is_logging_step
@@ -75,7 +76,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._stop()
         elif not trainer.sanity_checking:
-            names = ("train/loss", "val/loss", "val/ppl", "val/bpb", "throughput/tokens_per_second")
+            val = ("val/loss", "val/ppl", "val/bpb", "val/share")
+            names = ("train/loss", *val, "throughput/tokens_per_second")
             self._say(f"step {trainer.global_step:,}: {_describe(trainer, *names)}")
 
     @override
@@ -178,5 +180,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 def _describe(trainer: Trainer, *names: str) -> str:
     metrics = trainer.callback_metrics
     values = {name: float(metrics[name]) for name in names if name in metrics}
-    texts = (f"{name} {value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items())
-    return "  ".join(texts)
+    texts = {name: f"{name} {value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items()}
+    if (share := values.get("val/share")) is not None:
+        texts["val/share"] = f"(val: {part_of_text(share)})"
+    return "  ".join(texts.values())

@@ -1,6 +1,7 @@
 """Saves the checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
 
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step
+from gpt_lightning.training.trainer import (
+    can_stop_early,
+    is_end_of_epoch,
+    is_inside_a_step,
+    loggers_may_fail,
+    saving,
+)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -30,7 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
     value when asked to save every N steps, and leaves `last.ckpt` behind when nothing was good enough.
 
     Training goes on while a file is written, from a copy in host memory; the next save waits for it. A
-    checkpoint is removed after those that replace it are safe.
+    checkpoint is removed after those that replace it are safe, and then loggers are told of them.
 
     Args:
         dirpath: Folder of the checkpoints; by default checkpoints/<run_name> under trainer.default_root_dir.
@@ -82,6 +89,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_interval = train_time_interval
         self._background = background
         self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
+        self._untold: Future[None] | None = None  # the writing of what loggers have not heard of
         # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
@@ -117,8 +125,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._writer is not None and (writing := self._writer.writing) is not None and writing.done():
-            self._writer.finish()  # raises, if it failed
+        if self._untold is not None and self._untold.done():
+            self._finish(trainer)
         if self._stop_asked or trainer.should_stop:
             # Lets a stop wait for the end of the step, whose gathered gradients would be lost.
             self._stop_asked = is_inside_a_step(trainer)
@@ -155,8 +163,12 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, judge=self.monitor is None)
-        if self._writer is not None:
-            self._writer.finish()
+        self._finish(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._untold is not None and self._untold.exception() is None:  # for which it waits
+            self._finish(trainer)
 
     def save_now(self, trainer: Trainer) -> None:
         """Writes `last.ckpt`, unless it is of this step, and waits until it is safe; all ranks call it.
@@ -164,9 +176,9 @@ class RunCheckpoint(ModelCheckpoint):
         It needs no `save_last`. Inside an optimizer step it would lose the gradients gathered so far.
         """
         if not trainer.fast_dev_run and (trainer.global_step != self._last_step or not self.last_model_path):
+            self._finish(trainer)
             self._write(trainer, last=True)
-        if self._writer is not None:
-            self._writer.finish()
+        self._finish(trainer)
 
     # ---- what
 
@@ -174,6 +186,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Writes `last.ckpt`, and a best checkpoint where the metric is fresh (`judge`); once a step."""
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
+        self._finish(trainer)  # before what loggers are told of changes
         if judge:
             # The logged "step" is that of the last logging; file names need the one of now.
             step = torch.tensor(trainer.global_step)
@@ -207,10 +220,25 @@ class RunCheckpoint(ModelCheckpoint):
                 trainer.save_checkpoint(path, self.save_weights_only)
             for path in outdated:
                 trainer.strategy.remove_checkpoint(path)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.after_save_checkpoint(proxy(self))
+        self._untold = self._writer.writing if self._writer is not None else None
+        if self._untold is None:
+            self._tell_loggers(trainer)
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Waits until the last checkpoint is whole, and lets the loggers know; raises if it failed."""
+        with saving(trainer):
+            if self._writer is not None:
+                self._writer.finish()
+            if self._untold is not None:
+                self._untold = None
+                self._tell_loggers(trainer)
+
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        with loggers_may_fail(trainer):
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                logger.after_save_checkpoint(proxy(self))
 
     # ---- after a resume
 

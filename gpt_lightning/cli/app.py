@@ -35,7 +35,7 @@ from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.origin import Origin, find_origin, take_settings
 from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
-from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
+from gpt_lightning.cli.report import log_hyperparameters, show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
@@ -260,7 +260,10 @@ class GPTLightningCLI(LightningCLI):
             return
         self._rank_guard.begin(self.trainer)
         options = {name: self.config[name] for name in self._verb_options}
-        getattr(self.trainer, self.verb)(self.model, datamodule=self.datamodule, **options)
+        quiet = {"verbose": False} if "verbose" in options else {}  # the table is ours
+        results = getattr(self.trainer, self.verb)(self.model, datamodule=self.datamodule, **options | quiet)
+        if options.get("verbose") and self.trainer.is_global_zero:
+            show_held_out(self.verb, results)
         if self.verb == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             self._report_fit()
 

@@ -4,14 +4,17 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Column, Table
 
 from gpt_lightning.cli.errors import say
+from gpt_lightning.training.metrics import part_of_text
 
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
@@ -25,12 +28,26 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
         say(f"{_program()} predict --ckpt_path {path} --data.prompts '[\"The \"]'")
 
 
+def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:
+    """Prints what was measured; each row says so where it was not measured on all of the split."""
+    for metrics in results:
+        # As Lightning's own table, in which a number could not say that it is of a part.
+        table = Table(Column(f"{verb} metric".capitalize(), style="cyan"), Column("value", style="magenta"))
+        shares = {name.partition("/")[0]: value for name, value in metrics.items() if name.endswith("/share")}
+        for name, value in sorted(metrics.items()):
+            share = shares.get(name.partition("/")[0])
+            if not name.endswith("/share"):
+                table.add_row(name if share is None else f"{name} ({part_of_text(share)})", str(value))
+        Console().print(table)
+
+
 def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """Fills TensorBoard's table of runs: what was chosen, and the loss that came of it."""
-    loss = trainer.callback_metrics.get("val/loss")
+    known = trainer.callback_metrics
+    results = {name: float(known[name]) for name in ("val/loss", "val/share") if name in known}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and loss is not None:
-            logger.log_hyperparams(dict(settings), {"val/loss": float(loss)}, trainer.global_step)
+        if isinstance(logger, TensorBoardLogger) and "val/loss" in results:
+            logger.log_hyperparams(dict(settings), results, trainer.global_step)
             logger.save()
 
 

@@ -4,10 +4,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.training.trainer import loggers_may_fail
 
 
@@ -75,3 +77,19 @@ class TokenLoss:
         self.nll = strategy.reduce(self.nll, reduce_op="sum")
         self.tokens = strategy.reduce(self.tokens, reduce_op="sum")
         return self.nll / self.tokens
+
+
+def scored_share(trainer: Trainer, split: str, n_tokens: int) -> float:
+    """Tells which part of a held-out split was scored: `n_tokens`, as trainer.limit_val_batches has it."""
+    if isinstance(trainer.datamodule, TextDataModule):
+        return n_tokens / trainer.datamodule.split_counts(split)[0]
+    is_test = split == "test"  # of loaders of somebody's own only the batches are known
+    loaders = trainer.test_dataloaders if is_test else trainer.val_dataloaders
+    done = sum(trainer.num_test_batches if is_test else trainer.num_val_batches)
+    every = sum(sized_len(loader) or done for loader in (loaders if isinstance(loaders, list) else [loaders]))
+    return min(1.0, done / every) if every else 1.0
+
+
+def part_of_text(share: float) -> str:
+    """Names the part of a split that numbers were taken of; rounding never makes it all."""
+    return f"{min(100 * share, 99.9):.3g}% of text"

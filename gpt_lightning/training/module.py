@@ -32,18 +32,13 @@ from gpt_lightning.kernels.device import keep_freed_memory
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.parallel.dropout import own_numbers
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss
-from gpt_lightning.training.optim import (
-    OptimizerConfig,
-    ScheduleConfig,
-    build_optimizer,
-    build_schedule,
-    keep_settings,
-)
+from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss, scored_share
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
 from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_logging_step
@@ -97,6 +92,15 @@ class GPTLightningModule(LightningModule):
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     # Training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Has each replica drop elements of its own in its training step, which DDP takes through here."""
+        if self.training and self._trainer is not None:
+            replica, replicas = rank_and_ranks(self.trainer)
+            if replicas > 1:
+                with own_numbers(replica):
+                    return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     @override
     def on_fit_start(self) -> None:
@@ -199,14 +203,19 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
+        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token.
+
+        Of what was not all of the split, the share is logged beside.
+        """
         loss = self.held_out_loss.compute(self.trainer.strategy)
+        share = scored_share(self.trainer, split, int(self.held_out_loss.tokens))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            limit = self.trainer.limit_val_batches
-            whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
-            self._last_validation = {"step": self.trainer.global_step, "loss": float(loss), "whole": whole}
+            step, whole = self.trainer.global_step, share == 1
+            self._last_validation = {"step": step, "loss": float(loss), "whole": whole}
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/ppl", loss.exp())
+        if share < 1:
+            self.log(f"{split}/share", share)
         if isinstance(self.trainer.datamodule, TextDataModule):  # others do not know their bytes
             n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
             self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
@@ -283,11 +292,9 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
         self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
-        keep_settings(self.optimizer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

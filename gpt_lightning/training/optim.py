@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
 
@@ -83,7 +85,33 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.
     # Left to itself a fused step takes over fp16's unscaling, and Lightning then refuses to clip gradients,
     # with bf16 too. So the scaler unscales before the step, as for any other optimizer.
     optimizer._step_supports_amp_scaling = False
+    optimizer.register_load_state_dict_pre_hook(partial(_keep_settings, n_groups=len(groups)))
     return optimizer
+
+
+def _keep_settings(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, n_groups: int
+) -> dict[str, Any]:
+    """Keeps this run's settings of the groups built here: PyTorch would restore those of the run that saved.
+
+    What the schedule has made of the peak stays, as a share of it.
+    """
+    groups = [*saved["param_groups"]]
+    for number, (own, group) in enumerate(zip(optimizer.param_groups[:n_groups], groups)):
+        groups[number] = {**group, "betas": own["betas"], "weight_decay": own["weight_decay"]}
+        if (peak := own.get("initial_lr")) is not None:
+            share = peak / group["initial_lr"] if group.get("initial_lr") else 1.0
+            groups[number].update(lr=group["lr"] * share, initial_lr=peak)
+    return {**saved, "param_groups": groups}
+
+
+class Schedule(LambdaLR):
+    """Has, also after it was restored, the peaks that the optimizer has."""
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:
@@ -92,16 +120,4 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, h
             f"model.schedule.warmup_steps={settings.warmup_steps} is not below the {horizon} steps "
             "of this run: the learning rate never reaches its peak"
         )
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, horizon))
-
-
-def keep_settings(settings: OptimizerConfig, checkpoint: dict[str, Any]) -> None:
-    """Puts this run's settings into a checkpoint: PyTorch would restore those of the run that saved it."""
-    for state in checkpoint.get("optimizer_states", []):
-        for group in state["param_groups"]:
-            group["lr"] *= settings.learning_rate / group["initial_lr"]
-            group["initial_lr"] = settings.learning_rate
-            group["betas"] = settings.betas
-            group["weight_decay"] = settings.weight_decay if group["weight_decay"] else 0.0
-    for state in checkpoint.get("lr_schedulers", []):
-        state["base_lrs"] = [settings.learning_rate for _ in state["base_lrs"]]
+    return Schedule(optimizer, lambda step: learning_rate_factor(step, settings, horizon))

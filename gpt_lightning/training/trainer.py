@@ -64,12 +64,20 @@ class GPTTrainer(Trainer):
     ) -> None:
         """Saves until training may go on, whether the checkpoint is written or only copied."""
         torch.get_device_module(self.strategy.root_device).synchronize()  # steps are to be counted as such
-        former = self.clock.turn_to("checkpoint")
-        for callback in self.callbacks:
-            if isinstance(callback, SaveCallback):
-                callback.on_save_start(self)
-        super().save_checkpoint(filepath, weights_only, storage_options)
-        self.clock.turn_to(former)
+        with saving(self):
+            for callback in self.callbacks:
+                if isinstance(callback, SaveCallback):
+                    callback.on_save_start(self)
+            super().save_checkpoint(filepath, weights_only, storage_options)
+
+
+@contextmanager
+def saving(trainer: Trainer) -> Generator[None, None, None]:
+    """Counts the time inside as that of a checkpoint, where the Trainer measures it."""
+    clock = trainer.clock if isinstance(trainer, GPTTrainer) else Stopwatch()
+    former = clock.turn_to("checkpoint")
+    yield
+    clock.turn_to(former)
 
 
 class _EpochLoop(_TrainingEpochLoop):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_lightning.callbacks.exact_resume import ExactResume
+from gpt_lightning.callbacks.exact_resume import ExactResume, _compact, _own, _random_state
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
@@ -18,8 +18,6 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 from tests.conftest import write_corpus
 from tests.faults.trace import Trace, read_trace
-
-pytestmark = pytest.mark.slow
 
 SEQ_LEN = 64
 STEPS = (2, 3, 4, 5, 6, 8)  # in an epoch, where "by steps" validates, an epoch's last, its next, the last
@@ -122,6 +120,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_resumed_from_any_moment_the_run_is_the_same(
@@ -152,6 +151,7 @@ def test_resumed_from_any_moment_the_run_is_the_same(
         assert resumed == whole, name
 
 
+@pytest.mark.slow
 def test_without_the_callback_dropout_differs(corpus: Path, tmp_path: Path) -> None:
     options = {"max_epochs": 2}
     saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
@@ -161,3 +161,28 @@ def test_without_the_callback_dropout_differs(corpus: Path, tmp_path: Path) -> N
     del checkpoint["resume"]
     torch.save(checkpoint, path)
     assert fit(corpus, tmp_path, "resumed", ckpt_path=path, **options) != whole
+
+
+class Rank:
+    """What is asked of a Trainer about its rank."""
+
+    is_global_zero = True
+
+    def __init__(self, global_rank: int, world_size: int) -> None:
+        self.global_rank, self.world_size = global_rank, world_size
+
+
+def test_random_states_that_differ_between_ranks_are_stored_once_and_by_what_differs() -> None:
+    device = torch.device("cpu")
+    common = _random_state(device)
+    torch.rand(1)
+    drawn = {**common, "torch": torch.get_rng_state()}
+    assert [list(state) for state in _compact([common] * 4)] == [list(common)]
+    stored = _compact([common, drawn, common])
+    assert [list(state) for state in stored] == [list(common), ["torch"], []]
+    for rank, state in enumerate([common, drawn, common]):
+        for states in (stored, [common, drawn, common]):  # the second as earlier versions stored it
+            own: Any = _own(states, Rank(rank, 3))  # type: ignore[arg-type]
+            assert own.keys() == state.keys() and own["numpy"] == state["numpy"]
+            assert torch.equal(own["torch"], state["torch"])
+    assert _own(stored, Rank(3, 4)) is stored[0]  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The best by the monitored metric, and `last.ckpt` whatever the metric says."""
 
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -243,6 +244,85 @@ def test_files_hold_the_weights_of_their_step(tmp_path: Path, monkeypatch: pytes
         verify(path)
         checkpoint = torch.load(path, weights_only=True)
         assert torch.equal(checkpoint["state_dict"]["layer.weight"], weights.at[checkpoint["global_step"]])
+
+
+class Uploader(Logger):
+    """Reads, when it is told of a checkpoint, the files that it is told of; notes the steps they are of."""
+
+    name, version = "uploader", 0
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, int]] = []
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        paths = map(Path, (checkpoint_callback.last_model_path, *checkpoint_callback.best_k_models))
+        self.heard.append({path.name: step_of(path) for path in paths})
+
+
+class Raises(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise ZeroDivisionError
+
+
+VALIDATED = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_loggers_hear_of_a_checkpoint_when_its_files_are_whole(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, weights = Uploader(), Weights()
+
+    def slow(checkpoint: dict[str, Any], path: Path) -> None:
+        deadline = time.monotonic() + 5
+        while background and checkpoint["global_step"] + 1 not in weights.at and time.monotonic() < deadline:
+            if checkpoint["global_step"] == 6:
+                break
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_module, "write", slow)
+    settings = {**VALIDATED, "logger": logger}
+    fit(tmp_path, [3.0, 4.0, 1.0], 6, settings, [weights], background=background)
+    best = {"step000002.ckpt": 2}
+    heard = [{"last.ckpt": 2, **best}, {"last.ckpt": 4, **best}, {"last.ckpt": 6, **best}]
+    assert logger.heard == [*heard, {"last.ckpt": 6, "step000006.ckpt": 6}]  # the last step's, and its best
+
+
+def test_loggers_do_not_hear_of_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_from_step_4_on(checkpoint: dict[str, Any], path: Path) -> None:
+        if checkpoint["global_step"] >= 4:
+            raise CheckpointWriteError(f"{path} cannot be written")
+        write(checkpoint, path)
+
+    logger = Uploader()
+    monkeypatch.setattr(checkpoint_module, "write", full_from_step_4_on)
+    with pytest.raises(CheckpointWriteError):
+        fit(tmp_path, [3.0, 2.0, 1.0], 6, {**VALIDATED, "logger": logger})
+    assert logger.heard == [{"last.ckpt": 2, "step000002.ckpt": 2}]
+
+
+def test_loggers_hear_of_what_was_being_written_when_a_run_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, failed = Uploader(), threading.Event()
+
+    class Watch(pl.Callback):
+        def on_exception(self, *args: Any) -> None:
+            failed.set()
+
+    def slow(checkpoint: dict[str, Any], path: Path) -> None:
+        assert failed.wait(timeout=5)
+        write(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_module, "write", slow)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, [3.0], 6, {**VALIDATED, "logger": logger}, [Raises(), Watch()])
+    assert logger.heard == [{"last.ckpt": 2, "step000002.ckpt": 2}]
 
 
 def test_a_failed_write_ends_the_run_and_costs_no_file(

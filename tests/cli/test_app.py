@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.checkpoint.contents import VALIDATION_KEY
 from gpt_lightning.generation.journal import lock_output
 from tests.cli.conftest import Program
 
@@ -161,6 +163,37 @@ def test_validate_and_test_repeat_the_last_validation(
         main([verb, "--ckpt_path", str(fitted / "last.ckpt")])
         captured = capsys.readouterr().out
         assert f"{split}/loss" in captured and f"{expected:.5f}" in captured, captured
+
+
+def test_rows_say_what_was_measured_on_a_part_of_the_text(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(tiny_config(trainer={"limit_val_batches": 1, "max_steps": 3}))])
+    (row,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 3: ")]
+    part = re.search(r"val/bpb [0-9.]+  \(val: ([0-9.]+% of text)\)", row)
+    assert part is not None, row
+    assert 0 < float(part[1].split("%")[0]) < 50
+    events = EventAccumulator("checkpoints/tiny/logs")
+    events.Reload()
+    share = events.Scalars("val/share")[-1].value
+    assert f"{100 * share:.3g}% of text" == part[1]
+    assert Checkpoint.open(Path("checkpoints/tiny/last.ckpt")).contents[VALIDATION_KEY]["whole"] is False
+    rows = {verb: measured(verb, capsys) for verb in ("validate", "test")}
+    assert rows["validate"].keys() == {f"val/{name} ({part[1]})" for name in ("loss", "ppl", "bpb")}
+    assert rows["test"].keys() == {"test/loss", "test/ppl", "test/bpb"}
+    whole = measured("validate", capsys, "--trainer.limit_val_batches", "1.0")
+    assert whole == {name.replace("test", "val"): value for name, value in rows["test"].items()}
+    (name, *_) = measured("test", capsys, "--trainer.limit_test_batches", "1")
+    assert name.endswith(f"({part[1]})")
+
+
+def measured(verb: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    """The rows of the table that a verb prints."""
+    capsys.readouterr()
+    main([verb, "--ckpt_path", "checkpoints/tiny/last.ckpt", *words])
+    found = (line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "/" in line)
+    return {name.strip(): value.strip() for name, value in found}
 
 
 def test_a_second_fit_takes_a_folder_of_its_own(fitted: Path, tmp_path: Path) -> None:

@@ -299,6 +299,36 @@ def test_perplexity_is_that_of_a_plain_loop_at_any_batch_size(
     assert metrics["val/bpb"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)
 
 
+class OneBatch(pl.LightningDataModule):
+    """Loaders of somebody's own, of four batches."""
+
+    def val_dataloader(self) -> Any:
+        ids = torch.arange(4 * 2 * SEQ_LEN).view(4, 2, SEQ_LEN) % 300
+        return torch.utils.data.DataLoader([TokenBatch(row, row, None) for row in ids], batch_size=None)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("limit", [1, 0.5, 3, 1.0, 1000])
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_what_is_taken_of_a_part_of_the_held_out_text_says_so(
+    own_loader: bool, limit: float, split: str, corpus: Path, tmp_path: Path
+) -> None:
+    module, text = build(corpus, tmp_path / "cache", batch_size=5)
+    data = OneBatch() if own_loader else text
+    n_batches = 4 if own_loader else len(text.val_dataloader())
+    run = trainer(tmp_path, **{f"limit_{split}_batches": limit})
+    (metrics,) = (run.validate if split == "val" else run.test)(module, data, verbose=False)
+    n_done = int(limit * n_batches) if isinstance(limit, float) else min(limit, n_batches)
+    if n_done == n_batches:
+        assert f"{split}/share" not in metrics
+    else:
+        n_tokens = 4 * 2 * SEQ_LEN if own_loader else text.split_counts("val")[0]
+        rows = 2 if own_loader else 5
+        assert metrics[f"{split}/share"] == pytest.approx(n_done * rows * SEQ_LEN / n_tokens)
+
+
 def held_out_tokens(datamodule: TextDataModule) -> Any:
     """The held-out split as it lies in the cache file."""
     import numpy as np
@@ -311,6 +341,35 @@ def test_a_fresh_model_is_as_good_as_a_guess(corpus: Path, tmp_path: Path) -> No
     module, datamodule = build(corpus, tmp_path / "cache")
     loss = trainer(tmp_path).validate(module, datamodule, verbose=False)[0]["val/loss"]
     assert abs(loss - math.log(datamodule.vocab_size)) < 0.1
+
+
+class OwnOptimizer(GPTLightningModule):
+    """A subclass with two groups of its own, of AdamW's or of another optimizer's."""
+
+    kind: Any = torch.optim.AdamW
+
+    def configure_optimizers(self) -> Any:
+        first, *others = self.parameters()
+        groups = [{"params": [first], "lr": 0.5}, {"params": others, "lr": 0.25, "weight_decay": 0.75}]
+        optimizer = self.kind(groups, lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_resumed_run_leaves_a_subclass_its_own_optimizer(kind: Any, corpus: Path, tmp_path: Path) -> None:
+    config = build(corpus, tmp_path / "cache")[0].model.config
+    path, saved = tmp_path / "m.ckpt", []
+    for steps in (2, 3):
+        module, datamodule = OwnOptimizer(config), build(corpus, tmp_path / "cache")[1]
+        module.kind = kind
+        fit = trainer(tmp_path, max_steps=steps, limit_val_batches=0)
+        fit.fit(module, datamodule, ckpt_path=path if saved else None, weights_only=True)
+        fit.save_checkpoint(path)
+        saved.append(torch.load(path, weights_only=True))
+    (one,), (other,) = (state["optimizer_states"] for state in saved)
+    assert [group["lr"] for group in one["param_groups"]] == [0.5, 0.25]
+    assert one["param_groups"] == other["param_groups"]
+    assert saved[0]["lr_schedulers"][0]["base_lrs"] == saved[1]["lr_schedulers"][0]["base_lrs"] == [0.5, 0.25]
 
 
 def test_the_module_reloads_from_plain_scalars(corpus: Path, tmp_path: Path) -> None:

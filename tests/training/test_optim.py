@@ -1,5 +1,7 @@
+import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +83,56 @@ def test_a_warm_up_that_never_ends_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build_schedule(optimizer, ScheduleConfig(warmup_steps=5), horizon=6)
+
+
+SAVED = OptimizerConfig(learning_rate=0.01, weight_decay=0.0, betas=(0.8, 0.9))
+
+
+def trained(settings: OptimizerConfig, extra: bool = False) -> tuple[torch.optim.Optimizer, Any]:
+    """An optimizer and its schedule after two steps; with `extra`, a group that a subclass has added."""
+    layer, own = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(layer, settings)
+    if extra:
+        optimizer.add_param_group({"params": [own], "lr": 0.5, "weight_decay": 0.3})
+    schedule = build_schedule(optimizer, ScheduleConfig(4), horizon=10)
+    for _ in range(2):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
+
+
+def test_a_resumed_run_has_its_own_settings_and_the_saved_moments() -> None:
+    saved, saved_schedule = trained(SAVED)
+    states = copy.deepcopy((saved.state_dict(), saved_schedule.state_dict()))
+    optimizer, schedule = trained(OptimizerConfig(learning_rate=0.04, weight_decay=0.2, betas=(0.7, 0.6)))
+    optimizer.load_state_dict(states[0])
+    schedule.load_state_dict(states[1])
+    for group, decay in zip(optimizer.param_groups, (0.2, 0.0), strict=True):
+        assert (group["betas"], group["weight_decay"], group["initial_lr"]) == ((0.7, 0.6), decay, 0.04)
+        assert group["lr"] == pytest.approx(0.04 * 3 / 4)
+    loaded = states[0]["param_groups"], states[1]
+    assert loaded == (saved.state_dict()["param_groups"], saved_schedule.state_dict()), "it has changed"
+    moments = (list(each.state.values())[0]["exp_avg"] for each in (optimizer, saved))
+    assert torch.equal(*moments)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
+
+
+def test_a_group_that_somebody_added_goes_on_as_it_was_saved() -> None:
+    saved, saved_schedule = trained(SAVED, extra=True)
+    optimizer, schedule = trained(OptimizerConfig(learning_rate=0.04), extra=True)
+    saved.param_groups[2].update(weight_decay=0.7, lr=0.6, initial_lr=0.8)
+    optimizer.load_state_dict(saved.state_dict())
+    schedule.load_state_dict(saved_schedule.state_dict())
+    group = optimizer.param_groups[2]
+    assert (group["lr"], group["weight_decay"], group["initial_lr"]) == (0.6, 0.7, 0.8)
+    assert schedule.base_lrs == [0.04, 0.04, 0.8]
+
+
+def test_a_rate_that_no_schedule_of_ours_has_set_goes_on_as_it_was_saved() -> None:
+    saved = build_optimizer(torch.nn.Linear(2, 1), SAVED)
+    saved.param_groups[0]["lr"] = 0.005
+    optimizer = build_optimizer(torch.nn.Linear(2, 1), OptimizerConfig(learning_rate=0.04))
+    optimizer.load_state_dict(saved.state_dict())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.01]
