@@ -7,7 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, read_checked
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    DATA_KEY,
+    MODEL_PREFIX,
+    MODULE_KEY,
+    TOKENIZER_KEY,
+    check_contents,
+    layers_of_child_class,
+    read_checked,
+    with_config_of_child_class,
+)
 from gpt_lightning.checkpoint.files import REST, WEIGHTS, is_sharded, write
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
@@ -29,6 +39,8 @@ class Checkpoint:
         """Raises UserError, in one line that names the file, for what cannot be used."""
         sharded = may_be_sharded and is_sharded(path)
         contents = read_checked(path, sharded=sharded)
+        if CONFIG_KEY not in contents and with_config_of_child_class(contents):
+            check_contents(path, contents)
         if CONFIG_KEY not in contents:
             raise UserError(
                 f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
@@ -48,13 +60,24 @@ class Checkpoint:
     def data(self) -> dict[str, Any]:
         """Returns the state of the TextDataModule that the model was trained with."""
         if DATA_KEY not in self.contents:
-            raise UserError("the checkpoint holds no tokenizer: its Trainer had no TextDataModule")
+            raise UserError(
+                f"ckpt_path={self.path} was trained without a TextDataModule; go on with it from Python"
+            )
         state: dict[str, Any] = self.contents[DATA_KEY]
         return state
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return DATA_KEY in self.contents or TOKENIZER_KEY in self.contents
+
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer.from_dict(self.data["tokenizer"])
+        if not self.has_tokenizer:
+            raise UserError(
+                f"ckpt_path={self.path}: the checkpoint holds no tokenizer, as its Trainer had no "
+                "TextDataModule; set module.tokenizer before it is saved"
+            )
+        return TextTokenizer.from_dict(self.contents.get(TOKENIZER_KEY) or self.data["tokenizer"])
 
     @cached_property
     def digest(self) -> str:
@@ -66,7 +89,13 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Returns the model's state dict, under GPTModel's own names."""
+        """Returns the model's state dict, under GPTModel's own names; refuses the GPT of a child class."""
+        if (problem := layers_of_child_class(self.contents)) is not None:
+            name = self.contents[MODULE_KEY]
+            raise UserError(
+                f"ckpt_path={self.path} {problem}: it is of {name!r}; use that class, by its "
+                f"load_from_checkpoint or with --model {name} --allow_import {name.partition('.')[0]}"
+            )
         return {
             name.removeprefix(MODEL_PREFIX): tensor
             for name, tensor in self.contents[WEIGHTS].items()

@@ -1,14 +1,20 @@
 """Tells callbacks of the completions of `predict`, while they grow and when they have ended."""
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, Trainer
 
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Completion, Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
 
 class CompletionCallback(Callback):
@@ -22,6 +28,37 @@ class CompletionCallback(Callback):
 
     def on_completion(self, row: dict[str, Any]) -> None:
         """Called when a completion has ended; `row` is as `predict_step` returns it."""
+
+
+def changed_settings(settings: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    known = [field.name for field in fields(GenerationConfig)]
+    for name in changes.keys() - known:
+        raise UserError(f"generation.{name} is no setting; choose one of {', '.join(known)}")
+    return replace(settings, **changes)
+
+
+def make_engine(
+    trainer: Trainer | None,
+    model: GPTModel,
+    settings: GenerationConfig,
+    tokenizer: TextTokenizer,
+    n_rows: int,
+) -> Engine:
+    """Has tensor-parallel peers take the first one's tokens: with different ones they would deadlock."""
+    strategy = trainer.strategy if trainer is not None else None
+    broadcast = strategy.mesh.from_first_peer if isinstance(strategy, TensorParallelDDPStrategy) else None
+    eos = tokenizer.eos_token_id
+    return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=broadcast)
+
+
+def continued(
+    engine: Engine, tokenizer: TextTokenizer, prompts: list[list[int]], settings: GenerationConfig
+) -> list[str]:
+    """Returns one continuation of each tokenized prompt."""
+    texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
+    with torch.compiler.set_stance("force_eager"):  # lengths change with every token: each would be compiled
+        engine.complete([Request(prompt, n, ends_with=texts[n].add) for n, prompt in enumerate(prompts)])
+    return [text.end() for text in texts]
 
 
 def predicted_rows(

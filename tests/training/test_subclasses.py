@@ -1,0 +1,232 @@
+"""A GPTLightningModule of one's own, and one in a script: what it may override, and who opens its file."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, TensorDataset
+
+from gpt_lightning.callbacks.exact_resume import ExactResume
+from gpt_lightning.callbacks.finite_guard import FiniteGuard, NonFiniteError
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.callbacks.text_samples import TextSamples
+from gpt_lightning.callbacks.throughput import Throughput
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+from gpt_lightning.training.trainer import GPTTrainer
+
+SIZES: dict[str, int] = {"n_layers": 1, "n_heads": 2, "d_model": 8}
+SCHEDULE = ScheduleConfig(warmup_steps=0)
+
+
+def config(vocab_size: int = 257, **options: Any) -> GPTConfig:
+    return GPTConfig(vocab_size, 8, **{**SIZES, **options})
+
+
+def text(corpus: Path, folder: Path) -> TextDataModule:
+    options: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 8, "batch_size": 2}
+    return TextDataModule(train_files=[str(corpus)], cache_dir=str(folder / "cache"), **options)
+
+
+def trainer(folder: Path, kind: type[pl.Trainer] = GPTTrainer, **options: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(each, RunCheckpoint) for each in options.get("callbacks", [])),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    return kind(**{**settings, **options})
+
+
+def everything(folder: Path) -> list[pl.Callback]:
+    saver = RunCheckpoint(str(folder / "run"), monitor=None)
+    return [FiniteGuard(), ExactResume(), Throughput(), TextSamples(), saver]
+
+
+class OwnStep(GPTLightningModule):
+    """Computes its loss by itself, as Lightning's documentation does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self(batch.input_ids).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        self.log("my/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("kind", [GPTTrainer, pl.Trainer])
+def test_an_own_training_step_trains_with_every_callback(
+    kind: type[pl.Trainer], corpus: Path, tmp_path: Path
+) -> None:
+    """What it does not compute is not logged: no loss of ours, no NaN in the place of its own."""
+    module = OwnStep(config(), schedule=SCHEDULE)
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 4}
+    fit = trainer(tmp_path, kind, callbacks=everything(tmp_path), **options)
+    fit.fit(module, text(corpus, tmp_path))
+    logged = fit.logged_metrics
+    assert 5 < float(logged["my/loss"]) < 6 and float(logged["val/loss"]) == 0.5
+    assert float(logged["train/grad_norm"]) > 0
+    assert "train/loss" not in logged and "val/ppl" not in logged
+    assert float(logged["throughput/tokens_per_second"]) > 0
+
+
+def test_an_own_training_step_accumulates(tmp_path: Path) -> None:
+    """The step is that of the mean of its micro-batches, as Lightning has it."""
+    ids = torch.arange(64).view(4, 16) % 13
+    batches = [TokenBatch(rows[:, :8], rows[:, 1:9]) for rows in (ids[:2], ids[2:])]
+    torch.manual_seed(0)
+    module = OwnStep(config(13), OptimizerConfig(learning_rate=0.1), SCHEDULE)
+    expected = GPTLightningModule(config(13)).model
+    expected.load_state_dict(module.model.state_dict())
+    sum(expected(*batch[:2]).loss / 2 for batch in batches).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0, accumulate_grad_batches=2)
+    fit.fit(module, DataLoader(batches, batch_size=None))
+    assert float(fit.logged_metrics["train/grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
+
+
+class NanStep(GPTLightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.model(batch.input_ids, batch.targets).loss * (float("nan") if batch_idx == 1 else 1.0)
+
+
+class Plain(pl.LightningModule):
+    """Somebody's, that is none of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch.input_ids.float()).mean() * (float("inf") if batch_idx == 1 else 1.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [GPTTrainer, pl.Trainer])
+@pytest.mark.parametrize("make", [lambda: NanStep(config(), schedule=SCHEDULE), Plain])
+def test_the_guard_sees_the_loss_of_any_module(
+    make: Any, kind: type[pl.Trainer], corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is not finite \(samples 2-3\)"):
+        trainer(tmp_path, kind, callbacks=[FiniteGuard()]).fit(make(), text(corpus, tmp_path))
+
+
+class NoSuper(GPTLightningModule):
+    """Overrides hooks and calls none of ours."""
+
+    def on_fit_start(self) -> None: ...
+
+    def on_train_start(self) -> None: ...
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+
+    def on_validation_epoch_end(self) -> None: ...
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+
+def test_hooks_that_do_not_call_ours_change_neither_training_nor_tokens(corpus: Path, tmp_path: Path) -> None:
+    weights = []
+    for kind in (GPTLightningModule, NoSuper):
+        torch.manual_seed(1)
+        module = kind(config(), schedule=SCHEDULE)
+        fit = trainer(tmp_path, callbacks=[Throughput()], max_steps=3, accumulate_grad_batches=2)
+        fit.fit(module, text(corpus, tmp_path))
+        assert len(module.step.nlls) <= 2
+        assert float(fit.logged_metrics["throughput/tokens_per_second"]) > 0
+        weights.append(module.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in weights)))
+
+
+def pairs() -> TensorDataset:
+    ids = torch.arange(8 * 9).view(8, 9) % 13
+    return TensorDataset(ids[:, :-1], ids[:, 1:])
+
+
+def dictionaries() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": inputs, "targets": targets} for inputs, targets in pairs()]
+
+
+def batches() -> list[TokenBatch]:
+    return [TokenBatch(inputs[None], targets[None]) for inputs, targets in pairs()]
+
+
+@pytest.mark.parametrize("kind", [GPTTrainer, pl.Trainer])
+@pytest.mark.parametrize("dataset, batch_size", [(pairs(), 2), (dictionaries(), 2), (batches(), None)])
+def test_plain_loaders_train_and_validate(
+    dataset: Any, batch_size: int | None, kind: type[pl.Trainer], tmp_path: Path
+) -> None:
+    loader = DataLoader(dataset, batch_size=batch_size)
+    module = GPTLightningModule(config(13), OptimizerConfig(learning_rate=0.01), SCHEDULE)
+    fit = trainer(tmp_path, kind, callbacks=everything(tmp_path), limit_val_batches=1.0, val_check_interval=1)
+    fit.fit(module, loader, loader)
+    nll = sum(float(module.model(*pair, reduction="sum").loss) for pair in DataLoader(pairs(), batch_size=8))
+    assert float(fit.logged_metrics["val/loss"]) == pytest.approx(nll / 64, abs=1e-5)
+    assert float(fit.logged_metrics["throughput/tokens_per_second"]) > 0
+    assert trainer(tmp_path, kind).test(module, loader, verbose=False)[0]["test/ppl"] > 1
+
+
+def test_a_batch_of_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:
+    loader = DataLoader([{"input_ids": torch.zeros(8), "labels": torch.zeros(8)}])
+    with pytest.raises(UserError, match="a batch holds input_ids, labels; give input_ids and targets"):
+        trainer(tmp_path).fit(GPTLightningModule(config()), loader)
+
+
+def test_the_module_is_called_as_its_model() -> None:
+    module = GPTLightningModule(config())
+    ids = torch.arange(6)[None]
+    assert torch.equal(module(ids).logits, module.model(ids).logits)
+    assert torch.equal(module(ids, ids).loss, module.model(ids, ids).loss)
+
+
+def test_a_learning_rate_is_found_and_set(corpus: Path, tmp_path: Path) -> None:
+    module = GPTLightningModule(config(), schedule=SCHEDULE)
+    fit = trainer(tmp_path)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    finder = Tuner(fit).lr_find(module, datamodule=text(corpus, tmp_path), num_training=30, min_lr=1e-5)
+    assert finder is not None and len(finder.results["lr"]) > 5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    found = finder.suggestion()
+    assert module.learning_rate == found == module.optimizer.learning_rate
+    assert module.hparams["optimizer"]["learning_rate"] == found
+    fit.fit(module, text(corpus, tmp_path))
+    assert fit.optimizers[0].param_groups[0]["initial_lr"] == found
+
+
+def test_text_is_generated_after_a_fit_and_after_loading(corpus: Path, tmp_path: Path) -> None:
+    module = GPTLightningModule(config(), schedule=SCHEDULE)
+    with pytest.raises(UserError, match="the module has no tokenizer"):
+        module.generate("the")
+    fit = trainer(tmp_path)
+    fit.fit(module, text(corpus, tmp_path))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    module.train()
+    written = module.generate("the", max_new_tokens=5, temperature=0)
+    assert written.startswith("the") and module.training
+    again = GPTLightningModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert again.generate("the", max_new_tokens=5, temperature=0) == written
+    with pytest.raises(UserError, match="generation.max_tokens is no setting"):
+        module.generate("the", max_tokens=5)
