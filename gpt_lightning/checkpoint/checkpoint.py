@@ -1,6 +1,7 @@
 """Opens a checkpoint once: verifies its bytes, refuses what could act, and needs no run to read it."""
 
 import hashlib
+import logging
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
+
+_log = logging.getLogger("gpt_lightning")
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,12 @@ class Checkpoint:
                 f"ckpt_path={self.path} {problem}: it is of {name!r}; use that class, by its "
                 f"load_from_checkpoint or with --model {name} --allow_import {name.partition('.')[0]}"
             )
+        weights = self.contents[WEIGHTS]
+        if beside := [name for name in weights if not name.startswith(MODEL_PREFIX)]:
+            names = f"{', '.join(beside[:3])}{', ...' if len(beside) > 3 else ''}"
+            _log.warning(f"{self.path}: {len(beside)} weights beside the GPT are left out ({names})")
         return {
-            name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in self.contents[WEIGHTS].items()
-            if name.startswith(MODEL_PREFIX)
+            name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items() if name not in beside
         }
 
     def whole(self) -> "Checkpoint":

@@ -12,12 +12,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard, NonFiniteError
+from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
@@ -230,3 +234,196 @@ def test_text_is_generated_after_a_fit_and_after_loading(corpus: Path, tmp_path:
     assert again.generate("the", max_new_tokens=5, temperature=0) == written
     with pytest.raises(UserError, match="generation.max_tokens is no setting"):
         module.generate("the", max_tokens=5)
+
+
+class LoRA(torch.nn.Module):
+    """Adds a product of two thin matrices to a linear layer."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.base.weight, self.base.bias) + self.up(self.down(x))
+
+
+class WithLoRA(GPTLightningModule):
+    def __init__(self, rank: int = 2, **options: Any) -> None:
+        super().__init__(**options)
+        for block in self.model.blocks:
+            block.attn.qkv_proj = LoRA(block.attn.qkv_proj, rank)
+
+
+class InPlace(torch.nn.Linear):
+    """Keeps the names of the layer that it stands for."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.scale = torch.nn.Parameter(torch.full((base.out_features,), 3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+class WithInPlace(GPTLightningModule):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for block in self.model.blocks:
+            block.attn.qkv_proj = InPlace(block.attn.qkv_proj)
+
+
+class WithHead(GPTLightningModule):
+    def __init__(self, config: GPTConfig = GPTConfig(), n_classes: int = 2, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.save_hyperparameters()
+        self.head = torch.nn.Linear(self.model.config.d_model, n_classes)
+
+
+class WithHeadAndHooks(WithHead):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+
+CHILDREN = [(WithLoRA, {"rank": 3}), (WithInPlace, {}), (WithHead, {"n_classes": 5}), (WithHeadAndHooks, {})]
+
+
+@pytest.mark.parametrize("kind, options", CHILDREN)
+def test_a_class_with_layers_of_its_own_is_trained_saved_loaded_and_resumed(
+    kind: type[GPTLightningModule], options: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    module = kind(config=config(), schedule=SCHEDULE, **options)
+    parts = {"callbacks": everything(tmp_path), "plugins": [DurableCheckpointIO()]}
+    trainer(tmp_path, val_check_interval=1, **parts).fit(module, text(corpus, tmp_path))
+    path = tmp_path / "run" / "last.ckpt"
+    again = kind.load_from_checkpoint(path)
+    assert {name: again.hparams[name] for name in options} == options
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert again.generate("the", max_new_tokens=4) == module.generate("the", max_new_tokens=4)
+    parts = {"callbacks": everything(tmp_path), "plugins": [DurableCheckpointIO()]}
+    resumed = trainer(tmp_path, max_steps=4, **parts)
+    resumed.fit(kind(config=config(), schedule=SCHEDULE, **options), text(corpus, tmp_path), ckpt_path=path)
+    assert resumed.global_step == 4
+    trainer(tmp_path).validate(again, text(corpus, tmp_path), ckpt_path=path, verbose=False)
+
+
+def saved(kind: type[GPTLightningModule], corpus: Path, folder: Path, **options: Any) -> Path:
+    fit = trainer(folder, max_steps=1, limit_val_batches=0)
+    fit.fit(kind(config=config(), schedule=SCHEDULE, **options), text(corpus, folder))
+    fit.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+@pytest.mark.parametrize("kind", [WithLoRA, WithInPlace])
+def test_a_gpt_with_other_layers_is_no_gpt_to_others(
+    kind: type[GPTLightningModule], corpus: Path, tmp_path: Path
+) -> None:
+    """Also where all that a GPT has is there: without the layers beside it, it would be another model."""
+    path = saved(kind, corpus, tmp_path)
+    with pytest.raises(UserError, match=rf"^ckpt_path=.* unknown .*: it is of '.*{kind.__name__}'; use that"):
+        load_model(path)
+    with pytest.raises(UserError, match="GPTLightningModule has other layers than these weights: .*; use the"):
+        GPTLightningModule.load_from_checkpoint(path)
+    assert "\n" not in str(pytest.raises(UserError, load_model, path).value)
+
+
+def test_what_lies_beside_the_gpt_is_left_out_with_a_word(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(WithHead, corpus, tmp_path)
+    model, tokenizer = load_model(path)
+    assert torch.equal(model.lm_head.weight, WithHead.load_from_checkpoint(path).model.lm_head.weight)
+    assert "head.weight, head.bias" in caplog.text and "left out" in caplog.text
+
+
+def test_hyper_parameters_that_no_checkpoint_may_hold_are_refused_when_they_are_saved() -> None:
+    class Holds(GPTLightningModule):
+        def __init__(self, loss: Any, explicit: bool) -> None:
+            super().__init__(config(13))
+            if explicit:
+                self.save_hyperparameters()
+
+    assert "loss" not in Holds(torch.nn.CrossEntropyLoss(), explicit=False).hparams
+    refused = r"Holds: the hyper-parameter loss is a CrossEntropyLoss, .*ignore=\['loss'\]"
+    with pytest.raises(UserError, match=refused):
+        Holds(torch.nn.CrossEntropyLoss(), explicit=True)
+
+
+def test_a_tokenizer_of_ones_own_is_saved_with_plain_loaders(corpus: Path, tmp_path: Path) -> None:
+    module = GPTLightningModule(config(257), schedule=SCHEDULE)
+    module.tokenizer = text(corpus, tmp_path).text_tokenizer
+    fit = trainer(tmp_path, callbacks=everything(tmp_path), val_check_interval=1)
+    fit.fit(module, DataLoader(pairs(), batch_size=2), DataLoader(pairs(), batch_size=2))
+    assert load_model(tmp_path / "run" / "last.ckpt")[1].fingerprint == module.tokenizer.fingerprint
+    again = GPTLightningModule.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert again.generate("a", max_new_tokens=3) == module.generate("a", max_new_tokens=3)
+
+
+class OwnData(TextDataModule):
+    pass
+
+
+def test_a_child_class_of_the_datamodule_saves_a_tokenizer_too(corpus: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    datamodule = OwnData(train_files=[str(corpus)], tokenizer="bytes", seq_len=8, cache_dir=cache)
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    fit.fit(GPTLightningModule(config(), schedule=SCHEDULE), datamodule)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    assert load_model(tmp_path / "a.ckpt")[1].fingerprint == datamodule.text_tokenizer.fingerprint
+
+
+class Hooked(GPTLightningModule):
+    """Changes what a layer gives by a hook."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.model.lm_head.register_forward_hook(lambda layer, inputs, output: output.flip(-1))
+
+
+class Own(GPTLightningModule):
+    """Changes what a block gives by another class."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for block in self.model.blocks:
+            block.ln_1 = Doubled(block.ln_1)
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, base: torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * F.layer_norm(x, self.base.normalized_shape, self.base.weight)
+
+
+@pytest.mark.parametrize("kind", [WithLoRA, WithInPlace, Hooked, Own])
+def test_decoding_drops_nothing_of_other_layers(
+    kind: type[GPTLightningModule], corpus: Path, tmp_path: Path
+) -> None:
+    """Weights are laid out anew for a CPU; `generate` computes with the model as it is."""
+    torch.manual_seed(0)
+    module = kind(config=config(d_model=16))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    datamodule = text(corpus, tmp_path)
+    datamodule.prompts = ["the", "old garden"]
+    module.generation = GenerationConfig(max_new_tokens=6, temperature=0)
+    (rows,) = trainer(tmp_path).predict(module, datamodule)
+    assert [row["prompt"] + row["completion"] for row in rows][:1] == [module.generate("the")]
+
+
+def test_a_run_of_a_child_class_begins_with_the_weights_of_a_gpt(corpus: Path, tmp_path: Path) -> None:
+    """Layers that keep the names take them; with other names nothing would be loaded, and that is said."""
+    path = saved(GPTLightningModule, corpus, tmp_path)
+    module = WithInPlace(config=config(), schedule=SCHEDULE)
+    begin = InitialWeights("a.ckpt", Checkpoint.open(path).contents)
+    trainer(tmp_path, callbacks=[begin], max_steps=0).fit(module, text(corpus, tmp_path))
+    for name, tensor in load_model(path)[0].state_dict().items():
+        assert torch.equal(module.model.state_dict()[name], tensor)
+    begin = InitialWeights("a.ckpt", Checkpoint.open(path).contents)
+    with pytest.raises(UserError, match=r"WithLoRA has no model.blocks.0.attn.qkv_proj.bias; let its layers"):
+        trainer(tmp_path, callbacks=[begin]).fit(WithLoRA(config=config()), text(corpus, tmp_path))
