@@ -44,8 +44,8 @@ class InitialWeights(Callback):
         assert self._contents is not None
         own, given = module.state_dict().keys(), self._contents.get(WEIGHTS, {}).keys()
         if given and type(module) is not GPTLightningModule and (unknown := given - own):
+            remedy = "let its layers keep the names of those that they stand for"
             raise UserError(
-                f"init_from={self._origin}: {type(module).__name__} has no {min(unknown)}; let its layers keep "
-                "the names of those that they stand for, or load the weights in its __init__"
+                f"init_from={self._origin}: {type(module).__name__} has no {min(unknown)}; {remedy}"
             )
         return bool(given) and type(module) is not GPTLightningModule

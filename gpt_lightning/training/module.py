@@ -24,7 +24,6 @@ from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.device import keep_freed_memory
-from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel, GPTOutput
 from gpt_lightning.parallel.plan import ParallelStyle
@@ -37,18 +36,13 @@ from gpt_lightning.training.optim import (
     build_schedule,
     keep_settings,
 )
-from gpt_lightning.training.prediction import (
-    CompletionCallback,
-    changed_settings,
-    continued,
-    make_engine,
-    predicted_rows,
-)
+from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
     describe,
     plain_settings,
     refuse_other_layers,
+    warn_of_inexact_resume,
 )
 from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_inside_a_step, is_logging_step
@@ -217,17 +211,7 @@ class GPTLightningModule(LightningModule):
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Returns a dictionary a completion, in prompt order; tells CompletionCallbacks when one ends."""
-        datamodule = self.trainer.datamodule
-        if not isinstance(datamodule, TextDataModule):
-            raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
-        tokenizer = datamodule.text_tokenizer
-        listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
-        n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * self.generation.num_samples))
-        model = packed(self.model, quantize=self.generation.quantize, n_rows=n_rows)
-        engine = make_engine(self._trainer, model, self.generation, tokenizer, n_rows)
-        # Lengths change with every token, and each would be compiled anew.
-        with torch.compiler.set_stance("force_eager"):
-            return predicted_rows(engine, batch, self.generation, tokenizer, listeners)
+        return predict(self.trainer, self.model, batch, self.generation)
 
     def generate(self, prompt: str, **settings: Any) -> str:
         """Returns the prompt and its continuation; `settings` are those of a GenerationConfig to change."""
@@ -303,6 +287,8 @@ class GPTLightningModule(LightningModule):
         self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
         keep_settings(self.optimizer, checkpoint)
+        if self._trainer is not None:
+            warn_of_inexact_resume(self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Completion, Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
@@ -61,7 +63,24 @@ def continued(
     return [text.end() for text in texts]
 
 
-def predicted_rows(
+def predict(
+    trainer: Trainer, model: GPTModel, batch: PromptBatch, settings: GenerationConfig
+) -> list[dict[str, Any]]:
+    """Continues a rank's prompts, and tells the CompletionCallbacks when one ends."""
+    datamodule = trainer.datamodule
+    if not isinstance(datamodule, TextDataModule):
+        raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
+    tokenizer = datamodule.text_tokenizer
+    listeners = [each for each in trainer.callbacks if isinstance(each, CompletionCallback)]
+    n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * settings.num_samples))
+    model = packed(model, quantize=settings.quantize, n_rows=n_rows)
+    engine = make_engine(trainer, model, settings, tokenizer, n_rows)
+    # Lengths change with every token, and each would be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        return _rows(engine, batch, settings, tokenizer, listeners)
+
+
+def _rows(
     engine: Engine,
     batch: PromptBatch,
     settings: GenerationConfig,

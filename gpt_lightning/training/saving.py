@@ -6,12 +6,16 @@ from dataclasses import asdict, fields, is_dataclass
 from types import FrameType
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODULE_KEY, TOKENIZER_KEY, other_layers
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.trainer import ResumeCallback
 
 
 def arguments_of_child_classes(module: object, frame: FrameType | None) -> dict[str, Any]:
@@ -57,6 +61,15 @@ def refuse_other_layers(module: nn.Module, state_dict: Mapping[str, Any]) -> Non
         raise UserError(
             f"{type(module).__name__} has other layers than these weights: {problem}; use the class that "
             "saved them, from Python or with --model CLASS --allow_import PACKAGE"
+        )
+
+
+def warn_of_inexact_resume(trainer: Trainer) -> None:
+    resumes = trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path is not None
+    if resumes and not any(isinstance(callback, ResumeCallback) for callback in trainer.callbacks):
+        rank_zero_warn(
+            "this run goes on without the random states, and not at the very place, of the one that was "
+            "interrupted; for exactly that run, add gpt_lightning.ExactResume() to the Trainer's callbacks"
         )
 
 

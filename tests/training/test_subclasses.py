@@ -324,7 +324,7 @@ def test_a_gpt_with_other_layers_is_no_gpt_to_others(
     path = saved(kind, corpus, tmp_path)
     with pytest.raises(UserError, match=rf"^ckpt_path=.* unknown .*: it is of '.*{kind.__name__}'; use that"):
         load_model(path)
-    with pytest.raises(UserError, match="GPTLightningModule has other layers than these weights: .*; use the"):
+    with pytest.raises(UserError, match="GPTLightningModule has other layers than these weights: .*; use"):
         GPTLightningModule.load_from_checkpoint(path)
     assert "\n" not in str(pytest.raises(UserError, load_model, path).value)
 
@@ -427,3 +427,56 @@ def test_a_run_of_a_child_class_begins_with_the_weights_of_a_gpt(corpus: Path, t
     begin = InitialWeights("a.ckpt", Checkpoint.open(path).contents)
     with pytest.raises(UserError, match=r"WithLoRA has no model.blocks.0.attn.qkv_proj.bias; let its layers"):
         trainer(tmp_path, callbacks=[begin]).fit(WithLoRA(config=config()), text(corpus, tmp_path))
+
+
+class Dropping(GPTLightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch.input_ids, batch.targets).loss
+
+
+class Saves(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "3.ckpt")
+
+
+@pytest.mark.parametrize("kind", [GPTTrainer, pl.Trainer])
+def test_a_script_resumes_exactly_with_these_and_is_told_without(
+    kind: type[pl.Trainer], corpus: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    ended = []
+    for callbacks, path in (
+        ([Saves(), *everything(tmp_path)], None),
+        (everything(tmp_path), tmp_path / "3.ckpt"),
+        ([], tmp_path / "3.ckpt"),
+    ):
+        torch.manual_seed(len(ended))
+        module = Dropping(config(dropout=0.2), schedule=SCHEDULE)
+        if path is None:
+            start = module.state_dict()
+        module.load_state_dict(start)
+        parts = {"callbacks": callbacks, "plugins": [DurableCheckpointIO()]}
+        fit = trainer(tmp_path, kind, max_steps=6, val_check_interval=2, **parts)
+        recwarn.clear()
+        fit.fit(module, text(corpus, tmp_path), ckpt_path=path)
+        told = [str(each.message) for each in recwarn if "ExactResume" in str(each.message)]
+        assert len(told) == (len(callbacks) == 0)
+        ended.append(torch.cat([tensor.flatten() for tensor in module.state_dict().values()]))
+    assert torch.equal(ended[0], ended[1])
+    assert not torch.equal(ended[0], ended[2])
+
+
+def test_what_cannot_go_on_exactly_is_said(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(Dropping, corpus, tmp_path)
+    fit = trainer(tmp_path, callbacks=[ExactResume()])
+    fit.fit(Dropping(config(), schedule=SCHEDULE), text(corpus, tmp_path), ckpt_path=path)
+    assert "the checkpoint was saved without ExactResume" in caplog.text
+    fit = trainer(tmp_path, callbacks=[ExactResume()], limit_val_batches=0)
+    module = GPTLightningModule(config(13), schedule=SCHEDULE)
+    fit.fit(module, DataLoader(pairs(), batch_size=2))
+    fit.save_checkpoint(tmp_path / "plain.ckpt")
+    fit = trainer(tmp_path, callbacks=[ExactResume()], max_steps=4, limit_val_batches=0)
+    fit.fit(module, DataLoader(pairs(), batch_size=2), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    assert "without a TextDataModule no loader goes on where it was" in caplog.text
