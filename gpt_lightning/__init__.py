@@ -3,31 +3,54 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_lightning.callbacks.exact_resume import ExactResume as ExactResume
-    from gpt_lightning.callbacks.finite_guard import FiniteGuard as FiniteGuard
-    from gpt_lightning.callbacks.initial_weights import InitialWeights as InitialWeights
-    from gpt_lightning.callbacks.orderly_stop import OrderlyStop as OrderlyStop
-    from gpt_lightning.callbacks.progress import StepProgressBar as StepProgressBar
-    from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint as RunCheckpoint
-    from gpt_lightning.callbacks.text_samples import TextSamples as TextSamples
-    from gpt_lightning.callbacks.throughput import Throughput as Throughput
-    from gpt_lightning.checkpoint.checkpoint import load_model as load_model
-    from gpt_lightning.checkpoint.io import DurableCheckpointIO as DurableCheckpointIO
-    from gpt_lightning.data.datamodule import TextDataModule as TextDataModule
-    from gpt_lightning.data.loader import TokenBatch as TokenBatch
-    from gpt_lightning.data.tokenizer import TextTokenizer as TextTokenizer
-    from gpt_lightning.data.tokenizer import load_tokenizer as load_tokenizer
-    from gpt_lightning.exit_codes import UserError as UserError
-    from gpt_lightning.generation.sampling import GenerationConfig as GenerationConfig
-    from gpt_lightning.model.config import GPTConfig as GPTConfig
-    from gpt_lightning.model.gpt import GPTModel as GPTModel
-    from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy as TensorParallelDDPStrategy
-    from gpt_lightning.training.module import GPTLightningModule as GPTLightningModule
-    from gpt_lightning.training.optim import OptimizerConfig as OptimizerConfig
-    from gpt_lightning.training.optim import ScheduleConfig as ScheduleConfig
-    from gpt_lightning.training.trainer import GPTTrainer as GPTTrainer
+    from gpt_lightning.callbacks.exact_resume import ExactResume
+    from gpt_lightning.callbacks.finite_guard import FiniteGuard
+    from gpt_lightning.callbacks.initial_weights import InitialWeights
+    from gpt_lightning.callbacks.orderly_stop import OrderlyStop
+    from gpt_lightning.callbacks.progress import StepProgressBar
+    from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+    from gpt_lightning.callbacks.text_samples import TextSamples
+    from gpt_lightning.callbacks.throughput import Throughput
+    from gpt_lightning.checkpoint.checkpoint import load_model
+    from gpt_lightning.checkpoint.io import DurableCheckpointIO
+    from gpt_lightning.data.datamodule import TextDataModule
+    from gpt_lightning.data.loader import TokenBatch
+    from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+    from gpt_lightning.exit_codes import UserError
+    from gpt_lightning.generation.sampling import GenerationConfig
+    from gpt_lightning.model.config import GPTConfig
+    from gpt_lightning.model.gpt import GPTModel
+    from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+    from gpt_lightning.training.module import GPTLightningModule
+    from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+    from gpt_lightning.training.trainer import GPTTrainer
 
 __version__ = "0.1.0"
+__all__ = [
+    "DurableCheckpointIO",
+    "ExactResume",
+    "FiniteGuard",
+    "GPTConfig",
+    "GPTLightningModule",
+    "GPTModel",
+    "GPTTrainer",
+    "GenerationConfig",
+    "InitialWeights",
+    "OptimizerConfig",
+    "OrderlyStop",
+    "RunCheckpoint",
+    "ScheduleConfig",
+    "StepProgressBar",
+    "TensorParallelDDPStrategy",
+    "TextDataModule",
+    "TextSamples",
+    "TextTokenizer",
+    "Throughput",
+    "TokenBatch",
+    "UserError",
+    "load_model",
+    "load_tokenizer",
+]
 
 _HOMES = {
     "DurableCheckpointIO": "checkpoint.io",
@@ -54,7 +77,6 @@ _HOMES = {
     "load_model": "checkpoint.checkpoint",
     "load_tokenizer": "data.tokenizer",
 }
-__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
