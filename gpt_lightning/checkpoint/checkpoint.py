@@ -96,8 +96,8 @@ class Checkpoint:
         if (problem := layers_of_child_class(self.contents)) is not None:
             name = self.contents[MODULE_KEY]
             raise UserError(
-                f"ckpt_path={self.path} {problem}: it is of {name!r}; use that class, by its "
-                f"load_from_checkpoint or with --model {name} --allow_import {name.partition('.')[0]}"
+                f"ckpt_path={self.path} is of {name!r}; use that class, by its load_from_checkpoint or with "
+                f"--model {name} --allow_import {name.partition('.')[0]}: the file {problem}"
             )
         weights = self.contents[WEIGHTS]
         if beside := [name for name in weights if not name.startswith(MODEL_PREFIX)]:
