@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.cli.errors import say
+from gpt_lightning.cli.parser import ALLOW_IMPORT
+from gpt_lightning.training.module import GPTLightningModule
 
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
@@ -22,7 +24,10 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
     saver: Any = trainer.checkpoint_callback
     if saver is not None and (last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))
-        say(f"{_program()} predict --ckpt_path {path} --data.prompts '[\"The \"]'")
+        kind = type(trainer.lightning_module)
+        own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
+        own = "" if kind is GPTLightningModule else own
+        say(f"{_program()} predict --ckpt_path {path}{own} --data.prompts '[\"The \"]'")
 
 
 def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
