@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,9 +40,12 @@ def test_the_readme_shows_every_verb() -> None:
 
 @pytest.mark.parametrize("command", program_commands())
 def test_every_command_parses(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
+    module = "from gpt_lightning import GPTLightningModule\nclass MyModule(GPTLightningModule): ..."
+    (tmp_path / "my_package.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     # What the reader puts in or has made by an earlier line.
     stand_ins = {"FILE": "configs/quickstart.yaml", "mine.yaml": "configs/quickstart.yaml"}
     words = [stand_ins.get(word, word) for word in shlex.split(command.split(">")[0])]
@@ -52,3 +56,24 @@ def test_every_command_parses(
     with pytest.raises(SystemExit) as exit:
         main([*words, last])
     assert exit.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_it_is_written_and_goes_on(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cells,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "gl.GPT" in block]
+    assert len(cells.splitlines()) <= 30
+    (tmp_path / "novels").mkdir()
+    for number in range(10):
+        (tmp_path / "novels" / f"{number}.txt").write_text(corpus.read_text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "notebook"}
+    exec(cells, names)
+    assert capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert names["trainer"].global_step == 200 and float(names["trainer"].logged_metrics["my/loss"]) < 4
+    assert len(names["module"].generate("Once", max_new_tokens=5)) > 4
+    assert names["again"].generate("A", max_new_tokens=9) == names["module"].generate("A", max_new_tokens=9)
+    longer = cells.replace('"max_steps": 200', '"max_steps": 210')
+    exec(longer, names)
+    assert names["trainer"].global_step == 210

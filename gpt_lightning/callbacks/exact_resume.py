@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -15,14 +15,14 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import rank_and_ranks
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.trainer import validation_is_due
+from gpt_lightning.training.trainer import ResumeCallback, validation_is_due
 
 RESUME_KEY = "resume"
 
 _log = logging.getLogger("gpt_lightning")
 
 
-class ExactResume(Callback):
+class ExactResume(ResumeCallback):
     """Saves and restores the random states of all ranks, and where Lightning's loops were."""
 
     def __init__(self) -> None:
@@ -70,8 +70,16 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         saved = checkpoint.get(RESUME_KEY)
-        if saved is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
+        if saved is None:
+            _log.warning("the checkpoint was saved without ExactResume: random states begin anew")
+            return
+        if not isinstance(trainer.datamodule, TextDataModule):
+            _log.warning(
+                "without a TextDataModule no loader goes on where it was: an epoch that was interrupted is "
+                "read from its beginning again"
+            )
         self._random_state = _own(saved["random_states"], trainer)
         self._samples_per_step = saved["samples_per_step"]
         if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):

@@ -1,6 +1,8 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
 import logging
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,6 @@ from typing_extensions import override
 from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import OptimizerStep
-from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
@@ -30,8 +30,16 @@ class NonFiniteError(ArithmeticError):
     exit_code = NON_FINITE
 
 
+@dataclass(eq=False)
+class _Seen:
+    """Gathers an optimizer step's losses, and the samples that they are of, where a batch names them."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    sample_ids: list[Tensor | None] = field(default_factory=list)
+
+
 class FiniteGuard(SaveCallback):
-    """Looks at a GPTLightningModule's loss and gradient before each optimizer step, on all ranks together.
+    """Looks at a module's loss and gradient before each optimizer step, on all ranks together.
 
     On a GPU the device itself leaves out refused steps, and every step once too many were; the host
     looks at logging steps and before validations and checkpoints, and waits for the device only then. (With
@@ -50,23 +58,36 @@ class FiniteGuard(SaveCallback):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         self._device_decides = False
-        self._unseen: list[tuple[int, OptimizerStep, Tensor]] = []  # and whether it is refused, on the device
+        self._step = _Seen()  # which is under way
+        self._batch: Any = None
+        self._unseen: list[tuple[int, _Seen, Tensor]] = []  # and whether it is refused, on the device
         self._refused: Tensor | None = None  # how many are, on the device
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unseen, self._refused = [], None
+        self._step, self._unseen, self._refused = _Seen(), [], None
         self._device_decides = isinstance(trainer, GPTTrainer) and all(
             _skips_by_itself(optimizer, trainer) for optimizer in trainer.optimizers
         )
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._step.losses.append(loss.detach())
+        self._step.sample_ids.append(getattr(self._batch, "sample_ids", None))
+
+    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        assert isinstance(pl_module, GPTLightningModule)
-        number, step = trainer.global_step + 1, pl_module.step
-        refused = (~_looked_at(trainer, pl_module).isfinite()).float()
+        number, step = trainer.global_step + 1, self._step
+        self._step, self._batch = _Seen(), None
+        refused = (~_looked_at(trainer, pl_module, step.losses).isfinite()).float()
         if trainer.world_size > 1:
             dist.all_reduce(refused, op=dist.ReduceOp.MAX)
         if self._device_decides:
@@ -117,8 +138,8 @@ class FiniteGuard(SaveCallback):
         for optimizer in trainer.optimizers:
             optimizer.__dict__.pop("found_inf", None)
 
-    def _refuse(self, trainer: Trainer, number: int, step: OptimizerStep) -> None:
-        what, where = _of_all_ranks(step.nlls, step.sample_ids)
+    def _refuse(self, trainer: Trainer, number: int, step: _Seen) -> None:
+        what, where = _of_all_ranks(step)
         found = f"step {number:,}: the {what} is not finite{where}"
         self.skipped_steps += 1
         if self.skipped_steps > self.max_skipped_steps:
@@ -139,7 +160,7 @@ class FiniteGuard(SaveCallback):
         self.skipped_steps = state_dict["skipped_steps"]
 
 
-def _looked_at(trainer: Trainer, module: GPTLightningModule) -> Tensor:
+def _looked_at(trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
     """Returns a number that is as finite as the losses and the squared norm of this rank's gradients.
 
     A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
@@ -149,7 +170,7 @@ def _looked_at(trainer: Trainer, module: GPTLightningModule) -> Tensor:
     is_scaled = scaler is not None and scaler.get_scale() > 1
     parameters = () if is_scaled else module.parameters()
     square = norm(p.grad for p in parameters if p.grad is not None).square()
-    return torch.stack([square.to(module.device), *(nll.float() for nll in module.step.nlls)]).sum()
+    return torch.stack([square.to(module.device), *(loss.float() for loss in losses)]).sum()
 
 
 def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
@@ -161,10 +182,10 @@ def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
 
 
-def _of_all_ranks(losses: list[Tensor], sample_ids: list[Tensor]) -> tuple[str, str]:
+def _of_all_ranks(step: _Seen) -> tuple[str, str]:
     """Says what is not finite, and in which samples: those of the losses that are not, else of the step."""
-    bad = [index for index, loss in enumerate(losses) if not bool(loss.isfinite())]
-    ids = [[int(i) for i in ids if i >= 0] for ids in sample_ids]
+    bad = [index for index, loss in enumerate(step.losses) if not bool(loss.isfinite())]
+    ids = [[int(i) for i in ids if i >= 0] if ids is not None else [] for ids in step.sample_ids]
     all_found = gathered(
         (bool(bad), [i for index, own in enumerate(ids) if not bad or index in bad for i in own])
     )

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
+from gpt_lightning.checkpoint.files import WEIGHTS
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -34,6 +35,17 @@ class InitialWeights(Callback):
             )
         assert isinstance(pl_module, GPTLightningModule)
         pl_module.begun_from = self._origin
-        trainer.strategy.load_model_state_dict(self._contents, strict=True)
-        self._contents.pop("state_dict", None)  # a sharded checkpoint's is in files of its own
+        trainer.strategy.load_model_state_dict(self._contents, strict=not self._is_a_part(pl_module))
+        self._contents.pop(WEIGHTS, None)  # a sharded checkpoint's is in files of its own
         self._contents = None
+
+    def _is_a_part(self, module: LightningModule) -> bool:
+        """Tells whether a child class adds layers, which it has drawn, to those that the weights are of."""
+        assert self._contents is not None
+        own, given = module.state_dict().keys(), self._contents.get(WEIGHTS, {}).keys()
+        if given and type(module) is not GPTLightningModule and (unknown := given - own):
+            remedy = "let its layers keep the names of those that they stand for"
+            raise UserError(
+                f"init_from={self._origin}: {type(module).__name__} has no {min(unknown)}; {remedy}"
+            )
+        return bool(given) and type(module) is not GPTLightningModule

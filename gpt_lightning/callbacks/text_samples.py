@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.data.prompts import encode_prompts
@@ -27,7 +28,10 @@ class TextSamples(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
-        tokenizer = trainer.datamodule.text_tokenizer
+        if (tokenizer := pl_module.own_tokenizer) is None:
+            rank_zero_warn("TextSamples: there is no tokenizer to write with; set module.tokenizer")
+            self.prompts = []
+            return
         texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         if trainer.is_global_zero:

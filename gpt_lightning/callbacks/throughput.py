@@ -1,15 +1,18 @@
 """Measures how fast a run trains, how much of the devices it uses, and what its time goes to."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from gpt_lightning.callbacks.peak_flops import peak_flops
-from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.data.loader import TokenBatch, rank_and_ranks, token_batch
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.device import peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
@@ -31,12 +34,15 @@ class Throughput(Callback):
       what training waits for.
     - `peak_memory_gib`: of the first rank since its start: tensors on the device, or the process on a CPU.
 
-    Lightning's own Trainer tells neither of waiting nor of saving: both are `other` then, and count.
+    Lightning's own Trainer tells neither of waiting nor of saving: both are `other` then, and count. Where a
+    batch does not show its tokens, there are the times alone.
     """
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
-        self._logged_step = self._logged_tokens = 0
+        self._logged_step = self._counted_step = 0
+        self._tokens: int | Tensor | None = 0  # scored since then; None if a batch does not show them
+        self._width = 0
         self._peak_flops: float | None = None  # of all devices
 
     @override
@@ -53,7 +59,8 @@ class Throughput(Callback):
                 "Throughput: this Trainer does not tell of waiting for data and of saving, which count as "
                 "other_share; make a gpt_lightning.training.trainer.GPTTrainer"
             )
-        self._logged_step, self._logged_tokens = trainer.global_step, pl_module.trained_tokens
+        self._logged_step = self._counted_step = trainer.global_step
+        self._tokens = 0
         pl_module.step_row.is_shared = True
 
     @override
@@ -64,35 +71,57 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._count(trainer, batch)
         step = trainer.global_step
         if step != self._logged_step and is_logging_step(trainer, step):
             assert isinstance(pl_module, GPTLightningModule)
-            tokens = pl_module.trained_tokens  # the module has waited for the device to log the loss
+            # The module has waited for the device to log the loss.
+            tokens = None if self._tokens is None else int(self._tokens)
             self._clock.turn_to("other")
-            flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
-            values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
+            values = self._measured(step - self._logged_step)
+            if tokens is not None:
+                flops = training_flops_per_token(pl_module.model.config, self._width)
+                values = self._rates(tokens, flops) | values
             if (peak_memory := peak_memory_gib(pl_module.device)) is not None:
                 values["peak_memory_gib"] = peak_memory
             row = {f"throughput/{name}": value for name, value in values.items()}
             pl_module.step_row.add(trainer, row)
             pl_module.step_row.write(trainer, step)
-            self._logged_step, self._logged_tokens = step, tokens
+            self._logged_step, self._tokens = step, 0
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")
 
-    def _measured(self, tokens: int, steps: int, flops_per_token: int) -> dict[str, float]:
+    def _count(self, trainer: Trainer, batch: Any) -> None:
+        """Adds the tokens that all ranks score: of a batch that says so, of the whole step at its end."""
+        is_step_over = trainer.global_step != self._counted_step
+        self._counted_step = trainer.global_step
+        tokens: TokenBatch | None = None
+        with suppress(UserError):
+            tokens = token_batch(batch)
+        if tokens is None or self._tokens is None:
+            self._tokens = None
+        elif tokens.step_tokens is None:
+            self._tokens = self._tokens + rank_and_ranks(trainer)[1] * tokens.scored()
+        elif is_step_over:
+            self._tokens = self._tokens + tokens.step_tokens
+        self._width = 0 if tokens is None else tokens.targets.shape[-1]
+
+    def _training_seconds(self) -> float:
         seconds = self._clock.seconds
-        assert self._peak_flops is not None
+        return sum(seconds.values()) - seconds["validation"] - seconds["checkpoint"]
+
+    def _measured(self, steps: int) -> dict[str, float]:
+        seconds = self._clock.seconds
         total = sum(seconds.values())
-        training = total - seconds["validation"] - seconds["checkpoint"]
-        return {
-            "tokens_per_second": tokens / training,
-            "step_seconds": training / steps,
-            "mfu": tokens / training * flops_per_token / self._peak_flops,
-            **{f"{part}_share": seconds[part] / total for part in PARTS},
-        }
+        shares = {f"{part}_share": seconds[part] / total for part in PARTS}
+        return {"step_seconds": self._training_seconds() / steps, **shares}
+
+    def _rates(self, tokens: int, flops_per_token: int) -> dict[str, float]:
+        assert self._peak_flops is not None
+        rate = tokens / self._training_seconds()
+        return {"tokens_per_second": rate, "mfu": rate * flops_per_token / self._peak_flops}
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

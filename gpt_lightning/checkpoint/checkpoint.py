@@ -1,19 +1,32 @@
 """Opens a checkpoint once: verifies its bytes, refuses what could act, and needs no run to read it."""
 
 import hashlib
+import logging
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, read_checked
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    DATA_KEY,
+    MODEL_PREFIX,
+    MODULE_KEY,
+    TOKENIZER_KEY,
+    check_contents,
+    layers_of_child_class,
+    read_checked,
+    with_config_of_child_class,
+)
 from gpt_lightning.checkpoint.files import REST, WEIGHTS, is_sharded, write
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
+
+_log = logging.getLogger("gpt_lightning")
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,8 @@ class Checkpoint:
         """Raises UserError, in one line that names the file, for what cannot be used."""
         sharded = may_be_sharded and is_sharded(path)
         contents = read_checked(path, sharded=sharded)
+        if CONFIG_KEY not in contents and with_config_of_child_class(contents):
+            check_contents(path, contents)
         if CONFIG_KEY not in contents:
             raise UserError(
                 f"ckpt_path={path} was not written by gpt_lightning (it has no {CONFIG_KEY!r}); name another"
@@ -48,13 +63,24 @@ class Checkpoint:
     def data(self) -> dict[str, Any]:
         """Returns the state of the TextDataModule that the model was trained with."""
         if DATA_KEY not in self.contents:
-            raise UserError("the checkpoint holds no tokenizer: its Trainer had no TextDataModule")
+            raise UserError(
+                f"ckpt_path={self.path} was trained without a TextDataModule; go on with it from Python"
+            )
         state: dict[str, Any] = self.contents[DATA_KEY]
         return state
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return DATA_KEY in self.contents or TOKENIZER_KEY in self.contents
+
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer.from_dict(self.data["tokenizer"])
+        if not self.has_tokenizer:
+            raise UserError(
+                f"ckpt_path={self.path}: the checkpoint holds no tokenizer, as its Trainer had no "
+                "TextDataModule; set module.tokenizer before it is saved"
+            )
+        return TextTokenizer.from_dict(self.contents.get(TOKENIZER_KEY) or self.data["tokenizer"])
 
     @cached_property
     def digest(self) -> str:
@@ -66,11 +92,19 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Any]:
-        """Returns the model's state dict, under GPTModel's own names."""
+        """Returns the model's state dict, under GPTModel's own names; refuses the GPT of a child class."""
+        if (problem := layers_of_child_class(self.contents)) is not None:
+            name = self.contents[MODULE_KEY]
+            raise UserError(
+                f"ckpt_path={self.path} is of {name!r}; use that class, by its load_from_checkpoint or with "
+                f"--model {name} --allow_import {name.partition('.')[0]}: the file {problem}"
+            )
+        weights = self.contents[WEIGHTS]
+        if beside := [name for name in weights if not name.startswith(MODEL_PREFIX)]:
+            names = f"{', '.join(beside[:3])}{', ...' if len(beside) > 3 else ''}"
+            _log.warning(f"{self.path}: {len(beside)} weights beside the GPT are left out ({names})")
         return {
-            name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in self.contents[WEIGHTS].items()
-            if name.startswith(MODEL_PREFIX)
+            name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items() if name not in beside
         }
 
     def whole(self) -> "Checkpoint":

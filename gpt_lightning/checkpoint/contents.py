@@ -18,6 +18,8 @@ from gpt_lightning.model.meta import Uninitialized
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
+MODULE_KEY = "module_class"  # that was saved, unless it is GPTLightningModule; it is shown, never imported
+TOKENIZER_KEY = "tokenizer"  # where no TextDataModule saves it under its own name
 ORIGIN_KEY = "begun_from"  # the model whose weights a run began with, or that was imported
 VALIDATION_KEY = "last_validation"  # its step, its loss, and whether it was of the whole text
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
@@ -76,6 +78,31 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
         )
 
 
+def with_config_of_child_class(checkpoint: dict[str, Any]) -> bool:
+    """Fills in what a child class's own `on_save_checkpoint` has left out, from the hyper-parameters."""
+    match checkpoint.get("hyper_parameters"):
+        case {"config": dict(config), "optimizer": dict(), "schedule": dict()}:
+            checkpoint[CONFIG_KEY] = config
+            checkpoint.setdefault(MODULE_KEY, "the class that saved it")
+            return True
+    return False
+
+
+def layers_of_child_class(contents: Mapping[str, Any]) -> str | None:
+    """Says which weights of a child class's GPT are not those of a GPTModel; None where all of them are."""
+    if MODULE_KEY not in contents:
+        return None
+    problem = next(_problems_of_weights(GPTConfig(**contents[CONFIG_KEY]), contents[WEIGHTS]), None)
+    return problem.removesuffix("; name another") if problem else None
+
+
+def other_layers(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Lists in what two state dicts differ by name or by shape; nothing where they do not."""
+    return _differences(*(
+        {name: list(getattr(value, "shape", [])) for name, value in each.items()} for each in (own, given)
+    ))
+
+
 # ---- problems, in the order in which they are looked for: the first one found is told
 
 
@@ -87,13 +114,18 @@ def _problems(checkpoint: Any) -> Iterator[str]:
             yield f"holds {found}; hyper-parameters are plain and import nothing: do not trust the file"
     if DATA_KEY in checkpoint:
         yield from _problems_of_data(checkpoint[DATA_KEY])
+    if CONFIG_KEY in checkpoint and TOKENIZER_KEY in checkpoint:
+        yield from _problems_of_data({"tokenizer": checkpoint[TOKENIZER_KEY], "settings": {}})
     if CONFIG_KEY in checkpoint:
         # Without the optimizer's state nobody goes on from it, and asks how far it came.
         for key in ("global_step", "loops"):
             if OPTIMIZERS in checkpoint and key not in checkpoint:
                 yield f"lacks {key!r}, without which no run goes on; name another"
         yield from _problems_of_config(checkpoint[CONFIG_KEY])
-        if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
+        if MODULE_KEY in checkpoint:  # a child class's layers are its own business, when they are loaded
+            if type(checkpoint[MODULE_KEY]) is not str:
+                yield f"holds {MODULE_KEY}={_short(checkpoint[MODULE_KEY])}; name another"
+        elif checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
             yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
 
 
@@ -150,8 +182,12 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
     with torch.device("meta"), Uninitialized():
         expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
-    if found == expected:
-        return
+    if found != expected:
+        listing = _differences(expected, found)
+        yield f"does not hold the weights of its {CONFIG_KEY}: {listing}; name another"
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     differences = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
@@ -161,12 +197,11 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
             if found.get(name, shape) != shape
         ],
     }
-    listing = "; ".join(
+    return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in differences.items()
         if names
     )
-    yield f"does not hold the weights of its {CONFIG_KEY}: {listing}; name another"
 
 
 def _short(value: Any) -> str:

@@ -33,7 +33,8 @@ from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
-from gpt_lightning.cli.origin import Origin, find_origin, take_settings
+from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_options, names_a_class
+from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_settings
 from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
 from gpt_lightning.cli.report import log_hyperparameters, show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
@@ -67,6 +68,7 @@ class GPTLightningCLI(LightningCLI):
         super().__init__(
             GPTLightningModule,
             TextDataModule,
+            subclass_mode_model=names_a_class(args),
             run=False,
             save_config_callback=None,
             trainer_class=GPTTrainer,
@@ -97,9 +99,11 @@ class GPTLightningCLI(LightningCLI):
         for group, callback in of_fit.items():
             parser.add_class_arguments(callback, group, instantiate=False, sub_configs=True)
         parser.add_class_arguments(GenerationConfig, "generation")
-        parser.link_arguments(
-            "data", "model.config.vocab_size", compute_fn=self._choose_vocabulary, apply_on="instantiate"
-        )
+        arguments = "model.init_args" if self.subclass_mode_model else "model"
+        vocab_size = f"{arguments}.config.vocab_size"
+        parser.link_arguments("data", vocab_size, compute_fn=self._choose_vocabulary, apply_on="instantiate")
+        if self.subclass_mode_model:
+            parser.set_defaults({"model": {"class_path": DEFAULT_CLASS}})  # of files that name none
         if self.verb != "prepare":
             skipped: set[str | int] = {*self.subcommands()[self.verb]}
             self._verb_options = parser.add_method_arguments(GPTTrainer, self.verb, skip=skipped)
@@ -122,6 +126,8 @@ class GPTLightningCLI(LightningCLI):
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
             given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
             take_settings(self.verb, settings, given, self._origin)
+            if self.subclass_mode_model:
+                take_arguments(settings, given, checkpoint, parser)
         check_options(self.verb, settings)
         if self.verb != "prepare":
             settings.weights_only = True
@@ -294,7 +300,8 @@ def _name_run(settings: Any) -> None:
 
 def _warn_of_untrained_positions(settings: Any) -> None:
     """Says that text beyond the training windows would be generated from positions never trained."""
-    seq_len, positions = settings.data.seq_len, settings.model.config.max_position_embeddings
+    seq_len = settings.data.seq_len
+    positions = model_options(settings, "config").get("max_position_embeddings", seq_len)
     if 0 < seq_len < positions:
         say(
             f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from gpt_lightning.cli.model_class import model_options
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
@@ -15,9 +16,10 @@ LARGEST_SEED = 2**32 - 1  # NumPy's
 
 def check_options(verb: str, settings: Any) -> None:
     """Raises what can be raised before a tokenizer is trained or a file written."""
-    positions = GPTConfig(**{**settings.model.config, "vocab_size": 1}).max_position_embeddings
-    OptimizerConfig(**settings.model.optimizer)
-    ScheduleConfig(**settings.model.schedule)
+    config = model_options(settings, "config")
+    positions = GPTConfig(**{**config, "vocab_size": 1}).max_position_embeddings
+    OptimizerConfig(**model_options(settings, "optimizer"))
+    ScheduleConfig(**model_options(settings, "schedule"))
     GenerationConfig(**settings.generation)
     trainer, seed, refused = settings.trainer, settings.seed_everything, {}
     # What Lightning would take without a word, or divide by.
@@ -47,7 +49,7 @@ def check_options(verb: str, settings: Any) -> None:
             refused["trainer.devices"] = f" is over {most}, all that {cores} cores are good for; lower it"
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
         refused["seed_everything"] = f" is not in [0, {LARGEST_SEED}]; choose e.g. 42"
-    if verb != "predict" and settings.data.seq_len > positions:
+    if verb != "predict" and config and settings.data.seq_len > positions:
         remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
         refused["data.seq_len"] = f" is over model.config.max_position_embeddings={positions}; {remedy}"
     for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):

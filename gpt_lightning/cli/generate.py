@@ -10,11 +10,12 @@ from typing import Any, Literal, TextIO
 
 import torch
 
-from gpt_lightning.checkpoint.checkpoint import load_model
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
-from gpt_lightning.cli.parser import PlainParser
+from gpt_lightning.cli.model_class import import_class
+from gpt_lightning.cli.parser import ALLOW_IMPORT, PlainParser
 from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
 from gpt_lightning.data.prompts import check_utf8
@@ -44,6 +45,8 @@ def _parser() -> PlainParser:
     parser = PlainParser(prog="gpt-lightning generate", description=VERBS["generate"])
     parser.add_argument("--prompt", type=str, help="The text to continue; - reads it from standard input.")
     parser.add_argument("--ckpt_path", type=str, help="The checkpoint; the newest one by default.")
+    parser.add_argument("--model", type=str, help="The class that saved it, if it is one of your own.")
+    parser.add_argument(ALLOW_IMPORT, type=str, action="append", help="The package to import it from.")
     parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1 or mps; the fastest there by default.")
     parser.add_argument("--precision", type=_Precision, default="float32", help="Of weights and arithmetic.")
@@ -78,7 +81,11 @@ def _device(name: str | None) -> torch.device:
 
 def _writer(options: Any, device: torch.device) -> TextWriter:
     path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), say)
-    model, tokenizer = load_model(path)
+    if options.model is None:
+        model, tokenizer = load_model(path)
+    else:
+        module = import_class(options.model, options.allow_import or ()).load_from_checkpoint(path, "cpu")
+        model, tokenizer = module.model.eval(), Checkpoint.open(path).tokenizer
     say(f"checkpoint: {path}")
     output = sys.stdout
     if isinstance(output, io.TextIOWrapper):

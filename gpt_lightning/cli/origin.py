@@ -5,14 +5,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
+from gpt_lightning.checkpoint.contents import MODULE_KEY
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
-from gpt_lightning.cli.errors import say
+from gpt_lightning.cli.errors import say, shorten
+from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_key, model_options
+from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import import_gpt2
 
+OURS = {"config", "optimizer", "schedule", "activation_checkpointing", "compile_backend"}
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
 
 
@@ -43,6 +49,7 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
         checkpoint = Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
         if verb != "fit" or not _is_untrained(checkpoint):
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
+            _tell_of_another_class(settings, checkpoint)
             settings.ckpt_path = str(path)
             return Origin(checkpoint, begins_again=begins_again)
         settings.ckpt_path, settings.init_from = None, str(path)
@@ -54,6 +61,13 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
         own = settings.checkpoint.dirpath
         say(f"no checkpoint in {own or root / settings.run_name} yet: starting from scratch")
     return Origin(checkpoint, init_from, begins_again)
+
+
+def _tell_of_another_class(settings: Any, checkpoint: Checkpoint) -> None:
+    """Says which class saved it: another one may compute something else with the same weights."""
+    saved = checkpoint.contents.get(MODULE_KEY)
+    if saved is not None and settings.model.get("class_path", DEFAULT_CLASS) != saved:
+        say(f"warning: it is of {saved!r}; to compute as that does, add --model and {ALLOW_IMPORT}")
 
 
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
@@ -99,14 +113,29 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
     data = checkpoint.data["settings"]
     names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else data.keys()
     saved = {f"data.{name}": data[name] for name in data.keys() & names}
+    own = model_options(settings, "config")
     for name, value in asdict(checkpoint.config).items():
-        if name not in NOT_ARCHITECTURE:
-            saved[f"model.config.{name}"] = value
+        if name in own and name not in NOT_ARCHITECTURE:
+            saved[f"{model_key(settings)}.config.{name}"] = value
     for key, value in saved.items():
         given = explicit.get(key)
         if given is not None and given != value:
+            where = origin.init_from or checkpoint.path
             raise UserError(
-                f"{key}={given} contradicts {origin.init_from or checkpoint.path}, which has {value}; "
-                "leave the option out, or train anew"
+                f"{key.replace('.init_args', '')}={given} contradicts {where}, which has {value}; leave the "
+                "option out, or train anew"
             )
         settings[key] = value
+
+
+def take_arguments(settings: Any, explicit: Any, checkpoint: Checkpoint, parser: ArgumentParser) -> None:
+    """Takes over the arguments that a child class adds, as it was built with them, where none are given."""
+    saved = checkpoint.contents.get("hyper_parameters", {})
+    arguments, given = settings.model.init_args, explicit.get("model.init_args", {})
+    for name in saved.keys() - OURS:
+        if name in arguments and name not in given:
+            arguments[name] = saved[name]
+    try:
+        parser.validate(settings)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"ckpt_path={checkpoint.path} does not fit: {shorten(str(error))}") from error

@@ -16,6 +16,7 @@ from gpt_lightning.exit_codes import MISTAKE
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 
@@ -32,6 +33,8 @@ class PlainParser(ArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         reason = shorten(message)
+        if (wrong := NO_CLASS.search(message)) and (given := re.search(r"Given value: ([\w.]+)", message)):
+            reason = f"class_path={given[1]} does not fit: {wrong[0]}; name a class, as package.Class"
         if denied := DENIED.search(message):
             reason = (
                 f"class_path={denied[1]} is not imported: only {', '.join(TRUSTED)} are trusted; if you "

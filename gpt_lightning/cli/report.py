@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gpt_lightning.cli.errors import say
+from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.training.metrics import part_of_text
+from gpt_lightning.training.module import GPTLightningModule
 
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
@@ -25,7 +27,10 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
     saver: Any = trainer.checkpoint_callback
     if saver is not None and (last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))
-        say(f"{_program()} predict --ckpt_path {path} --data.prompts '[\"The \"]'")
+        kind = type(trainer.lightning_module)
+        own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
+        own = "" if kind is GPTLightningModule else own
+        say(f"{_program()} predict --ckpt_path {path}{own} --data.prompts '[\"The \"]'")
 
 
 def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:

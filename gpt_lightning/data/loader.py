@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 from typing_extensions import override
 
 from gpt_lightning.data.token_cache import TokenSplit
-from gpt_lightning.data.windows import Epochs, document_ids, gather
+from gpt_lightning.data.windows import IGNORED_TARGET, Epochs, document_ids, gather
 from gpt_lightning.exit_codes import UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -28,9 +28,33 @@ class TokenBatch(NamedTuple):
 
     input_ids: Tensor  # [B, T]
     targets: Tensor  # [B, T], -100 where nothing is scored
-    document_ids: Tensor | None  # [B, T]
+    document_ids: Tensor | None = None  # [B, T]
     sample_ids: Tensor | None = None  # [B], positions in the training order; -1 for a row that none fills
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
+
+    def scored(self) -> Tensor:
+        """Counts the targets that are scored, on the batch's device."""
+        return (self.targets != IGNORED_TARGET).sum()
+
+
+def token_batch(batch: Any) -> TokenBatch:
+    """Takes what any loader may give: a TokenBatch, inputs and targets, or a mapping that names them."""
+    match batch:
+        case TokenBatch():
+            return batch
+        case Mapping():
+            found = ", ".join(map(str, batch))
+            parts: list[Any] = [batch.get("input_ids"), batch.get("targets")]
+        case list() | tuple():
+            found, parts = f"{len(batch)} values", list(batch)
+        case _:
+            found, parts = f"a {type(batch).__name__}", []
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise UserError(
+            f"a batch holds {found}; give input_ids and targets, the token that follows each: a TokenBatch, "
+            "a pair of tensors or a mapping, or write a training_step of your own"
+        )
+    return TokenBatch(*parts)
 
 
 class StepBatch(NamedTuple):

@@ -28,13 +28,13 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    is_whole = bool(layers) and all(map(is_plain_linear, layers))
+    is_whole = bool(layers) and all(map(is_plain_linear, layers)) and all(map(_is_known, model.modules()))
     if not is_whole or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         if quantize is None:
             return model
         raise UserError(
-            f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU and with "
-            "tensor parallelism"
+            f"generation.quantize={quantize} is for a whole model on a CPU; leave it out on a GPU, with "
+            "tensor parallelism and with layers of your own"
         )
     if quantize is not None:
         # All layers use the rooms in turn: those of a step of decoding, and of the prompts before it.
@@ -44,6 +44,17 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
     if not onednn_multiplies(dtype):
         return model
     return _with_layers(model, partial(PackedLinear, dtype=dtype, n_rows=n_rows))
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Tells whether a module has no hooks, which a copy would drop, and a class that calls its layers.
+
+    Another class may read their weights, which are laid out anew.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    classes = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+    return any(kind.__module__.partition(".")[0] in ("torch", "gpt_lightning") for kind in classes)
 
 
 def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8Linear"]) -> Model:

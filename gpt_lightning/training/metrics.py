@@ -5,24 +5,50 @@ from dataclasses import dataclass, field
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import rank_and_ranks
+from gpt_lightning.parallel.gradients import norm
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.trainer import loggers_may_fail
 
 
 @dataclass(eq=False)
 class OptimizerStep:
-    """Gathers what this rank has done of an optimizer step: its micro-batches' losses and samples.
+    """Gathers what this rank has done of the optimizer step that follows `after` others.
 
     `tokens` are those that all ranks score in all of the step.
     """
 
+    after: int = -1
     nlls: list[Tensor] = field(default_factory=list)
-    sample_ids: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+
+    def loss(self, trainer: Trainer, device: torch.device) -> dict[str, Tensor | float]:
+        """Returns the loss per token; nothing where a child class computes, and logs, its own."""
+        if self.after != trainer.global_step:
+            return {}
+        nll = sum(self.nlls, torch.zeros((), device=device))
+        if rank_and_ranks(trainer)[1] > 1:
+            nll = trainer.strategy.reduce(nll, reduce_op="sum")
+        loss = nll / self.tokens
+        return {"train/loss": loss, "train/ppl": loss.exp()}
+
+
+def epochs_trained(trainer: Trainer) -> float:
+    """Counts the epochs trained, with the fraction of this one; Lightning would log whole ones."""
+    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return trainer.current_epoch + done / trainer.num_training_batches
+
+
+def gradient_norm(trainer: Trainer, module: LightningModule) -> Tensor:
+    """Returns that of the whole model, of which a rank may hold a part."""
+    if isinstance(trainer.strategy, TensorParallelDDPStrategy):
+        return trainer.strategy.gradient_norm(module.parameters())
+    return norm(p.grad for p in module.parameters() if p.grad is not None)
 
 
 class StepRow:
@@ -65,12 +91,14 @@ class TokenLoss:
     def __init__(self) -> None:
         # On the host, also where the model around it is built on the meta device.
         self.nll = self.tokens = torch.zeros((), dtype=torch.long, device="cpu")
+        self.is_empty = True
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """Adds a batch's summed nll and the number of tokens it was summed over."""
         dtype = torch.float32 if nll.device.type == "mps" else torch.float64
         self.nll = self.nll + nll.detach().to(dtype)
         self.tokens = self.tokens + tokens
+        self.is_empty = False
 
     def compute(self, strategy: Strategy) -> Tensor:
         """Sums over all ranks, which call it together."""

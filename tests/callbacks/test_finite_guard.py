@@ -17,7 +17,6 @@ def step(
 ) -> GPTLightningModule:
     """One optimizer step, as the Trainer would announce it, with fp16's scaler or without."""
     module = GPTLightningModule(GPTConfig(4, 2, n_layers=1, n_heads=1, d_model=2)).to(dtype)
-    module.step.nlls.append(torch.tensor(1.0))
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     precision = MixedPrecision("16-mixed", "cpu", scaler) if scaler else MixedPrecision("bf16-mixed", "cpu")
     rank = {"is_global_zero": True, "world_size": 1}
@@ -26,6 +25,7 @@ def step(
         parameter.grad = torch.full_like(parameter, gradient)
     if scaler is not None:
         scaler.scale(torch.ones(()))  # which makes the scale a tensor, as the first step does
+    guard.on_before_backward(trainer, module, torch.tensor(1.0))
     guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=0.1))
     return module
 

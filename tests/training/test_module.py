@@ -259,7 +259,7 @@ def test_batches_that_do_not_say_what_their_step_scores_weigh_alike(tmp_path: Pa
     options = {"max_steps": 1, "limit_val_batches": 0, "accumulate_grad_batches": 2}
     trainer(tmp_path, callbacks=[recorder], **options).fit(module, loader)
     losses = [before(batch.input_ids, batch.targets, reduction="sum").loss for batch in batches]
-    assert module.trained_tokens == 14
+    assert module.step.tokens == 14
     assert recorder.logged[0]["train/loss"] == pytest.approx(float(sum(losses)) / 14, abs=1e-5)
     ((losses[0] / 10 + losses[1] / 4) / 2).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in before.parameters() if p.grad is not None])
