@@ -5,23 +5,21 @@ Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces,
 """
 
 import codecs
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
+from gpt_lightning.data.unpacking import damaged, unpacked_chunks
 from gpt_lightning.exit_codes import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 
-_CHUNK_BYTES = 1 << 18
 _PIECE_CHARACTERS = 1 << 17
 _LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
 
@@ -156,16 +154,16 @@ def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
 
 def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    for chunk in chain(_chunks(path, on_bytes), [b""]):
+    position, is_start = 0, True
+    for chunk in chain(unpacked_chunks(path, on_bytes), [b""]):
         held_back = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             problem = f"{path} is not UTF-8 at byte {position - held_back + error.start}"
             raise UserError(f"{problem}; convert it, e.g. with iconv -t UTF-8") from None
-        yield text.removeprefix("\ufeff") if position == 0 else text
-        position += len(chunk)
+        yield text.removeprefix("\ufeff") if is_start else text
+        position, is_start = position + len(chunk), is_start and not text
 
 
 def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
@@ -221,7 +219,7 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     with file:
         names = file.schema_arrow.names
         if text_key not in names:
@@ -233,38 +231,3 @@ def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]
             for text in batch.column(0).to_pylist():
                 yield Piece(text or "", ends_document=True)
             on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
-
-
-def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
-    told = 0
-    with open(path, "rb") as packed:
-        stream, damage = _unpacked(path, packed)
-        while True:
-            try:
-                chunk = stream.read(_CHUNK_BYTES)
-            except damage as error:
-                raise _damaged(path, error) from None
-            on_bytes(packed.tell() - told)
-            told = packed.tell()
-            if not chunk:
-                break
-            yield chunk
-
-
-def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
-    """Opens the file's content as a stream; names the errors by which that stream tells of damage."""
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore
-    if not path.endswith(".zst"):
-        return packed, ()
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return reader, (zstandard.ZstdError,)
-
-
-def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")

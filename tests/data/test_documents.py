@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from gpt_lightning.data import documents
+from gpt_lightning.data import documents, unpacking
 from gpt_lightning.data.documents import read_pieces, resolve_sources, source_bytes
 from gpt_lightning.data.tokenizer import train_bpe
 
@@ -46,6 +46,26 @@ def test_text_and_json_lines_packed_or_not(tmp_path: Path, suffix: str) -> None:
     assert read(pack(tmp_path / f"a.jsonl{suffix}", lines.encode())) == ["one", "two\nlines"]
 
 
+def test_frames_of_zst_follow_each_other_and_may_need_a_large_window(tmp_path: Path) -> None:
+    text = "\ufeffeach character 鲁迅 🙂 in a frame of its own\n" * 3
+    frames = b"".join(zstandard.compress(bytes([byte])) for byte in text.encode())
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    assert read(pack(tmp_path / "a.txt", frames + skippable).rename(tmp_path / "a.txt.zst")) == [text[1:]]
+    # As `zstd --long=28` packs what it reads from a pipe.
+    large = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=1)
+    packer = zstandard.ZstdCompressor(compression_params=large).compressobj()
+    (tmp_path / "b.txt.zst").write_bytes(packer.compress(b"one text") + packer.flush())
+    assert read(tmp_path / "b.txt.zst") == ["one text"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_without_text_has_no_document(tmp_path: Path, suffix: str) -> None:
+    assert read(pack(tmp_path / f"a.txt{suffix}", b"")) == []
+    path = pack(tmp_path / f"b.txt{suffix}", b"one")
+    path.write_bytes(path.read_bytes() + (tmp_path / f"a.txt{suffix}").read_bytes())
+    assert read(path) == ["one"]
+
+
 def test_parquet_column(tmp_path: Path) -> None:
     rows = [f"row {index}" for index in range(200)] + ["", None]
     parquet.write_table(pyarrow.table({"body": rows, "n": list(range(202))}), tmp_path / "a.parquet")
@@ -56,7 +76,7 @@ def test_separator_also_across_chunks(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = ["one", "two\n", "three " * 5, "4"]
     path = pack(tmp_path / "a.txt", "<SEP>".join([texts[0], "", *texts[1:]]).encode())
     for chunk in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(documents, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(unpacking, "_CHUNK_BYTES", chunk)
         assert read(path, separator="<SEP>") == texts
 
 
@@ -86,7 +106,7 @@ def test_ids_of_pieces_are_those_of_the_whole(
 ) -> None:
     tokenizer = train_bpe([text], 700)
     path = pack(tmp_path / "a.txt", text.encode())
-    monkeypatch.setattr(documents, "_CHUNK_BYTES", 501)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 501)
     monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 300)
     pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
     assert len(pieces) > 50 and "".join(piece.text for piece in pieces) == text
@@ -106,7 +126,7 @@ def test_long_documents_come_in_bounded_pieces(tmp_path: Path) -> None:
 
 def test_text_without_any_safe_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 10)
-    monkeypatch.setattr(documents, "_CHUNK_BYTES", 16)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 16)
     endless = "A1" * 500
     assert read(pack(tmp_path / "a.txt", endless.encode())) == [endless]
     pieces = read_pieces(
@@ -146,8 +166,8 @@ def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
 def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "a.txt", "ab é".encode()[:-1], "a.txt is not UTF-8 at byte 3; convert"
     yield "b.txt", b"x" * 300_000 + b"\xff" + b"y", "b.txt is not UTF-8 at byte 300000; convert"
-    broken_at_a_border = b"x" * (documents._CHUNK_BYTES - 1) + b"\xc3("
-    yield "border.txt", broken_at_a_border, f"is not UTF-8 at byte {documents._CHUNK_BYTES - 1}; convert"
+    broken_at_a_border = b"x" * (unpacking._CHUNK_BYTES - 1) + b"\xc3("
+    yield "border.txt", broken_at_a_border, f"is not UTF-8 at byte {unpacking._CHUNK_BYTES - 1}; convert"
     yield "c.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "c.jsonl is not UTF-8 at byte 25; convert"
     yield "d.jsonl", b'{"text": "ok"}\n\n{"text": \n', "d.jsonl, line 3 is not JSON .*; each line must be"
     yield "e.jsonl", b'{"body": "ok"}\n', "e.jsonl, line 1 has no key data.text_key=text; it has: body"
@@ -157,6 +177,17 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "i.txt.gz", gzip.compress(b"x" * 1000)[:-9], "i.txt.gz is damaged .*; copy"
     yield "j.txt.gz", b"no gzip", "j.txt.gz is damaged .*; copy"
     yield "k.txt.zst", b"no zstd here", "k.txt.zst is damaged .*; copy"
+    packed = gzip.compress(b"x" * 1000)
+    yield "two.txt.gz", packed + packed[:-9], "two.txt.gz is damaged .*; copy"
+    yield "none.txt.gz", b"", "none.txt.gz is damaged .it is empty.; copy"
+    lines = "".join(f'{{"text": "row {n}"}}\n' for n in range(40_000)).encode()
+    packed = zstandard.compress(lines)
+    for name in ("cut.txt.zst", "cut.jsonl.zst"):
+        for n_bytes in (3, 7, len(packed) // 4, len(packed) - 1):
+            yield name, packed[:n_bytes], f"{name} is damaged .it ends within a frame.; copy"
+    yield "two.jsonl.zst", packed + packed[:-1], "two.jsonl.zst is damaged .it ends within"
+    yield "none.txt.zst", b"", "none.txt.zst is damaged .it is empty.; copy"
+    yield "more.txt.zst", packed + b"and more", "more.txt.zst is damaged .*; copy"
     yield "l.parquet", b"no parquet", "l.parquet is damaged .*; copy"
 
 
