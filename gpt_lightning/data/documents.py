@@ -21,6 +21,16 @@ from gpt_lightning.exit_codes import UserError
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 
 _PIECE_CHARACTERS = 1 << 17
+# Bytes are how parquet keeps text that nobody said is text.
+_PARQUET_TEXT = (
+    "string",
+    "large_string",
+    "string_view",
+    "binary",
+    "large_binary",
+    "binary_view",
+    "fixed_size_binary",
+)
 _LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
 
 
@@ -186,8 +196,9 @@ def json_row(line: str, place: str) -> Any:
     """Reads a line of a .jsonl file."""
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        problem = str(error).partition(";")[0]
+        raise UserError(f"{place} is not JSON ({problem}); each line must be one JSON object") from None
 
 
 def _json_text(line: str, text_key: str, place: str) -> str:
@@ -211,23 +222,48 @@ def _json_text(line: str, text_key: str, place: str) -> str:
 
 
 def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+    row = 0
+    for batch, n_rows in _parquet_batches(path, text_key):
+        for row, value in enumerate(batch, start=row + 1):
+            yield Piece(_parquet_text(value, text_key, f"{path}, row {row}"), ends_document=True)
+        on_bytes(os.path.getsize(path) * len(batch) // n_rows)
+
+
+def _parquet_text(value: Any, text_key: str, place: str) -> str:
+    try:
+        text = value.as_py()
+        return text.decode("utf-8") if isinstance(text, bytes) else text or ""
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: data.text_key={text_key} is not UTF-8; choose another column") from None
+
+
+def _parquet_batches(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
+    """Yields columns of a few rows each, and with each the number of the file's rows."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_is_text(file.schema_arrow, text_key, path)
+            for batch in file.iter_batches(batch_size=64, columns=[text_key]):
+                yield batch.column(0), file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
+            raise
         raise damaged(path, error) from None
-    with file:
-        names = file.schema_arrow.names
-        if text_key not in names:
-            raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(names)}")
-        kind = file.schema_arrow.field(text_key).type
-        if str(kind) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")
-        for batch in file.iter_batches(batch_size=64, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                yield Piece(text or "", ends_document=True)
-            on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
+
+
+def _check_is_text(schema: Any, text_key: str, path: str) -> None:
+    """Refuses a column of anything but text, its bytes, or categories of either."""
+    from pyarrow import types
+
+    if schema.names.count(text_key) > 1:
+        raise UserError(f"{path} has two columns data.text_key={text_key}; rename one")
+    if text_key not in schema.names:
+        raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(schema.names)}")
+    kind = schema.field(text_key).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(getattr(types, f"is_{name}")(values) for name in _PARQUET_TEXT):
+        raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -14,6 +15,7 @@ from pyarrow import parquet
 from gpt_lightning.data import documents, unpacking
 from gpt_lightning.data.documents import read_pieces, resolve_sources, source_bytes
 from gpt_lightning.data.tokenizer import train_bpe
+from gpt_lightning.exit_codes import UserError
 
 
 def read(path: Path | str, text_key: str = "text", separator: str | None = None) -> list[str]:
@@ -70,6 +72,39 @@ def test_parquet_column(tmp_path: Path) -> None:
     rows = [f"row {index}" for index in range(200)] + ["", None]
     parquet.write_table(pyarrow.table({"body": rows, "n": list(range(202))}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", text_key="body") == rows[:200]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary(6), pyarrow.large_string(), pyarrow.string_view()],
+)
+@pytest.mark.parametrize("is_categories", [False, True])
+def test_parquet_text_may_be_kept_as_bytes_or_categories(
+    tmp_path: Path, kind: pyarrow.DataType, is_categories: bool
+) -> None:
+    rows = ["\u9c81\u8fc5".encode(), b"second", None, b"second"]
+    column = pyarrow.array(rows, pyarrow.binary()).cast(kind)
+    if is_categories and "view" not in str(kind):
+        column = column.dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["\u9c81\u8fc5", "second", "second"]
+
+
+def damaged_parquet(path: Path, at: int, **options: Any) -> None:
+    parquet.write_table(pyarrow.table({"text": [f"a text {n}" for n in range(1000)]}), path, **options)
+    content = bytearray(path.read_bytes())
+    content[at : at + 100] = bytes(100)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "none"])
+def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, compression: str) -> None:
+    damaged_parquet(tmp_path / "a.parquet", 200, compression=compression, write_page_checksum=True)
+    with pytest.raises(UserError, match=r"a.parquet is damaged \(.*\); copy"):
+        read(tmp_path / "a.parquet")
+    damaged_parquet(tmp_path / "b.parquet", -300)
+    with pytest.raises(UserError, match=r"b.parquet is damaged \(.*\); copy"):
+        read(tmp_path / "b.parquet")
 
 
 def test_separator_also_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +205,9 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "border.txt", broken_at_a_border, f"is not UTF-8 at byte {unpacking._CHUNK_BYTES - 1}; convert"
     yield "c.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "c.jsonl is not UTF-8 at byte 25; convert"
     yield "d.jsonl", b'{"text": "ok"}\n\n{"text": \n', "d.jsonl, line 3 is not JSON .*; each line must be"
+    digits = b'{"text": "ok", "n": ' + b"7" * 5000 + b"}"
+    yield "digits.jsonl", digits, "digits.jsonl, line 1 is not JSON .*digits.*; each line must"
+    yield "deep.jsonl", b"[" * 100_000, "deep.jsonl, line 1 is not JSON .*; each line must be"
     yield "e.jsonl", b'{"body": "ok"}\n', "e.jsonl, line 1 has no key data.text_key=text; it has: body"
     yield "f.jsonl", b"[1]", "f.jsonl, line 1 has no key data.text_key=text; it has: list"
     yield "g.jsonl", b'{"text": 3}', "g.jsonl, line 1: data.text_key=text is not text but int; choose"
@@ -205,3 +243,10 @@ def test_parquet_errors_name_the_column(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="data.text_key=n is int64, not text; choose"):
         read(tmp_path / "a.parquet", text_key="n")
+    parquet.write_table(pyarrow.table({"text": [b"a", b"b", b"\xff"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="b.parquet, row 3: data.text_key=text is not UTF-8; choose"):
+        read(tmp_path / "b.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="c.parquet has two columns data.text_key=text; rename"):
+        read(tmp_path / "c.parquet")
