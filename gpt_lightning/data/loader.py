@@ -63,6 +63,7 @@ class WindowBatches(Dataset[TokenBatch]):
         # Ranks take turns, so the global batch is the same for any number of ranks.
         positions = np.arange(first + self.rank, last, self.ranks)
         starts, lengths = self.epochs.cut(positions)
+        self.split.check(starts, self.epochs.seq_len, documents=self.document_mask)
         inputs, targets = gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:

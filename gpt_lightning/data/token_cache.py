@@ -2,7 +2,8 @@
 
 A cache folder holds, for each split of `train`, `val` and `test` that has text, `<split>.tokens.bin` (uint16,
 or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where each document starts, and the
-end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
+end), a `.digests` file for each of these, and `meta.json`. Every document ends with eos. Opening costs the same
+for 1 MB and for 1 TB.
 """
 
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
 from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
@@ -97,9 +99,33 @@ class TokenSplit:
     def document_starts(self) -> NDArray[np.uint64]:
         return np.asarray(np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r"))
 
+    @cached_property
+    def _checked(self) -> tuple[CheckedFile, CheckedFile]:
+        return (
+            CheckedFile(self.folder / f"{self.name}.tokens.bin", self.tokens),
+            CheckedFile(self.folder / f"{self.name}.documents.bin", self.document_starts),
+        )
+
+    def map(self) -> None:
+        """Maps the files; refuses others than are described, as a cache of an earlier version may hold."""
+        self._checked
+        found = (len(self.tokens), len(self.document_starts) - 1, int(self.document_starts[-1]))
+        if found != (self.n_tokens, self.n_documents, self.n_tokens):
+            problem = f"data.cache_dir: {self.folder} does not hold the {self.n_tokens} tokens it tells of"
+            raise UserError(f"{problem}; remove that folder, and it is built anew")
+
+    def check(self, starts: NDArray[np.int64], seq_len: int, *, documents: bool) -> None:
+        """Refuses damaged files before windows of `seq_len` targets from `starts` on are read from them."""
+        of_tokens, of_documents = self._checked
+        of_tokens.check(starts - 1, seq_len + 1)
+        if documents and len(starts):
+            of_documents.check_sorted(starts, starts + seq_len)
+            around_the_end = max(1, int(starts.max()) + seq_len - self.n_tokens)
+            of_documents.check_sorted(np.array([0]), np.array([around_the_end]))
+
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker maps the files itself; a pickled map would be a copy of the corpus.
-        maps = ("tokens", "document_starts")
+        maps = ("tokens", "document_starts", "_checked")
         return {name: value for name, value in self.__dict__.items() if name not in maps}
 
 
@@ -128,7 +154,7 @@ def prepare_tokens(
         splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
-            split.tokens, split.document_starts
+            split.map()
     return splits
 
 
@@ -172,8 +198,8 @@ class _SplitWriter:
     """Appends documents to the files of one split."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self._tokens_file = open(folder / f"{name}.tokens.bin", "wb")
-        self._documents_file = open(folder / f"{name}.documents.bin", "wb")
+        self._tokens_file = DigestedFile(folder / f"{name}.tokens.bin")
+        self._documents_file = DigestedFile(folder / f"{name}.documents.bin")
         self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
         self._n_tokens = self._n_bytes = self._n_documents = 0
         self._documents_file.write(np.zeros(1, dtype=np.uint64).data)

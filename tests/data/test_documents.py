@@ -76,7 +76,10 @@ def test_parquet_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary(6), pyarrow.large_string(), pyarrow.string_view()],
+    [
+        *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary(6)),
+        *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),
+    ],
 )
 @pytest.mark.parametrize("is_categories", [False, True])
 def test_parquet_text_may_be_kept_as_bytes_or_categories(
