@@ -2,8 +2,8 @@
 
 A cache folder holds, for each split of `train`, `val` and `test` that has text, `<split>.tokens.bin` (uint16,
 or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where each document starts, and the
-end), a `.digests` file for each of these, and `meta.json`. Every document ends with eos. Opening costs the same
-for 1 MB and for 1 TB.
+end), digests of both, and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for
+1 TB.
 """
 
 import sys
@@ -22,6 +22,7 @@ from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
 from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
+from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 from gpt_lightning.exit_codes import UserError
@@ -46,10 +47,7 @@ class Corpus:
         for option, given in patterns.items():
             given = [given] if isinstance(given, str) else given
             files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
-        for option in ("val_files", "test_files"):
-            for file in files[option]:
-                if file in files["train_files"]:
-                    raise UserError(f"data.{option}={file} is also in data.train_files; remove it from one")
+        refuse_shared_files(files)
         return cls(**files, **settings)
 
     @property
@@ -89,6 +87,7 @@ class TokenSplit:
     n_tokens: int
     n_bytes: int
     n_documents: int
+    n_repeated: int | None = None  # held-out documents that are in train too; not known of old caches
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
@@ -135,16 +134,22 @@ def prepare_tokens(
     cache_dir: str,
     check_train: Callable[[int], None] = lambda n_tokens: None,
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
+    *,
+    drop_repeated: bool = False,
 ) -> dict[str, TokenSplit]:
     """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
-    `check_sources` the content hashes of `corpus.sources`, before one is built.
+    `check_sources` the content hashes of `corpus.sources`, before one is built. With `drop_repeated` no
+    document is held out that the training text has, too.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
+    if drop_repeated:
+        settings["drop_repeated"] = True
 
     def build(folder: Path) -> dict[str, Any]:
-        counts = _write_tokens(folder, corpus, tokenizer)
+        dropped = _repeated(folder, corpus) if drop_repeated else {}
+        counts = _write_tokens(folder, corpus, tokenizer, dropped)
         if corpus.train_files:
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
         return counts
@@ -177,14 +182,33 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
         return load_tokenizer(str(folder))
 
 
-def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
+    """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
+    digests = DocumentDigests(folder)
+    with _progress("Comparing documents", corpus.sources) as advance:
+        for _ in digests.noted(_marked_pieces(corpus, advance)):
+            pass
+    repeated = digests.repeated()
+    for name, of_split in repeated.items():
+        if of_split.all():
+            problem = f"data.drop_repeated=true leaves nothing of {name}"
+            raise UserError(f"{problem}: its {len(of_split)} documents are all in train; give other text")
+    return repeated
+
+
+def _write_tokens(
+    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: dict[str, NDArray[np.bool_]]
+) -> dict[str, Any]:
     writers: dict[str, _SplitWriter] = {}
+    digests = DocumentDigests(folder)
     with _progress("Tokenizing", corpus.sources) as advance:
-        for text in encode_pieces(_marked_pieces(corpus, advance), tokenizer):
+        marked = digests.noted(without(_marked_pieces(corpus, advance), dropped))
+        for text in encode_pieces(marked, tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
             writers[text.split].add(text)
-    return {name: writer.finish() for name, writer in writers.items()}
+    repeated = {name: {"n_repeated": int(found.sum())} for name, found in digests.repeated().items()}
+    return {name: {**writer.finish(), **repeated.get(name, {})} for name, writer in writers.items()}
 
 
 def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
