@@ -1,7 +1,8 @@
 """Reads documents from text files: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
 
 A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
-Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's.
+Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's. A
+million characters without such a place are cut anyway.
 """
 
 import codecs
@@ -21,6 +22,7 @@ from gpt_lightning.exit_codes import UserError
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 
 _PIECE_CHARACTERS = 1 << 17
+_LONGEST_PIECE = 1 << 20  # where nothing separates a text, which would fill the memory
 # Bytes are how parquet keeps text that nobody said is text.
 _PARQUET_TEXT = (
     "string",
@@ -115,6 +117,8 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
         start = 0
         while len(text) > (limit := max(start + _PIECE_CHARACTERS, searched)):
             cut = _safe_cut(text, start, limit)
+            if cut is None and len(text) - start > _LONGEST_PIECE:
+                cut = start + _LONGEST_PIECE
             if cut is None:  # look again when more text is there, but only at what is new
                 searched = len(text)
                 break
@@ -129,7 +133,7 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _safe_cut(text: str, start: int, limit: int) -> int | None:
-    """Finds the last cut up to `limit`, else the first beyond it, that changes no token id on either side.
+    """Finds the last cut up to `limit`, else the first soon beyond, that changes no token id on either side.
 
     Pre-tokenizers join whitespace with what follows it, or punctuation with the line break after it; none
     looks back. So a cut is safe after a line break that stands alone between two other characters, and, where
@@ -143,7 +147,7 @@ def _safe_cut(text: str, start: int, limit: int) -> int | None:
     near = [match.end() for match in _LETTER_THEN_SPACE.finditer(text, max(start, limit - 10_000), limit + 1)]
     if near:
         return near[-1]
-    beyond = _LETTER_THEN_SPACE.search(text, limit - 1)
+    beyond = _LETTER_THEN_SPACE.search(text, limit - 1, start + _LONGEST_PIECE)
     return beyond.end() if beyond else None
 
 

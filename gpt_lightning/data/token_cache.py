@@ -9,7 +9,7 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -174,8 +174,14 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
 
     def build(folder: Path) -> dict[str, Any]:
         size = vocab_size or default_vocab_size(sum(map(utf8_length, texts())))
-        with _progress("Training the tokenizer", corpus.train_files) as advance:
-            train_bpe(texts(advance), size).save(folder)
+        with ExitStack() as merging:
+
+            def read() -> Iterator[str]:
+                with _progress("Reading text for the tokenizer", corpus.train_files) as advance:
+                    yield from texts(advance)
+                merging.enter_context(_waiting("Merging pairs into tokens"))
+
+            train_bpe(read(), size).save(folder)
         return {}
 
     with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
@@ -242,6 +248,19 @@ class _SplitWriter:
         self._documents_file.close()
         counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
         return {"dtype": self._dtype, **counts}
+
+
+@contextmanager
+def _waiting(title: str) -> Iterator[None]:
+    """Shows on a terminal's stderr for how long something has been going on, until the block ends."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console, is_silent = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
+        bar.add_task(title, total=None)
+        yield
 
 
 @contextmanager

@@ -176,6 +176,22 @@ def test_text_without_any_safe_place_stays_whole(tmp_path: Path, monkeypatch: py
     assert [len(piece.text) for piece in pieces][:2] == [1001, 10]
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_no_piece_is_longer_than_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "_LONGEST_PIECE", 1000)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 64)
+    text = "ACGT" * 2000 + "AC GT " * 50 + "TTTT" * 2100
+    content = text if suffix == ".txt" else json.dumps({"text": text})
+    path = pack(tmp_path / f"a{suffix}", content.encode())
+    pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
+    assert "".join(piece.text for piece in pieces) == text
+    lengths = [len(piece.text) for piece in pieces]
+    assert max(lengths) <= 1000 + 64 and lengths[:8] == [1000] * 8 and len(lengths) < 22
+
+
 def test_sources_expand_in_order_without_repeats(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.jsonl.gz", "sub/d.md", ".hidden/e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

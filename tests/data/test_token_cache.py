@@ -5,6 +5,8 @@ import logging
 import multiprocessing
 import os
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +342,24 @@ def test_tokenizer_never_sees_held_out_text(tmp_path: Path, caplog: pytest.LogCa
     assert prepare_tokenizer(corpus(source), 2000, cache).fingerprint == tokenizer.fingerprint
     assert building_reasons(caplog) == []
     assert prepare_tokenizer(corpus(source), None, cache).vocab_size <= 512
+
+
+def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def note(title: str, *_: object) -> Iterator[Callable[[int], None]]:
+        shown.append(f"begins {title}")
+        yield lambda n_bytes: None
+        shown.append(f"ends {title}")
+
+    monkeypatch.setattr(token_cache, "_progress", note)
+    monkeypatch.setattr(token_cache, "_waiting", note)
+    prepare_tokenizer(corpus(write_documents(tmp_path / "a.jsonl")), 300, str(tmp_path / "cache"))
+    reading, merging = "Reading text for the tokenizer", "Merging pairs into tokens"
+    assert shown == [f"begins {reading}", f"ends {reading}", f"begins {merging}", f"ends {merging}"]
 
 
 def test_cache_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
