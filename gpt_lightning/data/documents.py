@@ -10,16 +10,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from glob import glob, has_magic
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
 from gpt_lightning.data.unpacking import damaged, unpacked_chunks
 from gpt_lightning.exit_codes import UserError
-
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 
 _PIECE_CHARACTERS = 1 << 17
 _LONGEST_PIECE = 1 << 20  # where nothing separates a text, which would fill the memory
@@ -45,42 +41,6 @@ class Piece(NamedTuple):
 
 def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-def resolve_sources(patterns: list[str], option: str) -> list[str]:
-    """Lists the files behind file names, globs and folders; `python:docs` stands for itself.
-
-    The order is that of the patterns, sorted within each, without repeats.
-    """
-    if not patterns:
-        raise UserError(f"{option}=[] names no file; give a file, a folder, a glob or {SOURCE_NAME}")
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        found.update(dict.fromkeys(_resolve(pattern, option)))
-    return list(found)
-
-
-def _resolve(pattern: str, option: str) -> list[str]:
-    if pattern == SOURCE_NAME:
-        return [SOURCE_NAME]
-    path = os.path.abspath(os.path.expanduser(pattern))
-    matches = [path] if os.path.exists(path) else glob(path, recursive=True)
-    if os.path.isfile(path) and not path.endswith(SUFFIXES):
-        raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
-    if not matches and not has_magic(path):
-        raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
-    files = sorted({file for match in matches for file in _files_under(Path(match))})
-    if not files:
-        raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
-    return files
-
-
-def _files_under(path: Path) -> Iterator[str]:
-    """Yields the file itself, or the files in a folder that are not hidden in it."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
-            yield str(file)
 
 
 def source_bytes(source: str) -> int:

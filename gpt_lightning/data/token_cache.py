@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
+from gpt_lightning.data.documents import Piece, read_pieces, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
+from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 from gpt_lightning.exit_codes import UserError

@@ -13,7 +13,7 @@ import zstandard
 from pyarrow import parquet
 
 from gpt_lightning.data import documents, unpacking
-from gpt_lightning.data.documents import read_pieces, resolve_sources, source_bytes
+from gpt_lightning.data.documents import read_pieces, source_bytes
 from gpt_lightning.data.tokenizer import train_bpe
 from gpt_lightning.exit_codes import UserError
 
@@ -190,31 +190,6 @@ def test_no_piece_is_longer_than_a_limit(
     assert "".join(piece.text for piece in pieces) == text
     lengths = [len(piece.text) for piece in pieces]
     assert max(lengths) <= 1000 + 64 and lengths[:8] == [1000] * 8 and len(lengths) < 22
-
-
-def test_sources_expand_in_order_without_repeats(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "sub/c.jsonl.gz", "sub/d.md", ".hidden/e.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    a, b, c = (str(tmp_path / name) for name in ("a.txt", "b.txt", "sub/c.jsonl.gz"))
-    assert resolve_sources([str(tmp_path)], "data.train_files") == [a, b, c]
-    assert resolve_sources([b, str(tmp_path / "*.txt")], "data.train_files") == [b, a]
-    assert resolve_sources([str(tmp_path / "**" / "*.gz"), "python:docs"], "x") == [c, "python:docs"]
-
-
-def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_text("x")
-    (tmp_path / "empty").mkdir()
-    cases = {
-        r"data.train_files=\[] names no file; give": [],
-        r"data.val_files=.*/none.txt does not exist; check": [str(tmp_path / "none.txt")],
-        r"data.val_files=.*/a.pdf has no known suffix; use one of .txt": [str(tmp_path / "a.pdf")],
-        r"data.val_files=.*/empty matches no file that ends in": [str(tmp_path / "empty")],
-        r"data.val_files=.*\*.txt matches no file that ends in": [str(tmp_path / "*.txt")],
-    }
-    for message, patterns in cases.items():
-        with pytest.raises(ValueError, match=message):
-            resolve_sources(patterns, message.partition("=")[0])
 
 
 def bad_files() -> Iterator[tuple[str, bytes, str]]:
