@@ -138,7 +138,10 @@ class BatchLoader(DataLoader[Any]):
 
     def _from_workers(self) -> Iterator[Any]:
         """Begins with the first batch that is asked for; PyTorch has workers begin when they are there."""
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # PyTorch puts the worker's traceback before the one line
+            raise UserError(str(error).splitlines()[-1].partition("UserError: ")[2]) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -30,7 +30,8 @@ def unpacked_chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[byte
 
 
 def damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
+    problem = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(f"{path} is damaged ({problem}); copy or pack it again")
 
 
 def _plain(path: str, file: BinaryIO) -> Iterator[bytes]:

@@ -42,12 +42,16 @@ OF_META = {
     "a list": lambda path: path.write_text("[1]"),
     "a text": lambda path: path.write_text('{"files": {"meta.json": "x"}, "sources": 3}'),
 }
-FILES = ("train.tokens.bin", "train.documents.bin", "val.tokens.bin", "train.tokens.bin.digests", "meta.json")
+OTHER_FILES = ("train.documents.bin", "val.tokens.bin", "train.tokens.bin.digests")
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [(name, damage) for name in FILES for damage in DAMAGES] + [("meta.json", damage) for damage in OF_META],
+    [
+        *(("train.tokens.bin", damage) for damage in DAMAGES),
+        *((name, damage) for name in OTHER_FILES for damage in ("bit", "gone")),
+        *(("meta.json", damage) for damage in {**DAMAGES, **OF_META}),
+    ],
 )
 def test_damage_is_found_and_repaired(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str

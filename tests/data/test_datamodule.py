@@ -2,18 +2,22 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 
 from gpt_lightning.data import block_digests
 from gpt_lightning.data.block_digests import write_digests
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.data.loader import EpochBatches, TokenBatch, batch_loader
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+from gpt_lightning.exit_codes import UserError
 
 
 class RankOf:
@@ -227,5 +231,20 @@ def test_damage_that_opening_overlooks_is_told_when_it_is_read(
     content[520] ^= 4
     damaged.write_bytes(content)
     data = TextDataModule(**settings, val_fraction=0.0, document_mask=document_mask)
-    with pytest.raises(ValueError, match=f"cache_dir: {damaged} is not as it was written; remove {folder}"):
+    message = f"^data.cache_dir: {damaged} is not as it was written; remove {folder}, and it is built anew$"
+    with pytest.raises(ValueError, match=message):
         list(data.train_dataloader())
+
+
+def test_what_a_worker_refuses_is_told_in_its_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(self: DataLoader[Any]) -> Iterator[Any]:
+        try:
+            raise UserError("data.cache_dir: UserError: is damaged; remove it")
+        except UserError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()  # as PyTorch's own does
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", begin)
+    loader = batch_loader([1, 2], lambda: EpochBatches(range(2), 2), num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="^data.cache_dir: UserError: is damaged; remove it$"):
+        next(iter(loader))
