@@ -278,7 +278,8 @@ class GPTLightningCLI(LightningCLI):
         if self.verb == "fit":
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():
-            say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents")
+            repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
+            say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents{repeated}")
         if self.verb in ("validate", "test"):
             if warning := self.datamodule.trained_text.warning(saved, self.verb):
                 say(f"warning: {warning}")

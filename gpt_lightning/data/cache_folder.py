@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from gpt_lightning.checkpoint.atomic import written_file, written_folder
+from gpt_lightning.data.block_digests import SUFFIX, is_damaged, write_digests
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_docs_fingerprint
 from gpt_lightning.exit_codes import UserError
 
@@ -75,6 +76,9 @@ def _build(folder: Path, described: list[dict[str, Any]], build: Callable[[Path]
     try:
         with written_folder(folder) as unfinished:
             built = build(unfinished)
+            for path in list(unfinished.iterdir()):
+                if not path.name.endswith(SUFFIX) and not path.with_name(path.name + SUFFIX).exists():
+                    write_digests(path)
             files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
             _write_meta(unfinished, {"sources": described, "files": files, "built": built})
     except OSError as error:
@@ -89,11 +93,11 @@ def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
         return "not built yet"
     try:
         meta = _read_meta(folder)
-        for name, size in meta["files"].items():
-            if (folder / name).stat().st_size != size:
+        for name, size in (files := meta["files"]).items():
+            if (folder / name).stat().st_size != size or name + SUFFIX in files and is_damaged(folder / name):
                 return f"{name} is damaged"
         recorded = meta["sources"]
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return "it is damaged"
     if [_stat(source) for source in sources] == [before["stat"] for before in recorded]:
         return None
@@ -124,9 +128,16 @@ def _content_hash(source: str) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _META).read_text(encoding="utf-8"))
+    meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+    if meta.pop("digest", _digest(meta)) != _digest(meta):  # earlier versions wrote none
+        raise ValueError(f"{_META} is not as it was written")
+    return meta
 
 
 def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
     with written_file(folder / _META) as file:
-        file.write(json.dumps(meta, indent=2).encode())
+        file.write(json.dumps({**meta, "digest": _digest(meta)}, indent=2).encode())
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()

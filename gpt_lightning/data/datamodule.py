@@ -31,6 +31,7 @@ class TextDataModule(LightningDataModule):
         val_files: Text to validate on; without it `val_fraction` of the training text is held out.
         test_files: Text to test on; without it the validation text is.
         val_fraction: Share of the training text to hold out, by whole documents where there are enough.
+        drop_repeated: Leave out of the held-out text the documents that are in the training text, too.
         tokenizer: `bpe` (trained on the training text), `bpe:8192` (of that size), `bytes`, a folder, or a
             name on the Hugging Face hub.
         seq_len: Tokens in a training window, at most the model's max_position_embeddings.
@@ -52,6 +53,7 @@ class TextDataModule(LightningDataModule):
         val_files: list[str] | str | None = None,
         test_files: list[str] | str | None = None,
         val_fraction: float = 0.1,
+        drop_repeated: bool = False,
         tokenizer: str = "bpe",
         seq_len: int = 1024,
         batch_size: int = 8,
@@ -66,7 +68,7 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
-        self.val_fraction = val_fraction
+        self.val_fraction, self.drop_repeated = val_fraction, drop_repeated
         self.tokenizer = tokenizer
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
         self.cache_dir = cache_dir
@@ -143,7 +145,9 @@ class TextDataModule(LightningDataModule):
             if not corpus.sources:
                 raise self._no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
-            splits = prepare_tokens(corpus, self.text_tokenizer, self.cache_dir, *checks)
+            splits = prepare_tokens(
+                corpus, self.text_tokenizer, self.cache_dir, *checks, drop_repeated=self.drop_repeated
+            )
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits

@@ -1,28 +1,34 @@
 """Reads documents from text files: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
 
 A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
-Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's.
+Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's. A
+million characters without such a place are cut anyway.
 """
 
 import codecs
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from glob import glob, has_magic
 from itertools import chain
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
+from gpt_lightning.data.unpacking import damaged, unpacked_chunks
 from gpt_lightning.exit_codes import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
-
-_CHUNK_BYTES = 1 << 18
 _PIECE_CHARACTERS = 1 << 17
+_LONGEST_PIECE = 1 << 20  # where nothing separates a text, which would fill the memory
+# Bytes are how parquet keeps text that nobody said is text.
+_PARQUET_TEXT = (
+    "string",
+    "large_string",
+    "string_view",
+    "binary",
+    "large_binary",
+    "binary_view",
+    "fixed_size_binary",
+)
 _LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
 
 
@@ -35,42 +41,6 @@ class Piece(NamedTuple):
 
 def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-def resolve_sources(patterns: list[str], option: str) -> list[str]:
-    """Lists the files behind file names, globs and folders; `python:docs` stands for itself.
-
-    The order is that of the patterns, sorted within each, without repeats.
-    """
-    if not patterns:
-        raise UserError(f"{option}=[] names no file; give a file, a folder, a glob or {SOURCE_NAME}")
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        found.update(dict.fromkeys(_resolve(pattern, option)))
-    return list(found)
-
-
-def _resolve(pattern: str, option: str) -> list[str]:
-    if pattern == SOURCE_NAME:
-        return [SOURCE_NAME]
-    path = os.path.abspath(os.path.expanduser(pattern))
-    matches = [path] if os.path.exists(path) else glob(path, recursive=True)
-    if os.path.isfile(path) and not path.endswith(SUFFIXES):
-        raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
-    if not matches and not has_magic(path):
-        raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
-    files = sorted({file for match in matches for file in _files_under(Path(match))})
-    if not files:
-        raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}")
-    return files
-
-
-def _files_under(path: Path) -> Iterator[str]:
-    """Yields the file itself, or the files in a folder that are not hidden in it."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not hidden and file.is_file() and file.name.endswith(SUFFIXES):
-            yield str(file)
 
 
 def source_bytes(source: str) -> int:
@@ -107,6 +77,8 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
         start = 0
         while len(text) > (limit := max(start + _PIECE_CHARACTERS, searched)):
             cut = _safe_cut(text, start, limit)
+            if cut is None and len(text) - start > _LONGEST_PIECE:
+                cut = start + _LONGEST_PIECE
             if cut is None:  # look again when more text is there, but only at what is new
                 searched = len(text)
                 break
@@ -121,7 +93,7 @@ def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _safe_cut(text: str, start: int, limit: int) -> int | None:
-    """Finds the last cut up to `limit`, else the first beyond it, that changes no token id on either side.
+    """Finds the last cut up to `limit`, else the first soon beyond, that changes no token id on either side.
 
     Pre-tokenizers join whitespace with what follows it, or punctuation with the line break after it; none
     looks back. So a cut is safe after a line break that stands alone between two other characters, and, where
@@ -135,7 +107,7 @@ def _safe_cut(text: str, start: int, limit: int) -> int | None:
     near = [match.end() for match in _LETTER_THEN_SPACE.finditer(text, max(start, limit - 10_000), limit + 1)]
     if near:
         return near[-1]
-    beyond = _LETTER_THEN_SPACE.search(text, limit - 1)
+    beyond = _LETTER_THEN_SPACE.search(text, limit - 1, start + _LONGEST_PIECE)
     return beyond.end() if beyond else None
 
 
@@ -156,16 +128,16 @@ def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
 
 def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    for chunk in chain(_chunks(path, on_bytes), [b""]):
+    position, is_start = 0, True
+    for chunk in chain(unpacked_chunks(path, on_bytes), [b""]):
         held_back = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             problem = f"{path} is not UTF-8 at byte {position - held_back + error.start}"
             raise UserError(f"{problem}; convert it, e.g. with iconv -t UTF-8") from None
-        yield text.removeprefix("\ufeff") if position == 0 else text
-        position += len(chunk)
+        yield text.removeprefix("\ufeff") if is_start else text
+        position, is_start = position + len(chunk), is_start and not text
 
 
 def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
@@ -188,8 +160,9 @@ def json_row(line: str, place: str) -> Any:
     """Reads a line of a .jsonl file."""
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}); each line must be one JSON object") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        problem = str(error).partition(";")[0]
+        raise UserError(f"{place} is not JSON ({problem}); each line must be one JSON object") from None
 
 
 def _json_text(line: str, text_key: str, place: str) -> str:
@@ -213,58 +186,48 @@ def _json_text(line: str, text_key: str, place: str) -> str:
 
 
 def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+    row = 0
+    for batch, n_rows in _parquet_batches(path, text_key):
+        for row, value in enumerate(batch, start=row + 1):
+            yield Piece(_parquet_text(value, text_key, f"{path}, row {row}"), ends_document=True)
+        on_bytes(os.path.getsize(path) * len(batch) // n_rows)
+
+
+def _parquet_text(value: Any, text_key: str, place: str) -> str:
+    try:
+        text = value.as_py()
+        return text.decode("utf-8") if isinstance(text, bytes) else text or ""
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: data.text_key={text_key} is not UTF-8; choose another column") from None
+
+
+def _parquet_batches(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
+    """Yields columns of a few rows each, and with each the number of the file's rows."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise _damaged(path, error) from None
-    with file:
-        names = file.schema_arrow.names
-        if text_key not in names:
-            raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(names)}")
-        kind = file.schema_arrow.field(text_key).type
-        if str(kind) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")
-        for batch in file.iter_batches(batch_size=64, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                yield Piece(text or "", ends_document=True)
-            on_bytes(os.path.getsize(path) * batch.num_rows // file.metadata.num_rows)
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_is_text(file.schema_arrow, text_key, path)
+            for batch in file.iter_batches(batch_size=64, columns=[text_key]):
+                yield batch.column(0), file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
+            raise
+        raise damaged(path, error) from None
 
 
-def _chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
-    told = 0
-    with open(path, "rb") as packed:
-        stream, damage = _unpacked(path, packed)
-        while True:
-            try:
-                chunk = stream.read(_CHUNK_BYTES)
-            except damage as error:
-                raise _damaged(path, error) from None
-            on_bytes(packed.tell() - told)
-            told = packed.tell()
-            if not chunk:
-                break
-            yield chunk
+def _check_is_text(schema: Any, text_key: str, path: str) -> None:
+    """Refuses a column of anything but text, its bytes, or categories of either."""
+    from pyarrow import types
 
-
-def _unpacked(path: str, packed: IO[bytes]) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
-    """Opens the file's content as a stream; names the errors by which that stream tells of damage."""
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=packed), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore
-    if not path.endswith(".zst"):
-        return packed, ()
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return reader, (zstandard.ZstdError,)
-
-
-def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); copy or pack it again")
+    if schema.names.count(text_key) > 1:
+        raise UserError(f"{path} has two columns data.text_key={text_key}; rename one")
+    if text_key not in schema.names:
+        raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(schema.names)}")
+    kind = schema.field(text_key).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(getattr(types, f"is_{name}")(values) for name in _PARQUET_TEXT):
+        raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")

@@ -87,6 +87,7 @@ class WindowBatches(Dataset[TokenBatch]):
         # Ranks take turns, so the global batch is the same for any number of ranks.
         positions = np.arange(first + self.rank, last, self.ranks)
         starts, lengths = self.epochs.cut(positions)
+        self.split.check(starts, self.epochs.seq_len, documents=self.document_mask)
         inputs, targets = gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
@@ -161,7 +162,10 @@ class BatchLoader(DataLoader[Any]):
 
     def _from_workers(self) -> Iterator[Any]:
         """Begins with the first batch that is asked for; PyTorch has workers begin when they are there."""
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # PyTorch puts the worker's traceback before the one line
+            raise UserError(str(error).splitlines()[-1].partition("UserError: ")[2]) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -2,13 +2,14 @@
 
 A cache folder holds, for each split of `train`, `val` and `test` that has text, `<split>.tokens.bin` (uint16,
 or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where each document starts, and the
-end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
+end), digests of both, and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for
+1 TB.
 """
 
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
+from gpt_lightning.data.documents import Piece, read_pieces, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
+from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
+from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 from gpt_lightning.exit_codes import UserError
@@ -44,10 +48,7 @@ class Corpus:
         for option, given in patterns.items():
             given = [given] if isinstance(given, str) else given
             files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
-        for option in ("val_files", "test_files"):
-            for file in files[option]:
-                if file in files["train_files"]:
-                    raise UserError(f"data.{option}={file} is also in data.train_files; remove it from one")
+        refuse_shared_files(files)
         return cls(**files, **settings)
 
     @property
@@ -87,6 +88,7 @@ class TokenSplit:
     n_tokens: int
     n_bytes: int
     n_documents: int
+    n_repeated: int | None = None  # held-out documents that are in train too; not known of old caches
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
@@ -97,9 +99,33 @@ class TokenSplit:
     def document_starts(self) -> NDArray[np.uint64]:
         return np.asarray(np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r"))
 
+    @cached_property
+    def _checked(self) -> tuple[CheckedFile, CheckedFile]:
+        return (
+            CheckedFile(self.folder / f"{self.name}.tokens.bin", self.tokens),
+            CheckedFile(self.folder / f"{self.name}.documents.bin", self.document_starts),
+        )
+
+    def map(self) -> None:
+        """Maps the files; refuses others than are described, as a cache of an earlier version may hold."""
+        self._checked
+        found = (len(self.tokens), len(self.document_starts) - 1, int(self.document_starts[-1]))
+        if found != (self.n_tokens, self.n_documents, self.n_tokens):
+            problem = f"data.cache_dir: {self.folder} does not hold the {self.n_tokens} tokens it tells of"
+            raise UserError(f"{problem}; remove that folder, and it is built anew")
+
+    def check(self, starts: NDArray[np.int64], seq_len: int, *, documents: bool) -> None:
+        """Refuses damaged files before windows of `seq_len` targets from `starts` on are read from them."""
+        of_tokens, of_documents = self._checked
+        of_tokens.check(starts - 1, seq_len + 1)
+        if documents and len(starts):
+            of_documents.check_sorted(starts, starts + seq_len)
+            around_the_end = max(1, int(starts.max()) + seq_len - self.n_tokens)
+            of_documents.check_sorted(np.array([0]), np.array([around_the_end]))
+
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker maps the files itself; a pickled map would be a copy of the corpus.
-        maps = ("tokens", "document_starts")
+        maps = ("tokens", "document_starts", "_checked")
         return {name: value for name, value in self.__dict__.items() if name not in maps}
 
 
@@ -109,16 +135,22 @@ def prepare_tokens(
     cache_dir: str,
     check_train: Callable[[int], None] = lambda n_tokens: None,
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
+    *,
+    drop_repeated: bool = False,
 ) -> dict[str, TokenSplit]:
     """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
-    `check_sources` the content hashes of `corpus.sources`, before one is built.
+    `check_sources` the content hashes of `corpus.sources`, before one is built. With `drop_repeated` no
+    document is held out that the training text has, too.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
+    if drop_repeated:
+        settings["drop_repeated"] = True
 
     def build(folder: Path) -> dict[str, Any]:
-        counts = _write_tokens(folder, corpus, tokenizer)
+        dropped = _repeated(folder, corpus) if drop_repeated else {}
+        counts = _write_tokens(folder, corpus, tokenizer, dropped)
         if corpus.train_files:
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
         return counts
@@ -128,7 +160,7 @@ def prepare_tokens(
         splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
-            split.tokens, split.document_starts
+            split.map()
     return splits
 
 
@@ -143,22 +175,47 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
 
     def build(folder: Path) -> dict[str, Any]:
         size = vocab_size or default_vocab_size(sum(map(utf8_length, texts())))
-        with _progress("Training the tokenizer", corpus.train_files) as advance:
-            train_bpe(texts(advance), size).save(folder)
+        with ExitStack() as merging:
+
+            def read() -> Iterator[str]:
+                with _progress("Reading text for the tokenizer", corpus.train_files) as advance:
+                    yield from texts(advance)
+                merging.enter_context(_waiting("Merging pairs into tokens"))
+
+            train_bpe(read(), size).save(folder)
         return {}
 
     with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
         return load_tokenizer(str(folder))
 
 
-def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
+    """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
+    digests = DocumentDigests(folder)
+    with _progress("Comparing documents", corpus.sources) as advance:
+        for _ in digests.noted(_marked_pieces(corpus, advance)):
+            pass
+    repeated = digests.repeated()
+    for name, of_split in repeated.items():
+        if of_split.all():
+            problem = f"data.drop_repeated=true leaves nothing of {name}"
+            raise UserError(f"{problem}: its {len(of_split)} documents are all in train; give other text")
+    return repeated
+
+
+def _write_tokens(
+    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: dict[str, NDArray[np.bool_]]
+) -> dict[str, Any]:
     writers: dict[str, _SplitWriter] = {}
+    digests = DocumentDigests(folder)
     with _progress("Tokenizing", corpus.sources) as advance:
-        for text in encode_pieces(_marked_pieces(corpus, advance), tokenizer):
+        marked = digests.noted(without(_marked_pieces(corpus, advance), dropped))
+        for text in encode_pieces(marked, tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
             writers[text.split].add(text)
-    return {name: writer.finish() for name, writer in writers.items()}
+    repeated = {name: {"n_repeated": int(found.sum())} for name, found in digests.repeated().items()}
+    return {name: {**writer.finish(), **repeated.get(name, {})} for name, writer in writers.items()}
 
 
 def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
@@ -172,8 +229,8 @@ class _SplitWriter:
     """Appends documents to the files of one split."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self._tokens_file = open(folder / f"{name}.tokens.bin", "wb")
-        self._documents_file = open(folder / f"{name}.documents.bin", "wb")
+        self._tokens_file = DigestedFile(folder / f"{name}.tokens.bin")
+        self._documents_file = DigestedFile(folder / f"{name}.documents.bin")
         self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
         self._n_tokens = self._n_bytes = self._n_documents = 0
         self._documents_file.write(np.zeros(1, dtype=np.uint64).data)
@@ -192,6 +249,19 @@ class _SplitWriter:
         self._documents_file.close()
         counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
         return {"dtype": self._dtype, **counts}
+
+
+@contextmanager
+def _waiting(title: str) -> Iterator[None]:
+    """Shows on a terminal's stderr for how long something has been going on, until the block ends."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console, is_silent = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
+        bar.add_task(title, total=None)
+        yield
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt_lightning.data.byte_fallback import ByteFallback
+from gpt_lightning.data.endless_text import LONGEST_WORD, with_little_endless_text
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.exit_codes import UserError
 
@@ -165,7 +166,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = tokenizer.pre_tokenizer
+    parts = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
+    tokenizer.train_from_iterator(with_little_endless_text(texts), trainer)
+    tokenizer.pre_tokenizer = words
     return TextTokenizer(tokenizer, END_OF_TEXT)
 
 
@@ -228,6 +233,9 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
     """Takes the token that ends documents, which there must be."""
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
+    if not isinstance(eos_token, str):
+        problem = f"{option}: eos_token={eos_token!r} in its tokenizer_config.json is not text"
+        raise UserError(f"{problem}; write the token itself")
     return TextTokenizer(tokenizer, eos_token)
 
 

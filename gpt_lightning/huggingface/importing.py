@@ -229,7 +229,7 @@ def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} is no JSON ({first_line(error)[:160]}); mend it") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path.name} holds no options; mend it")

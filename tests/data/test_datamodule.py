@@ -2,16 +2,22 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 
+from gpt_lightning.data import block_digests
+from gpt_lightning.data.block_digests import write_digests
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.data.loader import EpochBatches, TokenBatch, batch_loader
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+from gpt_lightning.exit_codes import UserError
 
 
 class RankOf:
@@ -204,6 +210,41 @@ def test_a_token_that_no_tokenizer_gave_is_told_with_its_folder(tmp_path: Path) 
     folder = data.prepare()["train"].folder
     tokens = folder / "train.tokens.bin"
     tokens.write_bytes(b"\xff\xff" * (tokens.stat().st_size // 2))
+    write_digests(tokens)  # as if it had been written so
     fresh = TextDataModule(**settings, cache_dir=str(tmp_path / "cache"), val_fraction=0.0)
     with pytest.raises(ValueError, match=f"{folder} holds token id 65535, and the tokenizer has 257"):
         next(iter(fresh.train_dataloader()))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_damage_that_opening_overlooks_is_told_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document_mask: bool
+) -> None:
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(block_digests, "_OPENED_BLOCKS", 1)
+    (tmp_path / "a.txt").write_text("some text, " * 200)
+    settings = {"train_files": str(tmp_path / "a.txt"), "tokenizer": "bytes", "seq_len": 8}
+    settings |= {"document_separator": ",", "cache_dir": str(tmp_path / "cache")}
+    folder = TextDataModule(**settings, val_fraction=0.0).prepare()["train"].folder
+    damaged = folder / ("train.documents.bin" if document_mask else "train.tokens.bin")
+    content = bytearray(damaged.read_bytes())
+    content[520] ^= 4
+    damaged.write_bytes(content)
+    data = TextDataModule(**settings, val_fraction=0.0, document_mask=document_mask)
+    message = f"^data.cache_dir: {damaged} is not as it was written; remove {folder}, and it is built anew$"
+    with pytest.raises(ValueError, match=message):
+        list(data.train_dataloader())
+
+
+def test_what_a_worker_refuses_is_told_in_its_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(self: DataLoader[Any]) -> Iterator[Any]:
+        try:
+            raise UserError("data.cache_dir: UserError: is damaged; remove it")
+        except UserError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()  # as PyTorch's own does
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", begin)
+    loader = batch_loader([1, 2], lambda: EpochBatches(range(2), 2), num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="^data.cache_dir: UserError: is damaged; remove it$"):
+        next(iter(loader))

@@ -5,15 +5,17 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
 
-from gpt_lightning.data import documents
-from gpt_lightning.data.documents import read_pieces, resolve_sources, source_bytes
+from gpt_lightning.data import documents, unpacking
+from gpt_lightning.data.documents import read_pieces, source_bytes
 from gpt_lightning.data.tokenizer import train_bpe
+from gpt_lightning.exit_codes import UserError
 
 
 def read(path: Path | str, text_key: str = "text", separator: str | None = None) -> list[str]:
@@ -46,17 +48,73 @@ def test_text_and_json_lines_packed_or_not(tmp_path: Path, suffix: str) -> None:
     assert read(pack(tmp_path / f"a.jsonl{suffix}", lines.encode())) == ["one", "two\nlines"]
 
 
+def test_frames_of_zst_follow_each_other_and_may_need_a_large_window(tmp_path: Path) -> None:
+    text = "\ufeffeach character 鲁迅 🙂 in a frame of its own\n" * 3
+    frames = b"".join(zstandard.compress(bytes([byte])) for byte in text.encode())
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    assert read(pack(tmp_path / "a.txt", frames + skippable).rename(tmp_path / "a.txt.zst")) == [text[1:]]
+    # As `zstd --long=28` packs what it reads from a pipe.
+    large = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=1)
+    packer = zstandard.ZstdCompressor(compression_params=large).compressobj()
+    (tmp_path / "b.txt.zst").write_bytes(packer.compress(b"one text") + packer.flush())
+    assert read(tmp_path / "b.txt.zst") == ["one text"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_without_text_has_no_document(tmp_path: Path, suffix: str) -> None:
+    assert read(pack(tmp_path / f"a.txt{suffix}", b"")) == []
+    path = pack(tmp_path / f"b.txt{suffix}", b"one")
+    path.write_bytes(path.read_bytes() + (tmp_path / f"a.txt{suffix}").read_bytes())
+    assert read(path) == ["one"]
+
+
 def test_parquet_column(tmp_path: Path) -> None:
     rows = [f"row {index}" for index in range(200)] + ["", None]
     parquet.write_table(pyarrow.table({"body": rows, "n": list(range(202))}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", text_key="body") == rows[:200]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary(6)),
+        *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),
+    ],
+)
+@pytest.mark.parametrize("is_categories", [False, True])
+def test_parquet_text_may_be_kept_as_bytes_or_categories(
+    tmp_path: Path, kind: pyarrow.DataType, is_categories: bool
+) -> None:
+    rows = ["\u9c81\u8fc5".encode(), b"second", None, b"second"]
+    column = pyarrow.array(rows, pyarrow.binary()).cast(kind)
+    if is_categories and "view" not in str(kind):
+        column = column.dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["\u9c81\u8fc5", "second", "second"]
+
+
+def damaged_parquet(path: Path, at: int, **options: Any) -> None:
+    parquet.write_table(pyarrow.table({"text": [f"a text {n}" for n in range(1000)]}), path, **options)
+    content = bytearray(path.read_bytes())
+    content[at : at + 100] = bytes(100)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "none"])
+def test_a_damaged_page_of_parquet_is_named(tmp_path: Path, compression: str) -> None:
+    damaged_parquet(tmp_path / "a.parquet", 200, compression=compression, write_page_checksum=True)
+    with pytest.raises(UserError, match=r"a.parquet is damaged \(.*\); copy"):
+        read(tmp_path / "a.parquet")
+    damaged_parquet(tmp_path / "b.parquet", -300)
+    with pytest.raises(UserError, match=r"b.parquet is damaged \(.*\); copy"):
+        read(tmp_path / "b.parquet")
+
+
 def test_separator_also_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["one", "two\n", "three " * 5, "4"]
     path = pack(tmp_path / "a.txt", "<SEP>".join([texts[0], "", *texts[1:]]).encode())
     for chunk in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(documents, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(unpacking, "_CHUNK_BYTES", chunk)
         assert read(path, separator="<SEP>") == texts
 
 
@@ -86,7 +144,7 @@ def test_ids_of_pieces_are_those_of_the_whole(
 ) -> None:
     tokenizer = train_bpe([text], 700)
     path = pack(tmp_path / "a.txt", text.encode())
-    monkeypatch.setattr(documents, "_CHUNK_BYTES", 501)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 501)
     monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 300)
     pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
     assert len(pieces) > 50 and "".join(piece.text for piece in pieces) == text
@@ -106,7 +164,7 @@ def test_long_documents_come_in_bounded_pieces(tmp_path: Path) -> None:
 
 def test_text_without_any_safe_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 10)
-    monkeypatch.setattr(documents, "_CHUNK_BYTES", 16)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 16)
     endless = "A1" * 500
     assert read(pack(tmp_path / "a.txt", endless.encode())) == [endless]
     pieces = read_pieces(
@@ -118,38 +176,32 @@ def test_text_without_any_safe_place_stays_whole(tmp_path: Path, monkeypatch: py
     assert [len(piece.text) for piece in pieces][:2] == [1001, 10]
 
 
-def test_sources_expand_in_order_without_repeats(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "sub/c.jsonl.gz", "sub/d.md", ".hidden/e.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    a, b, c = (str(tmp_path / name) for name in ("a.txt", "b.txt", "sub/c.jsonl.gz"))
-    assert resolve_sources([str(tmp_path)], "data.train_files") == [a, b, c]
-    assert resolve_sources([b, str(tmp_path / "*.txt")], "data.train_files") == [b, a]
-    assert resolve_sources([str(tmp_path / "**" / "*.gz"), "python:docs"], "x") == [c, "python:docs"]
-
-
-def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_text("x")
-    (tmp_path / "empty").mkdir()
-    cases = {
-        r"data.train_files=\[] names no file; give": [],
-        r"data.val_files=.*/none.txt does not exist; check": [str(tmp_path / "none.txt")],
-        r"data.val_files=.*/a.pdf has no known suffix; use one of .txt": [str(tmp_path / "a.pdf")],
-        r"data.val_files=.*/empty matches no file that ends in": [str(tmp_path / "empty")],
-        r"data.val_files=.*\*.txt matches no file that ends in": [str(tmp_path / "*.txt")],
-    }
-    for message, patterns in cases.items():
-        with pytest.raises(ValueError, match=message):
-            resolve_sources(patterns, message.partition("=")[0])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_no_piece_is_longer_than_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(documents, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "_LONGEST_PIECE", 1000)
+    monkeypatch.setattr(unpacking, "_CHUNK_BYTES", 64)
+    text = "ACGT" * 2000 + "AC GT " * 50 + "TTTT" * 2100
+    content = text if suffix == ".txt" else json.dumps({"text": text})
+    path = pack(tmp_path / f"a{suffix}", content.encode())
+    pieces = list(read_pieces(str(path), lambda n: None, text_key="text", document_separator=None))
+    assert "".join(piece.text for piece in pieces) == text
+    lengths = [len(piece.text) for piece in pieces]
+    assert max(lengths) <= 1000 + 64 and lengths[:8] == [1000] * 8 and len(lengths) < 22
 
 
 def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "a.txt", "ab é".encode()[:-1], "a.txt is not UTF-8 at byte 3; convert"
     yield "b.txt", b"x" * 300_000 + b"\xff" + b"y", "b.txt is not UTF-8 at byte 300000; convert"
-    broken_at_a_border = b"x" * (documents._CHUNK_BYTES - 1) + b"\xc3("
-    yield "border.txt", broken_at_a_border, f"is not UTF-8 at byte {documents._CHUNK_BYTES - 1}; convert"
+    broken_at_a_border = b"x" * (unpacking._CHUNK_BYTES - 1) + b"\xc3("
+    yield "border.txt", broken_at_a_border, f"is not UTF-8 at byte {unpacking._CHUNK_BYTES - 1}; convert"
     yield "c.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "c.jsonl is not UTF-8 at byte 25; convert"
     yield "d.jsonl", b'{"text": "ok"}\n\n{"text": \n', "d.jsonl, line 3 is not JSON .*; each line must be"
+    digits = b'{"text": "ok", "n": ' + b"7" * 5000 + b"}"
+    yield "digits.jsonl", digits, "digits.jsonl, line 1 is not JSON .*digits.*; each line must"
+    yield "deep.jsonl", b"[" * 100_000, "deep.jsonl, line 1 is not JSON .*; each line must be"
     yield "e.jsonl", b'{"body": "ok"}\n', "e.jsonl, line 1 has no key data.text_key=text; it has: body"
     yield "f.jsonl", b"[1]", "f.jsonl, line 1 has no key data.text_key=text; it has: list"
     yield "g.jsonl", b'{"text": 3}', "g.jsonl, line 1: data.text_key=text is not text but int; choose"
@@ -157,6 +209,17 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "i.txt.gz", gzip.compress(b"x" * 1000)[:-9], "i.txt.gz is damaged .*; copy"
     yield "j.txt.gz", b"no gzip", "j.txt.gz is damaged .*; copy"
     yield "k.txt.zst", b"no zstd here", "k.txt.zst is damaged .*; copy"
+    packed = gzip.compress(b"x" * 1000)
+    yield "two.txt.gz", packed + packed[:-9], "two.txt.gz is damaged .*; copy"
+    yield "none.txt.gz", b"", "none.txt.gz is damaged .it is empty.; copy"
+    lines = "".join(f'{{"text": "row {n}"}}\n' for n in range(40_000)).encode()
+    packed = zstandard.compress(lines)
+    for name in ("cut.txt.zst", "cut.jsonl.zst"):
+        for n_bytes in (3, 7, len(packed) // 4, len(packed) - 1):
+            yield name, packed[:n_bytes], f"{name} is damaged .it ends within a frame.; copy"
+    yield "two.jsonl.zst", packed + packed[:-1], "two.jsonl.zst is damaged .it ends within"
+    yield "none.txt.zst", b"", "none.txt.zst is damaged .it is empty.; copy"
+    yield "more.txt.zst", packed + b"and more", "more.txt.zst is damaged .*; copy"
     yield "l.parquet", b"no parquet", "l.parquet is damaged .*; copy"
 
 
@@ -174,3 +237,10 @@ def test_parquet_errors_name_the_column(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="data.text_key=n is int64, not text; choose"):
         read(tmp_path / "a.parquet", text_key="n")
+    parquet.write_table(pyarrow.table({"text": [b"a", b"b", b"\xff"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="b.parquet, row 3: data.text_key=text is not UTF-8; choose"):
+        read(tmp_path / "b.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="c.parquet has two columns data.text_key=text; rename"):
+        read(tmp_path / "c.parquet")

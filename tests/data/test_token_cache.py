@@ -5,6 +5,8 @@ import logging
 import multiprocessing
 import os
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +161,6 @@ def test_other_settings_build_another_cache(tmp_path: Path, caplog: pytest.LogCa
     assert building_reasons(caplog) == []
 
 
-def test_damage_is_found_and_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
-    split = prepare_tokens(corpus(source), BYTES, cache)["train"]
-    expected = documents_of(split)
-    damages = {"train.tokens.bin": "train.tokens.bin is damaged", "meta.json": "it is damaged"}
-    for name, reason in damages.items():
-        content = (split.folder / name).read_bytes()
-        (split.folder / name).write_bytes(content[: len(content) // 2])
-        caplog.clear()
-        assert documents_of(prepare_tokens(corpus(source), BYTES, cache)["train"]) == expected
-        assert building_reasons(caplog) == [reason]
-
-
 def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
     source, cache = write_documents(tmp_path / "a.jsonl"), tmp_path / "cache"
     good = source.read_text()
@@ -261,6 +250,24 @@ def test_tokenizer_never_sees_held_out_text(tmp_path: Path, caplog: pytest.LogCa
     assert prepare_tokenizer(corpus(source), 2000, cache).fingerprint == tokenizer.fingerprint
     assert building_reasons(caplog) == []
     assert prepare_tokenizer(corpus(source), None, cache).vocab_size <= 512
+
+
+def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def note(title: str, *_: object) -> Iterator[Callable[[int], None]]:
+        shown.append(f"begins {title}")
+        yield lambda n_bytes: None
+        shown.append(f"ends {title}")
+
+    monkeypatch.setattr(token_cache, "_progress", note)
+    monkeypatch.setattr(token_cache, "_waiting", note)
+    prepare_tokenizer(corpus(write_documents(tmp_path / "a.jsonl")), 300, str(tmp_path / "cache"))
+    reading, merging = "Reading text for the tokenizer", "Merging pairs into tokens"
+    assert shown == [f"begins {reading}", f"ends {reading}", f"begins {merging}", f"ends {merging}"]
 
 
 def test_cache_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -211,6 +211,12 @@ def test_folders_without_a_usable_tokenizer_are_refused_in_one_line(tmp_path: Pa
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     (tmp_path / "words").mkdir()
     words.save(str(tmp_path / "words" / "tokenizer.json"))
+    for eos_token, message in ((5, "eos_token=5 in its .* is not text"), ({"content": 2.5}, "=2.5 in")):
+        (number := tmp_path / str(eos_token)).mkdir()
+        train_bpe(["a"], 300).save(number)
+        (number / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(str(number))
     with pytest.raises(ValueError, match="names no end-of-text token; add eos_token"):
         load_tokenizer(str(tmp_path / "words"))
 

@@ -215,6 +215,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (lambda folder: change_config(folder, model_type="llama"), "of the type 'llama'; only 'gpt2'"),
     "no type": (lambda folder: (folder / "config.json").write_text("{}"), "of the type None"),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no options"),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is no JSON"),
     "no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "not a number": (lambda folder: change_config(folder, n_layer="two"), "config.json is no GPT-2's"),
