@@ -1,7 +1,8 @@
 """Reads documents from text files: .txt, .jsonl and .parquet, the first two also as .gz or .zst.
 
 A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
-Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's.
+Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's. For
+tokenizers that could notice, `encoding` joins the pieces again.
 """
 
 import codecs

@@ -115,7 +115,7 @@ def prepare_tokens(
     `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
     `check_sources` the content hashes of `corpus.sources`, before one is built.
     """
-    settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
+    settings = {**asdict(corpus), "tokenizer": tokenizer.encoding}
 
     def build(folder: Path) -> dict[str, Any]:
         counts = _write_tokens(folder, corpus, tokenizer)

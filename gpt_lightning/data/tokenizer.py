@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gpt_lightning.data.byte_fallback import ByteFallback
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
+from gpt_lightning.data.plain_text import may_be_cut, plain_encoder
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,15 +50,35 @@ class TextTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes as `encode` does, on all cores."""
-        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        found = [each.ids for each in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        if any(self.eos_token_id in ids for ids in found):
+            problem = f"eos_token={self._eos_token!r} stands for text that the tokenizer does not know"
+            raise UserError(f"{problem}; give it an unk_token or an eos_token of its own")
+        return found
+
+    @cached_property
+    def _encoder(self) -> Tokenizer:
+        return plain_encoder(self._tokenizer, self._eos_token)
+
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Tells whether a long document may be encoded in pieces."""
+        return may_be_cut(self._tokenizer)
+
+    @cached_property
+    def encoding(self) -> str:
+        """Is equal where texts get the same ids, also in caches that earlier versions made."""
+        # These once encoded the rest in pieces, and with special tokens in text.
+        is_as_ever = self.may_be_cut and self._encoder is self._tokenizer
+        return self.fingerprint if is_as_ever else f"{self.fingerprint}-2"
 
     def corpus_encoder(self) -> Encoder:
         """Makes, in a moment, the fastest function known to do as `encode_batch`, for several threads."""
-        fast = fast_bpe(self._tokenizer)
+        fast = fast_bpe(self._encoder)
 
         def encode(texts: list[str]) -> list[NDArray[np.uint32]]:
             found = fast.encode_batch(texts) if fast is not None else [None] * len(texts)

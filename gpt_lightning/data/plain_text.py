@@ -1,0 +1,115 @@
+"""Keeps text text for any kind of tokenizer: special tokens do not come of it, and cuts change no id."""
+
+import json
+import secrets
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from gpt_lightning.exit_codes import UserError
+
+Part = dict[str, Any]  # of a tokenizer.json
+
+# Pre-tokenizers that cut at whitespace and drop it.
+_AT_WHITESPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
+_NORMALIZERS = {"NFC", "NFD", "Lowercase", "StripAccents"}
+# The patterns of GPT-4, Llama 3 and Qwen; they differ in how many digits go together.
+_PATTERNS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+" % digits
+    for digits in ("", "{1,3}")
+}
+
+
+def plain_encoder(tokenizer: Tokenizer, eos_token: str) -> Tokenizer:
+    """Returns the tokenizer itself if text yields none of its special tokens, else a copy of which it is so.
+
+    `encode_special_tokens` finds none before the model sees the text; but a model takes whatever stands in
+    its vocabulary, and some have their special tokens there. In the copy these have names that no text has.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    found = [token.content for token in added if token.special and _comes_of_text(tokenizer, token.content)]
+    if isinstance(tokenizer.model, models.BPE) and len(eos_token) == 1 and eos_token in found:
+        raise UserError(f"eos_token={eos_token!r} is a character of texts; give the tokenizer a longer one")
+    if not found:
+        return tokenizer
+    description = json.loads(tokenizer.to_str())
+    secret = secrets.token_hex(16)
+    _rename(description, {content: f"{secret}{number}" for number, content in enumerate(found)})
+    copy = Tokenizer.from_str(json.dumps(description))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _comes_of_text(tokenizer: Tokenizer, content: str) -> bool:
+    model = tokenizer.model
+    if (index := model.token_to_id(content)) is None:
+        return False
+    if not isinstance(model, models.BPE) or model.end_of_word_suffix or model.continuing_subword_prefix:
+        return True
+    # What merges make anywhere, they make of that text alone, too.
+    return index in Tokenizer(model).encode(content, add_special_tokens=False).ids
+
+
+def _rename(description: Part, names: dict[str, str]) -> None:
+    """Gives tokens of a tokenizer.json other names; merges that make or need one of them are left out."""
+    model = description["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint({*pair, "".join(pair)})]
+    for token in description["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    description["post_processor"] = None  # adds nothing to text alone, and knows the old names
+
+
+def may_be_cut(tokenizer: Tokenizer) -> bool:
+    """Tells whether a document's pieces, as `documents` cuts them, surely have the ids of the whole.
+
+    Others put a space before each text, as Metaspace does, or have patterns and rules unknown here.
+    """
+    description = json.loads(tokenizer.to_str())
+    steps, rules = _steps(description["pre_tokenizer"], "pretokenizers"), _steps(description["normalizer"])
+    if any(_may_cross(token) for token in description["added_tokens"]):
+        return False
+    if all(step["type"] in _AT_WHITESPACE for step in steps[:1]) and steps:
+        return all(rule["type"] in _NORMALIZERS | {"BertNormalizer"} for rule in rules)
+    return (
+        all(rule["type"] in _NORMALIZERS for rule in rules)
+        and all(_cuts(step) or _is_local(step) for step in steps)
+        and any(_cuts(step) for step in steps)
+    )
+
+
+def _steps(part: Part | None, key: str = "normalizers") -> list[Part]:
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for each in part[key] for step in _steps(each, key)]
+
+
+def _may_cross(token: Part) -> bool:
+    """Tells whether an added token is looked for in text, and could lie on both sides of a cut."""
+    is_wide = token["single_word"] or token["lstrip"] or token["rstrip"]
+    return not token["special"] and (is_wide or any(map(str.isspace, token["content"])))
+
+
+def _cuts(step: Part) -> bool:
+    """Tells of a pre-tokenizer that it cuts text wherever a document may be cut."""
+    if step["type"] == "Split":
+        is_known = step["pattern"].get("Regex") in _PATTERNS
+        return is_known and step["behavior"] == "Isolated" and not step["invert"]
+    is_gpt2 = step["type"] == "ByteLevel" and step["use_regex"] and not step["add_prefix_space"]
+    return is_gpt2 or step["type"] in _AT_WHITESPACE
+
+
+def _is_local(step: Part) -> bool:
+    if step["type"] == "Punctuation":
+        return bool(step["behavior"] == "Isolated")
+    return step["type"] == "Digits" or step["type"] == "ByteLevel" and not step["add_prefix_space"]
