@@ -10,7 +10,6 @@ from typing import Any
 from gpt_lightning.data.token_cache import Corpus
 from gpt_lightning.exit_codes import UserError
 
-_FILES = ("train_files", "val_files")
 _CUTTING = ("text_key", "document_separator")
 
 
@@ -59,7 +58,7 @@ def text_difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for option in _FILES:
+    for option in ("train_files", "val_files"):
         yield from (f"data.{option}: {change}" for change in _changes(saved[option], now[option]))
     for option in _CUTTING:
         if saved[option] != now[option]:

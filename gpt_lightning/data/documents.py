@@ -76,9 +76,7 @@ def _files_under(path: Path) -> Iterator[str]:
 
 def source_bytes(source: str) -> int:
     """Returns what the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
-    if source == SOURCE_NAME:
-        return sum(len(document) for document in python_documents())
-    return os.path.getsize(source)
+    return sum(map(len, python_documents())) if source == SOURCE_NAME else os.path.getsize(source)
 
 
 def read_pieces(

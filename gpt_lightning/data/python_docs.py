@@ -38,17 +38,14 @@ def _topics() -> Iterator[str]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it apart
         return
-    for name in sorted(topics):
-        yield topics[name]
+    yield from (topics[name] for name in sorted(topics))
 
 
 def _module_docstrings() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if _LEFT_OUT.isdisjoint(path.relative_to(root).parts[:-1]):
-            text = _docstrings(path)
-            if text:
-                yield text
+            yield _docstrings(path)
 
 
 def _docstrings(path: Path) -> str:

@@ -154,10 +154,10 @@ class TextTokenizer:
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
-        padded = Tokenizer.from_str(self._tokenizer.to_str())
+        padded = self.from_dict(self.to_dict())
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
-        padded.add_special_tokens([AddedToken(token, special=True) for token in unused])
-        return TextTokenizer(padded, self._eos_token)
+        padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
+        return self.from_dict(padded.to_dict())
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.

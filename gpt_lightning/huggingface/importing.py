@@ -63,8 +63,8 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     # As data.tokenizer, the bare name would mean one of ours.
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
-    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
+    position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     return {
         "epoch": 0,
         "global_step": 0,
@@ -96,10 +96,10 @@ def _download(name: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
 
     reachable = hub_is_reachable()
-    others = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
         for form in FORMS:
-            patterns = [*others, f"{form}*", "-*.".join(form.split("."))]
+            weights = [f"{form}*", "-*.".join(form.split("."))]
+            patterns = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *weights]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
             if any(folder.glob(f"{form}*")):
                 break
@@ -125,8 +125,7 @@ def _read_config(folder: Path) -> GPTConfig:
         # The others, of which some cost memory or make noise, have no meaning here.
         known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
         options = {key: value for key, value in stored.items() if key in known}
-        ends = {"bos_token_id": None, "eos_token_id": None}
-        return config_from_gpt2(GPT2Config.from_dict(options | ends))
+        return config_from_gpt2(GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None}))
     except UserError:
         raise
     except Exception as error:  # huggingface_hub has error classes of its own
@@ -162,10 +161,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from huggingface_hub import load_state_dict_from_file
 
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        path = folder / file
+    for path in _weight_files(folder):
         if not path.is_file():
-            raise UserError(f"it lacks {file}, a part of its weights; fetch it again")
+            raise UserError(f"it lacks {path.name}, a part of its weights; fetch it again")
         try:
             # `weights_only` is said outright: left out, an environment variable could turn it off.
             is_zip = zipfile.is_zipfile(path)
@@ -174,24 +172,24 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 raise UserError("it holds other things than tensors")
         except Exception as error:  # what a changed byte leads to may be anything
             reason = first_line(error)[:160]
-            raise UserError(f"{file} cannot be read as weights ({reason}); fetch it again") from None
+            raise UserError(f"{path.name} cannot be read as weights ({reason}); fetch it again") from None
         weights |= {str(name): tensor.detach() for name, tensor in part.items()}
     return weights
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names the files that the weights are in, all of one form."""
-    entries = (name for form in FORMS for name in (form, form + INDEX))
-    entry = next((name for name in entries if (folder / name).is_file()), None)
+def _weight_files(folder: Path) -> list[Path]:
+    """Lists the files that the weights are in, all of one form."""
+    entries = (folder / name for form in FORMS for name in (form, form + INDEX))
+    entry = next((path for path in entries if path.is_file()), None)
     if entry is None:
         raise UserError(f"it holds no weights; give a folder with {SAFETENSORS} or {BIN}")
-    if entry in FORMS:
+    if entry.name in FORMS:
         return [entry]
-    files = _read_json(folder / entry).get("weight_map")
+    files = _read_json(entry).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{entry} lists no files beside it; fetch it again")
-    return names
+        raise UserError(f"{entry.name} lists no files beside it; fetch it again")
+    return [folder / name for name in names]
 
 
 def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:

@@ -64,9 +64,8 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
         "architecture": _options(vars(checkpoint.config)),
     }
     if not checkpoint.step:
-        return {**recipe, "training": "none since"}
-    return {
-        **recipe,
+        return recipe | {"training": "none since"}
+    return recipe | {
         "AdamW": _options(_mapping(chosen.get("optimizer"))),
         "learning rate over time": _options(_mapping(chosen.get("schedule"))),
         "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
