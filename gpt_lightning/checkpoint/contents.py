@@ -122,6 +122,9 @@ def _problems_of_data(state: Any) -> Iterator[str]:
     tokenizer, settings = state.get("tokenizer"), state.get("settings")
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
     has_texts = all(type(tokenizer.get(key)) is str for key in ("tokenizer_json", "eos_token"))
+    ends = tokenizer.get("eos_token_ids", [])
+    if not isinstance(ends, list) or not all(type(index) is int and index >= 0 for index in ends):
+        yield f"holds eos_token_ids={_short(ends)} under {DATA_KEY}, no ids; name another"
     if not has_texts or not isinstance(settings, dict) or any(_acting(settings, DATA_KEY)):
         yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
 

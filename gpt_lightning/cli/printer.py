@@ -57,7 +57,7 @@ class TextWriter:
 
         The texts are those of `predict` for this prompt alone.
         """
-        model, eos = self._ready(settings), self._tokenizer.eos_token_id
+        model, eos = self._ready(settings), self._tokenizer.eos_token_ids
         start = time.perf_counter()
         engine = Engine(model, settings, eos_token_id=eos, batch_size=_ROWS)
         (token_ids,) = encode_prompts([prompt], self._tokenizer)

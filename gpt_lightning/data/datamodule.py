@@ -286,7 +286,9 @@ class TextDataModule(LightningDataModule):
         tokenizer = TextTokenizer.from_dict(state_dict["tokenizer"])
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
-        elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
+        elif self._text_tokenizer.fingerprint == tokenizer.fingerprint:
+            self._text_tokenizer = tokenizer  # which also knows what else ends a text
+        else:
             problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
             remedy = "train anew, or leave data.tokenizer and the text as they were"
             raise UserError(f"{problem}, whose ids the model knows; {remedy}")

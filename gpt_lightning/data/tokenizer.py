@@ -37,7 +37,7 @@ class TextTokenizer:
     So the end-of-document id occurs only where this project appends it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_token: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token: str, other_ends: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._eos_token = eos_token
         # A token that is not marked special would still be found inside text.
@@ -47,6 +47,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.eos_token_id: int = vocabulary[eos_token]
+        self.eos_token_ids = [self.eos_token_id, *sorted({*other_ends} - {self.eos_token_id})]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -131,26 +132,32 @@ class TextTokenizer:
             found[index] = b"" if added.special else added.content.encode()
         return found
 
-    def to_dict(self) -> dict[str, str]:
-        """Gives plain strings that a checkpoint can hold and `from_dict` reads."""
-        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
+    def to_dict(self) -> dict[str, Any]:
+        """Gives plain data that a checkpoint can hold and `from_dict` reads."""
+        several = {"eos_token_ids": self.eos_token_ids} if len(self.eos_token_ids) > 1 else {}
+        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token, **several}
 
     @classmethod
-    def from_dict(cls, state: dict[str, str]) -> "TextTokenizer":
+    def from_dict(cls, state: dict[str, Any]) -> "TextTokenizer":
         try:
             tokenizer = Tokenizer.from_str(state["tokenizer_json"])
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"the saved tokenizer cannot be read ({first_line(error)})") from None
-        return cls(tokenizer, state["eos_token"])
+        return cls(tokenizer, state["eos_token"], state.get("eos_token_ids", ()))
 
-    def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], "TextTokenizer"], tuple[dict[str, Any]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
         return self.from_dict, (self.to_dict(),)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Is equal for equal tokenizers, also after a save and load."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+        """Is equal for equal tokenizers, also after a save and load, whatever else ends a generated text."""
+        state = {key: value for key, value in self.to_dict().items() if key != "eos_token_ids"}
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+    def with_ends(self, ids: Iterable[int]) -> "TextTokenizer":
+        """Has the tokens of these ids end a generated text, too; documents end with eos alone."""
+        return self.from_dict({**self.to_dict(), "eos_token_ids": [*self.eos_token_ids, *ids]})
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""

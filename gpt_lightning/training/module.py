@@ -227,7 +227,7 @@ class GPTLightningModule(LightningModule):
     def _engine(
         self, model: GPTModel, settings: GenerationConfig, tokenizer: TextTokenizer, n_rows: int
     ) -> Engine:
-        eos = tokenizer.eos_token_id
+        eos = tokenizer.eos_token_ids
         return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=self._broadcast)
 
     def _broadcast(self, tokens: Tensor) -> Tensor:
