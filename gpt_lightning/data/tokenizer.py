@@ -16,7 +16,7 @@ from urllib.request import getproxies
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gpt_lightning.data.byte_fallback import ByteFallback
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
@@ -169,8 +169,12 @@ class TextTokenizer:
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.
 
-        `max_length` is that of the texts that its model can see.
+        `max_length` is that of the texts that its model can see. What the tokenizer would put around a text,
+        such as [CLS] and [SEP], is left out: no model here was trained with it.
         """
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        if not isinstance(tokenizer.post_processor, processors.ByteLevel):  # which adds nothing
+            tokenizer.post_processor = None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -182,7 +186,7 @@ class TextTokenizer:
             **({} if max_length is None else {"model_max_length": max_length}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
