@@ -1,10 +1,12 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
+import logging
 from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -13,9 +15,17 @@ from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
-from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.token_cache import (
+    Corpus,
+    TokenSplit,
+    loss_warning,
+    prepare_tokenizer,
+    prepare_tokens,
+)
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
 from gpt_lightning.exit_codes import UserError
+
+_log = logging.getLogger("gpt_lightning")
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
 SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
@@ -148,6 +158,9 @@ class TextDataModule(LightningDataModule):
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits
+            losing = [split for split in splits.values() if not self.keeps_text(split.name)]
+            if losing:
+                rank_zero_only(_log.warning)("warning: %s", loss_warning(losing))
         return self._splits
 
     def _check_tokens(self, n_tokens: int) -> None:
@@ -157,6 +170,12 @@ class TextDataModule(LightningDataModule):
             needs = f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens"
             remedy = "lower data.seq_len or add text to data.train_files"
             raise UserError(f"{needs}, but there are {n_tokens}; {remedy}")
+
+    def keeps_text(self, name: str) -> bool:
+        """Tells whether a split's tokens say all that its text says; else its bits per byte mean nothing."""
+        split = self._split(name)
+        lost_share = split.lost_share if split else 0
+        return self.text_tokenizer.keeps_text if lost_share is None else lost_share == 0
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""

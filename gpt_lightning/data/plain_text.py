@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from gpt_lightning.data.fast_bpe import byte_alphabet
 from gpt_lightning.exit_codes import UserError
 
 Part = dict[str, Any]  # of a tokenizer.json
@@ -83,6 +84,21 @@ def may_be_cut(tokenizer: Tokenizer) -> bool:
         all(rule["type"] in _NORMALIZERS for rule in rules)
         and all(_cuts(step) or _is_local(step) for step in steps)
         and any(_cuts(step) for step in steps)
+    )
+
+
+def keeps_text(tokenizer: Tokenizer) -> bool:
+    """Tells whether any text surely comes back from its ids: of a byte-level BPE that knows every byte."""
+    description = json.loads(tokenizer.to_str())
+    steps = _steps(description["pre_tokenizer"], "pretokenizers")
+    return (
+        isinstance(tokenizer.model, models.BPE)
+        and description["normalizer"] is None
+        and all(_cuts(step) or _is_local(step) for step in steps)
+        and _AT_WHITESPACE.isdisjoint(step["type"] for step in steps)
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and tokenizer.get_vocab(with_added_tokens=False).keys() >= set(byte_alphabet())
+        and not any(_may_cross(token) for token in description["added_tokens"])
     )
 
 

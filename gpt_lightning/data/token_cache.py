@@ -7,6 +7,7 @@ end), and `meta.json`. Every document ends with eos. Opening costs the same for 
 
 import sys
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from gpt_lightning.data.cache_folder import built_folder
 from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, source_bytes, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.split import plan_split, split_pieces
+from gpt_lightning.data.text_loss import TextSample, sampled
 from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
 from gpt_lightning.exit_codes import UserError
 
@@ -87,6 +89,7 @@ class TokenSplit:
     n_tokens: int
     n_bytes: int
     n_documents: int
+    lost_share: float | None = None  # of its characters, by a sample; not known of old caches
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
@@ -132,6 +135,17 @@ def prepare_tokens(
     return splits
 
 
+def loss_warning(losing: list[TokenSplit]) -> str:
+    """Says of splits that may lack text what their numbers do not mean."""
+    shares = [f"{split.lost_share:.3%} of {split.name}" for split in losing if split.lost_share is not None]
+    if not shares:
+        folder = losing[0].folder
+        problem = f"{folder} does not say how much text the tokenizer loses, so no bpb is shown"
+        return f"{problem}; remove it to have that measured"
+    problem = f"the tokenizer loses text, by a sample decoded again {', '.join(shares)}"
+    return f"{problem}; ppl is of what is left, and no bpb is shown"
+
+
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
     """Trains a BPE on the training split alone; without a `vocab_size`, the split's size decides it."""
     settings = {**asdict(corpus), "test_files": (), "vocab_size": vocab_size}
@@ -153,12 +167,14 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
 
 def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
     writers: dict[str, _SplitWriter] = {}
+    samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     with _progress("Tokenizing", corpus.sources) as advance:
-        for text in encode_pieces(_marked_pieces(corpus, advance), tokenizer):
+        for text in encode_pieces(sampled(_marked_pieces(corpus, advance), samples), tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
             writers[text.split].add(text)
-    return {name: writer.finish() for name, writer in writers.items()}
+    lost = {name: {"lost_share": sample.lost_share(tokenizer)} for name, sample in samples.items()}
+    return {name: {**writer.finish(), **lost[name]} for name, writer in writers.items()}
 
 
 def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:

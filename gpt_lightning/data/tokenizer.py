@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gpt_lightning.data.byte_fallback import ByteFallback
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
-from gpt_lightning.data.plain_text import may_be_cut, plain_encoder
+from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,6 +69,11 @@ class TextTokenizer:
     def may_be_cut(self) -> bool:
         """Tells whether a long document may be encoded in pieces."""
         return may_be_cut(self._tokenizer)
+
+    @cached_property
+    def keeps_text(self) -> bool:
+        """Tells whether it is certain, for any text, that decoding gives it back."""
+        return self._decoder_types == {"ByteLevel"} and keeps_text(self._tokenizer)
 
     @cached_property
     def encoding(self) -> str:
