@@ -1,6 +1,7 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
 import logging
+import os
 from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from gpt_lightning.data.token_cache import (
     Corpus,
     TokenSplit,
     loss_warning,
+    prepare_folder_tokenizer,
     prepare_tokenizer,
     prepare_tokens,
 )
@@ -121,9 +123,16 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            trains = is_trained_here(self.tokenizer)
-            self._text_tokenizer = self._train_tokenizer() if trains else load_tokenizer(self.tokenizer)
+            self._text_tokenizer = self._make_tokenizer()
         return self._text_tokenizer
+
+    def _make_tokenizer(self) -> TextTokenizer:
+        if is_trained_here(self.tokenizer):
+            return self._train_tokenizer()
+        if os.path.isdir(os.path.expanduser(self.tokenizer)) and self.tokenizer != "bytes":
+            if (corpus := self._corpus()).sources:
+                return prepare_folder_tokenizer(corpus, self.tokenizer, self.cache_dir)
+        return load_tokenizer(self.tokenizer)
 
     def _train_tokenizer(self) -> TextTokenizer:
         corpus = self._corpus()

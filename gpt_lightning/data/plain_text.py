@@ -7,7 +7,6 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from gpt_lightning.data.fast_bpe import byte_alphabet
-from gpt_lightning.exit_codes import UserError
 
 Part = dict[str, Any]  # of a tokenizer.json
 
@@ -22,7 +21,7 @@ _PATTERNS = {
 }
 
 
-def plain_encoder(tokenizer: Tokenizer, eos_token: str) -> Tokenizer:
+def plain_encoder(tokenizer: Tokenizer) -> Tokenizer:
     """Returns the tokenizer itself if text yields none of its special tokens, else a copy of which it is so.
 
     `encode_special_tokens` finds none before the model sees the text; but a model takes whatever stands in
@@ -30,8 +29,6 @@ def plain_encoder(tokenizer: Tokenizer, eos_token: str) -> Tokenizer:
     """
     added = tokenizer.get_added_tokens_decoder().values()
     found = [token.content for token in added if token.special and _comes_of_text(tokenizer, token.content)]
-    if isinstance(tokenizer.model, models.BPE) and len(eos_token) == 1 and eos_token in found:
-        raise UserError(f"eos_token={eos_token!r} is a character of texts; give the tokenizer a longer one")
     if not found:
         return tokenizer
     description = json.loads(tokenizer.to_str())
@@ -48,8 +45,8 @@ def _comes_of_text(tokenizer: Tokenizer, content: str) -> bool:
         return False
     if not isinstance(model, models.BPE) or model.end_of_word_suffix or model.continuing_subword_prefix:
         return True
-    # What merges make anywhere, they make of that text alone, too.
-    return index in Tokenizer(model).encode(content, add_special_tokens=False).ids
+    # What merges make anywhere, they make of that text alone, too; a character is no other text.
+    return len(content) > 1 and index in Tokenizer(model).encode(content, add_special_tokens=False).ids
 
 
 def _rename(description: Part, names: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ or uint32 for a vocabulary above 65536), `<split>.documents.bin` (uint64: where 
 end), and `meta.json`. Every document ends with eos. Opening costs the same for 1 MB and for 1 TB.
 """
 
+import os
 import sys
 from array import array
 from collections import defaultdict
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,13 @@ from gpt_lightning.data.documents import Piece, read_pieces, resolve_sources, so
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.text_loss import TextSample, sampled
-from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
+from gpt_lightning.data.tokenizer import (
+    TextTokenizer,
+    as_transformers_reads,
+    default_vocab_size,
+    load_tokenizer,
+    train_bpe,
+)
 from gpt_lightning.exit_codes import UserError
 
 
@@ -163,6 +171,20 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
 
     with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
         return load_tokenizer(str(folder))
+
+
+def prepare_folder_tokenizer(corpus: Corpus, name: str, cache_dir: str) -> TextTokenizer:
+    """Opens a folder's tokenizer, compared once with what transformers makes of the folder, on some text."""
+    folder = Path(os.path.expanduser(name)).absolute()
+    files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")]
+
+    def build(unfinished: Path) -> dict[str, Any]:
+        ours = load_tokenizer(name)
+        pieces = islice(corpus.read(corpus.sources, lambda n_bytes: None), 64)
+        return as_transformers_reads(folder, ours, [piece.text[:1000] for piece in pieces]).to_dict()
+
+    with built_folder(cache_dir, "tokenizer", asdict(corpus), files, build) as (_, built):
+        return TextTokenizer.from_dict(built)
 
 
 def _write_tokens(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -21,12 +21,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from gpt_lightning.data.byte_fallback import ByteFallback
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
+from gpt_lightning.data.tokenizer_folder import PROBES, byte_level, named_eos, read_tokenizer, usual_eos
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-
-# Endings of a document in the tokenizers of the world, for folders that do not name theirs.
-_USUAL_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
 Encoder = Callable[[list[str]], list[NDArray[np.uint32]]]
 
@@ -57,13 +55,13 @@ class TextTokenizer:
         """Encodes as `encode` does, on all cores."""
         found = [each.ids for each in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
         if any(self.eos_token_id in ids for ids in found):
-            problem = f"eos_token={self._eos_token!r} stands for text that the tokenizer does not know"
-            raise UserError(f"{problem}; give it an unk_token or an eos_token of its own")
+            problem = f"eos_token={self._eos_token!r} is also what the tokenizer makes of some text"
+            raise UserError(f"{problem}; give it an eos_token that is neither a character nor its unk_token")
         return found
 
     @cached_property
     def _encoder(self) -> Tokenizer:
-        return plain_encoder(self._tokenizer, self._eos_token)
+        return plain_encoder(self._tokenizer)
 
     @cached_property
     def may_be_cut(self) -> bool:
@@ -84,7 +82,8 @@ class TextTokenizer:
 
     def corpus_encoder(self) -> Encoder:
         """Makes, in a moment, the fastest function known to do as `encode_batch`, for several threads."""
-        fast = fast_bpe(self._encoder)
+        # A character of texts as their end has to be looked for.
+        fast = fast_bpe(self._encoder) if len(self._eos_token) > 1 else None
 
         def encode(texts: list[str]) -> list[NDArray[np.uint32]]:
             found = fast.encode_batch(texts) if fast is not None else [None] * len(texts)
@@ -196,7 +195,7 @@ class TextTokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Trains a byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
-    tokenizer = _byte_level(models.BPE())
+    tokenizer = byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
@@ -230,7 +229,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     option = f"data.tokenizer={name}"
     if name == "bytes":
         vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-        return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
+        return TextTokenizer(byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return load_tokenizer_folder(Path(folder), option)
@@ -249,15 +248,35 @@ def is_hub_name(name: str) -> bool:
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
     """Opens a folder, called `option` in complaints; its model's `eos_token_id` is taken if it names none."""
     try:
-        named, tokenizer = _named_eos(folder), _from_tokenizers(folder)
+        named, tokenizer = named_eos(folder), read_tokenizer(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
     if tokenizer is None:
         tokenizer, usual = _from_transformers(str(folder), option)
+        named = named and usual  # of two that are named it knows which counts
     else:
-        usual = next((token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None), None)
+        usual = usual_eos(tokenizer)
     of_model = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
     return _ending(tokenizer, named or of_model or usual, option)
+
+
+def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
+    """Returns `ours`, read from that folder, unless AutoTokenizer gives these texts other ids: then its own.
+
+    A folder that it cannot read is read as we do.
+    """
+    try:
+        tokenizer, eos_token = _from_transformers(str(folder), "")
+    except UserError:
+        return ours
+    eos_token = named_eos(folder) and eos_token or ours._eos_token
+    theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:])
+    is_same = ours.eos_token_id == theirs.eos_token_id and all(
+        ours._tokenizer.encode(text, add_special_tokens=False).ids
+        == theirs._tokenizer.encode(text, add_special_tokens=False).ids
+        for text in [*PROBES, *texts]
+    )
+    return ours if is_same else theirs
 
 
 def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
@@ -265,36 +284,6 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
     return TextTokenizer(tokenizer, eos_token)
-
-
-def _named_eos(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (token := _options(folder / name).get("eos_token")) is not None:
-            return token["content"] if isinstance(token, dict) else token
-    return None
-
-
-def _options(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _from_tokenizers(folder: Path) -> Tokenizer | None:
-    """Reads tokenizer.json, or vocab.json and merges.txt where they are all there is, as for GPT-2's own."""
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    if "tokenizer.json" in present:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    options = _options(folder / "tokenizer_config.json")
-    is_changed = options.get("added_tokens_decoder") or options.get("add_prefix_space")
-    if is_changed or "added_tokens.json" in present or not present >= {"vocab.json", "merges.txt"}:
-        return None
-    return _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:

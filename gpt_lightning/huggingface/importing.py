@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
+    as_transformers_reads,
     first_line,
     hub_is_reachable,
     is_hub_name,
@@ -137,7 +138,8 @@ def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError("it holds no tokenizer; put the tokenizer.json that belongs to it there")
     ends = _stored_ends(folder, config)
-    tokenizer = load_tokenizer_folder(folder, "its tokenizer", ends[0] if ends else None)
+    ours = load_tokenizer_folder(folder, "its tokenizer", ends[0] if ends else None)
+    tokenizer = as_transformers_reads(folder, ours)
     if tokenizer.vocab_size > config.vocab_size:
         ids = f"{tokenizer.vocab_size} ids, and its model knows {config.vocab_size} (vocab_size)"
         raise UserError(f"its tokenizer has {ids}; give the model with its own tokenizer")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import GenerationConfig, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.tokenizer import load_tokenizer
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig as OurSettings
 from gpt_lightning.huggingface.importing import import_gpt2
@@ -211,6 +211,27 @@ def test_a_folder_may_be_called_like_a_tokenizer_of_ours(name: str, folder: Path
     _, tokenizer = load_model(Path("x.ckpt"))
     assert tokenizer.vocab_size == 60 and tokenizer.encode("w3 w4") == [3, 4]
     assert Checkpoint.open(Path("x.ckpt")).contents["TextDataModule"]["settings"]["tokenizer"] == f"./{name}"
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+        ("added_tokens.json", {"<|pad|>": 257, "<|end|>": 259}),
+        ("special_tokens_map.json", {"eos_token": "<|end|>"}),
+    ],
+)
+def test_a_tokenizer_is_read_as_transformers_reads_it(
+    file: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    write_gpt2(tmp_path / "gpt2", vocab_size=300)
+    path = tmp_path / "gpt2" / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **options}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    ours = TextTokenizer.from_dict(import_gpt2(str(tmp_path / "gpt2"), "NAME")["TextDataModule"]["tokenizer"])
+    assert ours.eos_token_id == theirs.eos_token_id
+    text = "The cat <|pad|>"
+    assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
 
 
 # ---- what is refused
