@@ -65,7 +65,7 @@ class ExactResume(Callback):
             "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
-            "samples_per_step": _samples_per_step(trainer),
+            "samples_per_step": self._samples_per_step,
         }
 
     @override
@@ -88,22 +88,19 @@ class ExactResume(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_that_all_go_on_alike(trainer)
+        former, self._samples_per_step = self._samples_per_step, _samples_per_step(trainer)
         if not validation_is_due(trainer):  # by the schedule of this run
             self._end_at_the_last_step(trainer)
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
             _set_random_state(self._random_state, pl_module.device)
             self._random_state = None
-            self._tell_of_another_batch(trainer)
-
-    def _tell_of_another_batch(self, trainer: Trainer) -> None:
-        now = _samples_per_step(trainer)
-        if now != self._samples_per_step and trainer.is_global_zero:
-            _log.info(
-                "an optimizer step takes %s samples now, and took %s before: the order goes on at sample %s, "
-                "none is left out or repeated",
-                *map("{:,}".format, (now, self._samples_per_step, trainer.datamodule.consumed_samples)),
-            )
+            if former not in (0, self._samples_per_step) and trainer.is_global_zero:
+                _log.info(
+                    f"an optimizer step takes {self._samples_per_step:,} samples now, and took {former:,} "
+                    f"before: the order goes on at sample {trainer.datamodule.consumed_samples:,}, none is "
+                    "left out or repeated"
+                )
 
 
 def _check_that_all_go_on_alike(trainer: Trainer) -> None:
@@ -127,11 +124,11 @@ def _samples_per_step(trainer: Trainer) -> int:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
     }
 
@@ -152,10 +149,9 @@ def _plain(state: dict[str, Any]) -> list[Any]:
 def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
     if len(states) not in (1, trainer.world_size):
         if trainer.is_global_zero:
-            held, now = len(states), trainer.world_size
             _log.warning(
-                f"the checkpoint holds the random states of {held} ranks, and there are {now} now: all go on "
-                "with the first one's"
+                f"the checkpoint holds the random states of {len(states)} ranks, and there are "
+                f"{trainer.world_size} now: all go on with the first one's"
             )
         return states[0]
     return states[trainer.global_rank if len(states) > 1 else 0]

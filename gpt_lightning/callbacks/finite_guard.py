@@ -1,7 +1,6 @@
 """Ends a run before the step that would put NaN or infinity into its weights."""
 
 import logging
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.metrics import OptimizerStep
+from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
@@ -30,17 +30,8 @@ class NonFiniteError(ArithmeticError):
     exit_code = NON_FINITE
 
 
-@dataclass
-class _Step:
-    """Keeps what is told of an optimizer step if it is refused: its micro-batches."""
-
-    number: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    sample_ids: list[Tensor] = field(default_factory=list)
-
-
 class FiniteGuard(SaveCallback):
-    """Looks at loss and gradient before each optimizer step, on all ranks together.
+    """Looks at a GPTLightningModule's loss and gradient before each optimizer step, on all ranks together.
 
     On a GPU the device itself leaves out refused steps, and every step once too many were; the host
     looks at logging steps and before validations and checkpoints, and waits for the device only then. (With
@@ -58,59 +49,35 @@ class FiniteGuard(SaveCallback):
             )
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
-        self._step = _Step()
         self._device_decides = False
-        self._unseen: list[tuple[_Step, Tensor]] = []  # steps, and whether they are refused, on the device
+        self._unseen: list[tuple[int, OptimizerStep, Tensor]] = []  # and whether it is refused, on the device
         self._refused: Tensor | None = None  # how many are, on the device
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._unseen, self._refused = _Step(), [], None
+        self._unseen, self._refused = [], None
         self._device_decides = isinstance(trainer, GPTTrainer) and all(
             _skips_by_itself(optimizer, trainer) for optimizer in trainer.optimizers
         )
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: TokenBatch, batch_idx: int
-    ) -> None:
-        if batch.sample_ids is not None:
-            self._step.sample_ids.append(batch.sample_ids)
-
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._step.losses.append(loss.detach())
-
-    @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        step, self._step = self._step, _Step()
-        step.number = trainer.global_step + 1
-        refused = (~self._looked_at(trainer, pl_module, step.losses).isfinite()).float()
+        assert isinstance(pl_module, GPTLightningModule)
+        number, step = trainer.global_step + 1, pl_module.step
+        refused = (~_looked_at(trainer, pl_module).isfinite()).float()
         if trainer.world_size > 1:
             dist.all_reduce(refused, op=dist.ReduceOp.MAX)
         if self._device_decides:
             self._leave_out_on_device(optimizer, refused)
-            self._unseen.append((step, refused))
-            if is_logging_step(trainer, step.number) or len(self._unseen) == MOST_STEPS_UNSEEN:
+            self._unseen.append((number, step, refused))
+            if is_logging_step(trainer, number) or len(self._unseen) == MOST_STEPS_UNSEEN:
                 self._look(trainer)
         elif refused:
-            self._refuse(trainer, step)
+            self._refuse(trainer, number, step)
             # Without gradients no optimizer changes anything: no weight, no moment, no decay.
             optimizer.zero_grad(set_to_none=True)
-
-    def _looked_at(self, trainer: Trainer, module: LightningModule, losses: list[Tensor]) -> Tensor:
-        """Returns a number that is as finite as the losses and the squared norm of this rank's gradients.
-
-        A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
-        its scale, it leaves out steps of infinite gradients itself.
-        """
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        is_scaled = scaler is not None and scaler.get_scale() > 1
-        parameters = () if is_scaled else module.parameters()
-        square = norm(p.grad for p in parameters if p.grad is not None).square()
-        return torch.stack([square.to(module.device), *(loss.float() for loss in losses)]).sum()
 
     def _leave_out_on_device(self, optimizer: Optimizer, refused: Tensor) -> None:
         if self._refused is None:
@@ -123,9 +90,10 @@ class FiniteGuard(SaveCallback):
         """Waits for the device, and reads what it has decided about the steps since the last look."""
         unseen, self._unseen = self._unseen, []
         if unseen:
-            refused = torch.stack([flag for _, flag in unseen]).tolist()
-            for step in (step for (step, _), is_refused in zip(unseen, refused) if is_refused):
-                self._refuse(trainer, step)
+            refused = torch.stack([flag for _, _, flag in unseen]).tolist()
+            for (number, step, _), is_refused in zip(unseen, refused):
+                if is_refused:
+                    self._refuse(trainer, number, step)
 
     @override
     def on_save_start(self, trainer: Trainer) -> None:
@@ -149,9 +117,9 @@ class FiniteGuard(SaveCallback):
         for optimizer in trainer.optimizers:
             optimizer.__dict__.pop("found_inf", None)
 
-    def _refuse(self, trainer: Trainer, step: _Step) -> None:
-        what, where = _of_all_ranks(step.losses, step.sample_ids)
-        found = f"step {step.number:,}: the {what} is not finite{where}"
+    def _refuse(self, trainer: Trainer, number: int, step: OptimizerStep) -> None:
+        what, where = _of_all_ranks(step.nlls, step.sample_ids)
+        found = f"step {number:,}: the {what} is not finite{where}"
         self.skipped_steps += 1
         if self.skipped_steps > self.max_skipped_steps:
             raise NonFiniteError(
@@ -169,6 +137,19 @@ class FiniteGuard(SaveCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _looked_at(trainer: Trainer, module: GPTLightningModule) -> Tensor:
+    """Returns a number that is as finite as the losses and the squared norm of this rank's gradients.
+
+    A finite gradient whose square is infinite would end AdamW's moments. While fp16's scaler can lower
+    its scale, it leaves out steps of infinite gradients itself.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    is_scaled = scaler is not None and scaler.get_scale() > 1
+    parameters = () if is_scaled else module.parameters()
+    square = norm(p.grad for p in parameters if p.grad is not None).square()
+    return torch.stack([square.to(module.device), *(nll.float() for nll in module.step.nlls)]).sum()
 
 
 def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:

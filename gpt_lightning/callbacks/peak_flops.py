@@ -5,8 +5,6 @@ import time
 
 import torch
 
-from gpt_lightning.kernels.device import finish_queue
-
 # Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers, which print twice as
 # much where half of the weights are zeros. GeForce: with float32 accumulation, as PyTorch multiplies.
 # Where a row lacks a format, or a device is missing, the rate is measured.
@@ -78,10 +76,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
 
 def _multiplication_seconds(matrix: torch.Tensor) -> float:
-    finish_queue(matrix.device)
+    torch.get_device_module(matrix.device).synchronize()
     begin = time.perf_counter()
     torch.mm(matrix, matrix)
-    finish_queue(matrix.device)
+    torch.get_device_module(matrix.device).synchronize()
     return time.perf_counter() - begin
 
 

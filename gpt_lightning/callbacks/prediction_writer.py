@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.atomic import written_file
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.loader import is_first_of_replica
 from gpt_lightning.generation.journal import (
     Journal,
@@ -33,31 +34,29 @@ _log = logging.getLogger("gpt_lightning")
 class PredictionWriter(CompletionCallback):
     """Writes the completions of all ranks, each once: into `output`, and as text to `stream`.
 
-    With a `checkpoint_digest` of the weights, what is finished is kept in journals beside `output`, and a
+    With the `checkpoint` of the weights, what is finished is kept in journals beside `output`, and a
     run with the same weights, prompts and settings goes on from there, on however many ranks.
     """
 
-    def __init__(self, output: Path, stream: TextIO, checkpoint_digest: str | None = None) -> None:
+    def __init__(self, output: Path, stream: TextIO, checkpoint: Checkpoint | None = None) -> None:
         self.output = output
         self.stream = stream
-        self.checkpoint_digest = checkpoint_digest
+        self.checkpoint = checkpoint
         self._is_keeping = True
         self._journal: Journal | None = None
         self._finished: list[dict[str, Any]] = []  # by earlier runs; on the rank that writes
         self._rows: list[dict[str, Any]] = []
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "predict":
-            return
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finished, self._rows = [], []
         # Tensor-parallel peers have the same rows.
         self._is_keeping = is_first_of_replica(trainer)
-        if self.checkpoint_digest is not None:
+        if self.checkpoint is not None:
             assert isinstance(pl_module, GPTLightningModule)
             options = {f"generation.{name}": value for name, value in asdict(pl_module.generation).items()}
             options["trainer.precision"] = trainer.precision
-            settings = journal_settings(self.checkpoint_digest, trainer.datamodule.all_prompts, options)
+            settings = journal_settings(self.checkpoint.digest, trainer.datamodule.all_prompts, options)
             settings = gathered(settings)[0]  # all ranks must take the same, and need not see the same files
             self._go_on(trainer, settings, pl_module.generation.num_samples)
             if self._is_keeping:
@@ -67,7 +66,7 @@ class PredictionWriter(CompletionCallback):
         """Takes over what earlier runs have finished, from the disks of all nodes."""
         found = gathered(read_journals(self.output, settings) if trainer.local_rank == 0 else ([], []))
         finished = finished_prompts((row for rows, _ in found for row in rows), num_samples)
-        trainer.datamodule.finished_prompts = finished.keys()
+        trainer.datamodule.finished_prompts.update(finished)  # before the prompts are dealt
         if not trainer.is_global_zero:
             return
         self._finished = [row for rows in finished.values() for row in rows]
@@ -91,10 +90,8 @@ class PredictionWriter(CompletionCallback):
         rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
         if trainer.is_global_zero:
             self._write(rows)
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-        if self.checkpoint_digest is not None:
+        self._journal = None
+        if self.checkpoint is not None:
             trainer.strategy.barrier("predictions written")
             if trainer.local_rank == 0:
                 remove_journals(self.output)
@@ -117,10 +114,8 @@ class PredictionWriter(CompletionCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            if trainer.is_global_zero and self._rows:
-                _log.info("what was finished is kept: the same command goes on with the rest")
+        if self._journal is not None and trainer.is_global_zero and self._rows:
+            _log.info("what was finished is kept: the same command goes on with the rest")
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes the rows, all or none, also if the machine crashes."""

@@ -31,7 +31,6 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def __init__(self) -> None:
         super().__init__()
         self._progress: Progress | None = None
-        self._completed, self._shown_at = 0, 0.0
         self._enabled = True
         self._tokens = self._completions = 0  # of this rank, since `_begun`
         self._begun = 0.0
@@ -64,6 +63,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._progress is None:
+            return
         # Metrics change at logging steps only; reading them between would make the host wait for the device.
         is_logged = is_logging_step(trainer, trainer.global_step)
         names = ("train/loss", "throughput/tokens_per_second")
@@ -92,7 +93,13 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             self._advance(batch_idx + 1)
@@ -101,15 +108,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("testing", sum(trainer.num_test_batches))
 
-    @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._advance(batch_idx + 1)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_train_end
 
     @override
     def on_predict_batch_start(
@@ -151,7 +151,6 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         if not (self._enabled and self.trainer.is_global_zero and self._console.is_terminal):
             return
         self._stop()
-        self._completed = completed
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(
             *("{task.description}", *columns, "{task.fields[metrics]}"),
@@ -162,18 +161,12 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self._progress.start()
 
     def _advance(self, completed: int, metrics: str | None = None) -> None:
-        if self._progress is None:
-            return
-        self._completed, now = completed, time.perf_counter()
-        if metrics is not None:
-            self._progress.update(self._progress.task_ids[0], completed=completed, metrics=metrics)
-        elif now - self._shown_at > 0.5 / REFRESHES_PER_SECOND:  # what comes between would not be seen
-            self._progress.update(self._progress.task_ids[0], completed=completed)
-            self._shown_at = now
+        if self._progress is not None:
+            fields: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+            self._progress.update(self._progress.task_ids[0], completed=completed, **fields)
 
     def _stop(self) -> None:
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=self._completed)
             self._progress.stop()
             self._progress = None
 

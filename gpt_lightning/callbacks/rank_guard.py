@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from gpt_lightning.parallel.rank_signs import Place
 from gpt_lightning.parallel.rank_watch import RankWatch
 from gpt_lightning.training.trainer import started_ranks, starts_ranks_as_programs, timeout_of
 
@@ -28,17 +28,15 @@ class RankGuard(Callback):
 
     def begin(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and starts_ranks_as_programs(trainer):
-            self._begin(trainer)
+            self.watch = self._start(trainer)
 
-    def _begin(self, trainer: Trainer) -> None:
-        if self.watch is not None:
-            return
-        ranks = trainer.global_rank, trainer.world_size, trainer.local_rank
-        nodes = trainer.node_rank, trainer.num_nodes
-        place = Place(*ranks, *nodes, children=lambda: started_ranks(trainer), parent=_parent(trainer))
+    def _start(self, trainer: Trainer) -> RankWatch:
+        ranks = trainer.global_rank, trainer.world_size, trainer.num_nodes
         timeout = timeout_of(trainer) or default_pg_timeout
-        self.watch = RankWatch(place, timeout, before_exit=lambda: self._finish(trainer))
-        self.watch.start()
+        watch = RankWatch(*ranks, timeout, lambda: started_ranks(trainer), _parent(trainer))
+        watch.before_exit = lambda: self._finish(trainer)
+        watch.start()
+        return watch
 
     def _finish(self, trainer: Trainer) -> None:
         bar = trainer.progress_bar_callback
@@ -49,23 +47,23 @@ class RankGuard(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1 and not self._is_connected:
-            self._begin(trainer)
-            assert self.watch is not None
+            self.watch = self.watch or self._start(trainer)
             self.watch.remedy = "Resume with --ckpt_path last" if stage == "fit" else ""
-            self.watch.connect(trainer.strategy.broadcast)
+            self.watch.connect()
             self._is_connected = True
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.explain(exception)
-
-    def explain(self, error: BaseException) -> None:
-        """Ends the process with one line if the error comes of a lost rank."""
         if self.watch is not None:
-            self.watch.explain(error)
+            self.watch.explain(exception)
 
     def leave(self) -> None:
-        """Ends the watch, since all ranks are done or have agreed to stop."""
+        """Ends the process groups and the watch, since all ranks are done or have agreed to stop."""
+        if dist.is_initialized():
+            dist.barrier()
+            # gloo's threads abort a process now and then if they are left to the interpreter's exit.
+            dist.destroy_process_group()
+        # Last: the first rank waits for its children, and they for the groups' end.
         if self.watch is not None:
             self.watch.leave()
 

@@ -9,15 +9,14 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.trainer import can_stop_early, is_end_of_epoch, is_inside_a_step
 
@@ -73,6 +72,7 @@ class RunCheckpoint(ModelCheckpoint):
             verbose=verbose,
             auto_insert_metric_name=False,
             enable_version_counter=False,
+            save_on_train_epoch_end=False,  # it would judge a second time by the epoch's last validation
         )
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise UserError(
@@ -82,10 +82,10 @@ class RunCheckpoint(ModelCheckpoint):
         self._last_interval = train_time_interval
         self._background = background
         self._writer: DurableCheckpointIO | None = None  # which takes options: where it writes one file
-        self._former_dirpath: str | None = None
+        # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
-        self._stop_asked = self._flush_due = False
+        self._stop_asked = False
         self._saved_step = self._last_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
@@ -94,31 +94,24 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        plugin = trainer.strategy.checkpoint_io
-        one_file = isinstance(plugin, DurableCheckpointIO) and _writes_one_file(trainer.strategy)
-        self._writer = plugin if one_file else None
+        strategy = trainer.strategy
+        if isinstance(strategy, TensorParallelDDPStrategy):
+            one_file = not strategy.save_sharded
+        else:
+            one_file = type(strategy).save_checkpoint is Strategy.save_checkpoint
+        plugin = strategy.checkpoint_io
+        self._writer = plugin if one_file and isinstance(plugin, DurableCheckpointIO) else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._last_step = self._seen_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
         self._stop_asked = False
-        if self._former_dirpath is not None:
-            self._keep_what_is_here(trainer)
         _validate_between_steps(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _validate_between_steps(trainer)  # Lightning reckons anew when it has reloaded the data
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        # Lightning logs a step after its checkpoint; a resumed run will not log it again.
-        if self._flush_due:
-            _flush_curves(trainer)
-            self._flush_due = False
 
     @override
     def on_train_batch_end(
@@ -139,10 +132,10 @@ class RunCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if is_end_of_epoch(trainer):
-            # Without validations nothing else would save before the end of training. Not when the epoch has
-            # ended: resumed from there, Lightning would end it a second time.
-            due = due or not trainer.enable_validation or not sum(trainer.num_val_batches)
+        if not trainer.enable_validation or not sum(trainer.num_val_batches):
+            # Nothing else would save before the end of training. Not when the epoch has ended: resumed from
+            # there, Lightning would end it a second time.
+            due = due or is_end_of_epoch(trainer)
         if self._last_interval is not None:
             elapsed = timedelta(seconds=time.monotonic() - self._saved_at_seconds)
             # The first rank's clock decides for all: saving is collective.
@@ -180,13 +173,15 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run or (trainer.global_step == self._saved_step and not again):
             return
         if judge:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            # The logged "step" is that of the last logging; file names need the one of now.
+            step = torch.tensor(trainer.global_step)
+            self._save_topk_checkpoint(trainer, {**self._monitor_candidates(trainer), "step": step})
         if self._targets or self.save_last:
             self._write(trainer, last=bool(self.save_last))
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self._targets.append(filepath)  # for `_write`, which makes one checkpoint for all of them
+        self._targets.append(filepath)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -214,47 +209,36 @@ class RunCheckpoint(ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
-        _flush_curves(trainer)
-        self._flush_due = True
-
-    @override
-    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        # The logged "step" is that of the last logging; file names need the one of now.
-        metrics = super()._monitor_candidates(trainer)
-        metrics["step"] = Tensor([trainer.global_step]).int()[0]
-        return metrics
 
     # ---- after a resume
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the best checkpoints of a moved folder, of which Lightning forgets all but one path."""
-        self._former_dirpath = state_dict["dirpath"]
-        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
-
-    def _keep_what_is_here(self, trainer: Trainer) -> None:
-        """Keeps, of the best checkpoints, those that lie in this run's folder, also if it was moved."""
-        scores = {self._here(path): score for path, score in self.best_k_models.items()}
-        candidates = {*scores, self._here(self.best_model_path)} - {""}
+        """Keeps the best checkpoints that lie in this run's folder, also if it was moved."""
+        former, folder = state_dict["dirpath"], Path(str(self.dirpath))
+        paths = [path for path in (*state_dict["best_k_models"], state_dict["best_model_path"]) if path]
+        here = {
+            path: str(folder / Path(path).relative_to(former))
+            for path in paths
+            if Path(path).is_relative_to(former)
+        }
         # Ranks have to decide alike, and may not all see the folder.
-        present = trainer.strategy.broadcast([path for path in candidates if Path(path).exists()])
+        present = gathered([path for path in here.values() if Path(path).exists()])[0]
+        scores = {here[path]: score for path, score in state_dict["best_k_models"].items() if path in here}
         sign = 1 if self.mode == "min" else -1
         ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
         ranked = ranked[: self.save_top_k] if self.save_top_k > 0 else ranked
-        self.best_k_models = {path: scores[path] for path in ranked}
-        newest = self._here(self.best_model_path)
-        self.best_model_path = ranked[0] if ranked else newest if newest in present else ""
-        self.best_model_score = scores[ranked[0]] if ranked else None
-        self.kth_best_model_path, self.kth_value = "", torch.tensor(sign * float("inf"))
-        if ranked and len(ranked) == self.save_top_k:
-            self.kth_best_model_path, self.kth_value = ranked[-1], scores[ranked[-1]]
-
-    def _here(self, path: str) -> str:
-        """Returns where a file of the former folder would be now; "" for one that lay elsewhere."""
-        assert self.dirpath is not None and self._former_dirpath is not None
-        if not path or not Path(path).is_relative_to(self._former_dirpath):
-            return ""
-        return str(Path(self.dirpath) / Path(path).relative_to(self._former_dirpath))
+        newest = here.get(state_dict["best_model_path"])
+        is_full = bool(ranked) and len(ranked) == self.save_top_k
+        state = {
+            "dirpath": self.dirpath,  # of another one Lightning forgets all but one path
+            "best_k_models": {path: scores[path] for path in ranked},
+            "best_model_path": ranked[0] if ranked else newest if newest in present else "",
+            "best_model_score": scores[ranked[0]] if ranked else None,
+            "kth_best_model_path": ranked[-1] if is_full else "",
+            "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
+        }
+        super().load_state_dict({**state_dict, **state})
 
 
 def _validate_between_steps(trainer: Trainer) -> None:
@@ -265,16 +249,3 @@ def _validate_between_steps(trainer: Trainer) -> None:
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
-
-
-def _flush_curves(trainer: Trainer) -> None:
-    """Writes the curves out, lest those of a killed run end before its checkpoint."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()
-
-
-def _writes_one_file(strategy: Strategy) -> bool:
-    if isinstance(strategy, TensorParallelDDPStrategy):
-        return not strategy.save_sharded
-    return type(strategy).save_checkpoint is Strategy.save_checkpoint

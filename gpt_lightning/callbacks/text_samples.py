@@ -35,3 +35,4 @@ class TextSamples(Callback):
                     # As a block of code: TensorBoard renders Markdown, and the text is to stay as it is.
                     block = "\n".join("    " + line for line in text.splitlines())
                     logger.experiment.add_text(f"samples/{number}", block, trainer.global_step)
+                logger.save()

@@ -1,27 +1,23 @@
 """Measures how fast a run trains, how much of the devices it uses, and what its time goes to."""
 
-import time
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.peak_flops import peak_flops
 from gpt_lightning.data.loader import TokenBatch
-from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
+from gpt_lightning.kernels.device import peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import StepRow
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.trainer import FetchCallback, GPTTrainer, SaveCallback, is_logging_step
-
-PARTS = ("data", "step", "validation", "checkpoint", "other")
+from gpt_lightning.training.trainer import PARTS, GPTTrainer, Stopwatch, is_logging_step
 
 
-class Throughput(FetchCallback, SaveCallback):
+class Throughput(Callback):
     """Logs at logging steps, about the time since the last one, under `throughput/`:
 
     - `tokens_per_second`: scored tokens of all data-parallel ranks (tensor-parallel peers see the same
@@ -40,30 +36,25 @@ class Throughput(FetchCallback, SaveCallback):
 
     def __init__(self) -> None:
         self._clock = Stopwatch()
-        self._device = torch.device("cpu")
-        self._part_before_save = "other"
         self._logged_step = self._logged_tokens = 0
         self._peak_flops: float | None = None  # of all devices
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        self._device = pl_module.device
         if self._peak_flops is None:
             trainer.strategy.barrier()  # to measure at the same time where it has to be measured
-            self._peak_flops = sum(gathered(peak_flops(self._device, str(trainer.precision))))
-        if not isinstance(trainer, GPTTrainer):
+            self._peak_flops = sum(gathered(peak_flops(pl_module.device, str(trainer.precision))))
+        self._clock = Stopwatch()
+        if isinstance(trainer, GPTTrainer):
+            trainer.clock = self._clock
+        else:
             rank_zero_warn(
                 "Throughput: this Trainer does not tell of waiting for data and of saving, which count as "
                 "other_share; make a gpt_lightning.training.trainer.GPTTrainer"
             )
         self._logged_step, self._logged_tokens = trainer.global_step, pl_module.trained_tokens
-        pl_module.step_row = StepRow(is_shared=True)
-        self._clock = Stopwatch()
-
-    @override
-    def on_fetch_start(self, trainer: Trainer) -> None:
-        self._clock.turn_to("data")
+        pl_module.step_row.is_shared = True
 
     @override
     def on_train_batch_start(
@@ -82,6 +73,8 @@ class Throughput(FetchCallback, SaveCallback):
             self._clock.turn_to("other")
             flops_per_token = training_flops_per_token(pl_module.model.config, batch.targets.shape[1])
             values = self._measured(tokens - self._logged_tokens, step - self._logged_step, flops_per_token)
+            if (peak_memory := peak_memory_gib(pl_module.device)) is not None:
+                values["peak_memory_gib"] = peak_memory
             row = {f"throughput/{name}": value for name, value in values.items()}
             pl_module.step_row.add(trainer, row)
             pl_module.step_row.write(trainer, step)
@@ -94,55 +87,15 @@ class Throughput(FetchCallback, SaveCallback):
         assert self._peak_flops is not None
         total = sum(seconds.values())
         training = total - seconds["validation"] - seconds["checkpoint"]
-        values = {
+        return {
             "tokens_per_second": tokens / training,
             "step_seconds": training / steps,
             "mfu": tokens / training * flops_per_token / self._peak_flops,
             **{f"{part}_share": seconds[part] / total for part in PARTS},
         }
-        if (peak_memory := peak_memory_gib(self._device)) is not None:
-            values["peak_memory_gib"] = peak_memory
-        return values
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            finish_queue(self._device)  # of steps that are to be counted as such
+            torch.get_device_module(pl_module.device).synchronize()  # steps are to be counted as such
             self._clock.turn_to("validation")
-
-    @override
-    def on_save_start(self, trainer: Trainer) -> None:
-        finish_queue(self._device)
-        self._part_before_save = self._clock.turn_to("checkpoint")
-
-    @override
-    def on_save_end(self, trainer: Trainer) -> None:
-        self._clock.turn_to(self._part_before_save)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def _leave(self, module: LightningModule) -> None:
-        if isinstance(module, GPTLightningModule):
-            module.step_row = StepRow()
-
-
-class Stopwatch:
-    """Adds up the time of each part; every moment belongs to the part that was turned to last."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._part = "other"
-        self._since = time.perf_counter()
-
-    def turn_to(self, part: str) -> str:
-        """Returns the part that was on before."""
-        now = time.perf_counter()
-        self.seconds[self._part] += now - self._since
-        former, self._part, self._since = self._part, part, now
-        return former

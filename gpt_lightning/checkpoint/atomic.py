@@ -81,15 +81,6 @@ def set_aside(path: Path) -> Generator[None, None, None]:
     remove(old)
 
 
-def restore_set_aside(folder: Path) -> None:
-    """Gives back their names to checkpoints below `folder` that a crash left between two names."""
-    for old in folder.glob("**/.*.ckpt.old"):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not path.exists():
-            with suppress(FileNotFoundError):  # another rank was faster
-                old.rename(path)
-
-
 def remove(path: Path) -> None:
     """Removes a file, or a folder with all that is in it, if it is there."""
     if path.is_dir():
@@ -98,14 +89,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Removes, and returns, what killed saves left in the folder, into which nobody else may be writing."""
-    stale = []
+def tidy(folder: Path) -> None:
+    """Removes what killed saves left in a folder, into which nobody else may be writing.
+
+    Checkpoints below it that a crash left between two names get back their own.
+    """
     for path in folder.glob(".*.tmp"):
         if (LEFT_FOLDER if path.is_dir() else LEFT_FILE).fullmatch(path.name) and not path.is_symlink():
             remove(path)
-            stale.append(path)
-    return stale
+    for old in folder.glob("**/.*.ckpt.old"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not path.exists():
+            with suppress(FileNotFoundError):  # another rank was faster
+                old.rename(path)
 
 
 def sync(path: Path) -> None:

@@ -44,11 +44,17 @@ class Checkpoint:
     def config(self) -> GPTConfig:
         return GPTConfig(**self.contents[CONFIG_KEY])
 
-    @cached_property
-    def tokenizer(self) -> TextTokenizer:
+    @property
+    def data(self) -> dict[str, Any]:
+        """Returns the state of the TextDataModule that the model was trained with."""
         if DATA_KEY not in self.contents:
             raise UserError("the checkpoint holds no tokenizer: its Trainer had no TextDataModule")
-        return TextTokenizer.from_dict(self.contents[DATA_KEY]["tokenizer"])
+        state: dict[str, Any] = self.contents[DATA_KEY]
+        return state
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.from_dict(self.data["tokenizer"])
 
     @cached_property
     def digest(self) -> str:

@@ -68,13 +68,9 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
     own, stored = (
         {**asdict(each), "d_ff": each.mlp_width} for each in (config, GPTConfig(**checkpoint[CONFIG_KEY]))
     )
-    differences = [
-        f"{name}={value} (there {stored[name]})"
-        for name, value in own.items()
-        if name != "dropout" and value != stored[name]
-    ]
-    if differences:
-        listing = ", ".join(differences)
+    differing = [name for name in own if name != "dropout" and own[name] != stored[name]]
+    if differing:
+        listing = ", ".join(f"{name}={own[name]} (there {stored[name]})" for name in differing)
         raise UserError(
             f"model.config differs from the checkpoint's: {listing}; build the model as the checkpoint has it"
         )
@@ -97,8 +93,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
             if OPTIMIZERS in checkpoint and key not in checkpoint:
                 yield f"lacks {key!r}, without which no run goes on; name another"
         yield from _problems_of_config(checkpoint[CONFIG_KEY])
-        # A sharded checkpoint keeps its weights in files of their own.
-        if checkpoint.get(WEIGHTS):
+        if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
             yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
 
 
@@ -118,15 +113,15 @@ def _acting(value: Any, place: str) -> Iterator[str]:
 
 def _problems_of_data(state: Any) -> Iterator[str]:
     """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
-    state = state if isinstance(state, dict) else {}
-    tokenizer, settings = state.get("tokenizer"), state.get("settings")
-    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
-    has_texts = all(type(tokenizer.get(key)) is str for key in ("tokenizer_json", "eos_token"))
-    ends = tokenizer.get("eos_token_ids", [])
-    if not isinstance(ends, list) or not all(type(index) is int and index >= 0 for index in ends):
-        yield f"holds eos_token_ids={_short(ends)} under {DATA_KEY}, no ids; name another"
-    if not has_texts or not isinstance(settings, dict) or any(_acting(settings, DATA_KEY)):
-        yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+    match state:
+        case {"tokenizer": {"tokenizer_json": str(), "eos_token": str()}, "settings": dict(settings)}:
+            if not any(_acting(settings, DATA_KEY)) and _are_ids(state["tokenizer"].get("eos_token_ids", [])):
+                return
+    yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
 
 
 def _problems_of_config(stored: Any) -> Iterator[str]:
@@ -148,7 +143,7 @@ def _problems_of_config(stored: Any) -> Iterator[str]:
 
 def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
     found = {
-        name.removeprefix(MODEL_PREFIX): tuple(value.shape) if isinstance(value, Tensor) else None
+        name.removeprefix(MODEL_PREFIX): list(value.shape) if isinstance(value, Tensor) else "no tensor"
         for name, value in state_dict.items()
         if str(name).startswith(MODEL_PREFIX)
     }
@@ -158,16 +153,16 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"
         yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
     with torch.device("meta"), Uninitialized():
-        expected = {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
+        expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
     if found == expected:
         return
     differences = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
         "of another shape": [
-            f"{name} {list(shape) if shape is not None else 'no tensor'} instead of {list(expected[name])}"
-            for name, shape in found.items()
-            if shape != expected.get(name, shape)
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
         ],
     }
     listing = "; ".join(

@@ -7,7 +7,7 @@ it is imported when the first such folder is met.
 
 import pickle
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,21 +49,15 @@ def check_whole(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, A
     """
     rest = read_rest(folder)
     with complaining(folder):
-        if missing := missing_parts(folder):
-            raise UserError(f"{', '.join(missing)} missing")
+        parts = (Reader(folder).read_metadata().storage_data or {}).values()
+        if missing := {part.relative_path for part in parts if not (folder / part.relative_path).is_file()}:
+            raise UserError(f"{', '.join(sorted(missing))} missing")
         for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
             try:
                 check_bytes(folder / name, digest)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
     return rest
-
-
-def missing_parts(folder: Path) -> list[str]:
-    """Lists the files that the folder's table of contents names and that are not there."""
-    storage = Reader(folder).read_metadata().storage_data or {}
-    names = {part.relative_path for part in storage.values()}
-    return sorted(name for name in names if not (folder / name).is_file())
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
@@ -87,9 +81,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     weights = {key.partition("/")[2]: value for key, value in whole.items() if key.startswith(f"{WEIGHTS}/")}
     for name, original in checkpoint.pop(TIED_KEY).items():
         weights[name] = weights[original]
-    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
-        own = {key: value for key, value in whole.items() if key.startswith(f"{OPTIMIZERS}/{number}/")}
-        checkpoint[OPTIMIZERS][number] = with_tensors(state, own)
+    put_back(checkpoint.get(OPTIMIZERS, []), whole)
     return {**checkpoint, WEIGHTS: weights}
 
 
@@ -104,13 +96,12 @@ def tensors_in(folder: Path, prefix: str) -> list[tuple[str, TensorStorageMetada
     ]
 
 
-def with_tensors(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Joins the two halves of an optimizer's state dict."""
-    state = {index: dict(entry) for index, entry in saved["state"].items()}
+def put_back(optimizers: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Puts the folder's tensors back into the state dicts of the optimizers."""
     for key, value in tensors.items():
-        _, _, index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
-    return {**saved, "state": state}
+        if key.startswith(f"{OPTIMIZERS}/"):
+            _, number, index, name = key.split("/")
+            optimizers[int(number)]["state"].setdefault(int(index), {})[name] = value
 
 
 class Reader(dcp.FileSystemReader):

@@ -87,7 +87,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def teardown(self) -> None:
-        self.wait()
         self._memory = {}
         self.finish()
 

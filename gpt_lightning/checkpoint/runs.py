@@ -1,14 +1,14 @@
 """Finds a run's folder, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from gpt_lightning.checkpoint.atomic import release, restore_set_aside, sweep, take_lock
+from gpt_lightning.checkpoint.atomic import release, take_lock, tidy
 from gpt_lightning.checkpoint.contents import load_plain
 from gpt_lightning.checkpoint.files import is_sharded, verify
 from gpt_lightning.exit_codes import UserError
@@ -112,7 +112,7 @@ def _checkpoints_below(folder: Path) -> list[Path]:
         with suppress(OSError):
             # A run that is writing there sets aside and gives back itself.
             if (lock := take_lock(parent / LOCK)) is not None:
-                restore_set_aside(parent)
+                tidy(parent)
                 release(lock)
     return [path for path in folder.glob("**/*.ckpt") if path.is_file() or is_sharded(path)]
 
@@ -140,18 +140,19 @@ class OpenRun:
 
 
 def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> OpenRun:
-    """Chooses the run's folder, makes it, and keeps others out; raises if it cannot be written.
+    """Makes `folder`, or the first of folder-2, folder-3, ... that holds no other run, and keeps others out.
 
-    What killed saves left in it is removed. A run that `begins_again` was killed before its first checkpoint.
+    A run goes on from the newest checkpoint of `folder` in `folder`. What killed saves left in it is removed.
+    A run that `begins_again` was killed before its first checkpoint.
     """
     if _lies_in(folder, resumed_from):
         run = _opened_or_refused(folder, f"run_name={folder.name}", "another --run_name")
-        if goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
+        if _goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
             return run
         run.close()
-    for candidate in _free_folders(folder, begins_again):
-        opened = _opened(candidate)
-        if opened is None:
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for candidate in itertools.chain([folder], numbered):
+        if not _is_free(candidate, begins_again) or (opened := _opened(candidate)) is None:
             continue
         if _is_free(candidate, begins_again):
             if candidate != folder:
@@ -164,7 +165,7 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
 def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> OpenRun:
     """Opens just this folder; raises if another process has it open, or it has another run's checkpoints."""
     run = _opened_or_refused(folder, option, "another folder")
-    if _checkpoints_below(folder) and not goes_on_in(folder, resumed_from):
+    if _checkpoints_below(folder) and not _goes_on_in(folder, resumed_from):
         run.close()
         raise UserError(f"{option} holds checkpoints that this run would overwrite; give another folder")
     return run
@@ -176,15 +177,7 @@ def _opened_or_refused(folder: Path, option: str, other: str) -> OpenRun:
     raise UserError(f"{option}: another process is writing into {folder}; wait for it, or give {other}")
 
 
-def choose_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:
-    """Returns `folder`, or the first of folder-2, folder-3, ... that holds no other run.
-
-    A run that goes on from the newest checkpoint of `folder` goes on in it.
-    """
-    return folder if goes_on_in(folder, resumed_from) else next(_free_folders(folder, begins_again))
-
-
-def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
+def _goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
     """Tells whether a run from this checkpoint continues what is there, and overwrites no later step."""
     if not _lies_in(folder, resumed_from):
         return False
@@ -197,11 +190,6 @@ def goes_on_in(folder: Path, resumed_from: Path | None) -> bool:
 
 def _lies_in(folder: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
-
-
-def _free_folders(folder: Path, begins_again: bool) -> Iterator[Path]:
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return (path for path in itertools.chain([folder], numbered) if _is_free(path, begins_again))
 
 
 def _is_free(folder: Path, begins_again: bool) -> bool:
@@ -222,8 +210,7 @@ def _opened(folder: Path) -> OpenRun | None:
         return None
     run = OpenRun(folder, lock, made)
     try:
-        sweep(folder)
-        restore_set_aside(folder)
+        tidy(folder)
     except BaseException:
         run.close()
         raise

@@ -1,1 +1,1 @@
-"""Words to objects, errors to one line."""
+"""Makes objects of words, and of each error one line."""

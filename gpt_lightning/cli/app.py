@@ -28,12 +28,7 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import (
-    checkpoints_folder,
-    choose_run_folder,
-    open_named_folder,
-    open_run_folder,
-)
+from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
 from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
@@ -52,10 +47,9 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer
 
 DEFAULT_MAX_STEPS = 2000
-OPTIONS = {
-    "run_name": "Folder under checkpoints/; by default the config's name.",
-    "init_from": "Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name.",
-}
+RUN_NAME_HELP = "Folder under checkpoints/; by default the config's name."
+INIT_FROM_HELP = "Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name."
+OUTPUT_HELP = "predictions.jsonl beside the checkpoint by default."
 
 
 class GPTLightningCLI(LightningCLI):
@@ -64,12 +58,12 @@ class GPTLightningCLI(LightningCLI):
     `words` are the command line, the verb first; `ending` is closed when the program ends.
     """
 
-    def __init__(
-        self, words: list[str], rank_guard: RankGuard, ending: ExitStack, *, show_all: bool = False
-    ) -> None:
-        self.verb, self._show_all = words[0], show_all
+    def __init__(self, words: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
+        self.verb, *args = words
+        self._shows_all = "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
+        self._restored: dict[str, Any] = {}  # what the Trainer restores
         super().__init__(
             GPTLightningModule,
             TextDataModule,
@@ -83,7 +77,7 @@ class GPTLightningCLI(LightningCLI):
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
             load_from_checkpoint_support=False,
-            args=words[1:],
+            args=["--help" if word == "--help-all" else word for word in args],
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,9 +89,9 @@ class GPTLightningCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, TrainerParser)
-        parser.show_all = self._show_all
-        for option, help in OPTIONS.items():
-            parser.add_argument(f"--{option}", type=str | None, default=None, help=help)
+        parser.show_all = self._shows_all
+        parser.add_argument("--run_name", type=str | None, default=None, help=RUN_NAME_HELP)
+        parser.add_argument("--init_from", type=str | None, default=None, help=INIT_FROM_HELP)
         # Only fit makes these callbacks, though a configuration is given to other verbs too.
         of_fit = {"checkpoint": RunCheckpoint, "non_finite": FiniteGuard, "samples": TextSamples}
         for group, callback in of_fit.items():
@@ -111,8 +105,7 @@ class GPTLightningCLI(LightningCLI):
             self._verb_options = parser.add_method_arguments(GPTTrainer, self.verb, skip=skipped)
         if self.verb == "predict":
             parser.set_defaults({"return_predictions": False})
-            help = "predictions.jsonl beside the checkpoint by default."
-            parser.add_argument("--output", type=str | None, default=None, help=help)
+            parser.add_argument("--output", type=str | None, default=None, help=OUTPUT_HELP)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -125,8 +118,8 @@ class GPTLightningCLI(LightningCLI):
         if self.verb in ("fit", "prepare"):
             _name_run(settings)
         self._origin = find_origin(self.verb, settings, root)
-        self._restored = self._origin.restored.contents if self._origin.restored is not None else {}
-        if self._origin.checkpoint is not None:
+        if (checkpoint := self._origin.checkpoint) is not None:
+            self._restored = checkpoint.contents if self._origin.init_from is None else {}
             given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
             take_settings(self.verb, settings, given, self._origin)
         check_options(self.verb, settings)
@@ -141,7 +134,7 @@ class GPTLightningCLI(LightningCLI):
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
-        if origin.initial is None and ORIGIN_KEY not in self._restored:
+        if origin.init_from is None and ORIGIN_KEY not in self._restored:
             _warn_of_untrained_positions(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
         self._saver = RunCheckpoint(**settings.checkpoint)
@@ -150,9 +143,10 @@ class GPTLightningCLI(LightningCLI):
 
     def _open_folder(self, wanted: Path, settings: Any) -> Path:
         """Finds the run's own folder; the first rank alone writes into it, and keeps other processes out."""
-        path, begins_again = self._origin.path, self._origin.begins_again
+        path = Path(settings.ckpt_path) if self._restored else None
+        begins_again = self._origin.begins_again
         if settings.trainer.fast_dev_run or this_rank() != 0:
-            return choose_run_folder(wanted, path, begins_again=begins_again)
+            return wanted
         run = open_run_folder(wanted, path, begins_again=begins_again)
         self._ending.callback(run.close)
         if (own := settings.checkpoint.dirpath) is not None:
@@ -169,15 +163,15 @@ class GPTLightningCLI(LightningCLI):
         checkpoint = self._origin.checkpoint
         if checkpoint is None:
             return datamodule.vocab_size
-        datamodule.use_tokenizer(checkpoint.tokenizer)
+        if self.verb != "predict":  # which has no text, and gets its tokenizer when the Trainer restores it
+            datamodule.use_tokenizer(checkpoint.tokenizer)
         return checkpoint.config.vocab_size
 
     @override
     def instantiate_classes(self) -> None:
         if self.verb == "prepare":
             self.datamodule = TextDataModule(**self.config.data.as_dict())
-            if self._origin.checkpoint is not None:
-                self.datamodule.use_tokenizer(self._origin.checkpoint.tokenizer)
+            self._choose_vocabulary(self.datamodule)
             return
         on_meta = (build_without_memory, GPTLightningModule, True)
         instantiators = [on_meta] if is_tensor_parallel(self.config) else None
@@ -193,13 +187,16 @@ class GPTLightningCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = {**self.config_init.trainer, **kwargs}
-        callbacks = _as_list(settings["callbacks"])
+        for name in ("callbacks", "plugins"):
+            given = settings[name] or []
+            settings[name] = [*given] if isinstance(given, (list, tuple)) else [given]
+        callbacks = settings["callbacks"]
         shows_progress = any(isinstance(callback, ProgressBar) for callback in callbacks)
         callbacks.append(self._rank_guard)  # before those that talk to other ranks when a run fails
         if not shows_progress and settings["enable_progress_bar"] is not False:
             callbacks.append(StepProgressBar())
         writer = DurableCheckpointIO()
-        settings["plugins"] = [*_as_list(settings["plugins"]), writer]
+        settings["plugins"].append(writer)
         self._rank_guard.before_exit = writer.wait
         if self.verb == "fit":
             callbacks += self._prepare_fit(settings)
@@ -214,7 +211,7 @@ class GPTLightningCLI(LightningCLI):
             settings["val_check_interval"] *= settings["accumulate_grad_batches"]
             settings["check_val_every_n_epoch"] = None
         try:
-            trainer = GPTTrainer(**{**settings, "callbacks": callbacks})
+            trainer = GPTTrainer(**settings)
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
@@ -229,9 +226,10 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        begins_with = self._origin.initial.contents if self._origin.initial is not None else None
-        initial = InitialWeights(self._origin.init_from, begins_with)
-        callbacks = [initial, self._guard, ExactResume(), Throughput(), self._samples]
+        callbacks = [self._guard, ExactResume(), Throughput(), self._samples]
+        checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
+        if checkpoint is not None and init_from is not None:
+            callbacks.insert(0, InitialWeights(init_from, checkpoint.contents))
         if settings["enable_checkpointing"] is not False:
             self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
             callbacks.append(self._saver)
@@ -241,7 +239,7 @@ class GPTLightningCLI(LightningCLI):
 
     def _prediction_writer(self) -> PredictionWriter:
         """Locks the file that is written: a mistake in it fails now rather than after the generation."""
-        checkpoint = self._origin.restored
+        checkpoint = self._origin.checkpoint
         assert checkpoint is not None
         given = self.config.output
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
@@ -250,7 +248,7 @@ class GPTLightningCLI(LightningCLI):
         output.parent.mkdir(parents=True, exist_ok=True)
         if this_rank() == 0:
             self._ending.callback(lock_output(output))
-        return PredictionWriter(output, sys.stdout, checkpoint.digest)
+        return PredictionWriter(output, sys.stdout, checkpoint)
 
     # Verbs
 
@@ -302,16 +300,8 @@ def _warn_of_untrained_positions(settings: Any) -> None:
         )
 
 
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def run(words: list[str]) -> None:
     """Runs one command line, the verb first."""
-    show_all = "--help-all" in words
-    words = ["--help" if word == "--help-all" else word for word in words]
     rank_guard = RankGuard()
     with leaving_together(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        GPTLightningCLI(complete_words(words), rank_guard, ending, show_all=show_all).run_verb()
+        GPTLightningCLI(complete_words(words), rank_guard, ending).run_verb()

@@ -13,6 +13,7 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.exit_codes import UserError
 
 QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
+PROMPTS = "--data.prompts"
 
 
 def complete_words(words: list[str]) -> list[str]:
@@ -21,7 +22,7 @@ def complete_words(words: list[str]) -> list[str]:
     `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
     `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
     """
-    words = _verbatim_prompts(words)
+    words = [_verbatim(before, word) for before, word in zip(["", *words], words)]
     values = _values(words)
     names = ("--init_from", "--ckpt_path", "--trainer.default_root_dir")
     init_from, given, root = (values.get(name, [None])[-1] for name in names)
@@ -41,36 +42,34 @@ def complete_words(words: list[str]) -> list[str]:
     if init_from is not None or verb in ("fit", "prepare") and not resumes:
         recipe = QUICKSTART if init_from is None else FINE_TUNING
         return [verb, "--config", _shipped_config(recipe), *rest]
-    if verb == "predict" or "--help" in rest or "-h" in rest:
+    if verb == "predict" or {"-h", "--help", "--help-all"} & {*rest}:
         return words
     path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
-    config = path.parent / CONFIG_NAME
-    if verb == "fit" and step_of(path) == 0 and not config.is_file():  # an imported one
-        return [verb, "--config", _shipped_config(FINE_TUNING), *rest, "--ckpt_path", str(path)]
-    if not config.is_file():
-        raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+    config = str(path.parent / CONFIG_NAME)
+    if not Path(config).is_file():
+        if verb != "fit" or step_of(path) != 0:
+            raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
+        config = _shipped_config(FINE_TUNING)  # the checkpoint is an imported one
     # The path again: the configuration may name another folder to look for checkpoints in.
-    return [verb, "--config", str(config), *rest, "--ckpt_path", str(path)]
+    return [verb, "--config", config, *rest, "--ckpt_path", str(path)]
 
 
-def _verbatim_prompts(words: list[str]) -> list[str]:
+def _verbatim(before: str, word: str) -> str:
     """Keeps a prompt that is no list a text, even one that YAML would read as null, a number or a comment."""
-    start = "--data.prompts="
-    kept = [_as_list(word) if before == start[:-1] else word for before, word in zip(["", *words], words)]
-    return [start + _as_list(word.removeprefix(start)) if word.startswith(start) else word for word in kept]
-
-
-def _as_list(word: str) -> str:
+    start = PROMPTS + "=" if word.startswith(PROMPTS + "=") else ""
+    if not start and before != PROMPTS:
+        return word
+    given = word.removeprefix(start)
     # YAML takes the two surrogates by which JSON writes an emoji in ASCII for two characters, or for none.
     for load in (yaml.safe_load, json.loads):
         with suppress(yaml.YAMLError, ValueError):
-            prompts = load(word)
+            prompts = load(given)
             if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
                 "".join(prompts).encode()
-                return word if load is yaml.safe_load else json.dumps(prompts, ensure_ascii=False)
-    return json.dumps([word], ensure_ascii=False)
+                return word if load is yaml.safe_load else start + json.dumps(prompts, ensure_ascii=False)
+    return start + json.dumps([given], ensure_ascii=False)
 
 
 def _check_config_file(path: Path) -> None:

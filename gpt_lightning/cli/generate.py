@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO
@@ -17,7 +16,7 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.cli.printer import TextWriter
-from gpt_lightning.cli.repl import HELP, Repl, check_shown
+from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
 from gpt_lightning.data.prompts import check_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -31,7 +30,7 @@ def run_generate(words: list[str]) -> None:
         raise UserError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
     device = _device(options.device)
-    with _ending_on_sigterm(), _ending_without_readers():
+    with handling(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED)), _ending_without_readers():
         # The newline that ends the last line of any text is not the prompt's.
         prompt = options.prompt if options.prompt != "-" else _stdin().read().removesuffix("\n")
         if prompt is not None:
@@ -56,8 +55,7 @@ def _with_joined_prompt(words: list[str]) -> list[str]:
     """Joins --prompt to its text, which may begin as an option does, with one dash."""
     joined: list[str] = []
     for word in words:
-        is_text = word.startswith("-") and not word.startswith("--")
-        if joined and joined[-1] == "--prompt" and is_text:
+        if joined[-1:] == ["--prompt"] and word.startswith("-") and not word.startswith("--"):
             joined[-1] += f"={word}"
         else:
             joined.append(word)
@@ -131,18 +129,6 @@ def _stdin() -> TextIO:
         encoding = None if sys.stdin.isatty() else "utf-8-sig"
         sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     return sys.stdin
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from gpt_lightning import __version__
+from gpt_lightning.exit_codes import MISTAKE
 
 VERBS = {
     "fit": "train a GPT (without options: the quickstart)",
@@ -68,7 +69,7 @@ def _refuse(words: list[str]) -> None:
         close = difflib.get_close_matches(words[0], VERBS, n=1)
         reason += f"\ndid you mean {close[0]}?" if close else ""
     print(f"error: {reason}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(MISTAKE)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say
@@ -19,52 +18,42 @@ NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, t
 
 @dataclass(frozen=True)
 class Origin:
-    """Holds the checkpoint that the Trainer restores, or the one with whose weights a run begins at step 0.
+    """Holds the checkpoint, if there is one, that decides the architecture and the tokenizer.
 
-    `init_from` is what the latter was called. A run that `begins_again` was asked to go on from its last
-    checkpoint, and its folder has none.
+    The Trainer restores it, or a run begins at step 0 with its weights; `init_from` is what the latter was
+    called. A run that `begins_again` was asked to go on from its last checkpoint, and its folder has none.
     """
 
-    restored: Checkpoint | None = None
-    initial: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     init_from: str | None = None
     begins_again: bool = False
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """Decides the architecture and the tokenizer."""
-        return self.restored or self.initial
-
-    @property
-    def path(self) -> Path | None:
-        """Says where the Trainer restores from."""
-        return self.restored.path if self.restored is not None else None
 
 
 def find_origin(verb: str, settings: Any, root: Path) -> Origin:
     """Looks for it where the options say; `settings` then name what was found."""
-    path, begins_again = None, False
+    path, begins_again, init_from = None, False, None
     if verb == "fit":
         path, begins_again = _resume_path(settings, root / settings.run_name)
     elif verb != "prepare":
         path = find_checkpoint(settings.ckpt_path, root, say)
-    init_from = settings.init_from if verb in ("fit", "prepare") else None
-    initial = None
+    if verb in ("fit", "prepare"):  # a run's configuration is given to other verbs too
+        init_from = settings.init_from
+    checkpoint = None
     if path is not None:
         checkpoint = Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
         if verb != "fit" or not _is_untrained(checkpoint):
             say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
             settings.ckpt_path = str(path)
             return Origin(checkpoint, begins_again=begins_again)
-        initial, init_from = checkpoint, str(path)
-        settings.ckpt_path, settings.init_from = None, init_from
+        settings.ckpt_path, settings.init_from = None, str(path)
+        init_from = str(path)
     if init_from is not None:
-        initial = initial or _open_initial(init_from, settings)
+        checkpoint = checkpoint or _open_initial(init_from, settings)
         say(f"starting from the weights of {init_from}")
     elif begins_again:
         own = settings.checkpoint.dirpath
         say(f"no checkpoint in {own or root / settings.run_name} yet: starting from scratch")
-    return Origin(None, initial, init_from, begins_again)
+    return Origin(checkpoint, init_from, begins_again)
 
 
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
@@ -107,11 +96,12 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
     """Takes over what must be as the origin has it, and refuses `explicit` options that say otherwise."""
     checkpoint = origin.checkpoint
     assert checkpoint is not None
-    architecture = asdict(checkpoint.config)
-    saved = {f"model.config.{name}": architecture[name] for name in architecture.keys() - NOT_ARCHITECTURE}
-    data = checkpoint.contents.get(DATA_KEY, {}).get("settings", {})
-    names = data.keys() & {"tokenizer"} if verb == "predict" or origin.restored is None else data
-    saved.update({f"data.{name}": data[name] for name in names})
+    data = checkpoint.data["settings"]
+    names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else data.keys()
+    saved = {f"data.{name}": data[name] for name in data.keys() & names}
+    for name, value in asdict(checkpoint.config).items():
+        if name not in NOT_ARCHITECTURE:
+            saved[f"model.config.{name}"] = value
     for key, value in saved.items():
         given = explicit.get(key)
         if given is not None and given != value:

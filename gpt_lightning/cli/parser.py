@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 from gpt_lightning.cli.errors import shorten
+from gpt_lightning.exit_codes import MISTAKE
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
@@ -38,7 +39,7 @@ class PlainParser(ArgumentParser):
             )
         lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
         sys.stderr.write("\n".join(lines) + "\n")
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:
         """Suggests the known option that is closest to the unknown one, if one is close."""
@@ -47,9 +48,12 @@ class PlainParser(ArgumentParser):
         known = [action.dest for action in self._actions]
         for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-                if close := close or _same_last_name(name, known):
+                if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
                     return [f"did you mean {close[0]}?"]
+                # The right word under another group: `model.config.n_layers` for `model.n_layers`.
+                last_names = {key.rpartition(".")[2]: key for key in known}
+                for close_name in difflib.get_close_matches(name.rpartition(".")[2], last_names, 1, 0.75):
+                    return [f"did you mean {last_names[close_name]}?"]
         return []
 
     @override
@@ -74,21 +78,11 @@ def _option_lines(actions: list[argparse.Action]) -> list[str]:
     for action in actions:
         name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
         default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-        lines.append(option_line(name, _first_sentence(str(action.help)) + default))
+        help = " ".join(str(action.help).replace("``", "").split())
+        first = re.split(r"(?<=[a-z)])\. | Default: ", help)[0].rstrip(".").replace("%%", "%")
+        lines.append(option_line(name, first + default))
     return [*lines, ""] if lines else []
 
 
 def option_line(name: str, text: str) -> str:
     return textwrap.fill(text, 110, initial_indent=f"  {name:38} ", subsequent_indent=" " * 41)
-
-
-def _first_sentence(help: str) -> str:
-    text = " ".join(help.replace("``", "").split())
-    return re.split(r"(?<=[a-z)])\. | Default: ", text)[0].rstrip(".").replace("%%", "%")
-
-
-def _same_last_name(name: str, known: list[str]) -> list[str]:
-    """Finds the right word under another group: `model.config.n_layers` for `model.n_layers`."""
-    last_names = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_names, n=1, cutoff=0.75)
-    return [last_names[match] for match in close]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TextIO
 
 from gpt_lightning.cli.errors import say
@@ -26,17 +27,11 @@ _ROWS = 8  # samples decoded together
 
 @dataclass
 class _Sample:
-    """Holds a completion that is drawn, and how it stands."""
+    """Tells how a completion that is drawn stands."""
 
     text: TextStream
     n_tokens: int = 0
     ended_by: str = ""  # nothing yet
-
-    def add(self, step: Step) -> None:
-        if step.token_id is not None:
-            self.n_tokens += 1
-        if step.completion is not None:
-            self.end(step.completion.finish_reason)
 
     def end(self, reason: str) -> None:
         self.text.end()
@@ -47,8 +42,8 @@ class TextWriter:
     """Writes prompt and completion to `output`, and says how fast it went and what ended the text."""
 
     def __init__(self, model: GPTModel, tokenizer: TextTokenizer, output: TextIO) -> None:
-        self._model, self._tokenizer, self._output = model, tokenizer, output
-        self._packed: dict[tuple[str | None, int], GPTModel] = {}  # the last one used
+        self._tokenizer, self._output = tokenizer, output
+        self._packed = lru_cache(maxsize=1)(partial(packed, model))  # the same one for the next prompt
 
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
@@ -57,9 +52,9 @@ class TextWriter:
 
         The texts are those of `predict` for this prompt alone.
         """
-        model, eos = self._ready(settings), self._tokenizer.eos_token_ids
+        model = self._packed(quantize=settings.quantize, n_rows=min(_ROWS, settings.num_samples))
         start = time.perf_counter()
-        engine = Engine(model, settings, eos_token_id=eos, batch_size=_ROWS)
+        engine = Engine(model, settings, eos_token_id=self._tokenizer.eos_token_ids, batch_size=_ROWS)
         (token_ids,) = encode_prompts([prompt], self._tokenizer)
         samples = [_Sample(TextStream(self._tokenizer, settings.stop)) for _ in range(settings.num_samples)]
         for number, sample in enumerate(samples):
@@ -90,17 +85,13 @@ class TextWriter:
             if is_interrupted():
                 sample.end("interrupt")
             else:
-                step = next(steps)
-                samples[step.request.sample].add(step)
+                request, token_id, _, completion = next(steps)
+                drawn = samples[request.sample]
+                drawn.n_tokens += token_id is not None
+                if completion is not None:
+                    drawn.end(completion.finish_reason)
         self._output.write(sample.text.text[n_written:] + "\n")
         self._output.flush()
-
-    def _ready(self, settings: GenerationConfig) -> GPTModel:
-        """Returns the model that decodes by these settings, kept for the next prompt."""
-        key = (settings.quantize, min(_ROWS, settings.num_samples))
-        if key not in self._packed:
-            self._packed = {key: packed(self._model, quantize=settings.quantize, n_rows=key[1])}
-        return self._packed[key]
 
 
 def _tokens(count: int) -> str:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -37,20 +36,9 @@ def leaving_together(rank_guard: RankGuard) -> Iterator[None]:
         yield
     except MisconfigurationException as error:  # Lightning's word for a user's mistake
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        rank_guard.explain(error)  # ends here if the error comes of a lost rank
-        raise
     except (Stopped, NonFiniteError) as error:  # raised on all ranks, and said by the first
-        _end_process_groups(rank_guard)
+        rank_guard.leave()
         if this_rank():
             sys.exit(error.exit_code)
         raise
-    _end_process_groups(rank_guard)
-
-
-def _end_process_groups(rank_guard: RankGuard) -> None:
-    """Ends gloo's threads, which abort a process now and then if they are left to the interpreter's exit."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        rank_guard.leave()  # last: the first rank waits for its children, and they for the groups' end
+    rank_guard.leave()

@@ -4,9 +4,8 @@ import difflib
 import json
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
@@ -40,8 +39,7 @@ class Repl:
         self.n_lines, self.n_refused = 0, 0  # all, and those that held a mistake
         self._write = write
         self._last_prompt: str | None = None
-        self._is_interrupted: Callable[[], bool] = lambda: False
-        self._ended = False
+        self._is_interrupted = self._ended = False
 
     def run(self, read: Callable[[], str | None], *, at_terminal: bool) -> None:
         """Ends when `read` has no more lines, or at /quit."""
@@ -50,12 +48,19 @@ class Repl:
                 if (line := read()) is None:
                     break
                 self.n_lines += 1
-                with noting_interrupts(at_terminal) as self._is_interrupted:
+                self._is_interrupted = False
+                with handling(signal.SIGINT, self._interrupt) if at_terminal else nullcontext():
                     self._handle(line)
             except KeyboardInterrupt:
                 if not at_terminal:
                     raise
                 say("\n/quit or Ctrl-D ends the program")
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ends the text; where Ctrl-C comes again, what goes on is broken off."""
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+        self._is_interrupted = True
 
     def _handle(self, line: str) -> None:
         try:
@@ -63,7 +68,7 @@ class Repl:
                 self._command(line[1:])
             else:
                 self._continue(line.removeprefix("/"))
-        except UserError as error:
+        except (UserError, ArgumentError) as error:
             self.n_refused += 1
             say(f"error: {shorten(str(error))}")
 
@@ -84,10 +89,9 @@ class Repl:
             case "quit":
                 self._ended = True
             case _:
-                close = difflib.get_close_matches(name, COMMANDS, n=1)
                 remedy = "/help shows them; a text may begin with //"
-                if close:
-                    remedy = f"did you mean /{close[0]}?"
+                for close in difflib.get_close_matches(name, COMMANDS, n=1):
+                    remedy = f"did you mean /{close}?"
                 raise UserError(f"/{name} is no command; {remedy}")
 
     def _again(self) -> None:
@@ -100,7 +104,7 @@ class Repl:
     def _continue(self, prompt: str) -> None:
         check_utf8(prompt, f"prompt={prompt!r}", "convert it")
         self._last_prompt = prompt
-        self._write(prompt, self.settings, self._is_interrupted)
+        self._write(prompt, self.settings, lambda: self._is_interrupted)
 
 
 def with_setting(settings: GenerationConfig, name: str, value: str) -> GenerationConfig:
@@ -113,10 +117,7 @@ def with_setting(settings: GenerationConfig, name: str, value: str) -> Generatio
         raise UserError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GenerationConfig, "generation")
-    try:
-        read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)
-    except ArgumentError as error:
-        raise UserError(shorten(str(error))) from None
+    read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)
     return check_shown(replace(settings, **{name: read[f"generation.{name}"]}))
 
 
@@ -128,21 +129,10 @@ def check_shown(settings: GenerationConfig) -> GenerationConfig:
 
 
 @contextmanager
-def noting_interrupts(at_terminal: bool) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C came; a second one raises KeyboardInterrupt."""
-    came = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    if not at_terminal or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    former = signal.signal(signal.SIGINT, note)
+def handling(number: signal.Signals, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has `handle` called when this signal comes."""
+    former = signal.signal(number, handle)
     try:
-        yield lambda: came
+        yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(number, former)

@@ -19,10 +19,10 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
     for text in texts:
         print(f"\n{text}\n")
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {run_folder.parent}")
-    callback: Any = trainer.checkpoint_callback
-    if callback is not None and (callback.last_model_path or callback.best_model_path):
-        last = os.path.relpath(callback.last_model_path or callback.best_model_path)
-        say(f"{_program()} predict --ckpt_path {shlex.quote(last)} --data.prompts '[\"The \"]'")
+    saver: Any = trainer.checkpoint_callback
+    if saver is not None and (last := saver.last_model_path or saver.best_model_path):
+        path = shlex.quote(os.path.relpath(last))
+        say(f"{_program()} predict --ckpt_path {path} --data.prompts '[\"The \"]'")
 
 
 def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
-from gpt_lightning.data.loader import BatchNumbers, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
+from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, read_prompts, share_of_prompts
+from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
 from gpt_lightning.data.token_cache import (
     Corpus,
     TokenSplit,
@@ -25,6 +25,7 @@ from gpt_lightning.data.token_cache import (
     prepare_tokens,
 )
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
 
 _log = logging.getLogger("gpt_lightning")
@@ -86,14 +87,12 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
         self.all_prompts: list[str] = []  # once set up to predict
-        self.finished_prompts: Set[int] = frozenset()  # places in it of those that are not to be run again
+        self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self._check_options()
         self._text_tokenizer: TextTokenizer | None = None
         self._splits: dict[str, TokenSplit] | None = None
         self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
-        self._training: WindowBatches | None = None
-        self._step_tokens: int | None = None  # of the optimizer step that is under way
 
     def _check_options(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -211,14 +210,13 @@ class TextDataModule(LightningDataModule):
         # Not in prepare_data, which is not told the stage: predict needs a tokenizer and no corpus.
         if stage == "predict":
             self.all_prompts = read_prompts(self.prompts, self.prompts_file)
-            self.finished_prompts = frozenset()
+            self.finished_prompts = set()
             return
         self.prepare()
         if stage == "fit":
             if self.train_files is None:
                 raise self._no_train_files()
             self._order.start()
-            self._step_tokens = None
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
             raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
@@ -230,9 +228,11 @@ class TextDataModule(LightningDataModule):
             raise self._no_train_files()
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         start = self._order.restored.consumed_samples
-        self._training = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
-        self._order.take_epochs(self._training.epochs)
-        return self._loader(self._training, self._order.batch_numbers)
+        dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        if self.trainer is None:
+            return self._whole_loader(dataset)
+        self._order.take_epochs(dataset.epochs)
+        return self._loader(dataset, self._order.batches)
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -246,48 +246,38 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        tokenizer = self.text_tokenizer
-        share = share_of_prompts(self.all_prompts, self.finished_prompts, tokenizer, rank=rank, ranks=ranks)
-        return batch_loader([share], lambda: BatchNumbers(range(1), 1))
+        share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
+        return batch_loader(share, lambda: EpochBatches(range(1), 1))
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)
-        if split is None:
-            return []
-        dataset = self._window_batches(split)
-        return self._loader(dataset, lambda: BatchNumbers(range(len(dataset)), len(dataset)))
+        return [] if split is None else self._whole_loader(self._window_batches(split))
+
+    def _whole_loader(self, dataset: WindowBatches) -> DataLoader[TokenBatch]:
+        batches = EpochBatches(range(dataset.epochs.first_batches), dataset.epochs.epoch_batches)
+        return self._loader(dataset, lambda: batches)
 
     def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
+        global_batch = self.batch_size * ranks
+        epochs = Epochs(n_tokens=split.n_tokens, seq_len=self.seq_len, global_batch=global_batch, **order)
         return WindowBatches(
-            split,
-            seq_len=self.seq_len,
-            batch_size=self.batch_size,
+            split=split,
+            epochs=epochs,
             rank=rank,
             ranks=ranks,
             document_mask=self.document_mask,
             vocab_size=self.vocab_size,
-            **order,
         )
 
-    def _loader(self, dataset: WindowBatches, numbers: Callable[[], BatchNumbers]) -> DataLoader[TokenBatch]:
+    def _loader(self, dataset: WindowBatches, batches: Callable[[], EpochBatches]) -> DataLoader[TokenBatch]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return batch_loader(dataset, numbers, num_workers=self.num_workers, pin_memory=on_gpu)
+        return batch_loader(dataset, batches, num_workers=self.num_workers, pin_memory=on_gpu)
 
     def _rank_and_ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else rank_and_ranks(self.trainer)
 
     # ---- the position in the training order
-
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Adds to a training batch how many targets its optimizer step scores, which no rank has to ask."""
-        if self._training is None or self.trainer is None or not self.trainer.training:
-            return batch
-        begins, rest_of_step = self._order.rest_of_step()
-        if begins or self._step_tokens is None:
-            self._step_tokens = self._training.n_targets(rest_of_step)
-        return batch._replace(step_tokens=self._step_tokens)
 
     @property
     def consumed_samples(self) -> int:
@@ -303,7 +293,7 @@ class TextDataModule(LightningDataModule):
         return {
             **self._order.position()._asdict(),
             "settings": {name: getattr(self, name) for name in SETTINGS_OF_A_RUN},
-            "tokenizer": self.text_tokenizer.to_dict(),
+            "tokenizer": self.text_tokenizer.state,
             "text": self.trained_text.described,
         }
 

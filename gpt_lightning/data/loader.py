@@ -1,23 +1,23 @@
-"""Makes batches of windows as tensors, and the loader that asks for them by number."""
+"""Makes batches of windows as tensors, and the loader that asks for them by number and optimizer step."""
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 from typing_extensions import override
 
-import gpt_lightning.data.windows as windows
 from gpt_lightning.data.token_cache import TokenSplit
+from gpt_lightning.data.windows import Epochs, document_ids, gather
 from gpt_lightning.exit_codes import UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -33,91 +33,96 @@ class TokenBatch(NamedTuple):
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
 
 
-@dataclass(eq=False)
-class WindowBatches(Dataset[TokenBatch]):
-    """Makes one rank's batches of a split, by the number of the batch; `seed=None` reads them in order.
+class StepBatch(NamedTuple):
+    """Names a batch by its number, from where the run goes on, and by those of its optimizer step."""
 
-    A batch is gathered in one go, and its number is all that a worker is told: what it holds cannot depend on
-    how many workers there are. Numbers count from the sample at `start`, over epoch ends.
+    number: int
+    step: range
+
+
+@dataclass(eq=False, kw_only=True)
+class WindowBatches(Dataset[TokenBatch]):
+    """Makes one rank's batches of a split, each in one go.
+
+    Its name is all that a worker is told: what a batch holds cannot depend on how many workers there are.
     """
 
     split: TokenSplit
-    _: KW_ONLY
-    seq_len: int
-    batch_size: int
+    epochs: Epochs
     rank: int
     ranks: int
     document_mask: bool
     vocab_size: int
-    seed: int | None = None
-    start: int = 0
-    accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        n_tokens, seq_len = self.split.n_tokens, self.seq_len
-        self.epochs = windows.Epochs(
-            windows.n_windows(n_tokens, seq_len), self.batch_size * self.ranks, self.accumulate
-        )
-        self._cut = partial(windows.cut_windows, n_tokens=n_tokens, seq_len=seq_len, seed=self.seed)
 
     def __len__(self) -> int:
-        return self.epochs.n_batches(self.epochs.windows)
+        return self.epochs.epoch_batches
 
-    def n_targets(self, batches: range) -> int:
-        """Counts the targets that all ranks score in these batches."""
-        spans = (self.epochs.span(self.start, batch) for batch in batches)
-        return sum(int(self._cut(np.arange(*span))[1].sum()) for span in spans)
-
-    def __getitem__(self, batch: int) -> TokenBatch:
-        sizes = {"rows": self.batch_size, "seq_len": self.seq_len}
-        first, last = self.epochs.span(self.start, batch)
+    def __getitem__(self, batch: StepBatch) -> TokenBatch:
+        sizes = {"rows": self.epochs.global_batch // self.ranks, "seq_len": self.epochs.seq_len}
+        first, last = self.epochs.span(batch.number)
         # Ranks take turns, so the global batch is the same for any number of ranks.
         positions = np.arange(first + self.rank, last, self.ranks)
-        starts, lengths = self._cut(positions)
-        inputs, targets = windows.gather(self.split.tokens, starts, lengths, **sizes)
+        starts, lengths = self.epochs.cut(positions)
+        inputs, targets = gather(self.split.tokens, starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
             raise UserError(
                 f"data.cache_dir: {self.split.folder} holds token id {largest}, and the tokenizer has "
                 f"{self.vocab_size}; remove that folder, and it is built anew"
             )
-        document_ids = None
+        documents = None
         if self.document_mask:
-            document_starts = self.split.document_starts
-            document_ids = torch.from_numpy(
-                windows.document_ids(document_starts, starts, lengths, n_tokens=self.split.n_tokens, **sizes)
-            )
-        sample_ids = np.full(self.batch_size, -1)
+            n_tokens, starts_of = self.split.n_tokens, self.split.document_starts
+            documents = torch.from_numpy(document_ids(starts_of, starts, lengths, n_tokens=n_tokens, **sizes))
+        sample_ids = np.full(len(inputs), -1)
         sample_ids[: len(positions)] = positions
         return TokenBatch(
-            torch.from_numpy(inputs), torch.from_numpy(targets), document_ids, torch.from_numpy(sample_ids)
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            documents,
+            torch.from_numpy(sample_ids),
+            self.epochs.n_targets(batch.step),
         )
 
 
-class BatchNumbers(NamedTuple):
-    """Tells the batches still to come in an epoch, and how many the whole epoch has."""
+class EpochBatches(NamedTuple):
+    """Tells the batches still to come in an epoch, and how Lightning deals an epoch's to optimizer steps."""
 
-    remaining: range
+    numbers: range
     epoch_length: int
+    done: int = 0  # of this epoch, before those to come
+    accumulate: int = 1
+    trained_length: float = math.inf  # where limit_train_batches ends the epoch, or its end
 
 
-class BatchNumberSampler(DistributedSampler[int]):
-    """Asks for whole batches by number.
+class BatchSampler(DistributedSampler[StepBatch], SequentialSampler):
+    """Asks for whole batches.
 
     A DistributedSampler by name only: Lightning replaces any other kind by one of its own, which would
-    shuffle and deal out again what is already this rank's.
+    shuffle and deal out again what is already this rank's. With overfit_batches it does so with any that is
+    no SequentialSampler.
     """
 
-    def __init__(self, dataset: Sequence[Any] | Dataset[Any], numbers: Callable[[], BatchNumbers]) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
-        self._numbers = numbers
+    def __init__(self, dataset: Dataset[Any], batches: Callable[[], EpochBatches]) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=False)
+        self._batches = batches
 
     def __len__(self) -> int:
         # Lightning counts an epoch's batches from its beginning, also those that were done before a resume.
-        return self._numbers().epoch_length
+        return self._batches().epoch_length
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers().remaining)
+    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
+        """Deals batches to steps: Lightning steps after `accumulate` of an epoch, and after its last.
+
+        It begins when the first batch is asked for: only then has Lightning counted those before a resume.
+        """
+        batches = self._batches()
+        for done, number in enumerate(batches.numbers, start=batches.done):
+            first = number - done % batches.accumulate
+            end = first + batches.accumulate
+            if done < batches.trained_length:  # else Lightning goes on with an epoch that was finished
+                end = int(min(end, number + batches.trained_length - done))
+            yield StepBatch(number, range(max(0, first), end))
 
 
 class BatchLoader(DataLoader[Any]):
@@ -126,9 +131,13 @@ class BatchLoader(DataLoader[Any]):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers or self.pin_memory:
-            return super().__iter__()
+            return self._from_workers()
         # Items are whole batches already, each of which costs less time than PyTorch's own iterator.
         return map(self.dataset.__getitem__, self.sampler)
+
+    def _from_workers(self) -> Iterator[Any]:
+        """Begins with the first batch that is asked for; PyTorch has workers begin when they are there."""
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -138,18 +147,17 @@ class BatchLoader(DataLoader[Any]):
 
 
 def batch_loader(
-    dataset: Sequence[Any] | Dataset[Any],
-    numbers: Callable[[], BatchNumbers],
+    dataset: Dataset[Any],
+    batches: Callable[[], EpochBatches],
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> BatchLoader:
     """Makes a loader whose items are whole batches already."""
     return BatchLoader(
-        dataset,  # type: ignore[arg-type]
-        sampler=BatchNumberSampler(dataset, numbers),
+        dataset,
+        sampler=BatchSampler(dataset, batches),
         batch_size=None,
-        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -162,8 +170,7 @@ def batch_loader(
 def _belong_to_the_run(worker_id: int) -> None:
     """Ignores what a scheduler signals all processes of a job: a run without workers cannot end its step.
 
-    A scheduler signals all processes of a job; without its workers the run could not finish its step. They
-    end with the run, also if it is killed while they start, before PyTorch's own watch begins.
+    They end with the run, also if it is killed while they start, before PyTorch's own watch begins.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -174,10 +181,6 @@ def _belong_to_the_run(worker_id: int) -> None:
     is_child = multiprocessing.get_start_method(allow_none=True) != "forkserver"
     if is_child and parent is not None and parent.pid != os.getppid():
         os._exit(1)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def rank_and_ranks(trainer: Any) -> tuple[int, int]:

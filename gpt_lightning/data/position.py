@@ -4,11 +4,11 @@ Lightning restores its loop counters by itself, so this keeps no second count th
 remembers the position in the checkpoint it came from, and counts Lightning's batches from there.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
-from gpt_lightning.data.loader import BatchNumbers
+from gpt_lightning.data.loader import EpochBatches
 from gpt_lightning.data.windows import Epochs
 
 
@@ -21,7 +21,7 @@ class Position(NamedTuple):
 
 
 class TrainingOrder:
-    """Tells one datamodule's position in training, and the batches left in its epoch and optimizer step."""
+    """Tells one datamodule's position in training, and the batches left in its epoch."""
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
@@ -32,9 +32,7 @@ class TrainingOrder:
 
     def start(self) -> None:
         """Begins anew with a trainer that has not seen what an earlier one restored."""
-        trainer = self._datamodule.trainer
-        total = 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        if total < self.restored.batches:
+        if self._datamodule.trainer is None or self._counted.total.processed < self.restored.batches:
             self.restore(Position())
 
     def restore(self, position: Position) -> None:
@@ -47,73 +45,63 @@ class TrainingOrder:
         self._first_epoch_is_finished = True
 
     def position(self) -> Position:
-        trainer = self._datamodule.trainer
-        if trainer is None or self._epochs is None:
+        if self._datamodule.trainer is None or self._epochs is None:
             return self.restored
-        batches = trainer.fit_loop.epoch_loop.batch_progress
+        batches = self._counted
         # `processed` is right in every hook in which a checkpoint is saved. Lightning restores its counters
         # after this position; until then it has trained on fewer.
         since_restored = batches.total.processed - self.restored.batches
         if since_restored <= 0:
             return self.restored
-        consumed_samples = self._epochs.span(self.restored.consumed_samples, since_restored)[0]
+        consumed_samples = self._epochs.span(since_restored)[0]
         return Position(consumed_samples, batches.total.processed, batches.current.processed)
 
     def take_epochs(self, epochs: Epochs) -> None:
         """Counts by these; Lightning is to ask again for the length after an epoch resumed otherwise."""
         self._epochs = epochs
-        trainer = self._datamodule.trainer
-        if trainer is None:
-            return
-        if self.batch_numbers().epoch_length != epochs.n_batches(epochs.windows):
-            self._usual_reload = trainer.reload_dataloaders_every_n_epochs
-            trainer.reload_dataloaders_every_n_epochs = 1
+        if self.batches().epoch_length != epochs.epoch_batches:
+            self._usual_reload = self._trainer.reload_dataloaders_every_n_epochs
+            self._trainer.reload_dataloaders_every_n_epochs = 1
         elif self._usual_reload is not None:
-            trainer.reload_dataloaders_every_n_epochs = self._usual_reload
+            self._trainer.reload_dataloaders_every_n_epochs = self._usual_reload
             self._usual_reload = None
 
-    def batch_numbers(self) -> BatchNumbers:
-        """Numbers the rest of the epoch from the restored position."""
-        position, epochs = self.position(), self._epochs
+    def batches(self) -> EpochBatches:
+        """Tells the rest of the epoch, numbered from the restored position."""
+        numbers, length = self._numbers()
+        done, trainer = self._counted.current.ready, self._trainer
+        return EpochBatches(
+            numbers, length, done, trainer.accumulate_grad_batches, trainer.num_training_batches
+        )
+
+    def _numbers(self) -> tuple[range, int]:
+        position, epochs, limit = self.position(), self._epochs, self._trainer.limit_train_batches
         assert epochs is not None
+        usual = epochs.epoch_batches
+        if self._trainer.overfit_batches:
+            return range(usual), usual
         first = position.batches - self.restored.batches
         if first == 0 and self._is_to_close_an_epoch():
-            return BatchNumbers(range(first, first), position.epoch_batches)
-        usual = epochs.n_batches(epochs.windows)
+            return range(0), position.epoch_batches
         within = position.consumed_samples % epochs.windows
-        if within == 0 or self._epochs_are_limited(usual):
-            return BatchNumbers(range(first, first + usual), usual)
+        # A limit ends Lightning's epochs in ours, while the order goes on.
+        if within == 0 or limit < (usual if isinstance(limit, int) else 1):
+            return range(first, first + usual), usual
         left = epochs.n_batches(epochs.windows - within)
-        return BatchNumbers(range(first, first + left), position.epoch_batches + left)
-
-    def rest_of_step(self) -> tuple[bool, range]:
-        """Tells whether the next batch begins an optimizer step, and the step's batches from this one on.
-
-        Lightning steps after `accumulate_grad_batches` batches of an epoch, and after its last. Only it knows
-        how it counts those of an epoch that it resumed, so it is asked batch by batch.
-        """
-        trainer = self._datamodule.trainer
-        assert trainer is not None
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        ready = batches.current.ready
-        accumulate, of_epoch = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
-        left = accumulate - ready % accumulate
-        if ready < of_epoch:  # else Lightning resumes in an epoch that is finished, and goes on with it
-            left = min(left, of_epoch - ready)
-        # With overfit_batches Lightning has each epoch begin with batch 0.
-        first = ready if trainer.overfit_batches else batches.total.processed - self.restored.batches
-        return ready % accumulate == 0, range(first, first + left)
+        return range(first, first + left), position.epoch_batches + left
 
     def _is_to_close_an_epoch(self) -> bool:
         """Holds until Lightning has asked for the batches of that epoch."""
-        if not self._first_epoch_is_finished or self._datamodule.trainer is None:
-            return False
-        batches = self._datamodule.trainer.fit_loop.epoch_loop.batch_progress
         # Nothing is counted before the counters are restored, and in the epoch after that one.
-        return batches.total.processed < self.restored.batches or batches.current.ready > 0
+        is_counted = self._counted.total.processed >= self.restored.batches
+        return self._first_epoch_is_finished and (not is_counted or self._counted.current.ready > 0)
 
-    def _epochs_are_limited(self, usual: int) -> bool:
-        """Tells whether limit_train_batches ends Lightning's epochs in ours, while the order goes on."""
-        trainer = self._datamodule.trainer
-        limit = 1.0 if trainer is None else trainer.limit_train_batches
-        return limit < (usual if isinstance(limit, int) else 1)
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._datamodule.trainer is not None
+        return self._datamodule.trainer
+
+    @property
+    def _counted(self) -> Any:
+        """Holds Lightning's counts of batches: `total` and `current`, those of this epoch."""
+        return self._trainer.fit_loop.epoch_loop.batch_progress

@@ -1,8 +1,11 @@
 """Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.utils.data import Dataset
 
 from gpt_lightning.data.documents import json_row
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -19,7 +22,7 @@ class PromptBatch(NamedTuple):
 
 def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
     """Lists the given prompts, then those of the file; without any, an empty one: the start of a document."""
-    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    given = [prompts] if isinstance(prompts, str) else [*(prompts or [])]
     for prompt in given:
         check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
     if prompts_file is not None:
@@ -34,14 +37,24 @@ def check_utf8(prompt: str, place: str, remedy: str) -> None:
         raise UserError(f"{place} is not UTF-8; {remedy}") from None
 
 
-def share_of_prompts(
-    prompts: list[str], finished: Set[int], tokenizer: TextTokenizer, *, rank: int, ranks: int
-) -> PromptBatch:
-    """Deals one data-parallel rank its share of the prompts that are not finished."""
-    remaining = [index for index in range(len(prompts)) if index not in finished]
-    indices = remaining[rank::ranks]
-    texts = [prompts[index] for index in indices]
-    return PromptBatch(indices, texts, encode_prompts(texts, tokenizer))
+@dataclass(frozen=True)
+class PromptShare(Dataset[PromptBatch]):
+    """Is one batch: a data-parallel rank's share of the prompts that are not finished when asked for."""
+
+    prompts: list[str]
+    finished: Set[int]
+    tokenizer: TextTokenizer
+    rank: int
+    ranks: int
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> PromptBatch:
+        remaining = [index for index in range(len(self.prompts)) if index not in self.finished]
+        indices = remaining[self.rank :: self.ranks]
+        texts = [self.prompts[index] for index in indices]
+        return PromptBatch(indices, texts, encode_prompts(texts, self.tokenizer))
 
 
 def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
@@ -60,11 +73,10 @@ def _read_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     # Not splitlines(): it also splits at characters that a prompt may hold, such as a form feed.
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
+    lines = {n: line.removesuffix("\r") for n, line in enumerate(text.split("\n"), 1) if line.strip()}
     if path.suffix == ".txt":
-        return [line for _, line in lines]
-    return [_json_prompt(line, f"{option}, line {number},") for number, line in lines]
+        return [*lines.values()]
+    return [_json_prompt(line, f"{option}, line {n},") for n, line in lines.items()]
 
 
 def _json_prompt(line: str, place: str) -> str:

@@ -151,7 +151,7 @@ def loss_warning(losing: list[TokenSplit]) -> str:
         problem = f"{folder} does not say how much text the tokenizer loses, so no bpb is shown"
         return f"{problem}; remove it to have that measured"
     problem = f"the tokenizer loses text, by a sample decoded again {', '.join(shares)}"
-    return f"{problem}; ppl is of what is left, and no bpb is shown"
+    return f"{problem}; ppl there is of what is left, and no bpb is shown"
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
@@ -181,7 +181,7 @@ def prepare_folder_tokenizer(corpus: Corpus, name: str, cache_dir: str) -> TextT
     def build(unfinished: Path) -> dict[str, Any]:
         ours = load_tokenizer(name)
         pieces = islice(corpus.read(corpus.sources, lambda n_bytes: None), 64)
-        return as_transformers_reads(folder, ours, [piece.text[:1000] for piece in pieces]).to_dict()
+        return as_transformers_reads(folder, ours, [piece.text[:1000] for piece in pieces]).state
 
     with built_folder(cache_dir, "tokenizer", asdict(corpus), files, build) as (_, built):
         return TextTokenizer.from_dict(built)

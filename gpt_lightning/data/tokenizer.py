@@ -136,8 +136,9 @@ class TextTokenizer:
             found[index] = b"" if added.special else added.content.encode()
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Gives plain data that a checkpoint can hold and `from_dict` reads."""
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Holds plain data for a checkpoint, which `from_dict` reads."""
         several = {"eos_token_ids": self.eos_token_ids} if len(self.eos_token_ids) > 1 else {}
         return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token, **several}
 
@@ -151,24 +152,24 @@ class TextTokenizer:
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], "TextTokenizer"], tuple[dict[str, Any]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
-        return self.from_dict, (self.to_dict(),)
+        return self.from_dict, (self.state,)
 
     @cached_property
     def fingerprint(self) -> str:
         """Is equal for equal tokenizers, also after a save and load, whatever else ends a generated text."""
-        state = {key: value for key, value in self.to_dict().items() if key != "eos_token_ids"}
+        state = {key: value for key, value in self.state.items() if key != "eos_token_ids"}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
     def with_ends(self, ids: Iterable[int]) -> "TextTokenizer":
         """Has the tokens of these ids end a generated text, too; documents end with eos alone."""
-        return self.from_dict({**self.to_dict(), "eos_token_ids": [*self.eos_token_ids, *ids]})
+        return self.from_dict({**self.state, "eos_token_ids": [*self.eos_token_ids, *ids]})
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
-        padded = self.from_dict(self.to_dict())
+        padded = self.from_dict(self.state)
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
         padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
-        return self.from_dict(padded.to_dict())
+        return self.from_dict(padded.state)
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.

@@ -8,7 +8,8 @@ A sample's position is one global counter; the epoch is position // n_windows.
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +22,33 @@ _BLOCK = 4096
 Ints = NDArray[np.int64]
 
 
-def n_windows(n_tokens: int, seq_len: int) -> int:
-    """Counts the windows of an epoch, the last of which may be short."""
-    return -(-n_tokens // seq_len)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Epochs:
-    """Deals an epoch's windows to batches and optimizer steps; a resumed run may do it otherwise."""
+    """Deals each epoch's windows to batches and optimizer steps, from position `start` on.
 
-    windows: int
-    global_batch: int
+    A resumed run may deal otherwise. Without a seed windows come in reading order, as evaluation wants them.
+    """
+
+    n_tokens: int
+    seq_len: int
+    global_batch: int = 1
     accumulate: int = 1
+    start: int = 0
+    seed: int | None = None
+
+    @cached_property
+    def windows(self) -> int:
+        """Counts the windows of an epoch, the last of which may be short."""
+        return -(-self.n_tokens // self.seq_len)
+
+    @cached_property
+    def epoch_batches(self) -> int:
+        return self.n_batches(self.windows)
+
+    @cached_property
+    def first_batches(self) -> int:
+        """Counts the batches of the epoch in which `start` lies, from there on."""
+        return self.n_batches(self.windows - self.start % self.windows)
 
     def n_batches(self, windows: int) -> int:
         """Counts the batches for so many windows: what their optimizer steps need, of `accumulate` each.
@@ -41,34 +57,35 @@ class Epochs:
         """
         return -(-windows // (self.global_batch * self.accumulate)) * self.accumulate
 
-    def span(self, start: int, batch: int) -> tuple[int, int]:
-        """Gives first position, and the one after the last, of batch `batch` counted from position `start`.
+    def span(self, batch: int) -> tuple[int, int]:
+        """Gives first position, and the one after the last, of batch `batch` counted from `start`.
 
         A batch never crosses the end of an epoch.
         """
-        epoch, within = divmod(start, self.windows)
-        rest_of_epoch = self.n_batches(self.windows - within)
-        if batch >= rest_of_epoch:
-            epochs, batch = divmod(batch - rest_of_epoch, self.n_batches(self.windows))
+        epoch, within = divmod(self.start, self.windows)
+        if batch >= self.first_batches:
+            epochs, batch = divmod(batch - self.first_batches, self.epoch_batches)
             epoch, within = epoch + 1 + epochs, 0
         first, epoch_start = within + batch * self.global_batch, epoch * self.windows
         last = first + self.global_batch
         return epoch_start + min(self.windows, first), epoch_start + min(self.windows, last)
 
+    def cut(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Returns the first target and the number of targets of each window; all are of one epoch."""
+        epoch = int(positions[0]) // self.windows if len(positions) else 0
+        index, offset = positions - epoch * self.windows, 0
+        if self.seed is not None:
+            index = _permuted(index, self.windows, _hash(self.seed, epoch, "order"))
+            offset = _hash(self.seed, epoch, "offset") % self.n_tokens
+        starts = index * self.seq_len
+        return (starts + offset) % self.n_tokens, np.minimum(self.n_tokens - starts, self.seq_len)
 
-def cut_windows(positions: Ints, *, n_tokens: int, seq_len: int, seed: int | None) -> tuple[Ints, Ints]:
-    """Returns the first target and the number of targets of each window; all positions are of one epoch.
-
-    Without a seed the windows come in reading order, as evaluation wants them.
-    """
-    windows = n_windows(n_tokens, seq_len)
-    epoch = int(positions[0]) // windows if len(positions) else 0
-    index, offset = positions - epoch * windows, 0
-    if seed is not None:
-        index = _permuted(index, windows, _hash(seed, epoch, "order"))
-        offset = _hash(seed, epoch, "offset") % n_tokens
-    starts = index * seq_len
-    return (starts + offset) % n_tokens, np.minimum(n_tokens - starts, seq_len)
+    def n_targets(self, batches: range) -> int:
+        """Counts the targets that all ranks score in these batches, which may reach into another epoch."""
+        first, end = self.span(batches[0])[0], self.span(batches[-1])[1]
+        begin_of_next = (first // self.windows + 1) * self.windows
+        bounds = pairwise((first, *range(begin_of_next, end, self.windows), end))
+        return sum(int(self.cut(np.arange(*bound))[1].sum()) for bound in bounds)
 
 
 def gather(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.prefill import fill, visible_start
-from gpt_lightning.generation.sampling import GenerationConfig, choose
+from gpt_lightning.generation.sampling import GenerationConfig, Sampler
+from gpt_lightning.kernels.attention import KVCache
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.kv_cache import KVCache
 
 FinishReason = Literal["eos", "stop", "length", "exhausted"]
 _BLOCK = 1024  # random numbers drawn at once
@@ -76,7 +76,7 @@ class _Row:
         self.uniforms = _uniforms(settings, request.number, request.sample)  # one for each new token
         self.tokens = list(request.prompt)  # the prompt and what followed
         self.logprobs: list[float] | None = [] if settings.logprobs else None
-        self.start: int | None = None  # the first of `tokens` in the cache; None where the row is not in it
+        self.n_steps_left = 0  # until it outgrows the context; 0 also where it is not in the cache
 
     def end(self, reason: FinishReason, logprob: float | None, token_id: int | None = None) -> Step:
         """Makes the last step of the request."""
@@ -94,7 +94,6 @@ class Engine:
         settings: Those of all requests.
         eos_token_id: Ends a text that draws it, or any of several; None of them: texts have no end.
         batch_size: Rows decoded together: more are faster and take more memory.
-        use_cache: False computes each text anew for each token: slow, and what the cache is judged by.
         broadcast: For processes that run a model together: gives all of them one process's numbers.
     """
 
@@ -105,7 +104,6 @@ class Engine:
         *,
         eos_token_id: int | Collection[int] | None,
         batch_size: int = 8,
-        use_cache: bool = True,
         broadcast: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -119,12 +117,12 @@ class Engine:
         self._model, self._settings = model, settings
         self._ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self._batch_size, self._broadcast = batch_size, broadcast
+        self._sampler = Sampler(settings)
         self._device = next(model.parameters()).device
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
         self._longest_prompt = 0
-        self._cache = KVCache(0, 0) if use_cache else None  # no room yet
-        self._in_use: KVCache | None = None  # its view of the rows
+        self._cache = self._in_use = KVCache(0, 0)  # no room yet; and its view of the rows
 
     def add(self, request: Request) -> None:
         """Has the request wait for a row; it is continued from the first step on that has one for it."""
@@ -160,15 +158,13 @@ class Engine:
             self._admit()
         if not self._rows:
             return []
-        try:
-            hidden = self._recomputed_hidden() if self._cache is None else self._cached_hidden(self._cache)
-        except BaseException:
-            for row in self._rows:  # some layers hold keys and values of what others do not
-                row.start = None
-            raise
+        if not all(row.n_steps_left for row in self._rows):
+            self._fill()
+        last = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)  # [B, 1]
+        hidden = self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
         logits = self._model.lm_head(hidden).float()  # [B, V]
         texts, uniforms = [row.tokens for row in self._rows], [next(row.uniforms) for row in self._rows]
-        chosen = choose(logits, texts, self._settings, uniforms)
+        chosen = self._sampler.choose(logits, texts, uniforms)
         if self._broadcast is not None:
             chosen = self._broadcast(chosen)
         steps = [self._extend(row, numbers) for row, numbers in zip(self._rows, chosen.tolist())]
@@ -178,51 +174,33 @@ class Engine:
         return steps
 
     def _admit(self) -> None:
-        """Gives free rows to requests that wait."""
+        """Gives free rows to requests that wait; a greater cache where they need it, which all enter anew."""
         n_rows = min(self._batch_size, len(self._rows) + len(self._waiting))
-        if self._cache is not None:
-            self._make_room(self._cache, n_rows)
+        length = min(self._longest_prompt + self._settings.max_new_tokens, self._context)
+        if n_rows > len(self._cache.lengths) or length > self._cache.max_length:
+            self._cache = KVCache(
+                max(n_rows, len(self._cache.lengths)), max(length, self._cache.max_length)
+            )
+            for row in self._rows:
+                row.n_steps_left = 0
         while len(self._rows) < n_rows:
             self._rows.append(_Row(self._waiting.popleft(), self._settings))
 
-    def _make_room(self, cache: KVCache, n_rows: int) -> None:
-        """Takes a greater cache where rows or texts come that need it; all rows enter it anew."""
-        length = min(self._longest_prompt + self._settings.max_new_tokens, self._context)
-        if n_rows > len(cache.lengths) or length > cache.max_length:
-            self._cache = KVCache(max(n_rows, len(cache.lengths)), max(length, cache.max_length))
-            for row in self._rows:
-                row.start = None
-
-    def _cached_hidden(self, cache: KVCache) -> Tensor:
-        """Returns hidden states [B, D] of the rows' last tokens, from one pass over all rows at once."""
-        rows, context = self._rows, self._context
-        moved = {
-            place
-            for place, row in enumerate(rows)
-            if row.start is None or len(row.tokens) - row.start > context
-        }
-        if moved:
-            for place in moved:
-                length = len(rows[place].tokens)
-                rows[place].start = visible_start(length, context, self._settings.context_stride)
-            visible = {place: row.tokens[row.start : -1] for place, row in enumerate(rows)}
-            fill(self._model, cache, visible, moved, self._device)
-        if moved or self._in_use is None or len(self._in_use.lengths) != len(rows):
-            self._in_use = cache.rows(0, len(rows))
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)  # [B, 1]
-        return self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
-
-    def _recomputed_hidden(self) -> Tensor:
-        """Returns what `_cached_hidden` does, from nothing but the tokens."""
-        last_hidden = []
-        for row in self._rows:
-            start = visible_start(len(row.tokens), self._context, self._settings.context_stride)
-            ids = torch.tensor([row.tokens[start:]], device=self._device)
-            last_hidden.append(self._model.hidden_states(ids)[:, -1])
-        return torch.cat(last_hidden)
+    def _fill(self) -> None:
+        """Brings into the cache what rows see that are not in it, or have outgrown the context."""
+        lengths = [len(row.tokens) for row in self._rows]
+        stride = self._settings.context_stride
+        starts = [visible_start(length, self._context, stride) for length in lengths]
+        visible = {n: row.tokens[start:-1] for n, (row, start) in enumerate(zip(self._rows, starts))}
+        missing = {place for place, row in enumerate(self._rows) if row.n_steps_left == 0}
+        fill(self._model, self._cache, visible, missing, self._device)
+        for row, length, start in zip(self._rows, lengths, starts):
+            row.n_steps_left = self._context - (length - start) + 1
+        self._in_use = self._cache.rows(0, len(self._rows))
 
     def _extend(self, row: _Row, numbers: list[float]) -> Step:
         """Appends to a row what was chosen for it, and sees whether it ends."""
+        row.n_steps_left -= 1
         token, greatest, greatest_left, *logprobs = numbers
         if not -math.inf < greatest < math.inf:  # NaN is not either
             raise UserError(
@@ -248,8 +226,8 @@ class Engine:
         last = self._rows.pop()
         if place < len(self._rows):
             self._rows[place] = last
-            if self._cache is not None:
-                self._cache.copy_row(len(self._rows), place)
+            self._cache.copy_row(len(self._rows), place, int(self._cache.lengths[len(self._rows)]))
+        self._in_use = self._cache.rows(0, len(self._rows))
 
 
 def generate(
@@ -259,10 +237,9 @@ def generate(
     *,
     eos_token_id: int | Collection[int] | None,
     batch_size: int = 8,
-    use_cache: bool = True,
 ) -> list[Completion]:
     """Completes each prompt: `settings.num_samples` times the first, then the second, and so on."""
-    engine = Engine(model, settings, eos_token_id=eos_token_id, batch_size=batch_size, use_cache=use_cache)
+    engine = Engine(model, settings, eos_token_id=eos_token_id, batch_size=batch_size)
     numbered = enumerate(prompts)
     return engine.complete(
         [Request(prompt, n, sample) for n, prompt in numbered for sample in range(settings.num_samples)]

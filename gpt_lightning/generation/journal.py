@@ -7,11 +7,12 @@ on, then one line a completion. How many ranks there were does not matter to the
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +30,41 @@ def journal_settings(checkpoint_digest: str, prompts: list[str], options: dict[s
     """Collects what the completions depend on; `options` are those that change what is generated."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     settings = {"format": FORMAT, CHECKPOINT: checkpoint_digest, PROMPTS: digest, **options}
-    as_read_back: Settings = json.loads(json.dumps(settings))
-    return as_read_back
+    return dict(json.loads(json.dumps(settings)))  # as they are read back
 
 
+@dataclass
 class Journal:
     """Belongs to one rank, which alone appends; what was appended outlives the process, however it ends."""
 
-    def __init__(self, output: Path, rank: int, settings: Settings) -> None:
-        # Other settings have other journals: what an interrupted run has finished outlives a try of others.
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        self._path = output.with_name(f".{output.name}.part-{digest}-{rank}")
-        self._settings = settings
-        self._file: FileIO | None = None  # until there is a row
+    output: Path
+    rank: int
+    settings: Settings
+    _path: Path | None = field(default=None, init=False)  # until there is a row
 
     def append(self, row: Row) -> None:
-        try:
-            if self._file is None:
-                self._file = self._open()
-            _write_line(self._file, row)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._path = self._path or self._begin()
+        _append(self._path, row)
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _open(self) -> FileIO:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.open("ab", buffering=0)
-        if _lines(self._path)[:1] == [self._settings]:
-            file.truncate(self._path.read_bytes().rfind(b"\n") + 1)  # a line that a kill has torn
+    def _begin(self) -> Path:
+        # Other settings have other journals: what an interrupted run has finished outlives a try of others.
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        path = self.output.with_name(f".{self.output.name}.part-{digest}-{self.rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and _lines(path)[:1] == [self.settings]:
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line that a kill has torn
         else:
-            file.truncate(0)
-            _write_line(file, self._settings)
-        return file
+            path.write_bytes(b"")
+            _append(path, self.settings)
+        return path
 
 
-def _write_line(file: FileIO, value: dict[str, Any]) -> None:
-    line = memoryview(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-    while line:
-        line = line[file.write(line) :]
+def _append(path: Path, value: dict[str, Any]) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str]]:
@@ -88,7 +83,7 @@ def read_journals(output: Path, settings: Settings) -> tuple[list[Row], list[str
 
 
 def remove_journals(output: Path) -> None:
-    """Removes those of all settings, and what a kill has left of an output that was being written."""
+    """Removes those of all settings, and what a kill has left of an unfinished output."""
     left = output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp")
     for path in (*_journals(output), *left):
         path.unlink(missing_ok=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from gpt_lightning.kernels.attention import KVCache
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.kv_cache import KVCache
 
 _MAX_PADDING = 0.25  # of the tokens that one pass is to compute
 

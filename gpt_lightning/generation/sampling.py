@@ -4,11 +4,12 @@ Shapes: B rows in use, V vocabulary. The filters keep exactly what those of Hugg
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_lightning.exit_codes import UserError
@@ -88,43 +89,69 @@ def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
     return UserError(f"generation.{name}={value!r} {rule_and_remedy}")
 
 
-def choose(
-    logits: Tensor, texts: list[list[int]], settings: GenerationConfig, uniforms: list[float]
-) -> Tensor:
-    """Returns for each row a token, the greatest logit before and after the processors, maybe a logprob.
+class Sampler:
+    """Chooses tokens by the settings, which say once for all steps what is to be done to the logits."""
 
-    They are the columns of one tensor, for one look from the host. float32 holds every token id below 2**24.
-    `texts` are the rows' tokens so far; `uniforms`, one a row in [0, 1), decide what is drawn.
-    """
-    left = processed(logits, texts, settings)  # [B, V]
-    if settings.is_greedy:
-        tokens = left.argmax(dim=-1)
-    else:
-        drawn_at = torch.tensor(uniforms, device=logits.device, dtype=torch.float32)
-        tokens = pick(next_token_probabilities(left, settings), drawn_at)
-    columns = [tokens.float(), logits.amax(dim=-1), left.amax(dim=-1)]
-    if settings.logprobs:
-        of_tokens = logits.gather(1, tokens[:, None])[:, 0]
-        columns.append(of_tokens - logits.logsumexp(dim=-1))
-    return torch.stack(columns, dim=1)
+    def __init__(self, settings: GenerationConfig) -> None:
+        self._is_greedy, self._logprobs = settings.is_greedy, settings.logprobs
+        # What lowers logits by the tokens so far, and what leaves the unlikely ones out of the draw.
+        self.processors: list[Callable[[Tensor, list[list[int]]], Tensor]] = []
+        self.filters: list[Callable[[Tensor], Tensor]] = [partial(torch.div, other=settings.temperature)]
+        if settings.repetition_penalty != 1.0:
+            self.processors.append(partial(penalize_repetition, penalty=settings.repetition_penalty))
+        if settings.no_repeat_ngram_size is not None:
+            self.processors.append(partial(forbid_repeated_ngrams, size=settings.no_repeat_ngram_size))
+        if settings.top_k is not None:
+            self.filters.append(partial(top_k_filter, k=settings.top_k))
+        if settings.top_p < 1.0:
+            self.filters.append(partial(top_p_filter, p=settings.top_p))
+        if settings.min_p > 0.0:
+            self.filters.append(partial(min_p_filter, min_p=settings.min_p))
+
+    def choose(self, logits: Tensor, texts: list[list[int]], uniforms: list[float]) -> Tensor:
+        """Returns for each row a token, the greatest logit before and after the processors, maybe a logprob.
+
+        They are the columns of one tensor, for one look from the host. float32 holds every token id below
+        2**24. `logits` [B, V] are float32, `texts` the rows' tokens so far, and `uniforms`, one a row in
+        [0, 1), decide what is drawn.
+        """
+        left = logits
+        for process in self.processors:
+            left = process(left, texts)
+        if self._is_greedy:
+            tokens = left.argmax(dim=-1)
+        else:
+            filtered = left
+            for keep_likely in self.filters:
+                filtered = keep_likely(filtered)
+            drawn_at = torch.tensor(uniforms, device=logits.device, dtype=torch.float32)
+            tokens = pick(filtered.softmax(dim=-1), drawn_at)
+        columns = [tokens.float(), logits.amax(dim=-1), left.amax(dim=-1)]
+        if self._logprobs:
+            of_tokens = logits.gather(1, tokens[:, None])[:, 0]
+            columns.append(of_tokens - logits.logsumexp(dim=-1))
+        return torch.stack(columns, dim=1)
 
 
-def processed(logits: Tensor, texts: list[list[int]], settings: GenerationConfig) -> Tensor:
-    """Lowers logits [B, V] by the rows' tokens so far, as the logits processors of transformers do."""
-    if settings.repetition_penalty != 1.0:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        _mark(seen, [set(tokens) for tokens in texts], True)
-        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.no_repeat_ngram_size is not None:
-        logits = logits.clone()
-        _mark(logits, [repeating(tokens, settings.no_repeat_ngram_size) for tokens in texts], -math.inf)
+def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
+    """Lowers (penalty > 1) or raises (< 1) the logits [B, V] of the tokens that the rows' texts hold."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[_places([set(tokens) for tokens in texts])] = True
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def forbid_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:
+    """Leaves no token that would make an n-gram of its row's text come again."""
+    logits = logits.clone()
+    logits[_places([repeating(tokens, size) for tokens in texts])] = -math.inf
     return logits
 
 
-def _mark(table: Tensor, tokens_of_rows: list[set[int]], value: float) -> None:
-    """Writes the value where a row [V] has one of its tokens."""
+def _places(tokens_of_rows: list[set[int]]) -> tuple[list[int], list[int]]:
+    """Lists the rows and the columns of these tokens."""
     rows = [row for row, tokens in enumerate(tokens_of_rows) for _ in tokens]
-    table[rows, [token for tokens in tokens_of_rows for token in tokens]] = value
+    return rows, [token for tokens in tokens_of_rows for token in tokens]
 
 
 def repeating(tokens: list[int], size: int) -> set[int]:
@@ -132,30 +159,6 @@ def repeating(tokens: list[int], size: int) -> set[int]:
     beginning = tuple(tokens[len(tokens) - size + 1 :])
     ngrams = zip(*(tokens[start:] for start in range(size)))
     return {ngram[-1] for ngram in ngrams if ngram[:-1] == beginning}
-
-
-def next_token_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
-    """Returns the distribution [B, V], in float32, that the next token is drawn from; greedy has one token.
-
-    It reads temperature and filters of the settings: what depends on the tokens so far is in the logits.
-    """
-    logits = logits.float()
-    if settings.is_greedy:
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    logits = logits / settings.temperature
-    if settings.top_k is not None:
-        logits = top_k_filter(logits, settings.top_k)
-    if settings.top_p < 1.0:
-        logits = top_p_filter(logits, settings.top_p)
-    if settings.min_p > 0.0:
-        logits = min_p_filter(logits, settings.min_p)
-    return torch.softmax(logits, dim=-1)
-
-
-def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Lowers (penalty > 1) or raises (< 1) the logits of the tokens marked in `seen` [B, V]."""
-    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, penalized, logits)
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:

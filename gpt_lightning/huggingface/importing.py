@@ -64,7 +64,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
     # As data.tokenizer, the bare name would mean one of ours.
     is_ours = origin == "bytes" or is_trained_here(origin)
     settings = {"tokenizer": f"./{origin}" if is_ours else origin}
-    data = {"settings": settings, "tokenizer": tokenizer.to_dict(), "text": {}}
+    data = {"settings": settings, "tokenizer": tokenizer.state, "text": {}}
     position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
     return {
         "epoch": 0,

@@ -8,9 +8,11 @@ FlexAttention is imported where it is used: its compiler takes as long to import
 Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
 """
 
+import copy
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,72 @@ LONG_ROW = 512
 _LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
 
 
-class Cached(Protocol):
-    """Keeps the keys and values of a forward pass, layer by layer, and tells what it sees of earlier ones."""
+class KVCache:
+    """Holds keys and values of tokens already seen, in which every row (sequence) has a length of its own.
 
-    positions: Tensor
-    mask: Tensor | None  # None: causal
+    The storage is allocated at the first write and takes heads, width, dtype and device from the tensors
+    written, so that the cache needs no configuration and a tensor-parallel shard gets a shard-sized cache.
+    """
 
-    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        self.max_length = max_length
+        # On the host: reading it costs no device sync.
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        self._rows = slice(0, batch_size)  # in view
+        self._storage_rows = batch_size
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each [rows, H, max_length, K]
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """Returns a view of some rows, which shares keys, values and lengths with the whole."""
+        view = copy.copy(self)
+        view.lengths = self.lengths[start:stop]
+        view._rows = slice(self._rows.start + start, self._rows.start + stop)
+        return view
+
+    def copy_row(self, source: int, destination: int, length: int) -> None:
+        """Makes one row hold the first `length` tokens of another."""
+        first = self._rows.start
+        for storage in chain.from_iterable(self._layers):
+            storage[first + destination, :, :length] = storage[first + source, :, :length]
+        self.lengths[destination] = length
+
+    def begin(self, n_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Makes ready for the next tokens of each row, whose keys and values the layers write in turn.
+
+        Returns their positions [B, T], counted from each row's start, and what they see of the cached tokens,
+        [B, 1, T, S]; None where causal attention shows them just that. `lengths` are the caller's to raise:
+        a pass that fails is begun again where it began.
+        """
+        longest = int(self.lengths.max())
+        self._end, self._n_tokens, self._n_written = longest + n_tokens, n_tokens, 0
+        assert self._end <= self.max_length, "the engine slides the window before the cache is full"
+        self._is_even = bool((self.lengths == longest).all())
+        positions = self.lengths[:, None] + torch.arange(n_tokens)
+        mask: Tensor | None = None
+        if longest > 0 and not (n_tokens == 1 and self._is_even):
+            mask = (torch.arange(self._end) <= positions[:, :, None])[:, None].to(device)
+        self._row = torch.arange(len(positions), device=device)[:, None]
+        self._positions = positions.to(device)
+        return self._positions, mask
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the next layer's [B, H, T, K] at each row's length; returns all of its, [B, H, S, K].
+
+        S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
+        and the mask hides it.
+        """
+        if self._n_written == len(self._layers):
+            shape = (self._storage_rows, keys.shape[1], self.max_length, keys.shape[3])
+            self._layers.append((keys.new_zeros(shape), keys.new_zeros(shape)))
+        layer = self._layers[self._n_written]
+        self._n_written += 1
+        all_keys, all_values = (storage[self._rows, :, : self._end] for storage in layer)
+        for cached, new in ((all_keys, keys), (all_values, values)):
+            if self._is_even:
+                cached[:, :, -self._n_tokens :] = new
+            else:
+                cached[self._row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
+        return all_keys, all_values
 
 
 class Attend:
@@ -50,17 +111,17 @@ class Attend:
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
-        cached: Cached | None = None,
+        cache: KVCache | None = None,
         *,
         head_dim: int,
         dropout_p: float,
     ) -> None:
-        if cached is not None and document_ids is not None:
+        if cache is not None and document_ids is not None:
             raise ValueError("document_ids are not kept in a cache; give the one or the other")
-        self.cached = cached
+        self.cache = cache
         self.mask: Tensor | Documents | BlockMask | None = None
-        if cached is not None:
-            self.positions, self.mask = cached.positions, cached.mask
+        if cache is not None:
+            self.positions, self.mask = cache.begin(input_ids.shape[1], input_ids.device)
         elif document_ids is not None:
             self.positions = document_positions(document_ids)
             self.mask = document_mask(self.positions, head_dim, dropout_p)
@@ -69,11 +130,11 @@ class Attend:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         """Attends: q, k and v of [B, T, H, K] each give [B, T, H, K]."""
-        if self.mask is None and self.cached is None and runs_in_blocks(q):
+        if self.mask is None and self.cache is None and runs_in_blocks(q):
             return attention_in_blocks(q, k, v, dropout_p)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, T, K]
-        if self.cached is not None:
-            k, v = self.cached.write(k, v)  # each [B, H, S, K]
+        if self.cache is not None:
+            k, v = self.cache.write(k, v)  # each [B, H, S, K]
         if isinstance(self.mask, Documents):
             y = self.mask.attend(q, k, v, dropout_p)
         elif self.mask is None or isinstance(self.mask, Tensor):

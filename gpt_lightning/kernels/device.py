@@ -12,17 +12,6 @@ GIB = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def runs_ahead(device: torch.device) -> bool:
-    """Tells whether the host only queues work for the device, and waits when it reads a result."""
-    return device.type != "cpu"
-
-
-def finish_queue(device: torch.device) -> None:
-    """Waits for the work that is queued."""
-    if runs_ahead(device):
-        torch.get_device_module(device).synchronize()
-
-
 def peak_memory_gib(device: torch.device) -> float | None:
     """Returns the most memory that this process has held: tensors on the device, or all of it on a CPU."""
     if device.type == "cuda":

@@ -6,9 +6,9 @@ Shapes: M rows of all sequences, D input features, N output features.
 """
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
@@ -37,23 +37,31 @@ def packed(model: Model, *, quantize: str | None, n_rows: int) -> Model:
             "tensor parallelism"
         )
     if quantize is not None:
-        scratch = Scratch()
-        return _with_layers(model, lambda layer: Int8Linear(layer, scratch))
+        # All layers use the rooms in turn: those of a step of decoding, and of the prompts before it.
+        return _with_layers(model, partial(Int8Linear, room=lru_cache(maxsize=5)(make_room)))
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     dtype = autocast or layers[0].weight.dtype
     if not onednn_multiplies(dtype):
         return model
-    return _with_layers(model, lambda layer: PackedLinear(layer, dtype, n_rows))
+    return _with_layers(model, partial(PackedLinear, dtype=dtype, n_rows=n_rows))
 
 
 def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8Linear"]) -> Model:
-    """Makes a copy that shares every tensor and has other layers in the place of the linear ones."""
+    """Makes a copy that shares every tensor and has plain callables in the place of its layers."""
     shallow = copy.copy(model)
     shallow.training, shallow._modules = False, {}
     for name, child in model._modules.items():
         # As plain attributes, which nn.Module would look up in Python, each at every use.
         if isinstance(child, nn.Linear):
             vars(shallow)[name] = make(child)
+        elif type(child) is nn.LayerNorm:
+            vars(shallow)[name] = partial(
+                torch.layer_norm,
+                normalized_shape=child.normalized_shape,
+                weight=child.weight,
+                bias=child.bias,
+                eps=child.eps,
+            )
         elif isinstance(child, nn.Dropout):  # drops nothing in evaluation
             vars(shallow)[name] = lambda x: x
         elif child is not None:
@@ -82,18 +90,18 @@ class Int8Linear:
     value. Every row is therefore scaled into [-1, 1], and two columns without weight hold these ends.
     """
 
-    def __init__(self, layer: nn.Linear, scratch: "Scratch") -> None:
+    def __init__(self, layer: nn.Linear, room: Callable[[torch.Size], tuple[Tensor, Tensor]]) -> None:
         self._weight = _pack_int8(layer.weight.detach().float())
         bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
         self._bias = bias.detach().float()
-        self._scratch = scratch
+        self._room = room
         self._multiply = torch.ops.quantized.linear_dynamic.default
         # Without these instructions the kernel's sums of two products overflow at the full range.
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
     def __call__(self, x: Tensor) -> Tensor:
         x32 = x if x.dtype == torch.float32 else x.float()
-        scaled, inside = self._scratch.like(x32)
+        scaled, inside = self._room(x.shape)
         greatest = x32.abs().amax(dim=-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
         torch.div(x32, greatest, out=inside)
         product = self._multiply(scaled, self._weight, self._reduce_range)  # [..., N]
@@ -115,26 +123,9 @@ def _pack_int8(weight: Tensor) -> torch.ScriptObject:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
-class Scratch:
-    """Keeps room for the scaled rows, which all layers use in turn."""
-
-    def __init__(self) -> None:
-        self._rooms: dict[int, Tensor] = {}  # by width: [M, D + 2]
-        self._views: dict[torch.Size, tuple[Tensor, Tensor]] = {}
-
-    def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns room for scaled rows [..., D]: [..., D + 2] that ends in -1 and 1, and its first D."""
-        if x.shape not in self._views:
-            self._views[x.shape] = self._cut(x.shape)
-        return self._views[x.shape]
-
-    def _cut(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        *rows, width = shape
-        n_rows = math.prod(rows)
-        if width not in self._rooms or len(self._rooms[width]) < n_rows:
-            self._views = {key: views for key, views in self._views.items() if key[-1] != width}
-            # The dtype is said outright: within a step, bf16-true makes half precision the default.
-            self._rooms[width] = torch.zeros(n_rows, width + 2, dtype=torch.float32)
-            self._rooms[width][:, -2], self._rooms[width][:, -1] = -1.0, 1.0
-        scaled = self._rooms[width][:n_rows].unflatten(0, rows)
-        return scaled, scaled[..., :width]
+def make_room(shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Makes room for scaled rows [..., D]: [..., D + 2] that ends in -1 and 1, and its first D."""
+    # The dtype is said outright: within a step, bf16-true makes half precision the default.
+    scaled = torch.zeros(*shape[:-1], shape[-1] + 2, dtype=torch.float32)
+    scaled[..., -2], scaled[..., -1] = -1.0, 1.0
+    return scaled, scaled[..., :-2]

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt_lightning.kernels.attention import Attend
+from gpt_lightning.kernels.attention import Attend, KVCache
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import FastLinear, in_compute_dtype
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.kv_cache import KVCache
 
 INIT_STD = 0.02
 
@@ -150,9 +149,8 @@ class GPTModel(nn.Module):
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
         """Returns the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
-        cached = None if kv_cache is None else kv_cache.extend(input_ids.shape[1], input_ids.device)
         dropout_p = self.config.dropout if self.training else 0.0
-        attend = Attend(input_ids, document_ids, cached, head_dim=self.head_dim, dropout_p=dropout_p)
+        attend = Attend(input_ids, document_ids, kv_cache, head_dim=self.head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
         for block in self.blocks:
@@ -160,6 +158,8 @@ class GPTModel(nn.Module):
                 x = checkpoint(block, x, attend, use_reentrant=False, preserve_rng_state=dropout_p > 0)
             else:
                 x = block(x, attend)
+        if kv_cache is not None:
+            kv_cache.lengths += input_ids.shape[1]  # at the end: a pass that fails may be taken again
         return self.ln_f(x)
 
 

@@ -30,19 +30,10 @@ def all_reduce(x: Tensor, mesh: ParallelMesh, op: dist.ReduceOp.RedOpType = dist
     return x
 
 
-def start_all_reduce(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begins to add in place; the function that it returns waits for the result."""
-    work = dist.all_reduce(x, group=mesh.tp_group, async_op=True)
-    return lambda: _after(work, x)
-
-
-def all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Joins the peers' parts of the sequence, [B, t, D] each, to [B, T, D]."""
-    return start_all_gather_sequence(x, mesh)()
-
-
-def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begins `all_gather_sequence`; the function that it returns waits for the result."""
+def start_gather(x: Tensor, mesh: ParallelMesh, cut: bool) -> Callable[[], Tensor]:
+    """Begins to join a sequence that is `cut` into [B, t, D]; the function waits for the whole [B, T, D]."""
+    if not cut:
+        return lambda: x
     B, t, D = _sequence_shape(x)
     parts = x.new_empty(mesh.tp_size * B, t, D)
     work = _all_gather(parts, x.contiguous(), group=mesh.tp_group, async_op=True)
@@ -50,13 +41,12 @@ def start_all_gather_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Ten
     return lambda: _after(work, of_peers).reshape(B, mesh.tp_size * t, D)
 
 
-def reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Adds the peers' [B, T, D]; each keeps its own part of the sequence, [B, t, D]."""
-    return start_reduce_scatter_sequence(x, mesh)()
-
-
-def start_reduce_scatter_sequence(x: Tensor, mesh: ParallelMesh) -> Callable[[], Tensor]:
-    """Begins `reduce_scatter_sequence`; the function that it returns waits for the result."""
+def start_sum(x: Tensor, mesh: ParallelMesh, cut: bool) -> Callable[[], Tensor]:
+    """Begins to add the peers' summands; of a sequence to be `cut`, the function waits for the own part."""
+    if not cut:
+        total = x.clone(memory_format=torch.contiguous_format)
+        summing = dist.all_reduce(total, group=mesh.tp_group, async_op=True)
+        return lambda: _after(summing, total)
     B, T, D = _sequence_shape(x)
     t = T // mesh.tp_size
     parts = x.reshape(B, mesh.tp_size, t, D).transpose(0, 1).contiguous()  # [tp, B, t, D]
@@ -79,68 +69,46 @@ def _sequence_shape(x: Tensor) -> torch.Size:
     return x.shape
 
 
-def gather_uneven(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
-    """Joins the peers' parts, [..., sizes[tp_rank]] each, to [..., sum(sizes)]."""
-    padded = x.new_zeros(*x.shape[:-1], max(sizes))
-    padded[..., : x.shape[-1]] = x
-    parts = x.new_empty(mesh.tp_size, *padded.shape)
-    _all_gather(parts.view(-1), padded.view(-1), group=mesh.tp_group)
-    return torch.cat([part[..., :size] for part, size in zip(parts, sizes)], dim=-1)
-
-
 # ---- with their gradients
 
-Collective = Callable[[Tensor, ParallelMesh], Tensor]
+
+def to_parts(x: Tensor, mesh: ParallelMesh) -> Tensor:
+    """Takes a tensor whole into a region in parts, from which its gradient comes back in summands."""
+    cut = mesh.cuts_sequence
+    return _move(x, lambda x: start_gather(x, mesh, cut)(), lambda grad: start_sum(grad, mesh, cut)())
 
 
-def copy_to_peers(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Takes a replicated tensor into a region in parts, from which its gradient comes back in summands."""
-    return _move(x, mesh, _same, _summed)
-
-
-def sum_over_peers(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Adds the peers' summands; all peers have the sum."""
-    return _move(x, mesh, _summed, _same)
-
-
-def gather_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Takes parts of the sequence [B, t, D] into a region in parts that sees it whole, [B, T, D]."""
-    return _move(x, mesh, all_gather_sequence, reduce_scatter_sequence)
-
-
-def sum_and_cut_sequence(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    """Adds the peers' summands [B, T, D], and cuts the sum along the sequence, [B, t, D]."""
-    return _move(x, mesh, reduce_scatter_sequence, all_gather_sequence)
+def from_parts(summand: Tensor, mesh: ParallelMesh) -> Tensor:
+    """Adds the peers' summands; all peers have the sum or, where the sequence is cut, their part of it."""
+    cut = mesh.cuts_sequence
+    return _move(summand, lambda x: start_sum(x, mesh, cut)(), lambda grad: start_gather(grad, mesh, cut)())
 
 
 def gather_features(x: Tensor, sizes: list[int], mesh: ParallelMesh) -> Tensor:
     """Joins the parts of the last dim, of these sizes; all peers have the whole."""
-    start, size = sum(sizes[: mesh.tp_rank]), sizes[mesh.tp_rank]
 
-    def join(part: Tensor, mesh: ParallelMesh) -> Tensor:
-        return gather_uneven(part, sizes, mesh)
+    def join(part: Tensor) -> Tensor:
+        padded = part.new_zeros(*part.shape[:-1], max(sizes))
+        padded[..., : part.shape[-1]] = part
+        parts = part.new_empty(mesh.tp_size, *padded.shape)
+        _all_gather(parts.view(-1), padded.view(-1), group=mesh.tp_group)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes)], dim=-1)
 
-    return _move(x, mesh, join, lambda whole, mesh: whole.narrow(-1, start, size))
-
-
-def _same(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    return x.view_as(x)
-
-
-def _summed(x: Tensor, mesh: ParallelMesh) -> Tensor:
-    return all_reduce(x.clone(memory_format=torch.contiguous_format), mesh)
+    return _move(x, join, lambda whole: whole.split(sizes, -1)[mesh.tp_rank])
 
 
-def _move(x: Tensor, mesh: ParallelMesh, forward: Collective, backward: Collective) -> Tensor:
-    return cast(Tensor, _Move.apply(x, mesh, forward, backward))
+def _move(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    return cast(Tensor, _Move.apply(x, forward, backward))
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: ParallelMesh, forward: Collective, backward: Collective) -> Tensor:
-        ctx.mesh, ctx.transpose = mesh, backward
-        return forward(x, mesh)
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.transpose = backward
+        return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.transpose(grad_outputs[0], ctx.mesh), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grad_outputs[0]), None, None

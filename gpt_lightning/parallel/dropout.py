@@ -35,15 +35,9 @@ def draw_own_numbers(module: nn.Module, mesh: ParallelMesh, when: Callable[[], b
 
 def _switch(device: torch.device, tp_rank: int) -> tuple[torch.Generator, Tensor]:
     seed = int(torch.randint(2**32, ()))  # on the host, which does not wait for the device
-    generator = _default_generator(device)
+    of_gpus = torch.cuda.default_generators
+    generator = of_gpus[device.index] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     # On the host a generator heeds the lowest 32 bits only.
     generator.manual_seed((seed + tp_rank * 0x9E3779B1) % 2**32)
     return generator, state
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator

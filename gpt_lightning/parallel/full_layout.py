@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt_lightning.checkpoint.atomic import set_aside
-from gpt_lightning.checkpoint.files import is_sharded, verify
+from gpt_lightning.checkpoint.files import OPTIMIZERS, WEIGHTS, is_sharded, verify
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_by_index, sharded_parameters
+from gpt_lightning.parallel.shard import (
+    Shard,
+    model_state,
+    optimizer_state,
+    parameters_of,
+    sharded_parameters,
+)
 
 
 class FullLayout:
@@ -30,31 +37,19 @@ class FullLayout:
         """Returns the state dict of the whole model."""
         if self.mesh.dp_rank != 0:  # replicas have nothing to add
             return {}
-        shards = sharded_parameters(self.module)
-        gathered: dict[nn.Parameter, Tensor | None] = {}
-        full: dict[str, Any] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter) and value in shards:
-                if value not in gathered:  # tied parameters are one tensor in the file too
-                    gathered[value] = gather_to_first(value, shards[value], self.mesh)
-                full[name] = gathered[value]
-            else:
-                full[name] = value.detach() if isinstance(value, Tensor) else value
-        return full if self.mesh.tp_rank == 0 else {}
+        whole = model_state(self.module, partial(gather_to_first, mesh=self.mesh))
+        return whole if self.mesh.tp_rank == 0 else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the state dict that the optimizer of the whole model would have."""
         if self.mesh.dp_rank != 0:
             return {}
-        shards = sharded_parameters(self.module)
-        full = map_optimizer_parts(
-            optimizer, shards, lambda part, shard: gather_to_first(part, shard, self.mesh)
-        )
-        return full if self.mesh.tp_rank == 0 else {}
+        whole = optimizer_state(optimizer, self.module, partial(gather_to_first, mesh=self.mesh))
+        return whole if self.mesh.tp_rank == 0 else {}
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         """Writes the file, in the first rank; a sharded checkpoint of that name makes way."""
-        if not self.mesh.is_first_rank:
+        if dist.get_rank() != 0:
             return
         # A plugin that takes options may only begin to write, and makes way itself when it does.
         makes_way = storage_options is None and is_sharded(Path(path))
@@ -73,24 +68,18 @@ class FullLayout:
     def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
         """Gives the module this rank's part of each tensor."""
         shards, own = sharded_parameters(self.module), self.module.state_dict(keep_vars=True)
-        state = dict(checkpoint["state_dict"])
-        for name, value in state.items():
-            parameter = own.get(name)
-            if isinstance(parameter, nn.Parameter) and parameter in shards:
-                state[name] = _cut(value, parameter, shards[parameter])
-        self.module.load_state_dict(state, strict=strict)
+        parts = {name: _cut(value, own.get(name), shards) for name, value in checkpoint[WEIGHTS].items()}
+        self.module.load_state_dict(parts, strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
         """Gives the optimizers this rank's part of their state."""
         shards = sharded_parameters(self.module)
-        for optimizer, whole in zip(optimizers, checkpoint["optimizer_states"]):
-            parameters, state = parameters_by_index(optimizer), {}
+        for optimizer, whole in zip(optimizers, checkpoint[OPTIMIZERS]):
+            parameters, state = parameters_of(optimizer), {}
             for index, entry in whole["state"].items():
-                parameter = parameters[index]
-                if parameter in shards:
-                    entry = {key: _cut(value, parameter, shards[parameter]) for key, value in entry.items()}
+                own = {key: _cut(value, parameters[index], shards) for key, value in entry.items()}
                 # Copied, since the optimizer changes it and the whole may be mapped from a file.
-                state[index] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in entry.items()}
+                state[index] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in own.items()}
             optimizer.load_state_dict({**whole, "state": state})
 
 
@@ -103,18 +92,17 @@ def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | 
         dist.send(part.detach().contiguous(), dst=mesh.tp_peer(0), group=mesh.tp_group)
         return None
     full = torch.empty(shard.full_shape(part), dtype=part.dtype)
-    for peer in range(mesh.tp_size):
-        start, stop = shard.bounds(peer)
-        target = full.narrow(shard.dim, start, stop - start)
-        arrived = part.detach()
-        if peer != 0:
-            arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
-            dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
+    own, *others = full.split(shard.sizes, shard.dim)
+    own.copy_(part.detach())
+    for peer, target in enumerate(others, start=1):
+        arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
+        dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
         target.copy_(arrived)
     return full
 
 
-def _cut(value: Any, parameter: nn.Parameter, shard: Shard) -> Any:
+def _cut(value: Any, own: Any, shards: Mapping[nn.Parameter, Shard]) -> Any:
     """Cuts this rank's part of a whole tensor; another shape stays, for `load_state_dict` to refuse."""
-    is_whole = isinstance(value, Tensor) and list(value.shape) == shard.full_shape(parameter)
-    return shard.cut(value) if is_whole else value
+    if isinstance(value, Tensor) and own in shards and list(value.shape) == shards[own].full_shape(own):
+        return shards[own].cut(value)
+    return value

@@ -1,7 +1,8 @@
 """The gradient of a model that tensor-parallel peers share: its norm, sums over the peers, loss scaling."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.collectives import all_reduce
@@ -58,37 +60,42 @@ def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) 
     if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
         raise UserError(
             f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
-            "choose one that works element by element, such as AdamW, or "
-            "trainer.strategy.tensor_parallel_size=1"
+            "choose one that works element by element, or trainer.strategy.tensor_parallel_size=1"
         )
 
 
-def adapt_precision(plugin: Precision, shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh) -> None:
-    """Makes the plugin clip by the norm of the whole model, and skip a step on all peers together."""
+class ClippingByWholeNorm(Precision):
+    """Clips by the norm of the whole model's gradient, of which this rank has a part."""
 
-    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
-        parameters = list(plugin.main_params(optimizer))
-        clip_grads_with_norm_(parameters, float(clip_val), gradient_norm(parameters, shards, mesh))
+    whole_norm: Callable[[Iterable[nn.Parameter]], Tensor]
 
-    # The plugin keeps its class: a checkpoint holds the scaler's state under the name of it.
-    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        parameters = list(self.main_params(optimizer))
+        clip_grads_with_norm_(parameters, float(clip_val), self.whole_norm(parameters))
+
+
+def by_whole_norm(
+    plugin: Precision, mesh: ParallelMesh, whole_norm: Callable[[Iterable[nn.Parameter]], Tensor]
+) -> ClippingByWholeNorm:
+    """Returns a plugin like this one that clips by `whole_norm` and skips a step on all peers together."""
+    if isinstance(plugin, ClippingByWholeNorm):
+        return plugin
+    # Named like the plugin's own class: a checkpoint holds the scaler's state under that name.
+    adapted: Any = copy.copy(plugin)
+    adapted.__class__ = type(type(plugin).__qualname__, (ClippingByWholeNorm, type(plugin)), {})
+    adapted.whole_norm = whole_norm
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-        if not isinstance(plugin.scaler, TensorParallelGradScaler):
-            plugin.scaler = TensorParallelGradScaler(plugin.scaler, mesh)
+        adapted.scaler = TensorParallelGradScaler(plugin.scaler, mesh)
+    return cast(ClippingByWholeNorm, adapted)
 
 
 class TensorParallelGradScaler(torch.amp.GradScaler):
     """Skips a step on all peers when the gradient of any peer's part overflows."""
 
     def __init__(self, scaler: torch.amp.GradScaler, mesh: ParallelMesh) -> None:
-        super().__init__(
-            scaler._device,
-            init_scale=scaler.get_scale(),
-            growth_factor=scaler.get_growth_factor(),
-            backoff_factor=scaler.get_backoff_factor(),
-            growth_interval=scaler.get_growth_interval(),
-            enabled=scaler.is_enabled(),
-        )
+        super().__init__(scaler._device, enabled=scaler.is_enabled())
+        self.load_state_dict(scaler.state_dict())
         self._mesh = mesh
 
     def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:

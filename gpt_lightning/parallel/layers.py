@@ -8,6 +8,7 @@ each all-reduce.
 Shapes: B batch, T time, D d_model, V vocabulary.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -19,36 +20,35 @@ from torch import Tensor, nn
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.cross_entropy import VocabShard, linear_cross_entropy
 from gpt_lightning.parallel.collectives import (
-    all_gather_sequence,
     all_reduce,
-    copy_to_peers,
+    from_parts,
     gather_features,
-    gather_sequence,
-    start_all_gather_sequence,
-    start_all_reduce,
-    start_reduce_scatter_sequence,
-    sum_and_cut_sequence,
-    sum_over_peers,
+    start_gather,
+    start_sum,
+    to_parts,
 )
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
 
-class SequenceParallel:
-    """Tells all layers of a model whether activations are cut along the sequence at the moment.
+class ParallelLayer(nn.Module):
+    """Takes the place of a plain layer, and has its parameters; `shards` says how they are cut."""
 
-    A layer's training mode could not tell: a frozen block in evaluation mode would take a part of the
-    sequence for the whole, without an error.
-    """
+    weight: nn.Parameter
+    dims: Mapping[str, int] = {"weight": 0}  # along which each parameter is cut
+    size: str = "out_features"  # what the plain layer calls its size along them
 
-    def __init__(self) -> None:
-        self.on = False
+    def __init__(self, layer: Any, mesh: ParallelMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        self.shards = {
+            name: Shard(dim, getattr(layer, self.size), mesh.tp_rank, mesh.tp_size)
+            for name, dim in self.dims.items()
+        }
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SequenceParallel":
-        return self
 
-
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(ParallelLayer):
     """Holds rows of the weight: computes some of the output features from all input features.
 
     The gradient of the input is summed over the peers. Under sequence parallelism the input is this peer's
@@ -56,71 +56,54 @@ class ColumnParallelLinear(nn.Module):
     pass. Messages travel during the arithmetic.
     """
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        shard = Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)
-        self.shards = {"weight": shard, "bias": shard}
-        self.weight, self.bias = linear.weight, linear.bias
+    dims = {"weight": 0, "bias": 0}
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            y = _ColumnLinear.apply(x, self.weight, self.bias, self.mesh, self.sequence.on)
+            y = _ColumnLinear.apply(x, self.weight, self.bias, self.mesh)
         return cast(Tensor, y)
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh, sequence_parallel: bool
-    ) -> Tensor:
-        ctx.mesh, ctx.sequence_parallel = mesh, sequence_parallel
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: ParallelMesh) -> Tensor:
+        ctx.mesh, ctx.cut = mesh, mesh.cuts_sequence
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        whole = all_gather_sequence(x, mesh) if sequence_parallel else x
+        whole = start_gather(x, mesh, ctx.cut)()
         return F.linear(whole, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         y_grad = grad_outputs[0]
-        gathering = start_all_gather_sequence(x, ctx.mesh) if ctx.sequence_parallel else None
+        gathering = start_gather(x, ctx.mesh, ctx.cut)
         x_grad = y_grad @ weight.to(x.dtype)  # while the parts arrive
-        whole = x if gathering is None else gathering()
-        start_sum = start_reduce_scatter_sequence if ctx.sequence_parallel else start_all_reduce
-        summing = start_sum(x_grad, ctx.mesh)
+        whole = gathering()
+        summing = start_sum(x_grad, ctx.mesh, ctx.cut)
         rows = y_grad.flatten(0, -2)  # while the sum is taken
         weight_grad = (rows.t() @ whole.flatten(0, -2)).to(weight.dtype)
         bias_grad = None if ctx.bias_dtype is None else rows.sum(dim=0).to(ctx.bias_dtype)
-        return summing(), weight_grad, bias_grad, None, None
+        return summing(), weight_grad, bias_grad, None
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLayer):
     """Holds columns of the weight: its products are summands, which it adds up over the peers."""
 
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(1, linear.in_features, mesh.tp_rank, mesh.tp_size)}
-        self.weight, self.bias = linear.weight, linear.bias
+    dims, size = {"weight": 1}, "in_features"
 
     def forward(self, x: Tensor) -> Tensor:
-        summand = F.linear(x, self.weight)
-        y = (sum_and_cut_sequence if self.sequence.on else sum_over_peers)(summand, self.mesh)
+        y = from_parts(F.linear(x, self.weight), self.mesh)
         # The bias is added after the sum, else every peer would add it once.
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ParallelLayer):
     """Holds rows of the weight; a token's vector comes from the one peer that has its row."""
 
-    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(0, embedding.num_embeddings, mesh.tp_rank, mesh.tp_size)}
-        self.weight = embedding.weight
+    size = "num_embeddings"
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = input_ids - self.shards["weight"].start
@@ -130,51 +113,35 @@ class VocabParallelEmbedding(nn.Module):
         unknown = (input_ids < 0) | (input_ids >= self.shards["weight"].full_size)
         other = torch.zeros_like(input_ids, dtype=vectors.dtype).masked_fill(unknown, torch.nan)
         summand = torch.where(elsewhere[..., None], other[..., None], vectors)  # [B, T, D]
-        if self.sequence.on:
+        if self.mesh.cuts_sequence:
             check_sequence(input_ids.shape[-1], self.mesh.tp_size)
-            return sum_and_cut_sequence(summand, self.mesh)
-        return sum_over_peers(summand, self.mesh)
+        return from_parts(summand, self.mesh)
 
 
-class SequenceParallelEmbedding(nn.Module):
-    """Holds the whole weight, and looks up this peer's part of the sequence: the learned positions."""
-
-    def __init__(self, embedding: nn.Embedding, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.weight = embedding.weight
-
-    def forward(self, positions: Tensor) -> Tensor:
-        if self.sequence.on:
-            check_sequence(positions.shape[-1], self.mesh.tp_size)
-            positions = positions.chunk(self.mesh.tp_size, dim=-1)[self.mesh.tp_rank]
-        return F.embedding(positions, self.weight)
-
-
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(ParallelLayer):
     """Holds rows of the output layer's weight; gathers logits on demand, and never for the loss."""
-
-    def __init__(self, linear: nn.Linear, mesh: ParallelMesh, sequence: SequenceParallel) -> None:
-        super().__init__()
-        self.mesh, self.sequence = mesh, sequence
-        self.shards = {"weight": Shard(0, linear.out_features, mesh.tp_rank, mesh.tp_size)}
-        self.weight = linear.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns all logits, [..., V], on all peers."""
-        logits = F.linear(self._enter(hidden), self.weight)
+        logits = F.linear(to_parts(hidden, self.mesh), self.weight)
         return gather_features(logits, self.shards["weight"].sizes, self.mesh)
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Computes cross entropy of [B, T, D] against [B, T]; the peers exchange three numbers a token."""
-        rows, own = self._enter(hidden).flatten(0, 1), self.shards["weight"]
+        rows, own = to_parts(hidden, self.mesh).flatten(0, 1), self.shards["weight"]
         total = partial(all_reduce, mesh=self.mesh)
         greatest = partial(total, op=dist.ReduceOp.MAX)
         shard = VocabShard(own.start, own.full_size, max(own.sizes), greatest, total)
         return linear_cross_entropy(rows, self.weight, targets.flatten(), reduction, shard)
 
-    def _enter(self, hidden: Tensor) -> Tensor:
-        return (gather_sequence if self.sequence.on else copy_to_peers)(hidden, self.mesh)
+
+def cut_positions(mesh: ParallelMesh, embedding: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+    """Makes learned positions, as their hook, look up this peer's part of a sequence that is cut."""
+    (positions,) = inputs
+    if not mesh.cuts_sequence:
+        return None
+    check_sequence(positions.shape[-1], mesh.tp_size)
+    return positions.chunk(mesh.tp_size, dim=-1)[mesh.tp_rank]
 
 
 def check_sequence(length: int, tp_size: int) -> None:

@@ -2,7 +2,8 @@
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,29 +15,29 @@ from gpt_lightning.kernels.linear import is_plain_linear
 from gpt_lightning.parallel.dropout import draw_own_numbers
 from gpt_lightning.parallel.layers import (
     ColumnParallelLinear,
+    ParallelLayer,
     RowParallelLinear,
-    SequenceParallel,
-    SequenceParallelEmbedding,
     VocabParallelEmbedding,
     VocabParallelHead,
+    cut_positions,
 )
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 
 Kind = Literal["column", "row", "vocab_embedding", "vocab_head", "sharded_dropout", "sequence"]
-LAYERS: dict[Kind, tuple[type[nn.Module], ...]] = {
-    "column": (nn.Linear,),
-    "row": (nn.Linear,),
-    "vocab_embedding": (nn.Embedding,),
-    "vocab_head": (nn.Linear,),
-    "sharded_dropout": (nn.Module,),
-    "sequence": (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout),
+# The layers that each style is for, and the parallel layer that takes their place.
+LAYERS: dict[Kind, tuple[tuple[type[nn.Module], ...], type[ParallelLayer] | None]] = {
+    "column": ((nn.Linear,), ColumnParallelLinear),
+    "row": ((nn.Linear,), RowParallelLinear),
+    "vocab_embedding": ((nn.Embedding,), VocabParallelEmbedding),
+    "vocab_head": ((nn.Linear,), VocabParallelHead),
+    "sharded_dropout": ((nn.Module,), None),
+    "sequence": ((nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout), None),
 }
-PARALLEL_LAYERS: dict[Kind, Callable[[Any, ParallelMesh, SequenceParallel], nn.Module]] = {
-    "column": ColumnParallelLinear,
-    "row": RowParallelLinear,
-    "vocab_embedding": VocabParallelEmbedding,
-    "vocab_head": VocabParallelHead,
+# What their parallel layers cannot do; a vocabulary, unlike other sizes, may be cut unevenly.
+UNKNOWN_OPTIONS: dict[Kind, tuple[str, ...]] = {
+    "vocab_embedding": ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+    "vocab_head": ("bias",),
 }
 
 
@@ -58,24 +59,20 @@ class ParallelStyle(NamedTuple):
     option: str | None = None
 
 
-Plan = Mapping[str, Kind | tuple[Kind, int | None, str | None]]  # the latter most often a ParallelStyle
-
-
-def plan_of(module: nn.Module) -> Plan:
-    """Returns the plan that the module's `tensor_parallel_plan()` makes."""
-    make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
-    if make is None:
-        raise UserError(
-            f"{type(module).__name__} has no tensor_parallel_plan(), which a trainer.strategy."
-            "tensor_parallel_size above 1 needs; "
-            "add the method (submodule pattern -> style), or set the size to 1"
-        )
-    return make()
+Plan = Mapping[str, Kind | ParallelStyle]
 
 
 def styles_of(module: nn.Module, tp_size: int) -> dict[str, ParallelStyle]:
     """Returns the styles of the module's own plan by submodule; none if no peers share the module."""
-    return resolve(module, plan_of(module), tp_size) if tp_size > 1 else {}
+    if tp_size == 1:
+        return {}
+    make: Callable[[], Plan] | None = getattr(module, "tensor_parallel_plan", None)
+    if make is None:
+        raise UserError(
+            f"{type(module).__name__} has no tensor_parallel_plan(), which a trainer.strategy."
+            "tensor_parallel_size above 1 needs; add it (submodule pattern -> style), or set the size to 1"
+        )
+    return resolve(module, make(), tp_size)
 
 
 def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelStyle]:
@@ -83,23 +80,17 @@ def resolve(module: nn.Module, plan: Plan, tp_size: int) -> dict[str, ParallelSt
     styles: dict[str, ParallelStyle] = {}
     for pattern, planned in plan.items():
         style = ParallelStyle(planned) if isinstance(planned, str) else ParallelStyle(*planned)
+        named, kinds = f"tensor_parallel_plan: {pattern!r}", ", ".join(LAYERS)
         if style.kind not in LAYERS:
-            raise UserError(
-                f"tensor_parallel_plan: {pattern!r} has the unknown style {style.kind!r}; "
-                f"choose one of {', '.join(get_args(Kind))}"
-            )
+            raise UserError(f"{named} has the unknown style {style.kind!r}; choose one of {kinds}")
         names = [name for name, _ in module.named_modules(remove_duplicate=False) if _matches(name, pattern)]
         if not names:
-            raise UserError(
-                f"tensor_parallel_plan: {pattern!r} names no submodule of {type(module).__name__}; "
-                "correct the pattern or remove it"
-            )
+            whose = type(module).__name__
+            raise UserError(f"{named} names no submodule of {whose}; correct the pattern or remove it")
         for name in names:
             if name in styles:
-                raise UserError(
-                    f"tensor_parallel_plan: {pattern!r} names {name}, which another pattern names too; "
-                    "let one of them name it"
-                )
+                another = f"{name}, which another pattern names too"
+                raise UserError(f"{named} names {another}; let one of them name it")
             _check(name, module.get_submodule(name), style, tp_size)
             styles[name] = style
     return styles
@@ -111,58 +102,45 @@ def _matches(name: str, pattern: str) -> bool:
     return len(levels) == len(patterns) and all(map(fnmatch.fnmatchcase, levels, patterns))
 
 
-def _check(name: str, module: nn.Module, style: ParallelStyle, tp_size: int) -> None:
-    if not isinstance(module, LAYERS[style.kind]):
-        kinds = " or ".join(kind.__name__ for kind in LAYERS[style.kind])
+def _check(name: str, layer: nn.Module, style: ParallelStyle, tp_size: int) -> None:
+    plain, parallel = LAYERS[style.kind]
+    named = f"tensor_parallel_plan: {name}"
+    if not isinstance(layer, plain):
         raise UserError(
-            f"tensor_parallel_plan: {name} is a {type(module).__name__}, but the style {style.kind!r} is for "
-            f"{kinds}; choose another style, or build the model anew if it was cut before"
+            f"{named} is a {type(layer).__name__}, but the style {style.kind!r} is for "
+            f"{' or '.join(kind.__name__ for kind in plain)}; choose another style, or build the model anew "
+            "if it was cut before"
         )
-    if style.kind in PARALLEL_LAYERS:
-        _check_forward(name, module)
-    if style.kind in ("column", "row"):
-        assert isinstance(module, nn.Linear)
-        _check_units(name, module, style, tp_size)
-    if style.kind in ("vocab_embedding", "vocab_head"):
-        _check_vocabulary(name, module, style, tp_size)
-
-
-def _check_forward(name: str, module: nn.Module) -> None:
-    """Refuses a layer that computes more than the plain one: what takes its place would drop that."""
-    is_plain = is_plain_linear(module) or type(module).forward is nn.Embedding.forward
-    if not is_plain or is_parametrized(module):
+    if parallel is None:
+        return
+    # What takes the layer's place would drop all that it does beside.
+    is_plain = is_plain_linear(layer) or type(layer).forward is nn.Embedding.forward
+    if not is_plain or is_parametrized(layer):
         raise UserError(
-            f"tensor_parallel_plan: {name} ({type(module).__name__}) computes more than its parent class; "
-            "leave it out of the plan, or use the plain layer"
+            f"{named} ({type(layer).__name__}) computes more than its parent class; leave it out of the "
+            "plan, or use the plain layer"
         )
-
-
-def _check_units(name: str, linear: nn.Linear, style: ParallelStyle, tp_size: int) -> None:
-    outputs = style.kind == "column"
-    units = style.units or (linear.out_features if outputs else linear.in_features)
-    if units % tp_size:
-        option = style.option or f"the {'outputs' if outputs else 'inputs'} of {name}"
-        raise UserError(
-            f"{option}={units} is not divisible by trainer.strategy.tensor_parallel_size={tp_size}; "
-            f"choose a multiple of {tp_size}, or a tensor_parallel_size that divides {units}"
-        )
-
-
-def _check_vocabulary(name: str, module: nn.Module, style: ParallelStyle, tp_size: int) -> None:
-    size = module.num_embeddings if isinstance(module, nn.Embedding) else getattr(module, "out_features")
-    if Shard(0, size, tp_size - 1, tp_size).sizes[-1] < 1:
-        raise UserError(
-            f"{style.option or name}={size} is too small to be cut over "
-            f"trainer.strategy.tensor_parallel_size={tp_size}; choose a smaller tensor_parallel_size"
-        )
-    of_embeddings = ["padding_idx", "max_norm", "scale_grad_by_freq", "sparse"]
-    for option in of_embeddings if isinstance(module, nn.Embedding) else ["bias"]:
-        value = getattr(module, option)
+    for option in UNKNOWN_OPTIONS.get(style.kind, ()):
+        value = getattr(layer, option)
         if value is not None and value is not False:
-            raise UserError(
-                f"tensor_parallel_plan: {name} has {option}, which the style {style.kind!r} does not know; "
-                "build it without"
-            )
+            unknown = f"{option}, which the style {style.kind!r} does not know"
+            raise UserError(f"{named} has {unknown}; build it without")
+    _check_size(name, getattr(layer, parallel.size), style, tp_size)
+
+
+def _check_size(name: str, size: int, style: ParallelStyle, tp_size: int) -> None:
+    """Refuses a vocabulary too small for each peer to have some, and what else is not divisible."""
+    option = f"trainer.strategy.tensor_parallel_size={tp_size}"
+    if style.kind in UNKNOWN_OPTIONS:
+        if not all(Shard(0, size, 0, tp_size).sizes):
+            counted = f"{style.option or name}={size} is too small to be cut over {option}"
+            raise UserError(f"{counted}; choose a smaller tensor_parallel_size")
+    elif (units := style.units or size) % tp_size:
+        counted = style.option or f"the {'outputs' if style.kind == 'column' else 'inputs'} of {name}"
+        raise UserError(
+            f"{counted}={units} is not divisible by {option}; choose a multiple of {tp_size}, or a "
+            f"tensor_parallel_size that divides {units}"
+        )
 
 
 def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
@@ -174,78 +152,67 @@ def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
         )
     elsewhere = "or build the model outside of trainer.init_module(empty_init=True)"
     for name, layer in module.named_modules():
-        if any(buffer is not None and buffer.is_meta for buffer in layer._buffers.values()):
-            raise UserError(
-                f"{name} has a buffer on the meta device, without values; create it with device='cpu', "
-                f"{elsewhere}"
-            )
-        parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
-        if any(p.is_meta for p in parameters) and not hasattr(layer, "reset_parameters"):
-            raise UserError(
-                f"{name} is on the meta device and has no reset_parameters(); add the method, {elsewhere}"
-            )
+        if any(buffer.is_meta for buffer in layer.buffers(recurse=False)):
+            meta = "a buffer on the meta device, without values"
+            raise UserError(f"{name} has {meta}; create it with device='cpu', {elsewhere}")
+        on_meta = any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+        if on_meta and not hasattr(layer, "reset_parameters"):
+            lacking = "is on the meta device and has no reset_parameters()"
+            raise UserError(f"{name} {lacking}; add the method, {elsewhere}")
 
 
 def parallelize(
     module: nn.Module,
     styles: Mapping[str, ParallelStyle],
     mesh: ParallelMesh,
-    sequence: SequenceParallel | None = None,
     *,
+    cuts_sequence: bool = False,
     draw: bool = True,
 ) -> None:
     """Replaces the submodules named by parallel ones, which keep this rank's part of each parameter.
 
     Parameters keep their identity, so tied ones stay tied. Those on the meta device are drawn whole, layer by
     layer in the order of `modules()`: they get the values that one process draws, and are never all in
-    memory. Without `draw` they get memory alone, for a checkpoint to fill. With `sequence`, activations are
-    cut along the sequence while it is on.
+    memory. Without `draw` they get memory alone, for a checkpoint to fill.
     """
     built: dict[nn.Parameter, nn.Parameter] = {}
-    cut_already: set[nn.Parameter] = set()
     replaced: dict[nn.Module, nn.Module] = {}
     for name, layer in list(module.named_modules()):
         _materialize(layer, built, draw)
         if name not in styles:
             continue
-        parallel = _parallel_version(layer, styles[name].kind, mesh, sequence)
+        parallel = _parallel_version(layer, styles[name].kind, mesh, cuts_sequence)
         replaced[layer] = parallel.train(layer.training)
         for parameter, shard in sharded_parameters(parallel).items():
-            if parameter not in cut_already:  # a tied one comes twice
+            if parameter.shape[shard.dim] == shard.full_size:  # else it is tied, and came before
                 parameter.data = shard.cut(parameter.data).clone(memory_format=torch.contiguous_format)
-                cut_already.add(parameter)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():  # a layer may have several names
             if child in replaced:
                 parent._modules[name] = replaced[child]
 
 
-def _parallel_version(
-    layer: nn.Module, kind: Kind, mesh: ParallelMesh, sequence: SequenceParallel | None
-) -> nn.Module:
-    if kind in PARALLEL_LAYERS:
-        return PARALLEL_LAYERS[kind](layer, mesh, sequence or SequenceParallel())
+def _parallel_version(layer: nn.Module, kind: Kind, mesh: ParallelMesh, cuts_sequence: bool) -> nn.Module:
+    if (parallel := LAYERS[kind][1]) is not None:
+        return parallel(layer, mesh)
     if kind == "sharded_dropout":
         draw_own_numbers(layer, mesh)
-    if kind == "sequence" and sequence is not None:
-        if isinstance(layer, nn.Embedding):
-            return SequenceParallelEmbedding(layer, mesh, sequence)
-        if isinstance(layer, nn.Dropout):
-            draw_own_numbers(layer, mesh, lambda: sequence.on)
+    elif cuts_sequence and isinstance(layer, nn.Embedding):
+        layer.register_forward_pre_hook(partial(cut_positions, mesh))
+    elif cuts_sequence and isinstance(layer, nn.Dropout):
+        draw_own_numbers(layer, mesh, lambda: mesh.cuts_sequence)
     return layer
 
 
 def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw: bool) -> None:
     """Gives a layer that was built on the meta device its memory and its initial weights."""
-    originals = {key: p for key, p in layer._parameters.items() if p is not None and p.is_meta}
+    originals = {key: p for key, p in layer.named_parameters(recurse=False) if p.is_meta}
     if any(original not in built for original in originals.values()):
         layer.to_empty(device="cpu", recurse=False)
         if draw:
             getattr(layer, "reset_parameters")()
     for key, original in originals.items():
-        drawn = layer._parameters[key]
-        assert drawn is not None
-        layer._parameters[key] = built.setdefault(original, drawn)  # a tied one was drawn before
+        setattr(layer, key, built.setdefault(original, getattr(layer, key)))  # a tied one was drawn before
 
 
 def partial_gradients(module: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[nn.Parameter]:

@@ -1,168 +1,142 @@
-"""Gives signs of life: those of a machine's ranks in a file, those of the machines in rank 0's store."""
+"""Gives signs of life: all ranks of a machine in a file, its first rank by a store that answers others."""
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from subprocess import Popen
+from typing import NamedTuple
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 TICK_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
 RECORD_BYTES = 256
-NOBODY = "nobody"  # is lost any more: the run ends in order
 
 
-@dataclass(frozen=True)
-class Place:
-    """Says where a rank is in the run, which ranks (`children`) it started, and who (`parent`) started it."""
+class Sign(NamedTuple):
+    """Says how often a rank was heard, its last word, and whether its process has ended.
+
+    A word is "left", "error NAME", "lost RANK HOW" of a third rank, or nothing as long as all is well.
+    """
 
     rank: int
-    world_size: int
-    local_rank: int
-    node: int = 0
-    n_nodes: int = 1
-    children: Callable[[], dict[int, "Popen[bytes]"]] = dict
-    parent: int | None = None
-
-    @property
-    def first_rank(self) -> int:
-        return self.rank - self.local_rank
-
-    def speaks(self, lost_rank: int) -> bool:
-        """Tells whether this rank reports it: rank 0 or, if that is lost, rank 1 and each first rank."""
-        return self.rank == 0 or (lost_rank == 0 and (self.rank == 1 or self.local_rank == 0))
+    beats: int
+    word: str
+    is_gone: bool
 
 
 class MachineFile:
     """Holds a record of each rank of a machine, which the rank writes and locks until its process ends."""
 
-    def __init__(self, path: Path, place: Place) -> None:
-        self._rank, self._beats = place.rank, 0
+    def __init__(self, path: Path, rank: int, local_rank: int) -> None:
+        self._first_rank, self._beats = rank - local_rank, 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._offset = place.local_rank * RECORD_BYTES
+        self._offset = local_rank * RECORD_BYTES
         os.lseek(self._file, self._offset, os.SEEK_SET)
         os.lockf(self._file, os.F_LOCK, RECORD_BYTES)  # a fork of this process does not hold it
         self.write("")
-        if (len(self.others()) + 1) * place.n_nodes == place.world_size:
-            path.unlink(missing_ok=True)  # all have opened it, and nothing stays when all are killed
 
     def write(self, word: str) -> None:
         self._beats += 1
-        record = f"{self._rank} {self._beats} {word}".encode()[:RECORD_BYTES]
+        record = f"{self._beats} {word}".encode()[:RECORD_BYTES]
         os.pwrite(self._file, record.ljust(RECORD_BYTES), self._offset)
 
-    def others(self) -> dict[int, tuple[int, str, bool]]:
-        """Returns each other rank's number of beats, its last word, and whether its process is gone."""
-        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        records = {}
-        for offset in range(0, len(data), RECORD_BYTES):
-            if offset != self._offset and data[offset]:  # else nobody has written there
-                record = data[offset : offset + RECORD_BYTES].decode(errors="replace")
-                rank, beats, word = record.split(" ", 2)
-                records[int(rank)] = int(beats), word.rstrip(), not _is_locked(self._file, offset)
-        return records
+    def signs(self) -> list[Sign]:
+        """Returns those of the machine's other ranks."""
+        signs = []
+        for offset in range(0, os.fstat(self._file).st_size, RECORD_BYTES):
+            if offset != self._offset:
+                is_gone = not self._is_locked(offset)  # before its record is read, which then is its last
+                record = os.pread(self._file, RECORD_BYTES, offset)
+                if record[0]:  # else that rank could not join
+                    beats, _, word = record.decode(errors="replace").partition(" ")
+                    rank = self._first_rank + offset // RECORD_BYTES
+                    signs.append(Sign(rank, int(beats), word.rstrip(), is_gone))
+        return signs
+
+    def _is_locked(self, offset: int) -> bool:
+        os.lseek(self._file, offset, os.SEEK_SET)
+        try:
+            os.lockf(self._file, os.F_TEST, RECORD_BYTES)
+        except (BlockingIOError, PermissionError):
+            return True
+        return False
 
 
-class Board(threading.Thread):
-    """Connects a machine to rank 0's store, in a thread that may block while rank 0 is stopped.
+class StoreReader(threading.Thread):
+    """Asks a machine's store for its last word, in a thread that may block while the machine is stopped.
 
-    It beats there, reads who is lost, and looks after the next machine of a ring.
+    The store's process answers as long as it lives. That it has ended is also seen on a `line` to it, and in
+    silence, where the store itself would print where in torch it has failed.
     """
 
-    def __init__(self, store: Store, address: str, place: Place) -> None:
+    def __init__(
+        self, rank: int, store: Store, left: threading.Event, line: socket.socket | None = None
+    ) -> None:
         super().__init__(name="rank-watch-store", daemon=True)
-        self._store, self._is_server = store, place.rank == 0
-        self._own, self._next = place.node, (place.node + 1) % place.n_nodes
-        self.next_rank = self._next * (place.world_size // place.n_nodes)
-        self._wake, self._to_tell = threading.Event(), ""
-        self.lost = ""  # what a machine has told to all: a rank and how it was lost, or NOBODY
-        self.answers, self.next_beats = 1, 0  # a store that was reached has answered
-        self.is_gone = self.next_is_gone = False
-        # Nobody accepts: the system answers, and ends the neighbour's connection when this process ends.
-        self._listener = _listen()
-        if self._is_server:
-            store.set("lost", "-")
-        store.set(f"address {self._own}", f"{address} {self._listener.getsockname()[1]}")
-        for key in ("joined", f"beats {self._own}"):
-            store.add(key, 1)
-        store.add(f"beats {self._next}", 0)
-        self._line: socket.socket | None = None  # where the neighbour cannot be reached, its beats alone tell
-        with suppress(OSError, RuntimeError):
-            host, port = store.get(f"address {self._next}").decode().split()
-            self._line = socket.create_connection((host, int(port)), CONNECT_SECONDS)
-            self._line.setblocking(False)
+        self.store, self.sign = store, Sign(rank, 1, "", False)
+        self._left, self._line = left, line
+        store.add("readers", 1)
         store.set_timeout(timedelta(days=1))  # a late answer is better than a broken connection
-
-    def end(self, lost: str, patience_seconds: float) -> None:
-        """Tells all machines who is lost, once and for good, and stops when they have read it."""
-        self._to_tell = lost
-        self._wake.set()
-        self.join(patience_seconds)
+        self.start()
 
     def run(self) -> None:
         try:
-            while not self._to_tell:
-                self.exchange()
-                self._wake.wait(TICK_SECONDS)
-            self._store.compare_set("lost", "-", self._to_tell)
-            self._store.add("left", 1)
-            # The store ends with rank 0, and the others have to read it before.
-            while self._is_server and self._store.add("left", 0) < self._store.add("joined", 0):
-                time.sleep(TICK_SECONDS / 10)
-        except RuntimeError:  # the connection has ended
-            self.is_gone = True
+            while not self.sign.word and not self._left.wait(TICK_SECONDS):
+                self._ask()
+            self.store.add("readers", -1)
+        except (OSError, RuntimeError):  # the connection has ended
+            self.sign = self.sign._replace(is_gone=True)
 
-    def exchange(self) -> None:
-        """Beats in the store once, and reads there who is lost and how the next machine beats."""
-        self._store.add(f"beats {self._own}", 1)
-        next_is_gone = self._next_is_gone()  # before what is told is read: who has read it may go
-        lost, beats = self._store.multi_get(["lost", f"beats {self._next}"])
-        self.lost, self.next_beats, self.next_is_gone = lost.decode().lstrip("-"), int(beats), next_is_gone
-        self.answers += 1
-
-    def _next_is_gone(self) -> bool:
-        try:
-            return self._line is not None and not self._line.recv(1)
-        except OSError as error:
-            return isinstance(error, ConnectionError)
+    def _ask(self) -> None:
+        if self._line is not None:
+            with suppress(BlockingIOError):
+                if not self._line.recv(1):
+                    raise ConnectionResetError
+        word = self.store.get("word").decode()
+        self.sign = self.sign._replace(beats=self.sign.beats + 1, word=word)
 
 
-def open_store() -> TCPStore:
+def say_last(store: Store, word: str, patience_seconds: float) -> None:
+    """Leaves a word in the store, once and for good, and waits until all have read it: it may end with us."""
+    deadline = time.monotonic() + patience_seconds
+    with suppress(RuntimeError):
+        store.compare_set("word", "", word)
+        while store.add("readers", 0) > 0 and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS / 10)
+
+
+def open_store(rank: int, secret: str) -> tuple[Store, str, int]:
+    """Returns this machine's store, and the address and port at which others reach it."""
     timeout = timedelta(seconds=CONNECT_SECONDS)
-    return TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    server = TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+    # Its sockets are torch's: a forked data worker keeps them until it looks for its rank, every 5 s.
+    # Anybody can reach the port, but only a rank knows the keys.
+    store = PrefixStore(secret, server)
+    store.set("word", "")
+    return store, _own_address() if rank else os.environ["MASTER_ADDR"], server.port
 
 
-def reach_store(port: int) -> tuple[TCPStore, str]:
-    """Returns rank 0's store, and the address by which this machine reaches it."""
-    host = os.environ["MASTER_ADDR"]
-    with socket.create_connection((host, port), CONNECT_SECONDS) as probe:  # fails with less noise
-        address = probe.getsockname()[0]
+def reach_store(secret: str, address: str, port: int) -> Store:
+    """Returns another machine's store."""
+    open_line(address, port).close()  # fails with less noise
     timeout = timedelta(seconds=CONNECT_SECONDS)
-    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False), address
+    return PrefixStore(secret, TCPStore(address, port, timeout=timeout, wait_for_workers=False))
 
 
-def _listen() -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-    # Else it would live for as long as a killed rank's data workers.
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=listener.close)
-    return listener
+def open_line(address: str, port: int) -> socket.socket:
+    """Returns a connection to a store's process on which nothing is sent."""
+    line = socket.create_connection((address, port), CONNECT_SECONDS)
+    line.setblocking(False)
+    return line
 
 
-def _is_locked(file: int, offset: int) -> bool:
-    """Tells whether another process holds the lock."""
-    os.lseek(file, offset, os.SEEK_SET)
-    try:
-        os.lockf(file, os.F_TEST, RECORD_BYTES)
-    except (BlockingIOError, PermissionError):
-        return True
-    return False
+def _own_address() -> str:
+    """Returns the address of this machine in the network in which rank 0 is."""
+    family, kind, _, _, target = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing
+        return str(probe.getsockname()[0])

@@ -1,7 +1,7 @@
 """Notices that a rank was killed or stopped, says in one line which, and ends the others.
 
-The ranks of a machine see each other in a file, each machine sees the next, and all see rank 0's store.
-So the work of a rank grows with its machine and not with the world.
+The ranks of a machine see each other in a file. Its first rank also sees the next machine's, and rank 0,
+through which machines tell each other of a loss. So a rank's work grows with its machine, not with the world.
 """
 
 import atexit
@@ -16,26 +16,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NamedTuple
 
-from torch.distributed import PrefixStore
+from torch.distributed import Store
 
 from gpt_lightning.exit_codes import LOST_RANK
 from gpt_lightning.parallel.rank_signs import (
-    NOBODY,
     TICK_SECONDS,
-    Board,
     MachineFile,
-    Place,
+    Sign,
+    StoreReader,
+    open_line,
     open_store,
     reach_store,
+    say_last,
 )
+from gpt_lightning.parallel.ranks import gathered
 
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
 PATIENCE_SECONDS = 5.0  # for what ends at its own pace: other ranks, a file that is being written
@@ -45,41 +45,42 @@ KILLED, SILENT = "was killed, or its machine failed", "has not answered"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     rank: int
     how: str
-
-    @property
-    def is_stopped(self) -> bool:
-        return self.how.startswith(SILENT)
 
 
 class RankWatch:
     """Judges the other ranks a few times a second, in a thread, from `start` until this rank leaves.
 
+    `children` are the ranks that this one has started, `parent` is the process of the one that started it.
     The line about a lost rank ends with `remedy`; after it, `before_exit` gets a few seconds.
     """
 
     def __init__(
         self,
-        place: Place,
+        rank: int,
+        world_size: int,
+        n_machines: int,
         timeout: timedelta,
-        remedy: str = "",
-        before_exit: Callable[[], None] = lambda: None,
+        children: Callable[[], dict[int, "subprocess.Popen[bytes]"]] = dict,
+        parent: int | None = None,
     ) -> None:
-        self.remedy = remedy
-        self._place = place
-        self._before_exit = before_exit
+        self.remedy = ""
+        self.before_exit: Callable[[], None] = lambda: None
+        self._rank, self._world_size, self._n_local = rank, world_size, world_size // n_machines
+        self._local_rank = rank % self._n_local
+        self._first_rank = rank - self._local_rank
+        self._children, self._parent = children, parent
         self._timeout_seconds = timeout.total_seconds()
         # Earlier than the collective operations, so that the run has ended when their time is over.
         self._limit_seconds = self._timeout_seconds - min(PATIENCE_SECONDS, self._timeout_seconds / 4)
         self._file: MachineFile | None = None
-        self._board: Board | None = None
-        self._word = ""  # for the ranks of this machine: "error NAME", "left", or "lost RANK HOW"
-        self._beats: dict[int, int] = {}
-        self._silent_seconds: dict[int, float] = defaultdict(float)
-        self._lost: Lost | None = None
+        self._store: Store | None = None
+        self._readers: dict[int, StoreReader] = {}
+        self._word = ""  # for the ranks of this machine
+        self._clock = 0.0  # stands still while the whole run is suspended
+        self._heard: dict[int, tuple[int, float]] = {}
         self._explained: BaseException | None = None
         self._paused_until = 0.0
         self._left = threading.Event()
@@ -92,40 +93,47 @@ class RankWatch:
         self._thread.start()
         atexit.register(self._at_exit)
 
-    def connect(self, broadcast: Callable[[Any], Any]) -> None:
-        """Begins to see the others; all ranks call it. `broadcast` gives all of them rank 0's argument."""
-        place, store, port = self._place, None, None
-        if place.rank == 0 and place.n_nodes > 1:
-            with suppress(RuntimeError):
-                store = open_store()
-                port = store.port
-        secret, port = broadcast((secrets.token_hex(), port))
+    def connect(self) -> None:
+        """Begins to see the others; all ranks call it."""
+        secret, address, port = gathered(secrets.token_hex())[0], "", 0
+        path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._first_rank}")
+        file = None
+        with self._warning():
+            file = MachineFile(path, self._rank, self._local_rank)
+            if self._local_rank == 0 and self._n_local < self._world_size:
+                self._store, address, port = open_store(self._rank, secret)
+        stores = gathered((address, port))
+        with suppress(OSError):
+            path.unlink()  # all have opened it, or cannot: nothing stays of it when all are killed
+        self._file = file
+        if self._store is not None:
+            with self._warning():
+                store = reach_store(secret, *stores[0]) if self._rank != 0 else self._store
+                self._readers[0] = StoreReader(0, store, self._left)
+                next_rank = (self._rank + self._n_local) % self._world_size
+                if next_rank != 0:
+                    store, line = reach_store(secret, *stores[next_rank]), open_line(*stores[next_rank])
+                    self._readers[next_rank] = StoreReader(next_rank, store, self._left, line)
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
         try:
-            path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{place.node}")
-            self._file = MachineFile(path, place)
-            if place.local_rank == 0 and port is not None:
-                store, address = (store, os.environ["MASTER_ADDR"]) if store else reach_store(port)
-                # Anybody can reach the port, but only a rank knows the keys.
-                self._board = Board(PrefixStore(secret, store), address, place)
-                self._board.start()
+            yield
         except (OSError, AttributeError, RuntimeError) as error:  # Windows has no os.lockf
-            logger.warning(f"rank {place.rank} is not watched: {str(error).splitlines()[0]}")
+            logger.warning(f"rank {self._rank} is not watched: {str(error).splitlines()[0]}")
 
     def explain(self, error: BaseException) -> None:
-        """Ends the process with the one line if the error comes of a lost rank, else returns."""
-        if isinstance(error, SystemExit) or error is self._explained:
+        """Gives the watch time to end the process with its line, in case the error comes of a lost rank."""
+        if isinstance(error, SystemExit):
             return
         self._explained = error
-        # Where all ranks fail alike, each is to say what it has to say.
-        self._paused_until = time.monotonic() + min(GRACE_SECONDS, self._timeout_seconds / 2)
-        # What collective operations raise is a RuntimeError.
-        deadline = time.monotonic() + (PATIENCE_SECONDS if isinstance(error, RuntimeError) else 0)
         if re.search("time.?out|timed out", str(error), re.IGNORECASE):
             self._limit_seconds = min(STALE_SECONDS, self._limit_seconds)
-        while time.monotonic() < deadline and not self._left.is_set():
-            if self._lost is not None:
-                self._end(self._lost)
-            time.sleep(TICK_SECONDS / 5)
+        if isinstance(error, RuntimeError):  # as collective operations raise it
+            self._left.wait(PATIENCE_SECONDS)
+        with self._ending:
+            # Where all ranks fail alike, each is to say what it has to say.
+            self._paused_until = time.monotonic() + min(GRACE_SECONDS, self._timeout_seconds / 2)
         self._say(f"error {type(error).__name__}")
 
     def leave(self) -> None:
@@ -136,41 +144,20 @@ class RankWatch:
             self._left.set()
         self._say("left")
         self._thread.join()
-        if self._board is not None:
-            self._board.end(NOBODY, PATIENCE_SECONDS)
+        for reader in self._readers.values():
+            reader.join(PATIENCE_SECONDS)
+        if self._store is not None:
+            say_last(self._store, "left", PATIENCE_SECONDS)
         self._end_children(GRACE_SECONDS)
 
     def _at_exit(self) -> None:
         if self._explained is None:
             self.leave()
-        elif self._place.local_rank == 0 and not self._left.is_set():
+        elif self._local_rank == 0 and not self._left.is_set():
             self._left.set()
             error = type(self._explained).__name__
-            self._tell(Lost(self._place.rank, f"ended with an error ({error})"))
+            self._tell(Lost(self._rank, f"ended with an error ({error})"))
             self._end_children(PATIENCE_SECONDS)
-
-    def _end_children(self, patience_seconds: float) -> None:
-        deadline = time.monotonic() + patience_seconds
-        for rank, child in self._place.children().items():
-            is_lost = self._lost is not None and self._lost.rank == rank
-            try:
-                child.wait(0 if is_lost else max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()  # a stopped process heeds no other signal
-                child.wait()
-
-    # ---- what the others are told
-
-    def _say(self, word: str) -> None:
-        self._word = word
-        if self._file is not None:
-            self._file.write(word)
-
-    def _tell(self, lost: Lost) -> None:
-        self._say(f"lost {lost.rank} {lost.how}")
-        store_is_lost = lost.rank == 0 != self._place.rank
-        if self._board is not None and not store_is_lost:
-            self._board.end(f"{lost.rank} {lost.how}", 3 * TICK_SECONDS)
 
     # ---- the thread
 
@@ -178,63 +165,41 @@ class RankWatch:
         last = time.monotonic()
         while not self._left.wait(TICK_SECONDS):
             now = time.monotonic()
-            self._say(self._word)
-            # Capped: if the whole run was suspended and goes on, nobody was silent.
-            self._lost = self._lost or self._find_lost(min(now - last, 2 * TICK_SECONDS))
+            self._clock += min(now - last, 2 * TICK_SECONDS)
             last = now
-            if self._lost is not None and now >= self._paused_until:
-                self._end(self._lost)
+            self._say(self._word)
+            if (lost := self._find_lost()) is not None:
+                self._end(lost)
 
-    def _find_lost(self, elapsed_seconds: float) -> Lost | None:
-        others, children = self._file.others() if self._file else {}, self._place.children()
-        for rank, (beats, word, is_gone) in others.items():
+    def _say(self, word: str) -> None:
+        self._word = word
+        if self._file is not None:
+            self._file.write(word)
+
+    def _find_lost(self) -> Lost | None:
+        children = self._children()
+        signs = self._file.signs() if self._file is not None else []
+        signs += [reader.sign for reader in list(self._readers.values())]
+        for rank, _, word, is_gone in signs:
             kind, _, rest = word.partition(" ")
             if kind == "lost":
-                self._word = word
-                return _lost(rest)
+                lost_rank, _, how = rest.partition(" ")
+                return Lost(int(lost_rank), how)
             if is_gone and kind != "left":
-                if rank in children:
-                    with suppress(subprocess.TimeoutExpired):
-                        return Lost(rank, _ending(children[rank].wait(PATIENCE_SECONDS)))
-                error = f"ended with an error ({rest})" if kind == "error" else None
-                return Lost(rank, error or KILLED)
-            self._listen(rank, 0 if kind == "left" else beats, elapsed_seconds)
-        for rank, child in children.items():
-            if rank not in others and child.poll():
-                return Lost(rank, _ending(child.returncode))
-        place = self._place
-        parent = others.get(place.first_rank)
-        if place.parent not in (None, os.getppid()) and (parent is None or parent[1] != "left"):
-            return Lost(place.first_rank, "was killed")
-        lost = None
-        if self._board is not None and self._board.lost != NOBODY:
-            lost = self._find_on_board(self._board, elapsed_seconds)
-        return lost or self._find_silent()
+                return Lost(rank, _ending(children.get(rank), rest if kind == "error" else ""))
+        for rank in children.keys() - {sign.rank for sign in signs}:
+            if children[rank].poll():
+                return Lost(rank, _ending(children[rank]))
+        if self._parent not in (None, os.getppid()):
+            return Lost(self._first_rank, "was killed")
+        return self._find_silent(signs)
 
-    def _find_on_board(self, board: Board, elapsed_seconds: float) -> Lost | None:
-        if board.lost:
-            return _lost(board.lost)
-        for rank, is_gone in ((0, board.is_gone), (board.next_rank, board.next_is_gone)):
-            if is_gone:
-                return Lost(rank, KILLED)
-        # While rank 0's store does not answer, nothing is known of another rank.
-        is_answered = self._place.rank == 0 or self._listen(0, board.answers, elapsed_seconds)
-        if is_answered and board.next_rank != 0:
-            self._listen(board.next_rank, board.next_beats, elapsed_seconds)
-        return None
-
-    def _listen(self, rank: int, beats: int, elapsed_seconds: float) -> bool:
-        """Tells whether the rank was heard since the last time; counts for how long it has been silent."""
-        is_heard = beats != self._beats.get(rank)
-        self._beats[rank] = beats
-        self._silent_seconds[rank] += elapsed_seconds
-        if is_heard or not beats:  # or has not begun, or has left
-            self._silent_seconds[rank] = 0.0
-        return is_heard
-
-    def _find_silent(self) -> Lost | None:
-        for rank, seconds in self._silent_seconds.items():
-            if seconds > self._limit_seconds:
+    def _find_silent(self, signs: list[Sign]) -> Lost | None:
+        for rank, beats, word, _ in signs:
+            if self._heard.get(rank, (0, 0.0))[0] != beats:
+                self._heard[rank] = beats, self._clock
+            seconds = self._clock - self._heard[rank][1]
+            if seconds > self._limit_seconds and word != "left":
                 timeout = f"(trainer.strategy.timeout is {self._timeout_seconds:g} s)"
                 return Lost(rank, f"{SILENT} for {seconds:.0f} s {timeout}")
         return None
@@ -243,35 +208,59 @@ class RankWatch:
 
     def _end(self, lost: Lost) -> None:
         with self._ending:  # kept until the process is gone, so that nobody speaks twice
-            if not self._left.is_set():
-                self._lost = lost
-                self._exit(lost)
+            if self._left.is_set() or time.monotonic() < self._paused_until:
+                return
+            self._report(lost)
+            self._tell(lost)
+            _try(self.before_exit, PATIENCE_SECONDS)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # those that read data would wait for their parent a few seconds more
+            self._end_children(PATIENCE_SECONDS, lost)
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(LOST_RANK)
 
-    def _exit(self, lost: Lost) -> NoReturn:
-        place = self._place
-        if place.speaks(lost.rank):
-            line = f"error: rank {lost.rank} of {place.world_size} {lost.how}; the other ranks end too"
-            print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
-            if lost.is_stopped and lost.rank == place.first_rank and place.parent == os.getppid():
-                os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
-        self._tell(lost)
-        last_act = threading.Thread(target=self._before_exit, daemon=True)
-        last_act.start()
-        last_act.join(PATIENCE_SECONDS)
-        for worker in multiprocessing.active_children():
-            worker.kill()  # those that read data would wait for their parent a few seconds more
-        self._end_children(PATIENCE_SECONDS)
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(LOST_RANK)
+    def _report(self, lost: Lost) -> None:
+        """Prints the line: on rank 0 or, if that is lost, on rank 1 and the first rank of each machine."""
+        if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._first_rank)):
+            return
+        line = f"error: rank {lost.rank} of {self._world_size} {lost.how}; the other ranks end too"
+        print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
+        if lost.rank == self._first_rank and lost.how.startswith(SILENT) and self._parent == os.getppid():
+            os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
+
+    def _tell(self, lost: Lost) -> None:
+        """Tells this machine's ranks, and the others unless rank 0 is lost and with it the store of all."""
+        word = f"lost {lost.rank} {lost.how}"
+        self._say(word)
+        if 0 in self._readers and (lost.rank != 0 or self._rank == 0):
+            store, seconds = self._readers[0].store, 3 * TICK_SECONDS
+            # Rank 0 keeps its store until the others have read the word.
+            _try(lambda: say_last(store, word, 0 if self._rank else seconds), seconds)
+
+    def _end_children(self, patience_seconds: float, lost: Lost | None = None) -> None:
+        deadline = time.monotonic() + patience_seconds
+        for rank, child in self._children().items():
+            is_lost = lost is not None and lost.rank == rank
+            try:
+                child.wait(0 if is_lost else max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()  # a stopped process heeds no other signal
+                child.wait()
 
 
-def _lost(text: str) -> Lost:
-    rank, _, how = text.partition(" ")
-    return Lost(int(rank), how)
+def _try(act: Callable[[], None], seconds: float) -> None:
+    """Does what may block, for so long at most."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+def _ending(child: "subprocess.Popen[bytes] | None", error: str = "") -> str:
+    if child is not None:
+        with suppress(subprocess.TimeoutExpired):
+            code = child.wait(PATIENCE_SECONDS)
+            if code >= 0:
+                return f"ended with exit code {code}"
+            return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    return f"ended with an error ({error})" if error else KILLED

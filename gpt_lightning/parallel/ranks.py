@@ -5,14 +5,9 @@ from typing import Any
 import torch.distributed as dist
 
 
-def is_distributed() -> bool:
-    """Tells whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def gathered(value: Any) -> list[Any]:
     """Returns the values of all ranks, by rank; all ranks call it."""
-    if not is_distributed():
+    if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -11,25 +11,14 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
-    """Raises RuntimeError, on all ranks, if parameters differ that should be the same."""
-    name = differing_parameter(module, mesh)
-    if name is not None:
-        raise RuntimeError(
-            f"{when}, {name} is not the same on all ranks that hold it, and what follows would be wrong. "
-            "Seed all ranks alike (seed_everything) before the model is built, and let whatever changes "
-            "parameters do so on all ranks"
-        )
-
-
-def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
-    """Names the first parameter that is not bit for bit the same wherever it is replicated, on all ranks.
+    """Raises RuntimeError, on all ranks, if a parameter is not bit for bit the same wherever it should be.
 
     Parts are compared over the data-parallel ranks and all else over all ranks, by the sums of their bits.
     """
     shards = sharded_parameters(module)
     named = list(module.named_parameters())
     if not named:
-        return None
+        return
     cut = torch.tensor([parameter in shards for _, parameter in named])
     sums = torch.stack([_bit_sum(parameter.detach()) for _, parameter in named])
     differs = _differs(sums, mesh.dp_group)
@@ -37,8 +26,12 @@ def differing_parameter(module: nn.Module, mesh: ParallelMesh) -> str | None:
     # A rank that sees a difference tells all others, so that all stop together.
     verdict = differs.to(torch.int32)
     dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-    different = verdict.nonzero()
-    return named[int(different[0])][0] if len(different) else None
+    if len(different := verdict.nonzero()):
+        raise RuntimeError(
+            f"{when}, {named[int(different[0])][0]} is not the same on all ranks that hold it, and what "
+            "follows would be wrong. Seed all ranks alike (seed_everything) before the model is built, and "
+            "let whatever changes parameters do so on all ranks"
+        )
 
 
 def _bit_sum(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Says how tensors are cut over the tensor-parallel peers, and which of a model and its optimizer are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +23,19 @@ class Shard:
     tp_rank: int
     tp_size: int
 
-    def bounds(self, tp_rank: int) -> tuple[int, int]:
-        """Returns the start and stop of a peer's part along `dim`."""
-        part = -(-self.full_size // self.tp_size)
-        return min(tp_rank * part, self.full_size), min((tp_rank + 1) * part, self.full_size)
-
     @property
     def sizes(self) -> list[int]:
-        return [stop - start for start, stop in map(self.bounds, range(self.tp_size))]
+        """Returns how much of `dim` each peer has."""
+        part = -(-self.full_size // self.tp_size)
+        return [max(0, min(part, self.full_size - peer * part)) for peer in range(self.tp_size)]
 
     @property
     def start(self) -> int:
-        return self.bounds(self.tp_rank)[0]
+        return sum(self.sizes[: self.tp_rank])
 
     def cut(self, full: Tensor) -> Tensor:
         """Returns this rank's part, a view."""
-        start, stop = self.bounds(self.tp_rank)
-        return full.narrow(self.dim, start, stop - start)
+        return full.split(self.sizes, self.dim)[self.tp_rank]
 
     def full_shape(self, part: Tensor) -> list[int]:
         return [*part.shape[: self.dim], self.full_size, *part.shape[self.dim + 1 :]]
@@ -55,34 +51,41 @@ def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
     }
 
 
-def parameters_by_index(optimizer: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Lists the parameters in the order by which a state dict numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def map_optimizer_parts(
-    optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard], change: Callable[[Tensor, Shard], Any]
+def model_state(module: nn.Module, change: Callable[[Tensor, Shard], Any]) -> dict[str, Any]:
+    """Returns a module's state dict with `change` applied to each part, once to one that is tied."""
+    changed: dict[Tensor, Any] = {}
+    for parameter, shard in sharded_parameters(module).items():
+        changed[parameter] = change(parameter.detach(), shard)
+    return {
+        name: changed.get(value, value.detach()) if isinstance(value, Tensor) else value
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
+
+
+def optimizer_state(
+    optimizer: Optimizer, module: nn.Module, change: Callable[[Tensor, Shard], Any]
 ) -> dict[str, Any]:
-    """Applies `change` to every tensor of an optimizer's state dict that is cut like its parameter."""
+    """Returns an optimizer's state dict with `change` applied to all that is cut like its parameter."""
+    shards, parameters = sharded_parameters(module), parameters_of(optimizer)
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
-        return change(value, shards[parameter]) if _is_cut(value, parameter, shards) else value
+        if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if value.shape != parameter.shape:
+            raise UserError(
+                f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
+                "parameter, and nothing tells how to join them; choose one that works element by element"
+            )
+        return change(value, shards[parameter])
 
-    state_dict, parameters = optimizer.state_dict(), parameters_by_index(optimizer)
+    state_dict = optimizer.state_dict()
     state = {
         index: {key: changed(value, parameters[index]) for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
-
-
-def _is_cut(value: Any, parameter: nn.Parameter, shards: Mapping[nn.Parameter, Shard]) -> bool:
-    """Tells whether an entry of a parameter's optimizer state is cut like it, as moments are."""
-    if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
-        return False
-    if value.shape != parameter.shape:
-        raise UserError(
-            f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
-            "parameter, and nothing tells how to join them; choose an optimizer that works element by element"
-        )
-    return True

@@ -3,10 +3,11 @@
 This module is slow to import, as checkpoint.folder is: it is imported when the first such folder is met.
 """
 
+import copy
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,14 +38,21 @@ from gpt_lightning.checkpoint.folder import (
     Reader,
     check_whole,
     complaining,
-    missing_parts,
+    put_back,
     tensors_in,
-    with_tensors,
 )
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.parallel.shard import Shard, map_optimizer_parts, parameters_by_index, sharded_parameters
+from gpt_lightning.parallel.shard import (
+    Shard,
+    model_state,
+    optimizer_state,
+    parameters_of,
+    sharded_parameters,
+)
+
+T = TypeVar("T")
 
 
 class ShardedLayout:
@@ -55,15 +63,11 @@ class ShardedLayout:
 
     def model_state(self) -> dict[str, Any]:
         """Returns the state dict with each part as a DTensor, which knows its place in the whole."""
-        shards = sharded_parameters(self.module)
-        return {
-            name: self._as_dtensor(value, shards[value]) if value in shards else value.detach()
-            for name, value in self.module.state_dict(keep_vars=True).items()
-        }
+        return model_state(self.module, self._as_dtensor)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the optimizer's state dict with each part as a DTensor."""
-        return map_optimizer_parts(optimizer, sharded_parameters(self.module), self._as_dtensor)
+        return optimizer_state(optimizer, self.module, self._as_dtensor)
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         """Writes the folder, which gets its name when it is whole; the options are for files."""
@@ -75,74 +79,62 @@ class ShardedLayout:
             raise NonFiniteCheckpointError(name)
         temporary = unfinished_folder(folder)
         with _failing_together(folder):
-            if self.mesh.is_first_rank:
+            if dist.get_rank() == 0:
                 remove(temporary)  # parts of a save that was interrupted
         with _failing_together(folder):
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
         digests = gathered(_digests_of_own(temporary))
         with _failing_together(folder):
-            if self.mesh.is_first_rank:
-                _check_all_arrived(temporary)
+            if dist.get_rank() == 0:
                 of_files = {name: digest for own in digests for name, digest in own.items()}
+                if missing := sorted(name for name in of_files if not (temporary / name).is_file()):
+                    needed = "trainer.strategy.save_sharded needs a folder that all nodes share"
+                    raise CheckpointWriteError(f"{temporary} lacks {', '.join(missing)}: {needed}")
                 write({**scalars, TIED_KEY: tied, DIGESTS_KEY: of_files}, temporary / REST)
                 put_folder(temporary, folder)
 
     def read(self, path: str | Path) -> dict[str, Any]:
         """Returns all of the checkpoint but its tensors; the ranks share the work of verifying the files."""
-        folder, complaint = Path(path), None
+        rest, complaint = {}, None
         try:
-            rest = check_whole(folder, share=dist.get_rank(), shares=dist.get_world_size())
+            rest = check_whole(Path(path), share=dist.get_rank(), shares=dist.get_world_size())
         except UserError as error:
-            complaint = str(error)
+            complaint = error
         if (complaint := _first_of(complaint)) is not None:
-            raise UserError(complaint)
+            raise complaint
         return rest
 
     def load_model(self, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
         """Reads this rank's part of every tensor into the module."""
-        folder, tied = Path(checkpoint[FOLDER_KEY]), checkpoint[TIED_KEY]
-        own, shards = self.module.state_dict(keep_vars=True), sharded_parameters(self.module)
+        folder, tied, own = Path(checkpoint[FOLDER_KEY]), checkpoint[TIED_KEY], self.model_state()
         saved = {key.partition("/")[2] for key, _ in tensors_in(folder, f"{WEIGHTS}/")}
-        missing, unexpected = own.keys() - saved - tied.keys(), saved.union(tied) - own.keys()
-        if strict and (missing or unexpected):
-            raise RuntimeError(
-                f"{folder} does not fit {type(self.module).__name__}: missing {sorted(missing)}, unexpected "
-                f"{sorted(unexpected)}"
-            )
-        keys = {name: f"{WEIGHTS}/{tied.get(name, name)}" for name in own if name not in missing}
-        wanted: dict[str, Tensor] = {}
-        for name, key in keys.items():
-            value = own[name]
-            part = self._as_dtensor(value, shards[value]) if value in shards else value.detach()
-            wanted.setdefault(key, part)
+        first_names = {name: tied.get(name, name) for name in saved.union(tied)}
+        wanted = {f"{WEIGHTS}/{first_names[name]}": own[name] for name in own if name in first_names}
         with complaining(folder):
             dcp.load(wanted, storage_reader=Reader(folder))
-        for name, key in keys.items():
-            read = _local(wanted[key])
-            if read.data_ptr() != own[name].data_ptr():  # tied in the file alone, or on the mesh's device
-                own[name].detach().copy_(read)
+        # What the module lacks was not read; the module refuses it by its name.
+        nothing = torch.empty(0)
+        read = {name: wanted.get(f"{WEIGHTS}/{first}", nothing) for name, first in first_names.items()}
+        self.module.load_state_dict({name: _local(value) for name, value in read.items()}, strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
         """Reads this rank's part of the optimizers' state."""
-        folder = Path(checkpoint[FOLDER_KEY])
-        for number, (optimizer, rest) in enumerate(zip(optimizers, checkpoint[OPTIMIZERS])):
-            parts = self._empty_parts(folder, number, optimizer)
-            with complaining(folder):
-                dcp.load(parts, storage_reader=Reader(folder))
-            own = {key: _local(part) for key, part in parts.items()}
-            optimizer.load_state_dict(with_tensors(rest, own))
-
-    def _empty_parts(self, folder: Path, number: int, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Returns memory for this rank's part of each of an optimizer's tensors."""
-        shards, parameters = sharded_parameters(self.module), parameters_by_index(optimizer)
+        folder, shards = Path(checkpoint[FOLDER_KEY]), sharded_parameters(self.module)
+        parameters = [parameters_of(optimizer) for optimizer in optimizers]
         parts: dict[str, Tensor] = {}
-        for key, meta in tensors_in(folder, f"{OPTIMIZERS}/{number}/"):
-            parameter, dtype = parameters[int(key.split("/")[2])], meta.properties.dtype
+        for key, meta in tensors_in(folder, f"{OPTIMIZERS}/"):
+            _, number, index, _ = key.split("/")
+            parameter, dtype = parameters[int(number)][int(index)], meta.properties.dtype
             if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
                 parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shards[parameter])
             else:
                 parts[key] = torch.empty(meta.size, dtype=dtype)
-        return parts
+        with complaining(folder):
+            dcp.load(parts, storage_reader=Reader(folder))
+        states = copy.deepcopy(checkpoint[OPTIMIZERS])
+        put_back(states, {key: _local(part) for key, part in parts.items()})
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict(state)
 
     def _as_dtensor(self, part: Tensor, shard: Shard) -> DTensor:
         placements: list[Placement] = [Replicate(), DTensorShard(shard.dim)]
@@ -164,37 +156,29 @@ def _local(value: Tensor) -> Tensor:
 @contextmanager
 def _failing_together(folder: Path) -> Generator[None, None, None]:
     """Makes what fails on one rank fail on all, in one line, with nothing left behind."""
-    complaint = None
+    failure = None
     try:
         yield
     except (OSError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, OSError):
             raise
-        complaint = str(cause) if isinstance(cause, CheckpointWriteError) else str(write_error(folder, cause))
-    if (complaint := _first_of(complaint)) is not None:
+        failure = cause if isinstance(cause, CheckpointWriteError) else write_error(folder, cause)
+    if (failure := _first_of(failure)) is not None:
         if dist.get_rank() == 0:
             remove(unfinished_folder(folder))
-        raise CheckpointWriteError(complaint)
+        raise failure
 
 
-def _first_of(complaint: str | None) -> str | None:
-    """Returns the complaint of the first rank that has one."""
-    return next((text for text in gathered(complaint) if text is not None), None)
+def _first_of(value: T | None) -> T | None:
+    """Returns the value of the first rank that has one."""
+    return next((value for value in gathered(value) if value is not None), None)
 
 
 def _digests_of_own(folder: Path) -> dict[str, str]:
     """Returns the digests of the files that this rank has written."""
     own = [*folder.glob(f"__{dist.get_rank()}_*"), *([folder / CONTENTS] if dist.get_rank() == 0 else [])]
     return {path.name: digest_of(path) for path in own}
-
-
-def _check_all_arrived(folder: Path) -> None:
-    if missing := missing_parts(folder):
-        raise CheckpointWriteError(
-            f"{folder} lacks {', '.join(missing)}: trainer.strategy.save_sharded needs a folder that "
-            "all nodes share"
-        )
 
 
 # ---- the two halves of a checkpoint: its tensors, and the rest
@@ -206,25 +190,22 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     tied = {}
     for name, value in state_dict.items():
         local = _local(value)
-        if local.numel() and first.setdefault(local.data_ptr(), name) != name:
-            tied[name] = first[local.data_ptr()]
+        if local.numel() and (original := first.setdefault(local.data_ptr(), name)) != name:
+            tied[name] = original
     return tied
 
 
 def _split(checkpoint: Mapping[str, Any], tied: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors of the model and its optimizers, each under a name of its own, and all else."""
-    weights = checkpoint[WEIGHTS].items()
+    weights, optimizers = checkpoint[WEIGHTS].items(), checkpoint.get(OPTIMIZERS, [])
     tensors = {f"{WEIGHTS}/{name}": value for name, value in weights if name not in tied}
-    rest = {**checkpoint, WEIGHTS: {}}
-    if OPTIMIZERS in checkpoint:
-        rest[OPTIMIZERS] = []
-    for number, saved in enumerate(checkpoint.get(OPTIMIZERS, [])):
-        scalars: dict[int, dict[str, Any]] = {index: {} for index in saved["state"]}
+    scalars = [{**saved, "state": {index: {} for index in saved["state"]}} for saved in optimizers]
+    for number, saved in enumerate(optimizers):
         for index, entry in saved["state"].items():
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     tensors[f"{OPTIMIZERS}/{number}/{index}/{key}"] = value
                 else:
-                    scalars[index][key] = value
-        rest[OPTIMIZERS].append({**saved, "state": scalars})
-    return tensors, rest
+                    scalars[number]["state"][index][key] = value
+    rest = {**checkpoint, WEIGHTS: {}}
+    return tensors, {**rest, OPTIMIZERS: scalars} if OPTIMIZERS in checkpoint else rest

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,8 +24,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.full_layout import FullLayout
-from gpt_lightning.parallel.gradients import adapt_precision, check_optimizer, gradient_norm, sum_gradients
-from gpt_lightning.parallel.layers import SequenceParallel
+from gpt_lightning.parallel.gradients import by_whole_norm, check_optimizer, gradient_norm, sum_gradients
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
 from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
@@ -84,7 +82,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.replica_check_every_n_steps = replica_check_every_n_steps
         self._styles: dict[str, ParallelStyle] = {}
         self._parallelized: LightningModule | None = None
-        self._sequence = SequenceParallel()
         self._optimizer_steps = 0
 
     # ---- the ranks
@@ -159,8 +156,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self._parallelize()
         self.model = self.precision_plugin.convert_module(self._module)
         self.model_to_device()
-        shards = sharded_parameters(self._module)
-        adapt_precision(self.precision_plugin, shards, self.mesh)
+        self.precision_plugin = by_whole_norm(self.precision_plugin, self.mesh, self.gradient_norm)
         self._reduce_metrics_over(self.mesh.dp_group)
         self._check_replicas("at the start")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -169,7 +165,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
                 self.configure_ddp()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
-                check_optimizer(optimizer, shards)
+                check_optimizer(optimizer, sharded_parameters(self._module))
         self.setup_precision_plugin()
 
     def _parallelize(self, *, draw: bool = True) -> None:
@@ -180,8 +176,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())))
             self._styles = styles_of(module, self.tensor_parallel_size)
-            sequence = self._sequence if self.sequence_parallel else None
-            parallelize(module, self._styles, self.mesh, sequence, draw=draw)
+            cuts_sequence = self.sequence_parallel
+            parallelize(module, self._styles, self.mesh, cuts_sequence=cuts_sequence, draw=draw)
         self._parallelized = module
 
     def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:
@@ -203,16 +199,14 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._sequence.on = self.sequence_parallel
+        self.mesh.cuts_sequence = self.sequence_parallel
         return super().training_step(*args, **kwargs)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return super().backward(*args, **kwargs)
-        finally:
-            # Not earlier: the backward pass may recompute parts of the forward pass.
-            self._sequence.on = False
+        loss = super().backward(*args, **kwargs)
+        self.mesh.cuts_sequence = False  # not earlier: the pass may recompute parts of the forward pass
+        return loss
 
     @override
     def optimizer_step(
@@ -230,7 +224,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def _summed(self, closure: Callable[[], Any]) -> Any:
         """Runs the closure, and sums over the peers the gradients that it left in parts."""
         loss = closure()
-        self._sequence.on = False  # `backward` is not called in a step without a loss
+        self.mesh.cuts_sequence = False  # `backward` is not called in a step without a loss
         if self.sequence_parallel:
             sum_gradients(partial_gradients(self._module, self._styles), self.mesh)
         return loss
@@ -274,8 +268,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return self._layout(sharded=self.save_sharded).optimizer_state(plain)
+        return self._layout(sharded=self.save_sharded).optimizer_state(optimizer)
 
     @override
     def save_checkpoint(

@@ -1,1 +1,1 @@
-"""What Lightning asks of a step; private names of Lightning's live in `trainer.py` alone."""
+"""Answers what Lightning asks of a step; private names of Lightning's live in `trainer.py` alone."""

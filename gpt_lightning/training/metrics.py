@@ -1,13 +1,24 @@
-"""Logs the numbers of a step, and sums the loss over batches exactly, at any batch size and device count."""
+"""Gathers and logs the numbers of a step, and sums the loss over batches exactly."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
-from torch.nn import Module
-from torchmetrics import Metric
-from typing_extensions import override
+
+
+@dataclass(eq=False)
+class OptimizerStep:
+    """Gathers what this rank has done of an optimizer step: its micro-batches' losses and samples.
+
+    `tokens` are those that all ranks score in all of the step.
+    """
+
+    nlls: list[Tensor] = field(default_factory=list)
+    sample_ids: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
 
 
 class StepRow:
@@ -38,40 +49,26 @@ class StepRow:
             logger.save()
 
 
-class TokenLoss(Metric):
+class TokenLoss:
     """Computes the mean negative log-likelihood per scored token, in nats: summed nll over summed tokens.
 
-    The mean of batch means would weigh tokens by how they were batched, and `torchmetrics.text.Perplexity`
-    returns inf where one token's probability underflows in float32.
+    The mean of batch means would weigh tokens by how they were batched. The sums are on the device, which
+    adds to them without the host waiting, and in float64 where there is one: in bfloat16 they would stop
+    growing at 256.
     """
-
-    full_state_update = False
-    nll: Tensor
-    tokens: Tensor
 
     def __init__(self) -> None:
         # On the host, also where the model around it is built on the meta device.
-        with torch.device("cpu"):
-            super().__init__()
-            self.add_state("nll", torch.zeros((), dtype=_sum_dtype()), dist_reduce_fx="sum")
-            self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.nll = self.tokens = torch.zeros((), dtype=torch.long, device="cpu")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """Adds a batch's summed nll and the number of tokens it was summed over."""
-        self.nll += nll.detach()
-        self.tokens += tokens
+        dtype = torch.float32 if nll.device.type == "mps" else torch.float64
+        self.nll = self.nll + nll.detach().to(dtype)
+        self.tokens = self.tokens + tokens
 
-    def compute(self) -> Tensor:
+    def compute(self, strategy: Strategy) -> Tensor:
+        """Sums over all ranks, which call it together."""
+        self.nll = strategy.reduce(self.nll, reduce_op="sum")
+        self.tokens = strategy.reduce(self.tokens, reduce_op="sum")
         return self.nll / self.tokens
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
-        """Follows the model to its device, but not to its dtype: in bfloat16 the sum stops growing at 256."""
-        super()._apply(fn, exclude_state)
-        self.nll = self.nll.to(_sum_dtype())
-        self._defaults["nll"] = torch.zeros_like(self.nll)
-        return self
-
-
-def _sum_dtype() -> torch.dtype:
-    return torch.float32 if torch.backends.mps.is_available() else torch.float64

@@ -1,4 +1,4 @@
-"""The LightningModule: what a step of training, validation and prediction does with a batch."""
+"""Tells Lightning what a step of training, validation or prediction does with a batch."""
 
 import math
 from dataclasses import asdict, replace
@@ -13,7 +13,12 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, VALIDATION_KEY, check_same_architecture
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    ORIGIN_KEY,
+    VALIDATION_KEY,
+    check_same_architecture,
+)
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
@@ -27,12 +32,11 @@ from gpt_lightning.kernels.device import keep_freed_memory
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.sharding import tensor_parallel_plan
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.compilation import check_backend, compile_blocks
-from gpt_lightning.training.metrics import StepRow, TokenLoss
+from gpt_lightning.training.metrics import OptimizerStep, StepRow, TokenLoss
 from gpt_lightning.training.optim import (
     OptimizerConfig,
     ScheduleConfig,
@@ -41,6 +45,7 @@ from gpt_lightning.training.optim import (
     keep_settings,
 )
 from gpt_lightning.training.prediction import CompletionCallback, predicted_rows
+from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_logging_step
 
 
@@ -87,15 +92,16 @@ class GPTLightningModule(LightningModule):
         self.step_row = StepRow()
         self.trained_tokens = 0  # scored by all ranks in this process's optimizer steps
         self._replicas = 1
-        self._step_nll: Tensor | None = None  # of this rank's micro-batches of the step that is under way
-        self._step_tokens = 0  # scored in all of that step, by all ranks
+        self.step = OptimizerStep()  # which is under way
+        self.begun_from: str | None = None  # the model whose weights the run began with
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     # Training
 
     @override
     def on_fit_start(self) -> None:
-        self._step_nll = None  # an interrupted run may have left one
+        # An interrupted run may have left some of a step, and a callback that writes its row.
+        self.step, self.step_row = OptimizerStep(), StepRow()
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -111,23 +117,24 @@ class GPTLightningModule(LightningModule):
         # Lightning divides the loss by the number of micro-batches, DDP the gradients by that of replicas.
         parts = self._replicas * self.trainer.accumulate_grad_batches
         if batch.step_tokens is not None:
-            self._step_tokens, share = batch.step_tokens, batch.step_tokens / parts
+            self.step.tokens, share = batch.step_tokens, batch.step_tokens / parts
         else:  # of a loader of somebody's own: ranks and micro-batches weigh alike, as Lightning has it
             share = max(1, int(_scored_tokens(batch)))
-            before = 0 if self._step_nll is None else self._step_tokens
-            self._step_tokens = before + self._replicas * share
-        self._step_nll = nll.detach() if self._step_nll is None else self._step_nll + nll.detach()
+            self.step.tokens += self._replicas * share
+        self.step.nlls.append(nll.detach())
+        if batch.sample_ids is not None:
+            self.step.sample_ids.append(batch.sample_ids)
         return (nll / share).float()
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._step_nll is not None
-        nll, self._step_nll = self._step_nll, None
-        self.trained_tokens += self._step_tokens
+        step, self.step = self.step, OptimizerStep()
+        self.trained_tokens += step.tokens
         if is_logging_step(self.trainer, self.trainer.global_step + 1):
+            nll = sum(step.nlls, torch.zeros((), device=self.device))
             if self._replicas > 1:
                 nll = self.trainer.strategy.reduce(nll, reduce_op="sum")
-            self._log_step(nll / self._step_tokens, optimizer)
+            self._log_step(nll / step.tokens, optimizer)
 
     def _log_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         values = {
@@ -148,11 +155,11 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        if self._step_nll is None:  # a step was taken
+        if not self.step.nlls:  # a step was taken
             # Lightning keeps the gradients through the next forward pass, and so raises its peak of memory.
             self.trainer.optimizers[0].zero_grad()
         # What others log with `self.log` would be put one step early.
-        if has_logged(self.trainer) and is_logging_step(self.trainer, self.trainer.global_step):
+        if is_logging_step(self.trainer, self.trainer.global_step) and has_logged(self.trainer):
             self.log("step", float(self.trainer.global_step))
 
     def _epoch(self) -> float:
@@ -186,8 +193,8 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token."""
-        loss = self.held_out_loss.compute()
-        self.held_out_loss.reset()
+        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
+        loss = held_out.compute(self.trainer.strategy)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             limit = self.trainer.limit_val_batches
             whole = isinstance(limit, float) and limit == 1.0  # 1 is one batch
@@ -240,9 +247,7 @@ class GPTLightningModule(LightningModule):
     # Tensor parallelism
 
     def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Returns the model's plan, by the names of the submodules in this module."""
-        plan = tensor_parallel_plan(self.model.config)
-        return {f"model.{name}": ParallelStyle(*sharding) for name, sharding in plan.items()}
+        return tensor_parallel_plan(self.model.config)
 
     # Optimizer and checkpoint
 
@@ -275,14 +280,16 @@ class GPTLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps this run's optimizer settings: PyTorch would restore those of the run that saved."""
         check_same_architecture(self.model.config, checkpoint)
+        self.begun_from = checkpoint.get(ORIGIN_KEY)
         self._last_validation = checkpoint.get(VALIDATION_KEY)
         keep_settings(self.optimizer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = asdict(self.model.config)
-        if self._last_validation is not None:
-            checkpoint[VALIDATION_KEY] = self._last_validation
+        for key, value in ((ORIGIN_KEY, self.begun_from), (VALIDATION_KEY, self._last_validation)):
+            if value is not None:
+                checkpoint[key] = value
 
 
 def _scored_tokens(batch: TokenBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and a learning rate that warms up and follows a cosine down."""
+"""Builds AdamW, which decays matrices only, and a learning rate that warms up and follows a cosine down."""
 
 import math
 from dataclasses import dataclass

@@ -39,10 +39,11 @@ from tokenizers import Tokenizer
 
 from gpt_lightning.data.documents import Piece, read_pieces
 from gpt_lightning.data.encoding import encode_pieces
-from gpt_lightning.data.loader import BatchNumbers, WindowBatches, batch_loader
+from gpt_lightning.data.loader import EpochBatches, WindowBatches, batch_loader
 from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
+from gpt_lightning.data.windows import Epochs
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 
@@ -218,19 +219,11 @@ def make_split(folder: Path, n_tokens: int = 10_000_000) -> TokenSplit:
 def our_batches(
     split: TokenSplit, *, batch: int = BATCH, seq_len: int = SEQ_LEN, seed: int | None = 0, mask: bool = False
 ) -> Iterator[Any]:
+    epochs = Epochs(n_tokens=split.n_tokens, seq_len=seq_len, global_batch=batch, seed=seed)
     dataset = WindowBatches(
-        split,
-        seq_len=seq_len,
-        batch_size=batch,
-        rank=0,
-        ranks=1,
-        document_mask=mask,
-        seed=seed,
-        start=0,
-        accumulate=1,
-        vocab_size=50_257,
+        split=split, epochs=epochs, rank=0, ranks=1, document_mask=mask, vocab_size=50_257
     )
-    return iter(batch_loader(dataset, lambda: BatchNumbers(range(10**9), 10**9)))
+    return iter(batch_loader(dataset, lambda: EpochBatches(range(10**9), 10**9)))
 
 
 def nanogpt_get_batch(folder: Path, checkout: str | None) -> Callable[[], object]:

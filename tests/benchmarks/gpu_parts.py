@@ -33,7 +33,6 @@ from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.attention import Attend, dense_mask
-from gpt_lightning.kernels.device import finish_queue
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
 
@@ -322,11 +321,11 @@ def _by_heads(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     work()
-    finish_queue(device)
+    torch.get_device_module(device).synchronize()
     begin = time.perf_counter()
     for _ in range(repeats):
         work()
-    finish_queue(device)
+    torch.get_device_module(device).synchronize()
     return (time.perf_counter() - begin) / repeats
 
 

@@ -23,7 +23,7 @@ from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.token_cache import TokenSplit
-from gpt_lightning.kernels.device import finish_queue, peak_memory_gib
+from gpt_lightning.kernels.device import peak_memory_gib
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.training.module import GPTLightningModule
@@ -140,7 +140,7 @@ class Stopwatch(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.warm_up:
-            finish_queue(pl_module.device)
+            torch.get_device_module(pl_module.device).synchronize()
             now = time.perf_counter()
             self.warm_up_seconds += now
             self.seconds = -now
@@ -153,7 +153,7 @@ class Stopwatch(pl.Callback):
         self.last = outputs["loss"].detach()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        finish_queue(pl_module.device)
+        torch.get_device_module(pl_module.device).synchronize()
         self.seconds += time.perf_counter()
 
 
@@ -260,7 +260,7 @@ def own_loop(
     seconds = 0.0
     for step in range(scale.warm_up + scale.steps):
         if step == scale.warm_up:
-            finish_queue(device)
+            torch.get_device_module(device).synchronize()
             seconds = -time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = 6e-4 * min(1.0, (step + 1) / 5)
@@ -272,7 +272,7 @@ def own_loop(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
-    finish_queue(device)
+    torch.get_device_module(device).synchronize()
     seconds += time.perf_counter()
     return row(scale, "124M", batch, seconds, float(losses[0]), float(losses[-1]))
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpt_lightning.data.datamodule import TextDataModule  # noqa: E402
 from gpt_lightning.model.config import GPTConfig  # noqa: E402
-from gpt_lightning.parallel.replicas import differing_parameter  # noqa: E402
+from gpt_lightning.parallel.replicas import check_replicas  # noqa: E402
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy  # noqa: E402
 from gpt_lightning.training.module import GPTLightningModule  # noqa: E402
 from tests.distributed import run_ranks  # noqa: E402
@@ -94,7 +94,7 @@ def measure(make_strategy: Callable[[], Any], folder: Path, steps: int) -> dict[
     if strategy != "ddp":
         start = time.perf_counter()
         for _ in range(10):
-            differing_parameter(module, trainer.strategy.mesh)
+            check_replicas(module, trainer.strategy.mesh, "here")
         result["check_ms"] = 1e2 * (time.perf_counter() - start)
     return result
 

@@ -6,17 +6,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
 
 from gpt_lightning.callbacks.finite_guard import FiniteGuard, NonFiniteError, _ranges
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.module import GPTLightningModule
 
 
 def step(
     guard: FiniteGuard, scale: float | None, gradient: float, dtype: torch.dtype = torch.float32
-) -> nn.Linear:
-    """One optimizer step of a layer, as the Trainer would announce it, with fp16's scaler or without."""
-    module: Any = nn.Linear(2, 2, dtype=dtype)
-    module.device = torch.device("cpu")
+) -> GPTLightningModule:
+    """One optimizer step, as the Trainer would announce it, with fp16's scaler or without."""
+    module = GPTLightningModule(GPTConfig(4, 2, n_layers=1, n_heads=1, d_model=2)).to(dtype)
+    module.step.nlls.append(torch.tensor(1.0))
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     precision = MixedPrecision("16-mixed", "cpu", scaler) if scaler else MixedPrecision("bf16-mixed", "cpu")
     rank = {"is_global_zero": True, "world_size": 1}
@@ -25,7 +26,6 @@ def step(
         parameter.grad = torch.full_like(parameter, gradient)
     if scaler is not None:
         scaler.scale(torch.ones(()))  # which makes the scale a tensor, as the first step does
-    guard.on_before_backward(trainer, module, torch.tensor(1.0))
     guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=0.1))
     return module
 

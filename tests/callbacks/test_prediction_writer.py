@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,13 +79,14 @@ def predict(
 ) -> list[dict[str, Any]]:
     """The rows of the file; any text stands for a checkpoint's digest."""
     module.generation = settings
+    kept: Any = checkpoint and SimpleNamespace(digest=checkpoint)
     with output.with_name("texts").open("w", encoding="utf-8") as stream:
         trainer = Trainer(
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=any(isinstance(callback, StepProgressBar) for callback in callbacks),
-            callbacks=[PredictionWriter(output, stream, checkpoint), *callbacks],
+            callbacks=[PredictionWriter(output, stream, kept), *callbacks],
         )
         data = TextDataModule(tokenizer="bytes", prompts=prompts, batch_size=batch_size)
         trainer.predict(module, datamodule=data, return_predictions=False)
@@ -100,8 +102,8 @@ def test_rows_that_end_are_replaced_at_once(
 ) -> None:
     """Prompts that need 6, 1, 1, 1, 1 and 2 tokens take six steps of two rows; batches of two took nine."""
     steps = []
-    choose = engine.choose
-    monkeypatch.setattr(engine, "choose", lambda *args: (steps.append(1), choose(*args))[1])
+    choose = engine.Sampler.choose
+    monkeypatch.setattr(engine.Sampler, "choose", lambda *args: (steps.append(1), choose(*args))[1])
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, stop=["z"])
     prompts = ["t", "ay", "y", "by", "abcy", "x"]
     bar, counter = StepProgressBar(), Counter()

@@ -84,6 +84,13 @@ def test_the_best_is_judged_by_its_own_validation(tmp_path: Path) -> None:
     assert step_of(tmp_path / "step000004.ckpt") == 4
 
 
+def test_it_is_judged_once_where_an_epoch_ends_with_a_validation(tmp_path: Path) -> None:
+    settings = {"limit_train_batches": 3}
+    fit(tmp_path, [3.0, 2.0, 1.0], max_steps=9, trainer=settings, save_top_k=2)
+    assert names_in(tmp_path) == ["last.ckpt", "step000006.ckpt", "step000009.ckpt"]
+    assert [step_of(path) for path in sorted(tmp_path.glob("step*.ckpt"))] == [6, 9]
+
+
 def test_last_is_the_newest_when_nothing_improves(tmp_path: Path) -> None:
     fit(tmp_path, [1.0, 2.0, 3.0, float("nan")])
     assert step_of(tmp_path / "last.ckpt") == 8

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import gpt_lightning.training.trainer as training_trainer
 from gpt_lightning.callbacks import throughput
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.data.loader import TokenBatch
@@ -92,7 +93,7 @@ def fit(
     clock, record = Clock(), Record()
     step_tokens = 12 * replicas * options.get("accumulate_grad_batches", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "time", clock)
+        patch.setattr(training_trainer, "time", clock)
         patch.setattr(throughput, "peak_flops", lambda device, precision: PEAK)
         trainer = kind(
             accelerator="cpu",
@@ -181,8 +182,8 @@ def test_peers_share_the_work_and_replicas_add_to_it(tmp_path: Path, tensor_para
 def test_queued_steps_are_finished_before_a_validation_or_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits: list[torch.device] = []  # of 10 s each
-    monkeypatch.setattr(throughput, "finish_queue", waits.append)
+    waits: list[None] = []  # of 10 s each
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda: waits.append(None))
     monkeypatch.setattr(Clock, "perf_counter", lambda clock: clock.seconds + 10 * len(waits))
     record = fit(tmp_path, max_steps=3)
     assert len(waits) == 2  # for one validation and one save, after the second step

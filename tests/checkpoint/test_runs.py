@@ -14,7 +14,6 @@ import torch
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.runs import (
     NUMBERED,
-    choose_run_folder,
     find_checkpoint,
     newest_checkpoint,
     newest_of_run,
@@ -36,6 +35,12 @@ def flip(path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def opened_for_a_moment(folder: Path, resumed_from: Path | None, *, begins_again: bool = False) -> Path:
+    run = open_run_folder(folder, resumed_from, begins_again=begins_again)
+    run.close()
+    return run.folder
 
 
 def opening(pipe: Connection, folder: Path, resumed_from: Path | None) -> None:
@@ -102,21 +107,19 @@ def test_a_process_that_outlives_its_killed_parent_does_not_keep_the_folder(tmp_
 
 def test_a_fresh_run_takes_the_first_free_number(tmp_path: Path) -> None:
     save(tmp_path / "run" / "last.ckpt", 5)
-    assert choose_run_folder(tmp_path / "run", None) == tmp_path / "run-2"
+    assert opened_for_a_moment(tmp_path / "run", None) == tmp_path / "run-2"
     (tmp_path / "run-2").mkdir()
     (tmp_path / "run-2" / ".lock").touch()  # of a process that was killed before it wrote anything
-    run = open_run_folder(tmp_path / "run", None)
-    assert run.folder == choose_run_folder(tmp_path / "run", None) == tmp_path / "run-2"
-    run.close()
+    assert opened_for_a_moment(tmp_path / "run", None) == tmp_path / "run-2"
 
 
 def test_an_older_checkpoint_does_not_undo_what_came_after_it(tmp_path: Path) -> None:
     best = save(tmp_path / "run" / "step000004.ckpt", 4)
     last = save(tmp_path / "run" / "last.ckpt", 6)
-    assert choose_run_folder(tmp_path / "run", last) == tmp_path / "run"
-    assert choose_run_folder(tmp_path / "run", best) == tmp_path / "run-2"
+    assert opened_for_a_moment(tmp_path / "run", last) == tmp_path / "run"
+    assert opened_for_a_moment(tmp_path / "run", best) == tmp_path / "run-2"
     flip(last)  # nothing is lost with it
-    assert choose_run_folder(tmp_path / "run", best) == tmp_path / "run"
+    assert opened_for_a_moment(tmp_path / "run", best) == tmp_path / "run"
 
 
 def test_leftovers_of_killed_saves_go(tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_its_f
     assert run.folder == folder and not torn.exists()
     run.close()
     save(folder / "last.ckpt", 3)
-    assert choose_run_folder(folder, None, begins_again=True) == tmp_path / "run-2"
+    assert opened_for_a_moment(folder, None, begins_again=True) == tmp_path / "run-2"
 
 
 # ---- the newest

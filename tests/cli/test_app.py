@@ -1,4 +1,4 @@
-"""The program end to end on a tiny corpus: what a user types, and what it leaves behind."""
+"""Runs the program end to end on a tiny corpus: what a user types, and what it leaves behind."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Bad input: one clear line, exit code 2, nothing written."""
+"""Checks that bad input gives one clear line and exit code 2, and that nothing is written."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`gpt-lightning generate`: the text of predict, as it is drawn; prompts and commands in a row; signals."""
+"""Holds `generate` to the text of predict, as it is drawn; to prompts and commands in a row; to signals."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def write_checkpoint(path: Path) -> TextTokenizer:
     )
     weights = {f"model.{name}": tensor for name, tensor in GPTModel(config).state_dict().items()}
     position = {"consumed_samples": 0, "batches": 0, "epoch_batches": 0}
-    data = {**position, "tokenizer": tokenizer.to_dict(), "settings": {"tokenizer": "bpe:330"}, "text": {}}
+    data = {**position, "tokenizer": tokenizer.state, "settings": {"tokenizer": "bpe:330"}, "text": {}}
     path.parent.mkdir(parents=True)
     contents = {"state_dict": weights, "gpt_config": asdict(config), "TextDataModule": data}
     write({**contents, "pytorch-lightning_version": lightning.__version__, "global_step": 0}, path)

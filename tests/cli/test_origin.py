@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another model, and what is true of them from the first step on."""
+"""Begins runs with the weights of another model, and holds them to what is true from the first step on."""
 
 import math
 from collections.abc import Callable

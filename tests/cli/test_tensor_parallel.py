@@ -1,4 +1,4 @@
-"""The program with tensor parallelism: its own launcher and torchrun, every verb, what it refuses."""
+"""Runs the program with tensor parallelism: its own launcher and torchrun, every verb, what it refuses."""
 
 import json
 import os

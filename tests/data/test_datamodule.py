@@ -20,7 +20,8 @@ class RankOf:
     def __init__(self, rank: int, ranks: int) -> None:
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         self.strategy, self.fit_loop = trainer.strategy, trainer.fit_loop
-        self.accumulate_grad_batches = 1
+        self.accumulate_grad_batches, self.overfit_batches = 1, 0.0
+        self.num_training_batches = trainer.num_training_batches
         self.limit_train_batches, self.reload_dataloaders_every_n_epochs = 1.0, 0
         self.distributed_sampler_kwargs = {"num_replicas": ranks, "rank": rank}
 

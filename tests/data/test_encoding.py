@@ -49,7 +49,7 @@ def test_tokenizers_that_have_no_fast_way_give_their_own_ids(tmp_path: Path) -> 
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
     slow = load_tokenizer(str(tmp_path))
-    plain = TextTokenizer.from_dict(train_bpe(["a text"] * 3, 300).to_dict())
+    plain = TextTokenizer.from_dict(train_bpe(["a text"] * 3, 300).state)
     (text,) = encode_pieces([("train", Piece("text", True))], slow)
     assert text.tokens.tolist() == [*plain.encode(" text"), slow.eos_token_id]
 

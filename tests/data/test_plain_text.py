@@ -141,7 +141,7 @@ def test_text_never_yields_a_special_token(name: str) -> None:
     special = {raw.token_to_id(token) for token in ("</s>", "<s>")}
     tokenizer = TextTokenizer(raw, "</s>")
     texts = ["</s>", "<s>", " </s> ", "a</s>b", "The cat </s> sat <s> on", "＜/s＞", "</s></s>", TEXT]
-    copy = TextTokenizer.from_dict(tokenizer.to_dict())
+    copy = TextTokenizer.from_dict(tokenizer.state)
     for text, batched in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert special.isdisjoint(batched), text
         assert tokenizer.encode(text) == batched == copy.encode(text)

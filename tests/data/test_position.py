@@ -251,12 +251,12 @@ def test_a_batch_tells_how_many_targets_its_optimizer_step_scores(
         assert sum(told) == 3 * 100
 
 
-@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_epochs": 4, "limit_train_batches": 5}])
+@pytest.mark.parametrize("limits", [{}, {"limit_train_batches": 5}, {"limit_train_batches": 0.7}])
 @pytest.mark.parametrize("batch_size, accumulate", [(2, 2), (2, 3), (4, 1), (1, 4)])
 def test_so_it_does_after_a_resume_in_the_middle_with_other_batches_too(
     source: Path, tmp_path: Path, batch_size: int, accumulate: int, limits: dict[str, Any]
 ) -> None:
-    saver = SaveEverywhere(tmp_path)
+    saver, limits = SaveEverywhere(tmp_path), {"max_epochs": 4, **limits}
     fit(data_of(source), callbacks=[saver], accumulate_grad_batches=2, **limits)
     assert len(saver.saved) > 10
     for name in list(saver.saved)[::3]:
@@ -276,16 +276,32 @@ class KeepSteps(Callback):
         torch.save(module.steps, self.folder / f"rank{trainer.global_rank}")
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_so_it_does_on_two_ranks(source: Path, tmp_path: Path, accumulate: int) -> None:
-    counter = StepCounter()
-    world = {"strategy": "ddp_fork", "devices": 2, "callbacks": [KeepSteps(tmp_path)]}
-    fit(data_of(source), module=counter, max_epochs=2, accumulate_grad_batches=accumulate, **world)
+def on_two_ranks(data: TextDataModule, folder: Path, **options: Any) -> tuple[list[int], list[int]]:
+    fit(data, module=StepCounter(), strategy="ddp_fork", devices=2, callbacks=[KeepSteps(folder)], **options)
     ranks = [StepCounter() for _ in range(2)]
     for number, rank in enumerate(ranks):
-        rank.steps = torch.load(tmp_path / f"rank{number}")
-    told, counted = told_and_counted(*ranks)
+        rank.steps = torch.load(folder / f"rank{number}")
+    return told_and_counted(*ranks)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_so_it_does_on_two_ranks(source: Path, tmp_path: Path, accumulate: int) -> None:
+    told, counted = on_two_ranks(data_of(source), tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)
     assert told == counted and sum(told) == 2 * 100
+
+
+@pytest.mark.parametrize("limit", [1.0, 3, 0.7])
+@pytest.mark.parametrize("name", ["batch_end-2", "validation_end-5"])
+def test_so_it_does_on_two_ranks_that_go_on_with_what_one_began(
+    source: Path, tmp_path: Path, name: str, limit: float
+) -> None:
+    options: dict[str, Any] = {"max_epochs": 5, "limit_train_batches": limit}
+    saver = SaveEverywhere(tmp_path)
+    fit(data_of(source), callbacks=[saver], accumulate_grad_batches=2, val_check_interval=2, **options)
+    path = next(tmp_path / saved for saved in saver.saved if saved >= name)
+    data = data_of(source, batch_size=1, num_workers=1)
+    told, counted = on_two_ranks(data, tmp_path, ckpt_path=path, accumulate_grad_batches=4, **options)
+    assert told == counted and len(told) > 1
 
 
 def test_predictions_of_a_trainer_are_in_prompt_order(source: Path) -> None:

@@ -1,10 +1,10 @@
-"""Prompts: options first, then the file, each rank its share."""
+"""Checks that prompts come from options and then from the file, and that each rank gets its share."""
 
 from pathlib import Path
 
 import pytest
 
-from gpt_lightning.data.prompts import read_prompts, share_of_prompts
+from gpt_lightning.data.prompts import PromptShare, read_prompts
 from gpt_lightning.data.tokenizer import load_tokenizer
 
 
@@ -20,9 +20,7 @@ def test_prompts_come_from_both_places_in_order(tmp_path: Path) -> None:
 def test_every_prompt_that_is_not_finished_is_in_the_share_of_one_rank(ranks: int) -> None:
     tokenizer = load_tokenizer("bytes")
     prompts = [f"p{index}" * (index > 0) for index in range(11)]
-    shares = [
-        share_of_prompts(prompts, {1, 2, 9}, tokenizer, rank=rank, ranks=ranks) for rank in range(ranks)
-    ]
+    shares = [PromptShare(prompts, {1, 2, 9}, tokenizer, rank, ranks)[0] for rank in range(ranks)]
     sizes = [len(share.prompts) for share in shares]
     assert sum(sizes) == 8 and max(sizes) - min(sizes) <= 1
     seen = {

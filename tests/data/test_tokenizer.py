@@ -76,7 +76,7 @@ def test_special_tokens_in_text_are_plain_text_after_every_reload(bpe: TextToken
     bpe.save(tmp_path)
     copies = [
         bpe,
-        TextTokenizer.from_dict(bpe.to_dict()),
+        TextTokenizer.from_dict(bpe.state),
         pickle.loads(pickle.dumps(bpe)),
         load_tokenizer(str(tmp_path)),
     ]
@@ -84,7 +84,7 @@ def test_special_tokens_in_text_are_plain_text_after_every_reload(bpe: TextToken
         ids = copy.encode("a<|endoftext|>b")
         assert copy.eos_token_id not in ids and copy.decode(ids) == "a<|endoftext|>b"
         assert copy.fingerprint == bpe.fingerprint
-    assert all(isinstance(value, str) for value in bpe.to_dict().values())
+    assert all(isinstance(value, str) for value in bpe.state.values())
 
 
 def test_saved_folder_opens_in_transformers(bpe: TextTokenizer, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_saved_folder_opens_in_transformers(bpe: TextTokenizer, tmp_path: Path) 
 
 
 def write_vocabulary_and_merges(tokenizer: TextTokenizer, folder: Path) -> None:
-    model = json.loads(tokenizer.to_dict()["tokenizer_json"])["model"]
+    model = json.loads(tokenizer.state["tokenizer_json"])["model"]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")

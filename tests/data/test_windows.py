@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from gpt_lightning.data import windows
-from gpt_lightning.data.windows import Ints
+from gpt_lightning.data.windows import Epochs, Ints
 
 
 def epoch_targets(n_tokens: int, seq_len: int, seed: int, epoch: int) -> list[tuple[int, int]]:
     """(input, target) of every scored place of an epoch, in order; token ids are their positions."""
     tokens = np.arange(n_tokens)
-    count = windows.n_windows(n_tokens, seq_len)
-    positions = np.arange(epoch * count, (epoch + 1) * count)
-    starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=seed)
+    epochs = Epochs(n_tokens=n_tokens, seq_len=seq_len, seed=seed)
+    count = epochs.windows
+    starts, lengths = epochs.cut(np.arange(epoch * count, (epoch + 1) * count))
     inputs, targets = windows.gather(tokens, starts, lengths, rows=count, seq_len=seq_len)
     scored = targets != windows.IGNORED_TARGET
     return list(zip(inputs[scored].tolist(), targets[scored].tolist(), strict=True))
@@ -75,11 +75,9 @@ def test_a_batch_is_permuted_as_its_windows_are(size: int, stride: int) -> None:
     for first in (0, 1, 4000, 4090, 4096, 8990, size - 1 - 11 * stride):
         positions = np.arange(12) * stride + max(0, first)
         positions = positions[positions < size]
-        starts, _ = windows.cut_windows(positions, n_tokens=3 * size, seq_len=3, seed=8)
-        one_by_one = [
-            windows.cut_windows(position, n_tokens=3 * size, seq_len=3, seed=8)[0].item()
-            for position in positions[:, None]
-        ]
+        epochs = Epochs(n_tokens=3 * size, seq_len=3, seed=8)
+        starts, _ = epochs.cut(positions)
+        one_by_one = [epochs.cut(position)[0].item() for position in positions[:, None]]
         key = windows._hash(8, 0, "order")
         offset = windows._hash(8, 0, "offset")
         permuted = windows.permute(positions, size, key=key)
@@ -89,19 +87,24 @@ def test_a_batch_is_permuted_as_its_windows_are(size: int, stride: int) -> None:
 def test_the_order_is_that_of_every_earlier_version() -> None:
     """A run that goes on under a new version must go on where it was; the digest is that of the first one."""
     positions = np.arange(30_000, 40_000)
-    cut = windows.cut_windows(positions, n_tokens=999_999, seq_len=100, seed=42)
+    cut = Epochs(n_tokens=999_999, seq_len=100, seed=42).cut(positions)
     assert hashlib.sha256(np.stack(cut).tobytes()).hexdigest()[:16] == "e844f5cb4d167fdb"
 
 
 def test_seeking_is_instant_anywhere() -> None:
     n_tokens, began = 10**16, time.perf_counter()
-    count = windows.n_windows(n_tokens, 1024)
-    span = windows.Epochs(count, global_batch=512).span(10**15, 10**9)
-    positions = np.arange(*span)[1::64]
-    starts, lengths = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=1024, seed=1)
+    epochs = Epochs(n_tokens=n_tokens, seq_len=1024, global_batch=512, start=10**15, seed=1)
+    positions = np.arange(*epochs.span(10**9))[1::64]
+    starts, lengths = epochs.cut(positions)
     assert time.perf_counter() - began < 5  # walking there would take minutes
     assert len(set(starts.tolist())) == 8 and (starts < n_tokens).all() and (starts >= 0).all()
     assert lengths.tolist() == [1024] * 8
+
+
+def epochs_of(count: int, global_batch: int, accumulate: int = 1, start: int = 0) -> Epochs:
+    return Epochs(
+        n_tokens=count, seq_len=1, global_batch=global_batch, accumulate=accumulate, start=start
+    )
 
 
 def walk(start: int, count: int, global_batch: int, accumulate: int) -> Iterator[tuple[int, int]]:
@@ -117,29 +120,43 @@ def walk(start: int, count: int, global_batch: int, accumulate: int) -> Iterator
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_batch_span_equals_walking_there(accumulate: int) -> None:
     for count, global_batch in ((10, 4), (10, 5), (3, 7), (1, 1), (12, 1)):
-        epochs = windows.Epochs(count, global_batch, accumulate)
         for start in range(2 * count + 1):
+            epochs = epochs_of(count, global_batch, accumulate, start)
             for batch, span in enumerate(islice(walk(start, count, global_batch, accumulate), 12)):
-                assert epochs.span(start, batch) == span
+                assert epochs.span(batch) == span
 
 
 def test_every_optimizer_step_of_an_epoch_is_whole() -> None:
-    assert windows.Epochs(21, 4).n_batches(21) == 6
-    assert windows.Epochs(21, 4, accumulate=4).n_batches(21) == 8
-    assert windows.Epochs(16, 4, accumulate=4).n_batches(16) == 4
+    assert epochs_of(21, 4).epoch_batches == 6
+    assert epochs_of(21, 4, 4).epoch_batches == 8
+    assert epochs_of(16, 4, 4).epoch_batches == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_targets_of_a_step_are_those_of_its_batches(accumulate: int, seed: int | None) -> None:
+    """Also where a step, with limited epochs, has batches of two."""
+    for start in (0, 3, 12):
+        epochs = Epochs(
+            n_tokens=103, seq_len=8, global_batch=3, accumulate=accumulate, start=start, seed=seed
+        )
+        each = [int(epochs.cut(np.arange(*epochs.span(batch)))[1].sum()) for batch in range(30)]
+        assert len(set(each)) > 1
+        for first in range(20):
+            for end in range(first + 1, first + 10):
+                assert epochs.n_targets(range(first, end)) == sum(each[first:end])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: int, ranks: int) -> None:
     n_tokens, seq_len = 103, 5
-    tokens, epochs = np.arange(n_tokens), windows.Epochs(windows.n_windows(103, 5), batch_size * ranks)
+    tokens, epochs = np.arange(n_tokens), Epochs(n_tokens=103, seq_len=5, global_batch=batch_size * ranks)
     seen: list[int] = []
     for rank in range(ranks):
-        for batch in range(epochs.n_batches(epochs.windows)):
-            span = epochs.span(0, batch)
-            positions = np.arange(*span)[rank::ranks]
-            cut = windows.cut_windows(positions, n_tokens=n_tokens, seq_len=seq_len, seed=None)
+        for batch in range(epochs.epoch_batches):
+            positions = np.arange(*epochs.span(batch))[rank::ranks]
+            cut = epochs.cut(positions)
             inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
             assert inputs.shape == targets.shape == (batch_size, seq_len)
             scored = targets != windows.IGNORED_TARGET

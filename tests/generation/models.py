@@ -1,13 +1,15 @@
 """Small models of random weights, prompts for them, and what transformers makes of both."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.generation.engine import Completion, Engine, Request
-from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.engine import Completion, Engine, Request, _uniforms
+from gpt_lightning.generation.prefill import visible_start
+from gpt_lightning.generation.sampling import GenerationConfig, Sampler
 from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -62,6 +64,25 @@ def run_numbered(
 ) -> list[Completion]:
     """The completions of prompts with numbers of their own."""
     return run_until(lambda new: False, model, prompts, settings, numbers=numbers, **options)
+
+
+@torch.no_grad()
+def recomputed(
+    model: GPTModel, prompts: list[list[int]], settings: GenerationConfig, *, eos_token_id: int | None = None
+) -> list[Completion]:
+    """The completions, one after the other, each token from a pass over all that it sees."""
+    completions, sampler, context = [], Sampler(settings), model.config.max_position_embeddings
+    for number, sample in product(range(len(prompts)), range(settings.num_samples)):
+        new: list[int] = []
+        uniforms = _uniforms(settings, number, sample)
+        while len(new) < settings.max_new_tokens and (not new or new[-1] != eos_token_id):
+            text = prompts[number] + new
+            seen = text[visible_start(len(text), context, settings.context_stride) :]
+            logits = model.eval()(torch.tensor([seen])).logits[:, -1].float()
+            new.append(int(sampler.choose(logits, [text], [next(uniforms)])[0, 0]))
+        ends = new[-1] == eos_token_id
+        completions.append(Completion(new[:-1] if ends else new, "eos" if ends else "length"))
+    return completions
 
 
 def transformers_model(model: GPTModel) -> GPT2LMHeadModel:

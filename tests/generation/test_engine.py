@@ -11,15 +11,17 @@ from gpt_lightning.generation.engine import Completion, Engine, Request, generat
 from gpt_lightning.generation.prefill import visible_start
 from gpt_lightning.generation.sampling import (
     GenerationConfig,
-    next_token_probabilities,
+    penalize_repetition,
     pick,
-    repetition_penalty,
+    top_k_filter,
+    top_p_filter,
 )
 from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import (
     greedy_of_transformers,
     make_model,
     make_prompts,
+    recomputed,
     run_numbered,
     run_until,
     transformers_model,
@@ -38,7 +40,7 @@ def model() -> GPTModel:
 def test_cached_decoding_equals_uncached(model: GPTModel, settings: GenerationConfig) -> None:
     prompts = make_prompts(1, 17, 5, 30)
     cached = generate(model, prompts, settings, eos_token_id=None)
-    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+    assert cached == recomputed(model, prompts, settings)
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 12])
@@ -49,7 +51,7 @@ def test_cached_decoding_equals_uncached_past_the_context(context: int, settings
     prompts = make_prompts(1, context, context + 1, 3 * context + 2)
     settings = dataclasses.replace(settings, max_new_tokens=2 * context + 3)
     cached = generate(model, prompts, settings, eos_token_id=None)
-    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+    assert cached == recomputed(model, prompts, settings)
     assert [len(completion.token_ids) for completion in cached] == [settings.max_new_tokens] * 4
 
 
@@ -81,14 +83,11 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
     tokens = list(prompt)
     for uniform in torch.rand(SAMPLED.max_new_tokens, generator=generator):
         with torch.no_grad():
-            logits = model.eval()(torch.tensor([tokens])).logits[:, -1]
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen[0, tokens] = True
-        adjusted = repetition_penalty(logits.float(), seen, SAMPLED.repetition_penalty)
-        tokens.append(int(pick(next_token_probabilities(adjusted, SAMPLED), uniform[None])))
-    # In bfloat16 the cache may round differently than the loop above.
-    exact = dtype == torch.float32
-    completion = run_numbered([5], model, [prompt], SAMPLED, use_cache=exact)[0]
+            logits = model.eval()(torch.tensor([tokens])).logits[:, -1].float()
+        logits = penalize_repetition(logits, [tokens], SAMPLED.repetition_penalty) / SAMPLED.temperature
+        logits = top_p_filter(top_k_filter(logits, 40), SAMPLED.top_p)
+        tokens.append(int(pick(logits.softmax(dim=-1), uniform[None])))
+    completion = run_numbered([5], model, [prompt], SAMPLED)[0]
     assert completion.token_ids == tokens[6:]
 
 

@@ -13,12 +13,13 @@ from torch.testing import assert_close
 from transformers import NoRepeatNGramLogitsProcessor
 
 from gpt_lightning.generation.engine import Completion, Engine, Request, _uniforms, generate
-from gpt_lightning.generation.sampling import GenerationConfig, processed
+from gpt_lightning.generation.sampling import GenerationConfig, forbid_repeated_ngrams
 from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import (
     greedy_of_transformers,
     make_model,
     make_prompts,
+    recomputed,
     run_numbered,
     run_until,
     transformers_model,
@@ -49,8 +50,8 @@ def test_ngrams_that_would_come_again_are_those_of_transformers(size: int) -> No
         NoRepeatNGramLogitsProcessor(size)(texts[row : row + 1, : 1 + row], logits[row : row + 1])
         for row in range(25)
     ]
-    settings = GenerationConfig(no_repeat_ngram_size=size)
-    actual = processed(logits, [texts[row, : 1 + row].tolist() for row in range(25)], settings)
+    begun = [texts[row, : 1 + row].tolist() for row in range(25)]
+    actual = forbid_repeated_ngrams(logits, begun, size)
     assert torch.equal(actual, torch.cat(expected))
     assert logits.isfinite().all()
 
@@ -86,7 +87,7 @@ def test_samples_are_those_of_any_batch_and_the_first_is_the_only_one(
     prompts = make_prompts(5, 1, 9)
     settings = dataclasses.replace(SAMPLED, num_samples=3)
     samples = generate(model, prompts, settings, eos_token_id=7, batch_size=batch_size)
-    assert samples == generate(model, prompts, settings, eos_token_id=7, use_cache=False)
+    assert samples == recomputed(model, prompts, settings, eos_token_id=7)
     assert samples[::3] == generate(model, prompts, SAMPLED, eos_token_id=7)
     assert len({tuple(completion.token_ids) for completion in samples}) == 9
     alone = run_numbered([2], model, prompts[2:], settings, eos_token_id=7)
@@ -176,7 +177,7 @@ def test_cached_decoding_equals_uncached_at_every_stride(stride: int) -> None:
     settings = dataclasses.replace(SAMPLED, max_new_tokens=21, context_stride=stride)
     prompts = make_prompts(1, 8, 9, 30)
     cached = generate(model, prompts, settings, eos_token_id=None, batch_size=3)
-    assert cached == generate(model, prompts, settings, eos_token_id=None, use_cache=False)
+    assert cached == recomputed(model, prompts, settings)
     assert all(len(completion.token_ids) == 21 for completion in cached)
 
 

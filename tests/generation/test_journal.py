@@ -1,4 +1,4 @@
-"""Journals of finished completions: what a kill leaves in them, whose they are, and who else may write."""
+"""Tells what a kill leaves in journals of completions, whose they are, and who else may write."""
 
 from pathlib import Path
 
@@ -21,7 +21,6 @@ def keep(output: Path, rank: int, *rows: int) -> Path:
     journal = Journal(output, rank, SETTINGS)
     for row in rows:
         journal.append(ROWS[row])
-    journal.close()
     (path,) = [path for path in output.parent.iterdir() if path.name.endswith(f"-{rank}")] or [Path()]
     return path
 

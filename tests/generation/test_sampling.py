@@ -17,16 +17,23 @@ from transformers import (
 
 from gpt_lightning.generation.sampling import (
     GenerationConfig,
+    Sampler,
     min_p_filter,
-    next_token_probabilities,
+    penalize_repetition,
     pick,
-    repetition_penalty,
     top_k_filter,
     top_p_filter,
 )
 
 NO_IDS = torch.LongTensor([[0]])
 GPT2_VOCAB_SIZE = 50257
+
+
+def probabilities_of(logits: Tensor, settings: GenerationConfig) -> Tensor:
+    """What is drawn from [B, V], whatever the texts are."""
+    for keep_likely in Sampler(settings).filters:
+        logits = keep_likely(logits)
+    return logits.softmax(dim=-1)
 
 
 def random_logits(seed: int, vocab_size: int = 101) -> Tensor:
@@ -72,18 +79,15 @@ def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
 def test_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
     logits = random_logits(seed=3)
     ids = torch.randint(101, (24, 13), generator=torch.Generator().manual_seed(4))
-    seen = torch.zeros(24, 101, dtype=torch.bool).scatter(1, ids, True)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-    assert torch.equal(repetition_penalty(logits, seen, penalty), expected)
+    assert torch.equal(penalize_repetition(logits, ids.tolist(), penalty), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_settings_together_follow_the_order_of_transformers(dtype: torch.dtype) -> None:
+def test_all_settings_together_follow_the_order_of_transformers() -> None:
     settings = GenerationConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2)
-    logits = random_logits(seed=5).to(dtype)
+    logits = random_logits(seed=5)
     ids = torch.LongTensor(24, 40)
     ids.random_(101, generator=torch.Generator().manual_seed(6))
-    seen = torch.zeros(24, 101, dtype=torch.bool).scatter(1, ids, True)
     reference = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(1.2),
@@ -93,21 +97,23 @@ def test_all_settings_together_follow_the_order_of_transformers(dtype: torch.dty
             MinPLogitsWarper(0.02),
         ]
     )
-    actual = next_token_probabilities(repetition_penalty(logits.float(), seen, 1.2), settings)
-    assert actual.dtype == torch.float32
-    assert torch.equal(actual, reference(ids, logits.float()).softmax(dim=-1))
+    expected = reference(ids, logits).softmax(dim=-1)
+    actual = probabilities_of(penalize_repetition(logits, ids.tolist(), 1.2), settings)
+    assert torch.equal(actual, expected)
+    uniforms = torch.rand(24, generator=torch.Generator().manual_seed(7))
+    chosen = Sampler(settings).choose(logits, ids.tolist(), uniforms.tolist())
+    assert torch.equal(chosen[:, 0].long(), pick(expected, uniforms))
 
 
 @pytest.mark.parametrize("settings", [GenerationConfig(temperature=0.0), GenerationConfig(do_sample=False)])
-def test_greedy_puts_all_probability_on_the_likeliest_token(settings: GenerationConfig) -> None:
+def test_greedy_takes_the_likeliest_token(settings: GenerationConfig) -> None:
     logits = random_logits(seed=7)
-    probabilities = next_token_probabilities(logits, settings)
-    assert torch.equal(probabilities.sum(dim=1), torch.ones(24))
-    assert torch.equal(pick(probabilities, torch.full((24,), 0.999)), logits.argmax(dim=1))
+    tokens = Sampler(settings).choose(logits, [[0]] * 24, [0.999] * 24)[:, 0]
+    assert torch.equal(tokens.long(), logits.argmax(dim=1))
 
 
 def test_smallest_temperature_stays_finite() -> None:
-    probabilities = next_token_probabilities(random_logits(seed=8) * 100, GenerationConfig(temperature=1e-5))
+    probabilities = probabilities_of(random_logits(seed=8) * 100, GenerationConfig(temperature=1e-5))
     assert_close(probabilities.sum(dim=1), torch.ones(24))
 
 
@@ -141,7 +147,7 @@ def test_a_uniform_that_rounds_to_one_does_not_pick_past_the_end() -> None:
 def test_sampled_tokens_follow_the_distribution() -> None:
     settings = GenerationConfig(temperature=1.3, top_k=12, top_p=0.95)
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(10)) * 1.5
-    probabilities = next_token_probabilities(logits, settings)
+    probabilities = probabilities_of(logits, settings)
     n_draws = 50_000
     uniforms = torch.rand(n_draws, generator=torch.Generator().manual_seed(11))
     picked = pick(probabilities.expand(n_draws, -1), uniforms)

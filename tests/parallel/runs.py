@@ -170,18 +170,9 @@ def validate(run: Run, corpus: Path) -> dict[str, float]:
     """Runs in a rank: loss, perplexity and the number of held-out tokens of a model that nobody trained."""
     module, datamodule = build(corpus, run)
     trainer = trainer_of(replace(run, trainer={"limit_val_batches": 1.0}), corpus.parent, Recorder(None))
-    counted = []
-    compute = module.held_out_loss.compute
-
-    def counting_compute() -> Tensor:
-        loss = compute()
-        with module.held_out_loss.sync_context():
-            counted.append(int(module.held_out_loss.tokens))
-        return loss
-
-    module.held_out_loss.compute = counting_compute  # type: ignore[method-assign]
+    held_out = module.held_out_loss
     (metrics,) = trainer.validate(module, datamodule, verbose=False)
-    return {**metrics, "tokens": counted[-1], "in the split": datamodule.split_counts("val")[0]}
+    return {**metrics, "tokens": int(held_out.tokens), "in the split": datamodule.split_counts("val")[0]}
 
 
 def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
@@ -203,7 +194,7 @@ def kept_bytes(module: GPTLightningModule, input_ids: Tensor) -> int:
     module.train()
     strategy = module.trainer.strategy
     if isinstance(strategy, TensorParallelDDPStrategy):
-        strategy._sequence.on = strategy.sequence_parallel
+        strategy.mesh.cuts_sequence = strategy.sequence_parallel
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.model.hidden_states(input_ids)
     return sum(kept.values())

@@ -173,7 +173,7 @@ def exchanges(run: Run, corpus: Path) -> dict[str, int]:
     collectives.dist.all_reduce = counted("all_reduce", collectives.dist.all_reduce)  # type: ignore[misc]
     for name in ("_all_gather", "_reduce_scatter"):
         setattr(collectives, name, counted(name, getattr(collectives, name)))
-    trainer.strategy._sequence.on = trainer.strategy.sequence_parallel
+    trainer.strategy.mesh.cuts_sequence = trainer.strategy.sequence_parallel
     ids = torch.zeros(GLOBAL_BATCH, run.seq_len, dtype=torch.long)
     module.model(ids, ids).loss.backward()
     return counts

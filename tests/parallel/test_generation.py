@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
+from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.generation.sampling import GenerationConfig
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of
@@ -31,7 +32,7 @@ def predict(run: Run, corpus: Path, checkpoint: Path, settings: GenerationConfig
     datamodule.prompts = PROMPTS
     trainer = trainer_of(run, corpus.parent, Recorder(None))
     with output.with_suffix(".txt").open("w") as stream:
-        trainer.callbacks.append(PredictionWriter(output, stream, "checkpoint"))
+        trainer.callbacks.append(PredictionWriter(output, stream, Checkpoint(checkpoint, {})))
         trainer.predict(module, datamodule, ckpt_path=checkpoint, return_predictions=False, weights_only=True)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import gpt_lightning.kernels.cross_entropy as linear_cross_entropy
 from gpt_lightning.model.gpt import LMHead
 from gpt_lightning.parallel.full_layout import FullLayout, gather_to_first
-from gpt_lightning.parallel.layers import SequenceParallel
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.plan import parallelize, resolve
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
@@ -197,10 +196,11 @@ def test_dropout_masks_differ_where_the_tensor_is_cut_and_only_there() -> None:
 
 
 def masks_along_the_sequence(on: bool) -> Tensor:
-    model, groups, sequence = Dropping(), mesh(), SequenceParallel()
-    parallelize(model, resolve(model, {"outside": "sequence"}, groups.tp_size), groups, sequence)
+    model, groups = Dropping(), mesh()
+    styles = resolve(model, {"outside": "sequence"}, groups.tp_size)
+    parallelize(model, styles, groups, cuts_sequence=True)
     torch.manual_seed(7)
-    sequence.on = on
+    groups.cuts_sequence = on
     return model.outside(torch.ones(BATCH, TIME, WIDTH))
 
 

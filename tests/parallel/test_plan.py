@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import Linear
-from gpt_lightning.parallel.plan import ParallelStyle, plan_of, resolve
+from gpt_lightning.parallel.plan import ParallelStyle, resolve, styles_of
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
@@ -104,7 +104,7 @@ def gpt(**sizes: Any) -> GPTLightningModule:
 def test_sizes_that_cannot_be_cut(sizes: dict[str, Any], tp: int, words: list[str]) -> None:
     module = gpt(**sizes)
     with pytest.raises(ValueError) as error:
-        resolve(module, plan_of(module), tp)
+        styles_of(module, tp)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
@@ -145,7 +145,7 @@ def test_what_a_child_of_our_layers_adds_is_not_dropped() -> None:
 
 def test_a_module_without_a_plan_is_told_so() -> None:
     with pytest.raises(ValueError, match="LightningModule has no tensor_parallel_plan"):
-        plan_of(pl.LightningModule())
+        styles_of(pl.LightningModule(), 2)
 
 
 def test_the_plan_of_a_gpt_covers_every_matrix() -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -21,8 +22,14 @@ import torch
 import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
-from gpt_lightning.parallel import rank_signs
-from gpt_lightning.parallel.rank_signs import TICK_SECONDS, Board, MachineFile, Place, open_store, reach_store
+from gpt_lightning.parallel import rank_signs, rank_watch
+from gpt_lightning.parallel.rank_signs import (
+    TICK_SECONDS,
+    MachineFile,
+    StoreReader,
+    open_store,
+    reach_store,
+)
 from gpt_lightning.parallel.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
@@ -89,13 +96,13 @@ def _rank(
     torch.set_num_threads(1)
     sys.stderr = (folder / "stderr").open("a", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
+    tempfile.tempdir = str(folder)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder))
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
-    node, local_rank = divmod(rank, world_size // n_nodes)
-    place = Place(rank, world_size, local_rank, node, n_nodes)
-    watch = RankWatch(place, timeout, "Resume with --ckpt_path last")
+    watch = RankWatch(rank, world_size, n_nodes, timeout)
+    watch.remedy = "Resume with --ckpt_path last"
     watch.start()
-    watch.connect(_broadcast)
+    watch.connect()
     status = 1
     try:
         body(rank, watch)
@@ -107,12 +114,6 @@ def _rank(
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def _broadcast(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]
 
 
 def work(rank: int, watch: RankWatch) -> None:
@@ -244,7 +245,7 @@ def watch_a_child(rank: int, watch: RankWatch) -> None:
     folder = Path(os.environ["FOLDER"])
     command = "import os; open('child', 'w').write(str(os.getpid())); import time; time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", command], cwd=folder)
-    RankWatch(Place(0, 2, 0, children=lambda: {1: child}), TIMEOUT).start()
+    RankWatch(0, 2, 1, TIMEOUT, children=lambda: {1: child}).start()
     wait_outside_of_collectives(rank, watch)
 
 
@@ -271,8 +272,7 @@ def connections_of(port: int) -> int:
 
 
 def port_of(watch: RankWatch) -> int:
-    assert watch._board is not None
-    store = watch._board._store
+    store = watch._store
     assert isinstance(store, dist.PrefixStore) and isinstance(store.underlying_store, dist.TCPStore)
     return store.underlying_store.port
 
@@ -292,53 +292,51 @@ def test_rank_0_holds_a_connection_of_each_node(ranks: Ranks) -> None:
     assert ranks.codes(*range(6)) == [0] * 6, ranks.lines()
 
 
-def pretend_nodes(port: int, n_nodes: int, ready: Any) -> None:
-    """Ticks for all nodes but the first, by one connection, until it is killed."""
-    store, _ = reach_store(port)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        store.set("address 1", f"127.0.0.1 {listener.getsockname()[1]}")
-        for node in range(n_nodes):
-            store.add(f"beats {node}", 0)
-        ready.set()
-        while True:
-            start = time.monotonic()
-            for node in range(1, n_nodes):
-                store.add(f"beats {node}", 1)
-                store.multi_get(["lost", f"beats {(node + 1) % n_nodes}"])
-            time.sleep(max(0, start + TICK_SECONDS - time.monotonic()))
+def pretend_nodes(port: int, n_nodes: int, telling: Any) -> None:
+    """Asks rank 0's store for all nodes but the first, by one connection, and is rank 8 itself."""
+    store = reach_store("secret", "127.0.0.1", port)
+    own, *address = open_store(8, "secret")
+    telling.send(address)
+    assert own.get("word") == b""
+    while True:
+        start = time.monotonic()
+        for _ in range(1, n_nodes):
+            store.get("word")
+        time.sleep(max(0, start + TICK_SECONDS - time.monotonic()))
 
 
 def measure_a_tick(rank: int, _: RankWatch) -> None:
-    """As rank 0 of 128 nodes of 8 ranks: what the watch itself does, whose store has a thread of its own."""
-    place, folder = Place(0, 1024, 0, 0, 128), Path(os.environ["FOLDER"])
-    store, fork = open_store(), multiprocessing.get_context("fork")
+    """As rank 0 of 128 nodes of 8 ranks, with the threads of its store and of those who read stores."""
+    folder, fork = Path(os.environ["FOLDER"]), multiprocessing.get_context("fork")
     others: list[Any] = []
 
-    def start_process(target: Callable[..., None], *args: Any) -> None:
-        ready = fork.Event()
-        others.append(fork.Process(target=target, args=(*args, ready), daemon=True))
+    def start_process(target: Callable[..., None], *args: Any) -> Any:
+        answer, telling = fork.Pipe(duplex=False)
+        others.append(fork.Process(target=target, args=(*args, telling), daemon=True))
         others[-1].start()
-        assert ready.wait(DEADLINE_SECONDS)
+        assert answer.poll(DEADLINE_SECONDS)
+        return answer.recv()
 
-    store.set("lost", "-")
-    start_process(pretend_nodes, store.port, 128)
-    watch = RankWatch(place, TIMEOUT)
-    watch._file = MachineFile(folder / "machine", place)
-    for rank in range(1, 8):
-        start_process(join_and_wait, folder / "machine", rank)
-    watch._board = Board(store, "127.0.0.1", place)
-    first, start = watch._board.next_beats, time.thread_time()
-    for _ in range(8):
+    store, here, port = open_store(0, "secret")
+    assert here == "127.0.0.1"
+    address, next_port = start_process(pretend_nodes, port, 128)
+    watch = RankWatch(0, 1024, 128, TIMEOUT)
+    watch._file = MachineFile(folder / "machine", 0, 0)
+    for other in range(1, 8):
+        start_process(join_and_wait, folder / "machine", other)
+    watch._readers = {0: StoreReader(0, store, watch._left)}
+    watch._readers[8] = StoreReader(8, reach_store("secret", address, next_port), watch._left)
+    first, start = watch._readers[8].sign.beats, time.process_time()
+    for tick in range(8):
         watch._say("")
-        watch._board.exchange()
-        assert watch._find_lost(TICK_SECONDS) is None
+        assert watch._find_lost() is None
         others[0].join(TICK_SECONDS)
-    tick_ms = 1000 * (time.thread_time() - start) / 8
+    tick_ms = 1000 * (time.process_time() - start) / 8
     for process in others:
         process.kill()
-    assert watch._board.next_beats > first + 1
+    assert watch._readers[8].sign.beats > first + 1
     (folder / "tick_ms").write_text(f"{tick_ms:.2f}")
-    (folder / f"{place.rank}.working").touch()
+    (folder / f"{rank}.working").touch()
 
 
 def test_a_tick_of_rank_0_of_1024(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,9 +347,9 @@ def test_a_tick_of_rank_0_of_1024(ranks: Ranks, capsys: pytest.CaptureFixture[st
     assert float(tick_ms) < 5
 
 
-def join_and_wait(path: Path, rank: int, joined: Any) -> None:
-    file = MachineFile(path, Place(rank, 1024, rank, 0, 128))
-    joined.set()
+def join_and_wait(path: Path, rank: int, telling: Any) -> None:
+    file = MachineFile(path, rank, rank)
+    telling.send("joined")
     signal.pause()
     file.write("")
 
@@ -362,33 +360,44 @@ def exhaust_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
-def broadcast_and_exhaust(value: Any) -> Any:
-    value = _broadcast(value)
-    if dist.get_rank() == 0:
-        exhaust_descriptors()
-    return value
-
-
 def work_without_descriptors(rank: int, watch: RankWatch) -> None:
-    watch_again(watch, _broadcast)
+    watch_again(watch)
     if rank == 0:
         exhaust_descriptors()
     reduce_for_a_while()
 
 
 def join_without_descriptors(rank: int, watch: RankWatch) -> None:
-    """The other ranks join when rank 0 has no descriptors any more."""
-    watch_again(watch, broadcast_and_exhaust)
+    """Rank 0 has no descriptors for its file and store."""
+    exhaust_after_exchange(str, rank, watch)
+
+
+def reach_without_descriptors(rank: int, watch: RankWatch) -> None:
+    """The other ranks reach rank 0's store when it has no descriptors any more."""
+    exhaust_after_exchange(tuple, rank, watch)
+
+
+def exhaust_after_exchange(kind: type, rank: int, watch: RankWatch) -> None:
+    gathered = rank_watch.gathered
+
+    def gathered_and_exhausted(value: Any) -> list[Any]:
+        values = gathered(value)
+        if rank == 0 and isinstance(value, kind):
+            exhaust_descriptors()
+        return values
+
+    setattr(rank_watch, "gathered", gathered_and_exhausted)
+    watch_again(watch)
     reduce_for_a_while()
 
 
-def watch_again(watch: RankWatch, broadcast: Callable[[Any], Any]) -> None:
+def watch_again(watch: RankWatch) -> None:
     """In place of the harness's watch, with a timeout that is shorter than the collective operations'."""
     watch.leave()
-    (Path(os.environ["FOLDER"]) / f"{watch._place.rank}.working").touch()
-    second = RankWatch(watch._place, timedelta(seconds=2))
+    (Path(os.environ["FOLDER"]) / f"{watch._rank}.working").touch()
+    second = RankWatch(watch._rank, 2, 2 // watch._n_local, timedelta(seconds=2))
     second.start()
-    second.connect(broadcast)
+    second.connect()
 
 
 def reduce_for_a_while() -> None:
@@ -399,7 +408,9 @@ def reduce_for_a_while() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [work_without_descriptors, join_without_descriptors])
+@pytest.mark.parametrize(
+    "body", [work_without_descriptors, join_without_descriptors, reach_without_descriptors]
+)
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
     ranks: Ranks, n_nodes: int, body: Body, monkeypatch: pytest.MonkeyPatch
@@ -408,6 +419,7 @@ def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
     ranks.start(2, body, timedelta(seconds=20), n_nodes=n_nodes)
     assert ranks.codes(0, 1) == [0, 0], ranks.lines()
     assert not ranks.told()
+    assert not list(ranks.folder.glob("gpt_lightning-*"))
 
 
 def work_at_a_known_port(rank: int, watch: RankWatch) -> None:
@@ -422,9 +434,9 @@ def test_a_stranger_is_not_taken_for_a_rank(ranks: Ranks, monkeypatch: pytest.Mo
     port = int((ranks.folder / "port").read_text())
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"a guess 1\n")
-        store, _ = reach_store(port)
-        for key in ("lost", "joined", "left", "beats 1"):
-            store.set(key, "1 was killed")
+        store = reach_store("a guess", "127.0.0.1", port)
+        store.set("word", "lost 1 was killed")
+        store.set("readers", "-1")
         ranks.wait_for_ticks(3)
     (ranks.folder / "done").touch()
     assert ranks.codes(0, 1) == [0, 0], ranks.lines()

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt_lightning.parallel.gradients import TensorParallelGradScaler
+from gpt_lightning.parallel.gradients import TensorParallelGradScaler, norm
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of, validate
@@ -33,7 +33,7 @@ EVEN = {"data": {"tokenizer": "bpe:300"}}  # else the shapes of the parts would 
 class ClipsByItsOwnNorm(TensorParallelDDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        del self.precision_plugin.clip_grad_by_norm  # which leaves that of the class
+        self.precision_plugin.whole_norm = lambda parameters: norm(p.grad for p in parameters)
 
 
 class BroadcastsBeforeEvaluation(TensorParallelDDPStrategy):

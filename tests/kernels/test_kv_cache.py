@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gpt_lightning.kernels.attention import KVCache
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.kv_cache import KVCache
 
 CONFIG = GPTConfig(vocab_size=101, max_position_embeddings=23, n_layers=2, n_heads=3, d_model=36)
 
@@ -83,7 +83,7 @@ def test_a_moved_row_goes_on_at_its_new_place(model: GPTModel) -> None:
     cache = KVCache(3, 20)
     for row, length in enumerate([9, 2, 5]):
         model.hidden_states(ids[row : row + 1, :length], kv_cache=cache.rows(row, row + 1))
-    cache.copy_row(2, 0)
+    cache.copy_row(2, 0, 5)
     assert cache.lengths.tolist()[:2] == [5, 2]
     hidden = model.hidden_states(torch.stack([ids[2, 5], ids[1, 2]])[:, None], kv_cache=cache.rows(0, 2))
     assert_close(hidden[0], whole(model, ids[2, :6], 1), atol=1e-5, rtol=1e-5)
@@ -108,7 +108,8 @@ def test_storage_is_allocated_once_with_the_dtype_of_the_model() -> None:
         for _ in range(5):
             model.hidden_states(make_ids(2, 1), kv_cache=cache)
             new = torch.ones(2, 3, 1, 12, dtype=torch.bfloat16)
-            keys, values = cache.extend(1, new.device).write(new, new)
+            cache.begin(1, new.device)
+            keys, values = cache.write(new, new)
             pointers.add((keys.data_ptr(), values.data_ptr()))
             assert keys.dtype == torch.bfloat16
     assert len(pointers) == 1
