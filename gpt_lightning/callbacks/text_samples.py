@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -21,13 +22,18 @@ class TextSamples(Callback):
         self.latest: list[str] = []
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.datamodule, TextDataModule):
+            trainer.datamodule.hint_at_special_tokens(self.prompts)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
             return
         # Every rank generates: the peers of a tensor-parallel group can only do it together.
-        tokenizer = trainer.datamodule.text_tokenizer
-        texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
+        tokenizer, parses = trainer.datamodule.text_tokenizer, trainer.datamodule.parse_special_tokens
+        texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer, parses))
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

@@ -1,7 +1,6 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -15,16 +14,16 @@ from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
+from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts, special_token_hint
 from gpt_lightning.data.token_cache import (
     Corpus,
     TokenSplit,
     loss_warning,
-    prepare_folder_tokenizer,
+    open_tokenizer,
     prepare_tokenizer,
     prepare_tokens,
 )
-from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, requested_vocab_size
 from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
 
@@ -55,6 +54,7 @@ class TextDataModule(LightningDataModule):
         seed: Decides what is held out and the order of samples.
         prompts: Text or texts to continue with `predict`.
         prompts_file: More of them: a .txt file of one a line, or a .jsonl file with the key `prompt`.
+        parse_special_tokens: Read the name of a special token in a prompt, as <|endoftext|>, as that token.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 42,
         prompts: list[str] | str | None = None,
         prompts_file: str | None = None,
+        parse_special_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
@@ -86,6 +87,7 @@ class TextDataModule(LightningDataModule):
         self.text_key, self.document_separator = text_key, document_separator
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
+        self.parse_special_tokens = parse_special_tokens
         self.all_prompts: list[str] = []  # once set up to predict
         self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self._check_options()
@@ -122,16 +124,11 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            self._text_tokenizer = self._make_tokenizer()
+            if is_trained_here(self.tokenizer):
+                self._text_tokenizer = self._train_tokenizer()
+            else:
+                self._text_tokenizer = open_tokenizer(self.tokenizer, self._corpus, self.cache_dir)
         return self._text_tokenizer
-
-    def _make_tokenizer(self) -> TextTokenizer:
-        if is_trained_here(self.tokenizer):
-            return self._train_tokenizer()
-        if os.path.isdir(os.path.expanduser(self.tokenizer)) and self.tokenizer != "bytes":
-            if (corpus := self._corpus()).sources:
-                return prepare_folder_tokenizer(corpus, self.tokenizer, self.cache_dir)
-        return load_tokenizer(self.tokenizer)
 
     def _train_tokenizer(self) -> TextTokenizer:
         corpus = self._corpus()
@@ -246,8 +243,16 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
+        prompts, parses = self.all_prompts, self.parse_special_tokens
+        share = PromptShare(prompts, self.finished_prompts, self.text_tokenizer, rank, ranks, parses)
+        self.hint_at_special_tokens(prompts)
         return batch_loader(share, lambda: EpochBatches(range(1), 1))
+
+    def hint_at_special_tokens(self, prompts: list[str]) -> None:
+        """Says in a line that a prompt holds the name of a special token, where that is read as text."""
+        hint = special_token_hint(prompts, self.text_tokenizer, "data.parse_special_tokens")
+        if hint and not self.parse_special_tokens:
+            rank_zero_only(_log.info)(hint)
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)

@@ -173,9 +173,14 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
         return load_tokenizer(str(folder))
 
 
-def prepare_folder_tokenizer(corpus: Corpus, name: str, cache_dir: str) -> TextTokenizer:
-    """Opens a folder's tokenizer, compared once with what transformers makes of the folder, on some text."""
+def open_tokenizer(name: str, find_corpus: Callable[[], Corpus], cache_dir: str) -> TextTokenizer:
+    """Opens `bytes`, a name on the hub, or a folder.
+
+    A folder is compared once with what transformers makes of it, on some text of the corpus, if there is any.
+    """
     folder = Path(os.path.expanduser(name)).absolute()
+    if name == "bytes" or not folder.is_dir() or not (corpus := find_corpus()).sources:
+        return load_tokenizer(name)
     files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")]
 
     def build(unfinished: Path) -> dict[str, Any]:

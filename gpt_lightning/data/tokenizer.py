@@ -16,9 +16,9 @@ from urllib.request import getproxies
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gpt_lightning.data.byte_fallback import ByteFallback
+from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
 from gpt_lightning.data.tokenizer_folder import PROBES, byte_level, named_eos, read_tokenizer, usual_eos
@@ -49,11 +49,24 @@ class TextTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+        return self._checked([self._encoder.encode(text, add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes as `encode` does, on all cores."""
-        found = [each.ids for each in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._checked(self._encoder.encode_batch_fast(texts, add_special_tokens=False))
+
+    def parse_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encodes text in which the name of a special token stands for the token."""
+        parser = Tokenizer.from_str(self.state["tokenizer_json"])  # which is not told to leave them text
+        return [found.ids for found in parser.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def _checked(self, encodings: list[Encoding]) -> list[list[int]]:
+        found = [encoding.ids for encoding in encodings]
         if any(self.eos_token_id in ids for ids in found):
             problem = f"eos_token={self._eos_token!r} is also what the tokenizer makes of some text"
             raise UserError(f"{problem}; give it an eos_token that is neither a character nor its unk_token")
@@ -116,25 +129,11 @@ class TextTokenizer:
 
     @cached_property
     def _fallback_bytes(self) -> dict[int, int]:
-        """Maps each id that stands for a byte to it, if the decoder reads them so."""
-        if "ByteFallback" not in self._decoder_types:
-            return {}
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        tokens = {byte: f"<0x{byte:02X}>" for byte in range(256)}
-        return {vocabulary[token]: byte for byte, token in tokens.items() if token in vocabulary}
+        return fallback_bytes(self._tokenizer) if "ByteFallback" in self._decoder_types else {}
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """Maps each id to its bytes; special tokens have none, other added tokens are written as they are."""
-        byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-        found = {
-            index: bytes(byte_of[character] for character in token)
-            for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items()
-            if byte_of.keys() >= set(token)
-        }
-        for index, added in self._tokenizer.get_added_tokens_decoder().items():
-            found[index] = b"" if added.special else added.content.encode()
-        return found
+        return token_bytes(self._tokenizer)
 
     @cached_property
     def state(self) -> dict[str, Any]:
