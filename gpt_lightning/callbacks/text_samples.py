@@ -8,6 +8,7 @@ from typing_extensions import override
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.trainer import loggers_may_fail
 
 
 class TextSamples(Callback):
@@ -35,8 +36,13 @@ class TextSamples(Callback):
         tokenizer, parses = trainer.datamodule.text_tokenizer, trainer.datamodule.parse_special_tokens
         texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer, parses))
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
+        if trainer.is_global_zero:
+            with loggers_may_fail(trainer):
+                self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if isinstance(logger, TensorBoardLogger):
                 for number, text in enumerate(self.latest):
                     # As a block of code: TensorBoard renders Markdown, and the text is to stay as it is.
                     block = "\n".join("    " + line for line in text.splitlines())
