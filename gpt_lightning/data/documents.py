@@ -24,7 +24,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".
 
 _CHUNK_BYTES = 1 << 18
 _PIECE_CHARACTERS = 1 << 17
-_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
+_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=[^\S\x1c-\x1f])")  # these are space to Python alone
 
 
 class Piece(NamedTuple):

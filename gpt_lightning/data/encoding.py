@@ -15,7 +15,7 @@ from gpt_lightning.data.tokenizer import Encoder, TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
 _BATCH_CHARACTERS = 1 << 18
-_LONGEST_WHOLE = 1 << 25  # characters of a document that must be in memory at once
+_LONGEST_WHOLE = 1 << 24  # characters of a document that must be in memory at once
 
 
 class EncodedText(NamedTuple):

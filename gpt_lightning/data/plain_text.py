@@ -4,7 +4,9 @@ import json
 import secrets
 from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from gpt_lightning.data.fast_bpe import byte_alphabet
 
@@ -71,12 +73,13 @@ def may_be_cut(tokenizer: Tokenizer) -> bool:
 
     Others put a space before each text, as Metaspace does, or have patterns and rules unknown here.
     """
-    description = json.loads(tokenizer.to_str())
-    steps, rules = _steps(description["pre_tokenizer"], "pretokenizers"), _steps(description["normalizer"])
-    if any(_may_cross(token) for token in description["added_tokens"]):
+    steps = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    rules = _steps(tokenizer.normalizer, "normalizers")
+    if any(map(_may_cross, tokenizer.get_added_tokens_decoder().values())):
         return False
-    if all(step["type"] in _AT_WHITESPACE for step in steps[:1]) and steps:
-        return all(rule["type"] in _NORMALIZERS | {"BertNormalizer"} for rule in rules)
+    if steps and steps[0]["type"] in _AT_WHITESPACE:  # the others are about one word after the other
+        is_alike = all(step.get("prepend_scheme") != "first" for step in steps)
+        return is_alike and all(rule["type"] in _NORMALIZERS | {"BertNormalizer"} for rule in rules)
     return (
         all(rule["type"] in _NORMALIZERS for rule in rules)
         and all(_cuts(step) or _is_local(step) for step in steps)
@@ -86,31 +89,31 @@ def may_be_cut(tokenizer: Tokenizer) -> bool:
 
 def keeps_text(tokenizer: Tokenizer) -> bool:
     """Tells whether any text surely comes back from its ids: of a byte-level BPE that knows every byte."""
-    description = json.loads(tokenizer.to_str())
-    steps = _steps(description["pre_tokenizer"], "pretokenizers")
+    steps = _steps(tokenizer.pre_tokenizer, "pretokenizers")
     return (
         isinstance(tokenizer.model, models.BPE)
-        and description["normalizer"] is None
+        and tokenizer.normalizer is None
         and all(_cuts(step) or _is_local(step) for step in steps)
         and _AT_WHITESPACE.isdisjoint(step["type"] for step in steps)
         and any(step["type"] == "ByteLevel" for step in steps)
         and tokenizer.get_vocab(with_added_tokens=False).keys() >= set(byte_alphabet())
-        and not any(_may_cross(token) for token in description["added_tokens"])
+        and not any(map(_may_cross, tokenizer.get_added_tokens_decoder().values()))
     )
 
 
-def _steps(part: Part | None, key: str = "normalizers") -> list[Part]:
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    return [step for each in part[key] for step in _steps(each, key)]
+def _steps(component: PreTokenizer | Normalizer | None, key: str) -> list[Part]:
+    """Lists what a pre-tokenizer or normalizer is made of, as tokenizer.json has it."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()), key)
 
 
-def _may_cross(token: Part) -> bool:
+def _flat(part: Part, key: str) -> list[Part]:
+    return [step for each in part[key] for step in _flat(each, key)] if part["type"] == "Sequence" else [part]
+
+
+def _may_cross(token: AddedToken) -> bool:
     """Tells whether an added token is looked for in text, and could lie on both sides of a cut."""
-    is_wide = token["single_word"] or token["lstrip"] or token["rstrip"]
-    return not token["special"] and (is_wide or any(map(str.isspace, token["content"])))
+    is_wide = token.single_word or token.lstrip or token.rstrip
+    return not token.special and (is_wide or any(map(str.isspace, token.content)))
 
 
 def _cuts(step: Part) -> bool:

@@ -181,7 +181,8 @@ def open_tokenizer(name: str, find_corpus: Callable[[], Corpus], cache_dir: str)
     folder = Path(os.path.expanduser(name)).absolute()
     if name == "bytes" or not folder.is_dir() or not (corpus := find_corpus()).sources:
         return load_tokenizer(name)
-    files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")]
+    kinds = (".json", ".txt", ".model")
+    files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in kinds and file.is_file()]
 
     def build(unfinished: Path) -> dict[str, Any]:
         ours = load_tokenizer(name)

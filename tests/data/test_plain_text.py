@@ -73,6 +73,10 @@ def byte_level(**options: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
 
 
+def by_words(then: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), then])
+
+
 def with_added(content: str, **options: bool) -> Tokenizer:
     tokenizer = bpe(pre_tokenizer=byte_level())
     tokenizer.add_tokens([AddedToken(content, **options)])
@@ -92,11 +96,13 @@ CUT: dict[str, Callable[[], Tokenizer]] = {
         pre_tokenizer=pre_tokenizers.BertPreTokenizer(), normalizer=normalizers.BertNormalizer()
     ),
     "with a word": lambda: with_added("mat"),
+    "old T5": lambda: unigram(pre_tokenizer=by_words(pre_tokenizers.Metaspace(prepend_scheme="always"))),
 }
 WHOLE: dict[str, Callable[[], Tokenizer]] = {
     "T5": lambda: unigram(pre_tokenizer=pre_tokenizers.Metaspace()),
     "first": lambda: unigram(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "never": lambda: unigram(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never")),
+    "first word": lambda: unigram(pre_tokenizer=by_words(pre_tokenizers.Metaspace(prepend_scheme="first"))),
     "Unigram alone": unigram,
     "Llama 2": llama_2,
     "BPE alone": bpe,
@@ -126,7 +132,7 @@ def cut(text: str) -> list[Piece]:
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
 def test_a_long_document_has_the_ids_of_the_whole(name: str) -> None:
     tokenizer = TextTokenizer({**CUT, **WHOLE}[name](), "</s>")
-    texts = [TEXT, "The " * 50, TEXT.replace("\n", "\r\n"), "a\n\n" * 30, "x"]
+    texts = [TEXT, "The " * 50, TEXT.replace("\n", "\r\n"), "a\n\n" * 30, "x", "cat\x1csat " * 20]
     pieces = [("train", piece) for text in texts for piece in cut(text)]
     assert len(pieces) > 50
     expected = [index for text in texts for index in [*tokenizer.encode(text), tokenizer.eos_token_id]]
