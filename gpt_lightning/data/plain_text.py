@@ -1,6 +1,7 @@
 """Keeps text text for any kind of tokenizer: special tokens do not come of it, and cuts change no id."""
 
 import json
+import re
 import secrets
 from typing import Any
 
@@ -14,6 +15,7 @@ Part = dict[str, Any]  # of a tokenizer.json
 
 # Pre-tokenizers that cut at whitespace and drop it.
 _AT_WHITESPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # stands for text, even where it is said to be special
 _NORMALIZERS = {"NFC", "NFD", "Lowercase", "StripAccents"}
 # The patterns of GPT-4, Llama 3 and Qwen; they differ in how many digits go together.
 _PATTERNS = {
@@ -43,12 +45,12 @@ def plain_encoder(tokenizer: Tokenizer) -> Tokenizer:
 
 def _comes_of_text(tokenizer: Tokenizer, content: str) -> bool:
     model = tokenizer.model
-    if (index := model.token_to_id(content)) is None:
+    if (index := model.token_to_id(content)) is None or _BYTE.fullmatch(content):
         return False
     if not isinstance(model, models.BPE) or model.end_of_word_suffix or model.continuing_subword_prefix:
         return True
     # What merges make anywhere, they make of that text alone, too; a character is no other text.
-    return len(content) > 1 and index in Tokenizer(model).encode(content, add_special_tokens=False).ids
+    return len(content) > 1 and Tokenizer(model).encode(content, add_special_tokens=False).ids == [index]
 
 
 def _rename(description: Part, names: dict[str, str]) -> None:

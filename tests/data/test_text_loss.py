@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.documents import Piece
@@ -56,6 +56,26 @@ def test_the_share_of_what_is_lost() -> None:
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), train_bpe([ENGLISH, CHINESE], 300)])
 def test_a_byte_level_tokenizer_loses_nothing(tokenizer: TextTokenizer) -> None:
     assert lost_share(tokenizer, ENGLISH * 300, CHINESE * 3000, " \n </s>\x00\ufffd<|endoftext|> ") == 0
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_a_llama_loses_nothing(is_special: bool) -> None:
+    """Its spaces are letters, and what it does not know is bytes, whatever its file says of these."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    special, as_bytes = ["<unk>", "</s>"], [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special + as_bytes, show_progress=False)
+    tokenizer.train_from_iterator([ENGLISH], trainer)
+    stored = json.loads(tokenizer.to_str())
+    if not is_special:
+        stored["added_tokens"] = stored["added_tokens"][:2]
+    llama = TextTokenizer(Tokenizer.from_str(json.dumps(stored)), "</s>")
+    if not is_special:  # else decoding leaves them out
+        assert lost_share(llama, ENGLISH, CHINESE, " lead", "trail ", "a\n\nb  c", "</s> <0x0A>", " ") == 0
+    newline = tokenizer.token_to_id("<0x0A>")
+    assert newline in llama.encode("\n") and newline not in llama.encode("<0x0A>")
 
 
 def test_every_part_of_a_long_text_may_be_in_the_sample() -> None:
