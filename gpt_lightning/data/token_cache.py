@@ -145,7 +145,8 @@ def prepare_tokens(
 
 def loss_warning(losing: list[TokenSplit]) -> str:
     """Says of splits that may lack text what their numbers do not mean."""
-    shares = [f"{100 * split.lost_share:.3g}% of {split.name}" for split in losing if split.lost_share is not None]
+    known = {split.name: split.lost_share for split in losing if split.lost_share is not None}
+    shares = [f"{100 * share:.3g}% of {name}" for name, share in known.items()]
     if not shares:
         folder = losing[0].folder
         problem = f"{folder} does not say how much text the tokenizer loses, so no bpb is shown"
