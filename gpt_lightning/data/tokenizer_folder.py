@@ -16,6 +16,7 @@ PROBES = (
 # Endings of a document in the tokenizers of the world, for folders that do not name theirs.
 _USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 _NAMED = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")  # special tokens
+_OPTIONS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}  # of an added token
 _SEVERAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -57,11 +58,15 @@ def _agrees(folder: Path, tokenizer: Tokenizer) -> bool:
     """Tells whether all ids and special tokens that the other files name are those of tokenizer.json."""
     config = _options(folder / "tokenizer_config.json")
     mapped = _options(folder / "special_tokens_map.json")
-    ids = dict(_options(folder / "added_tokens.json"))
-    ids |= {_content(token): int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
+    ids = _options(folder / "added_tokens.json")
     if any(tokenizer.token_to_id(token) != index for token, index in ids.items()):
         return False
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    added = tokenizer.get_added_tokens_decoder()
+    for index, options in config.get("added_tokens_decoder", {}).items():
+        found = added.get(int(index))
+        if any(getattr(found, option, None) != options[option] for option in _OPTIONS & options.keys()):
+            return False
+    special = {token.content for token in added.values() if token.special}
     named = {*_special_tokens(config), *_special_tokens(mapped)}
     kinds = config.keys() & mapped.keys() & {f"{kind}_token" for kind in _NAMED}
     return named <= special and all(_content(config[kind]) == _content(mapped[kind]) for kind in kinds)

@@ -157,6 +157,10 @@ BESIDE: dict[str, dict[str, dict[str, Any]]] = {
     "no special ones": {
         "tokenizer_config.json": {"added_tokens_decoder": {"300": {**PAD, "special": False}}}
     },
+    "another kind": {
+        "added_tokens.json": {"<|pad|>": 300},
+        "tokenizer_config.json": {"added_tokens_decoder": {"300": {**PAD, "lstrip": True}}},
+    },
     "special_tokens_map.json": {"special_tokens_map.json": {"eos_token": END}},
     "named alone": {
         "tokenizer_config.json": {
