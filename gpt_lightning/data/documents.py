@@ -24,7 +24,8 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".
 
 _CHUNK_BYTES = 1 << 18
 _PIECE_CHARACTERS = 1 << 17
-_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=[^\S\x1c-\x1f])")  # these are space to Python alone
+# Control characters are space to Python, and to some tokenizers nothing.
+_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=[^\S\x0b\x0c\x1c-\x1f\x85])")
 
 
 class Piece(NamedTuple):

@@ -132,7 +132,7 @@ def cut(text: str) -> list[Piece]:
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
 def test_a_long_document_has_the_ids_of_the_whole(name: str) -> None:
     tokenizer = TextTokenizer({**CUT, **WHOLE}[name](), "</s>")
-    texts = [TEXT, "The " * 50, TEXT.replace("\n", "\r\n"), "a\n\n" * 30, "x", "cat\x1csat " * 20]
+    texts = [TEXT, "The " * 50, TEXT.replace("\n", "\r\n"), "a\n\n" * 30, "x", "cat\x1csat\x85" * 20]
     pieces = [("train", piece) for text in texts for piece in cut(text)]
     assert len(pieces) > 50
     expected = [index for text in texts for index in [*tokenizer.encode(text), tokenizer.eos_token_id]]
