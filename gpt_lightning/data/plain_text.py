@@ -25,22 +25,45 @@ _PATTERNS = {
 }
 
 
-def plain_encoder(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer itself if text yields none of its special tokens, else a copy of which it is so.
+def plain_encoder(tokenizer: Tokenizer) -> tuple[Tokenizer, dict[int, list[int]]]:
+    """Returns what gives text its ids, and of which ids then come others, so that none is of a special token.
 
     `encode_special_tokens` finds none before the model sees the text; but a model takes whatever stands in
-    its vocabulary, and some have their special tokens there. In the copy these have names that no text has.
+    its vocabulary, and some have their special tokens there. In a copy these have names that no text has.
+    Where merges make one, others may be made of it: it becomes the two tokens that it was merged from.
     """
     added = tokenizer.get_added_tokens_decoder().values()
-    found = [token.content for token in added if token.special and _comes_of_text(tokenizer, token.content)]
+    found = {token.content for token in added if token.special and _comes_of_text(tokenizer, token.content)}
     if not found:
-        return tokenizer
+        return tokenizer, {}
     description = json.loads(tokenizer.to_str())
+    pairs = _merged_from(description["model"])
+    unmerged = {token: pairs[token] for token in found & pairs.keys()}
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    parts = {ids[token]: [ids[part] for part in _parts(token, unmerged)] for token in unmerged}
+    if not (renamed := sorted(found - pairs.keys())):
+        return tokenizer, parts
     secret = secrets.token_hex(16)
-    _rename(description, {content: f"{secret}{number}" for number, content in enumerate(found)})
+    _rename(description, {content: f"{secret}{number}" for number, content in enumerate(renamed)})
     copy = Tokenizer.from_str(json.dumps(description))
     copy.encode_special_tokens = True
-    return copy
+    return copy, parts
+
+
+def _merged_from(model: Part) -> dict[str, list[str]]:
+    """Maps what a BPE's merges make to the two tokens of the first such merge."""
+    found: dict[str, list[str]] = {}
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges", []):
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        found.setdefault(first + second.removeprefix(prefix), [first, second])
+    return found
+
+
+def _parts(token: str, unmerged: dict[str, list[str]]) -> list[str]:
+    if token not in unmerged:
+        return [token]
+    return [part for half in unmerged[token] for part in _parts(half, unmerged)]
 
 
 def _comes_of_text(tokenizer: Tokenizer, content: str) -> bool:
@@ -54,7 +77,7 @@ def _comes_of_text(tokenizer: Tokenizer, content: str) -> bool:
 
 
 def _rename(description: Part, names: dict[str, str]) -> None:
-    """Gives tokens of a tokenizer.json other names; merges that make or need one of them are left out."""
+    """Gives tokens of a tokenizer.json other names; merges that need one of them never come up."""
     model = description["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
@@ -64,7 +87,7 @@ def _rename(description: Part, names: dict[str, str]) -> None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint({*pair, "".join(pair)})]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint(pair)]
     for token in description["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     description["post_processor"] = None  # adds nothing to text alone, and knows the old names

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
-from gpt_lightning.data.tokenizer_folder import PROBES, byte_level, named_eos, read_tokenizer, usual_eos
+from gpt_lightning.data.tokenizer_folder import byte_level, named_eos, read_tokenizer, same_ids, usual_eos
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,11 +49,11 @@ class TextTokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._checked([self._encoder.encode(text, add_special_tokens=False)])[0]
+        return self._text_ids([self._encoder[0].encode(text, add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes as `encode` does, on all cores."""
-        return self._checked(self._encoder.encode_batch_fast(texts, add_special_tokens=False))
+        return self._text_ids(self._encoder[0].encode_batch_fast(texts, add_special_tokens=False))
 
     def parse_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes text in which the name of a special token stands for the token."""
@@ -65,15 +65,17 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
 
-    def _checked(self, encodings: list[Encoding]) -> list[list[int]]:
-        found = [encoding.ids for encoding in encodings]
+    def _text_ids(self, encodings: list[Encoding]) -> list[list[int]]:
+        found, parts = [encoding.ids for encoding in encodings], self._encoder[1]
+        if parts:
+            found = [[part for index in ids for part in parts.get(index, (index,))] for ids in found]
         if any(self.eos_token_id in ids for ids in found):
             problem = f"eos_token={self._eos_token!r} is also what the tokenizer makes of some text"
             raise UserError(f"{problem}; give it an eos_token that is neither a character nor its unk_token")
         return found
 
     @cached_property
-    def _encoder(self) -> Tokenizer:
+    def _encoder(self) -> tuple[Tokenizer, dict[int, list[int]]]:
         return plain_encoder(self._tokenizer)
 
     @cached_property
@@ -90,13 +92,16 @@ class TextTokenizer:
     def encoding(self) -> str:
         """Is equal where texts get the same ids, also in caches that earlier versions made."""
         # These once encoded the rest in pieces, and with special tokens in text.
-        is_as_ever = self.may_be_cut and self._encoder is self._tokenizer
-        return self.fingerprint if is_as_ever else f"{self.fingerprint}-2"
+        return self.fingerprint if self.may_be_cut and self._is_plain else f"{self.fingerprint}-2"
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._encoder == (self._tokenizer, {})
 
     def corpus_encoder(self) -> Encoder:
         """Makes, in a moment, the fastest function known to do as `encode_batch`, for several threads."""
         # A character of texts as their end has to be looked for.
-        fast = fast_bpe(self._encoder) if len(self._eos_token) > 1 else None
+        fast = fast_bpe(self._tokenizer) if len(self._eos_token) > 1 and self._is_plain else None
 
         def encode(texts: list[str]) -> list[NDArray[np.uint32]]:
             found = fast.encode_batch(texts) if fast is not None else [None] * len(texts)
@@ -261,21 +266,14 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
 
 
 def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
-    """Returns `ours`, read from that folder, unless AutoTokenizer gives these texts other ids: then its own.
-
-    A folder that it cannot read is read as we do.
-    """
+    """Returns `ours`, read from that folder, or AutoTokenizer's, if it reads it and gives other ids to text."""
     try:
         tokenizer, eos_token = _from_transformers(str(folder), "")
     except UserError:
         return ours
     eos_token = named_eos(folder) and eos_token or ours._eos_token
     theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:])
-    is_same = ours.eos_token_id == theirs.eos_token_id and all(
-        ours._tokenizer.encode(text, add_special_tokens=False).ids
-        == theirs._tokenizer.encode(text, add_special_tokens=False).ids
-        for text in [*PROBES, *texts]
-    )
+    is_same = ours.eos_token_id == theirs.eos_token_id and same_ids(ours._tokenizer, theirs._tokenizer, texts)
     return ours if is_same else theirs
 
 

@@ -1,14 +1,14 @@
 """Reads a folder's tokenizer without transformers, where the files beside tokenizer.json agree with it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 # Texts by which two tokenizers differ that differ at all, most likely.
-PROBES = (
+_PROBES = (
     "The cat doesn't sit on 1,234 mats; it NAPS.\n\n\tYes  --  (x == y_1)?\r\n",
     "鲁迅写了《呐喊》。 日本語 한국어 Größe Ünïcode e\u0301 ﬁ Ⅷ Привет العربية हिन्दी 👩‍👧 \u00a0\u200b\ufeff x",
     *(" lead", "trail ", "\n", ""),
@@ -48,6 +48,14 @@ def named_eos(folder: Path) -> str | None:
         if (token := _options(folder / name).get("eos_token")) is not None:
             return _content(token)
     return None
+
+
+def same_ids(one: Tokenizer, other: Tokenizer, texts: Iterable[str]) -> bool:
+    """Tells whether both give the same ids to these texts and a few more."""
+    return all(
+        one.encode(text, add_special_tokens=False).ids == other.encode(text, add_special_tokens=False).ids
+        for text in (*_PROBES, *texts)
+    )
 
 
 def usual_eos(tokenizer: Tokenizer) -> str | None:

@@ -199,3 +199,15 @@ def test_a_document_too_long_to_be_encoded_whole_is_refused(monkeypatch: pytest.
     with pytest.raises(UserError, match="is longer than 100 characters, .*; give data.document_sep"):
         list(encode_pieces(pieces, TextTokenizer(llama_2(), "</s>")))
     assert list(encode_pieces(pieces, TextTokenizer(CUT["GPT-2"](), "</s>")))
+
+
+def test_a_word_that_merges_make_may_be_the_end() -> None:
+    raw = train_bpe(["hello " * 50], 300)._tokenizer
+    tokenizer = TextTokenizer(raw, "hello")
+    assert raw.token_to_id("hello") == tokenizer.eos_token_id
+    texts = ["hello", " hello hello", "hell", "say hello, hellos"]
+    found = [ids.tolist() for ids in tokenizer.corpus_encoder()(texts)]
+    assert found == tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, found, strict=True):
+        assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.encode(" hello") == raw.encode(" hello", add_special_tokens=False).ids
