@@ -266,7 +266,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
 
 
 def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
-    """Returns `ours`, read from that folder, or AutoTokenizer's, if it reads it and gives other ids to text."""
+    """Returns `ours`, read from that folder, or AutoTokenizer's, if it reads it and gives texts other ids."""
     try:
         tokenizer, eos_token = _from_transformers(str(folder), "")
     except UserError:
