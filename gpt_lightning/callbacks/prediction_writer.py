@@ -56,6 +56,7 @@ class PredictionWriter(CompletionCallback):
             assert isinstance(pl_module, GPTLightningModule)
             options = {f"generation.{name}": value for name, value in asdict(pl_module.generation).items()}
             options["trainer.precision"] = trainer.precision
+            options["data.parse_special_tokens"] = trainer.datamodule.parse_special_tokens
             settings = journal_settings(self.checkpoint.digest, trainer.datamodule.all_prompts, options)
             settings = gathered(settings)[0]  # all ranks must take the same, and need not see the same files
             self._go_on(trainer, settings, pl_module.generation.num_samples)

@@ -6,6 +6,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import loggers_may_fail
@@ -23,6 +24,11 @@ class TextSamples(Callback):
         self.latest: list[str] = []
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.datamodule, TextDataModule):
+            trainer.datamodule.hint_at_special_tokens(self.prompts)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self.prompts:
@@ -32,7 +38,9 @@ class TextSamples(Callback):
             rank_zero_warn("TextSamples: there is no tokenizer to write with; set module.tokenizer")
             self.prompts = []
             return
-        texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
+        data = trainer.datamodule
+        parses = isinstance(data, TextDataModule) and data.parse_special_tokens
+        texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer, parses))
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         if trainer.is_global_zero:
             with loggers_may_fail(trainer):

@@ -147,9 +147,13 @@ def _problems_of_data(state: Any) -> Iterator[str]:
     """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
     match state:
         case {"tokenizer": {"tokenizer_json": str(), "eos_token": str()}, "settings": dict(settings)}:
-            if not any(_acting(settings, DATA_KEY)):
+            if not any(_acting(settings, DATA_KEY)) and _are_ids(state["tokenizer"].get("eos_token_ids", [])):
                 return
     yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
 
 
 def _problems_of_config(stored: Any) -> Iterator[str]:

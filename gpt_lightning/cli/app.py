@@ -29,7 +29,7 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
-from gpt_lightning.cli.checks import check_options
+from gpt_lightning.cli.checks import check_monitors, check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
@@ -280,6 +280,8 @@ class GPTLightningCLI(LightningCLI):
         for name, split in self.datamodule.prepare().items():
             repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
             say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents{repeated}")
+        if self.verb == "fit" and not self.datamodule.keeps_text("val"):
+            check_monitors(self.trainer.callbacks)
         if self.verb in ("validate", "test"):
             if warning := self.datamodule.trained_text.warning(saved, self.verb):
                 say(f"warning: {warning}")

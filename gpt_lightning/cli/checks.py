@@ -1,9 +1,11 @@
 """Refuses what the options alone show to be wrong."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from gpt_lightning.cli.model_class import model_options
 from gpt_lightning.exit_codes import UserError
@@ -12,6 +14,14 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
+
+
+def check_monitors(callbacks: Iterable[Callback]) -> None:
+    """Refuses to wait for the bits per byte of a text of which some is lost: nobody logs them."""
+    for callback in callbacks:
+        if getattr(callback, "monitor", None) == "val/bpb":
+            name, problem = type(callback).__name__, "which is not shown as the tokenizer loses text"
+            raise UserError(f"{name} monitors val/bpb, {problem}; monitor val/loss")
 
 
 def check_options(verb: str, settings: Any) -> None:

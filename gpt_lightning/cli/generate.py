@@ -50,6 +50,8 @@ def _parser() -> PlainParser:
     parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")
     parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1 or mps; the fastest there by default.")
     parser.add_argument("--precision", type=_Precision, default="float32", help="Of weights and arithmetic.")
+    help = "Read the name of a special token in a prompt, as <|endoftext|>, as that token."
+    parser.add_argument("--parse_special_tokens", type=bool, default=False, help=help)
     parser.add_class_arguments(GenerationConfig, "generation")
     return parser
 
@@ -90,7 +92,8 @@ def _writer(options: Any, device: torch.device) -> TextWriter:
     output = sys.stdout
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(errors="replace")  # of characters that the terminal does not have
-    return TextWriter(model.to(device, getattr(torch, options.precision)), tokenizer, output)
+    model = model.to(device, getattr(torch, options.precision))
+    return TextWriter(model, tokenizer, output, options.parse_special_tokens)
 
 
 def _read_prompts(writer: TextWriter, settings: GenerationConfig) -> None:

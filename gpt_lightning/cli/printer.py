@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from typing import TextIO
 
 from gpt_lightning.cli.errors import say
-from gpt_lightning.data.prompts import encode_prompts
+from gpt_lightning.data.prompts import encode_prompts, special_token_hint
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Engine, Request, Step
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -41,8 +41,11 @@ class _Sample:
 class TextWriter:
     """Writes prompt and completion to `output`, and says how fast it went and what ended the text."""
 
-    def __init__(self, model: GPTModel, tokenizer: TextTokenizer, output: TextIO) -> None:
+    def __init__(
+        self, model: GPTModel, tokenizer: TextTokenizer, output: TextIO, parse_special_tokens: bool = False
+    ) -> None:
         self._tokenizer, self._output = tokenizer, output
+        self._parse_special_tokens = parse_special_tokens
         self._packed = lru_cache(maxsize=1)(partial(packed, model))  # the same one for the next prompt
 
     def write(
@@ -54,8 +57,11 @@ class TextWriter:
         """
         model = self._packed(quantize=settings.quantize, n_rows=min(_ROWS, settings.num_samples))
         start = time.perf_counter()
-        engine = Engine(model, settings, eos_token_id=self._tokenizer.eos_token_id, batch_size=_ROWS)
-        (token_ids,) = encode_prompts([prompt], self._tokenizer)
+        engine = Engine(model, settings, eos_token_id=self._tokenizer.eos_token_ids, batch_size=_ROWS)
+        (token_ids,) = encode_prompts([prompt], self._tokenizer, self._parse_special_tokens)
+        hint = special_token_hint([prompt], self._tokenizer, "--parse_special_tokens")
+        if hint and not self._parse_special_tokens:
+            say(hint)
         samples = [_Sample(TextStream(self._tokenizer, settings.stop)) for _ in range(settings.num_samples)]
         for number, sample in enumerate(samples):
             engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))

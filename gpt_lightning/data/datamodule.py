@@ -1,10 +1,12 @@
 """TextDataModule turns text files and prompts into the batches that Lightning asks for."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -12,11 +14,20 @@ from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts
-from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
-from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, load_tokenizer, requested_vocab_size
+from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts, special_token_hint
+from gpt_lightning.data.token_cache import (
+    Corpus,
+    TokenSplit,
+    loss_warning,
+    open_tokenizer,
+    prepare_tokenizer,
+    prepare_tokens,
+)
+from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, requested_vocab_size
 from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
+
+_log = logging.getLogger("gpt_lightning")
 
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
 SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
@@ -44,6 +55,7 @@ class TextDataModule(LightningDataModule):
         seed: Decides what is held out and the order of samples.
         prompts: Text or texts to continue with `predict`.
         prompts_file: More of them: a .txt file of one a line, or a .jsonl file with the key `prompt`.
+        parse_special_tokens: Read the name of a special token in a prompt, as <|endoftext|>, as that token.
     """
 
     def __init__(
@@ -65,6 +77,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 42,
         prompts: list[str] | str | None = None,
         prompts_file: str | None = None,
+        parse_special_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
@@ -76,6 +89,7 @@ class TextDataModule(LightningDataModule):
         self.text_key, self.document_separator = text_key, document_separator
         self.seed = seed
         self.prompts, self.prompts_file = prompts, prompts_file
+        self.parse_special_tokens = parse_special_tokens
         self.all_prompts: list[str] = []  # once set up to predict
         self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self._check_options()
@@ -112,8 +126,10 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            trains = is_trained_here(self.tokenizer)
-            self._text_tokenizer = self._train_tokenizer() if trains else load_tokenizer(self.tokenizer)
+            if is_trained_here(self.tokenizer):
+                self._text_tokenizer = self._train_tokenizer()
+            else:
+                self._text_tokenizer = open_tokenizer(self.tokenizer, self._corpus, self.cache_dir)
         return self._text_tokenizer
 
     def _train_tokenizer(self) -> TextTokenizer:
@@ -151,6 +167,9 @@ class TextDataModule(LightningDataModule):
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits
+            losing = [split for split in splits.values() if not self.keeps_text(split.name)]
+            if losing:
+                rank_zero_only(_log.warning)("warning: %s", loss_warning(losing))
         return self._splits
 
     def _check_tokens(self, n_tokens: int) -> None:
@@ -160,6 +179,12 @@ class TextDataModule(LightningDataModule):
             needs = f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens"
             remedy = "lower data.seq_len or add text to data.train_files"
             raise UserError(f"{needs}, but there are {n_tokens}; {remedy}")
+
+    def keeps_text(self, name: str) -> bool:
+        """Tells whether a split's tokens say all that its text says; else its bits per byte mean nothing."""
+        split = self._split(name)
+        lost_share = split.lost_share if split else 0
+        return self.text_tokenizer.keeps_text if lost_share is None else lost_share == 0
 
     def split_counts(self, name: str) -> tuple[int, int]:
         """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
@@ -222,8 +247,16 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        share = PromptShare(self.all_prompts, self.finished_prompts, self.text_tokenizer, rank, ranks)
+        prompts, parses = self.all_prompts, self.parse_special_tokens
+        share = PromptShare(prompts, self.finished_prompts, self.text_tokenizer, rank, ranks, parses)
+        self.hint_at_special_tokens(prompts)
         return batch_loader(share, lambda: EpochBatches(range(1), 1))
+
+    def hint_at_special_tokens(self, prompts: list[str]) -> None:
+        """Says in a line that a prompt holds the name of a special token, where that is read as text."""
+        hint = special_token_hint(prompts, self.text_tokenizer, "data.parse_special_tokens")
+        if hint and not self.parse_special_tokens:
+            rank_zero_only(_log.info)(hint)
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
         split = self._split(name)
@@ -280,7 +313,9 @@ class TextDataModule(LightningDataModule):
         tokenizer = TextTokenizer.from_dict(state_dict["tokenizer"])
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
-        elif self._text_tokenizer.fingerprint != tokenizer.fingerprint:
+        elif self._text_tokenizer.fingerprint == tokenizer.fingerprint:
+            self._text_tokenizer = tokenizer  # which also knows what else ends a text
+        else:
             problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
             remedy = "train anew, or leave data.tokenizer and the text as they were"
             raise UserError(f"{problem}, whose ids the model knows; {remedy}")

@@ -2,7 +2,8 @@
 
 A document arrives as one or more pieces, so that a book or a dump of any size streams through flat memory.
 Pieces are cut only where a byte-level BPE cannot notice: the ids of the pieces, joined, are the whole's. A
-million characters without such a place are cut anyway.
+million characters without such a place are cut anyway. For tokenizers that could notice, `encoding` joins the
+pieces again.
 """
 
 import codecs
@@ -29,7 +30,8 @@ _PARQUET_TEXT = (
     "binary_view",
     "fixed_size_binary",
 )
-_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=\s)")
+# Control characters are space to Python, and to some tokenizers nothing.
+_LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=[^\S\x0b\x0c\x1c-\x1f\x85])")
 
 
 class Piece(NamedTuple):

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.documents import Piece, utf8_length
 from gpt_lightning.data.tokenizer import Encoder, TextTokenizer
+from gpt_lightning.exit_codes import UserError
 
 _BATCH_CHARACTERS = 1 << 18
+_LONGEST_WHOLE = 1 << 24  # characters of a document that must be in memory at once
 
 
 class EncodedText(NamedTuple):
@@ -32,7 +34,7 @@ def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer)
     waiting: deque[Future[EncodedText]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
     try:
-        for split, pieces in _batches(marked):
+        for split, pieces in _batches(marked if tokenizer.may_be_cut else _whole_documents(marked)):
             waiting.append(pool.submit(encode, split, pieces))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
@@ -44,6 +46,19 @@ def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer)
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _whole_documents(marked: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, Piece]]:
+    """Joins each document's pieces, for tokenizers to which a cut is a beginning."""
+    waiting: defaultdict[str, list[str]] = defaultdict(list)
+    for split, piece in marked:
+        waiting[split].append(piece.text)
+        if sum(map(len, waiting[split])) > _LONGEST_WHOLE:
+            problem = f"a document is longer than {_LONGEST_WHOLE:,} characters"
+            reason = "and data.tokenizer is of a kind that encodes it as a whole"
+            raise UserError(f"{problem}, {reason}; give data.document_separator, or use bpe")
+        if piece.ends_document:
+            yield split, Piece("".join(waiting.pop(split)), ends_document=True)
 
 
 def _batches(marked: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:

@@ -1,5 +1,6 @@
 """Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
+import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class PromptShare(Dataset[PromptBatch]):
     tokenizer: TextTokenizer
     rank: int
     ranks: int
+    parse_special_tokens: bool = False
 
     def __len__(self) -> int:
         return 1
@@ -54,12 +56,23 @@ class PromptShare(Dataset[PromptBatch]):
         remaining = [index for index in range(len(self.prompts)) if index not in self.finished]
         indices = remaining[self.rank :: self.ranks]
         texts = [self.prompts[index] for index in indices]
-        return PromptBatch(indices, texts, encode_prompts(texts, self.tokenizer))
+        return PromptBatch(indices, texts, encode_prompts(texts, self.tokenizer, self.parse_special_tokens))
 
 
-def encode_prompts(prompts: list[str], tokenizer: TextTokenizer) -> list[list[int]]:
+def encode_prompts(
+    prompts: list[str], tokenizer: TextTokenizer, parse_special_tokens: bool = False
+) -> list[list[int]]:
     """Encodes prompts; an empty one becomes the eos that stands before every document."""
-    return [ids or [tokenizer.eos_token_id] for ids in tokenizer.encode_batch(prompts)]
+    encode = tokenizer.parse_batch if parse_special_tokens else tokenizer.encode_batch
+    return [ids or [tokenizer.eos_token_id] for ids in encode(prompts)]
+
+
+def special_token_hint(prompts: list[str], tokenizer: TextTokenizer, option: str) -> str | None:
+    """Says of prompts that are read as plain text that one holds the name of a special token."""
+    names = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
+    if (found := next(filter(None, map(names.search, prompts)), None)) is None:
+        return None
+    return f"a prompt holds {found[0]!r}, which is read as text; with {option} true it is that token"
 
 
 def _read_file(path: Path) -> list[str]:

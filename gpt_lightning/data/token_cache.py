@@ -6,12 +6,15 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 1 TB.
 """
 
+import os
 import sys
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,14 @@ from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
 from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
-from gpt_lightning.data.tokenizer import TextTokenizer, default_vocab_size, load_tokenizer, train_bpe
+from gpt_lightning.data.text_loss import TextSample, sampled
+from gpt_lightning.data.tokenizer import (
+    TextTokenizer,
+    as_transformers_reads,
+    default_vocab_size,
+    load_tokenizer,
+    train_bpe,
+)
 from gpt_lightning.exit_codes import UserError
 
 
@@ -89,6 +99,7 @@ class TokenSplit:
     n_bytes: int
     n_documents: int
     n_repeated: int | None = None  # held-out documents that are in train too; not known of old caches
+    lost_share: float | None = None  # of its characters, by a sample; not known of old caches
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
@@ -144,7 +155,7 @@ def prepare_tokens(
     `check_sources` the content hashes of `corpus.sources`, before one is built. With `drop_repeated` no
     document is held out that the training text has, too.
     """
-    settings = {**asdict(corpus), "tokenizer": tokenizer.fingerprint}
+    settings = {**asdict(corpus), "tokenizer": tokenizer.encoding}
     if drop_repeated:
         settings["drop_repeated"] = True
 
@@ -162,6 +173,18 @@ def prepare_tokens(
         for split in splits.values():
             split.map()
     return splits
+
+
+def loss_warning(losing: list[TokenSplit]) -> str:
+    """Says of splits that may lack text what their numbers do not mean."""
+    known = {split.name: split.lost_share for split in losing if split.lost_share is not None}
+    shares = [f"{100 * share:.3g}% of {name}" for name, share in known.items()]
+    if not shares:
+        folder = losing[0].folder
+        problem = f"{folder} does not say how much text the tokenizer loses, so no bpb is shown"
+        return f"{problem}; remove it to have that measured"
+    problem = f"the tokenizer loses text, by a sample decoded again {', '.join(shares)}"
+    return f"{problem}; ppl there is of what is left, and no bpb is shown"
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
@@ -189,6 +212,26 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
         return load_tokenizer(str(folder))
 
 
+def open_tokenizer(name: str, find_corpus: Callable[[], Corpus], cache_dir: str) -> TextTokenizer:
+    """Opens `bytes`, a name on the hub, or a folder.
+
+    A folder is compared once with what transformers makes of it, on some text of the corpus, if there is any.
+    """
+    folder = Path(os.path.expanduser(name)).absolute()
+    if name == "bytes" or not folder.is_dir() or not (corpus := find_corpus()).sources:
+        return load_tokenizer(name)
+    kinds = (".json", ".txt", ".model")
+    files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in kinds and file.is_file()]
+
+    def build(unfinished: Path) -> dict[str, Any]:
+        ours = load_tokenizer(name)
+        pieces = islice(corpus.read(corpus.sources, lambda n_bytes: None), 64)
+        return as_transformers_reads(folder, ours, [piece.text[:1000] for piece in pieces]).state
+
+    with built_folder(cache_dir, "tokenizer", asdict(corpus), files, build) as (_, built):
+        return TextTokenizer.from_dict(built)
+
+
 def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
     """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
     digests = DocumentDigests(folder)
@@ -207,15 +250,20 @@ def _write_tokens(
     folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: dict[str, NDArray[np.bool_]]
 ) -> dict[str, Any]:
     writers: dict[str, _SplitWriter] = {}
+    samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     digests = DocumentDigests(folder)
     with _progress("Tokenizing", corpus.sources) as advance:
         marked = digests.noted(without(_marked_pieces(corpus, advance), dropped))
-        for text in encode_pieces(marked, tokenizer):
+        for text in encode_pieces(sampled(marked, samples), tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
             writers[text.split].add(text)
-    repeated = {name: {"n_repeated": int(found.sum())} for name, found in digests.repeated().items()}
-    return {name: {**writer.finish(), **repeated.get(name, {})} for name, writer in writers.items()}
+    described: dict[str, Any] = {name: writer.finish() for name, writer in writers.items()}
+    for name, found in digests.repeated().items():
+        described[name]["n_repeated"] = int(found.sum())
+    for name, sample in samples.items():
+        described[name]["lost_share"] = sample.lost_share(tokenizer)
+    return described
 
 
 def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:

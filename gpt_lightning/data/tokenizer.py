@@ -16,17 +16,16 @@ from urllib.request import getproxies
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gpt_lightning.data.byte_fallback import ByteFallback
+from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
 from gpt_lightning.data.endless_text import LONGEST_WORD, with_little_endless_text
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
+from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
+from gpt_lightning.data.tokenizer_folder import byte_level, named_eos, read_tokenizer, same_ids, usual_eos
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-
-# Endings of a document in the tokenizers of the world, for folders that do not name theirs.
-_USUAL_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
 Encoder = Callable[[list[str]], list[NDArray[np.uint32]]]
 
@@ -37,7 +36,7 @@ class TextTokenizer:
     So the end-of-document id occurs only where this project appends it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_token: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token: str, other_ends: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._eos_token = eos_token
         # A token that is not marked special would still be found inside text.
@@ -47,18 +46,63 @@ class TextTokenizer:
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.eos_token_id: int = vocabulary[eos_token]
+        self.eos_token_ids = [self.eos_token_id, *sorted({*other_ends} - {self.eos_token_id})]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._text_ids([self._encoder[0].encode(text, add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes as `encode` does, on all cores."""
-        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._text_ids(self._encoder[0].encode_batch_fast(texts, add_special_tokens=False))
+
+    def parse_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encodes text in which the name of a special token stands for the token."""
+        parser = Tokenizer.from_str(self.state["tokenizer_json"])  # which is not told to leave them text
+        return [found.ids for found in parser.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def _text_ids(self, encodings: list[Encoding]) -> list[list[int]]:
+        found, parts = [encoding.ids for encoding in encodings], self._encoder[1]
+        if parts:
+            found = [[part for index in ids for part in parts.get(index, (index,))] for ids in found]
+        if any(self.eos_token_id in ids for ids in found):
+            problem = f"eos_token={self._eos_token!r} is also what the tokenizer makes of some text"
+            raise UserError(f"{problem}; give it an eos_token that is neither a character nor its unk_token")
+        return found
+
+    @cached_property
+    def _encoder(self) -> tuple[Tokenizer, dict[int, list[int]]]:
+        return plain_encoder(self._tokenizer)
+
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Tells whether a long document may be encoded in pieces."""
+        return may_be_cut(self._tokenizer)
+
+    @cached_property
+    def keeps_text(self) -> bool:
+        """Tells whether it is certain, for any text, that decoding gives it back."""
+        return self._decoder_types == {"ByteLevel"} and keeps_text(self._tokenizer)
+
+    @cached_property
+    def encoding(self) -> str:
+        """Is equal where texts get the same ids, also in caches that earlier versions made."""
+        # These once encoded the rest in pieces, and with special tokens in text.
+        return self.fingerprint if self.may_be_cut and self._is_plain else f"{self.fingerprint}-2"
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._encoder == (self._tokenizer, {})
 
     def corpus_encoder(self) -> Encoder:
         """Makes, in a moment, the fastest function known to do as `encode_batch`, for several threads."""
-        fast = fast_bpe(self._tokenizer)
+        # A character of texts as their end has to be looked for.
+        fast = fast_bpe(self._tokenizer) if len(self._eos_token) > 1 and self._is_plain else None
 
         def encode(texts: list[str]) -> list[NDArray[np.uint32]]:
             found = fast.encode_batch(texts) if fast is not None else [None] * len(texts)
@@ -91,47 +135,39 @@ class TextTokenizer:
 
     @cached_property
     def _fallback_bytes(self) -> dict[int, int]:
-        """Maps each id that stands for a byte to it, if the decoder reads them so."""
-        if "ByteFallback" not in self._decoder_types:
-            return {}
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        tokens = {byte: f"<0x{byte:02X}>" for byte in range(256)}
-        return {vocabulary[token]: byte for byte, token in tokens.items() if token in vocabulary}
+        return fallback_bytes(self._tokenizer) if "ByteFallback" in self._decoder_types else {}
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:
-        """Maps each id to its bytes; special tokens have none, other added tokens are written as they are."""
-        byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-        found = {
-            index: bytes(byte_of[character] for character in token)
-            for token, index in self._tokenizer.get_vocab(with_added_tokens=False).items()
-            if byte_of.keys() >= set(token)
-        }
-        for index, added in self._tokenizer.get_added_tokens_decoder().items():
-            found[index] = b"" if added.special else added.content.encode()
-        return found
+        return token_bytes(self._tokenizer)
 
     @cached_property
-    def state(self) -> dict[str, str]:
-        """Holds plain strings for a checkpoint, which `from_dict` reads."""
-        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token}
+    def state(self) -> dict[str, Any]:
+        """Holds plain data for a checkpoint, which `from_dict` reads."""
+        several = {"eos_token_ids": self.eos_token_ids} if len(self.eos_token_ids) > 1 else {}
+        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token, **several}
 
     @classmethod
-    def from_dict(cls, state: dict[str, str]) -> "TextTokenizer":
+    def from_dict(cls, state: dict[str, Any]) -> "TextTokenizer":
         try:
             tokenizer = Tokenizer.from_str(state["tokenizer_json"])
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"the saved tokenizer cannot be read ({first_line(error)})") from None
-        return cls(tokenizer, state["eos_token"])
+        return cls(tokenizer, state["eos_token"], state.get("eos_token_ids", ()))
 
-    def __reduce__(self) -> tuple[Callable[[dict[str, str]], "TextTokenizer"], tuple[dict[str, str]]]:
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], "TextTokenizer"], tuple[dict[str, Any]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
         return self.from_dict, (self.state,)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Is equal for equal tokenizers, also after a save and load."""
-        return hashlib.sha256(json.dumps(self.state, sort_keys=True).encode()).hexdigest()[:32]
+        """Is equal for equal tokenizers, also after a save and load, whatever else ends a generated text."""
+        state = {key: value for key, value in self.state.items() if key != "eos_token_ids"}
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+    def with_ends(self, ids: Iterable[int]) -> "TextTokenizer":
+        """Has the tokens of these ids end a generated text, too; documents end with eos alone."""
+        return self.from_dict({**self.state, "eos_token_ids": [*self.eos_token_ids, *ids]})
 
     def padded(self, n_ids: int) -> "TextTokenizer":
         """Adds special tokens for ids below `n_ids` that a model knows and no text has: some readers ask."""
@@ -143,8 +179,12 @@ class TextTokenizer:
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.
 
-        `max_length` is that of the texts that its model can see.
+        `max_length` is that of the texts that its model can see. What the tokenizer would put around a text,
+        such as [CLS] and [SEP], is left out: no model here was trained with it.
         """
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        if not isinstance(tokenizer.post_processor, processors.ByteLevel):  # which adds nothing
+            tokenizer.post_processor = None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -156,12 +196,12 @@ class TextTokenizer:
             **({} if max_length is None else {"model_max_length": max_length}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Trains a byte-level BPE in GPT-2's manner: any string can be encoded, and decodes to itself."""
-    tokenizer = _byte_level(models.BPE())
+    tokenizer = byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
@@ -199,7 +239,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     option = f"data.tokenizer={name}"
     if name == "bytes":
         vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-        return TextTokenizer(_byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
+        return TextTokenizer(byte_level(models.BPE(vocab=vocab, merges=[])), END_OF_TEXT)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         return load_tokenizer_folder(Path(folder), option)
@@ -218,15 +258,28 @@ def is_hub_name(name: str) -> bool:
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
     """Opens a folder, called `option` in complaints; its model's `eos_token_id` is taken if it names none."""
     try:
-        named, tokenizer = _named_eos(folder), _from_tokenizers(folder)
+        named, tokenizer = named_eos(folder), read_tokenizer(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
     if tokenizer is None:
         tokenizer, usual = _from_transformers(str(folder), option)
+        named = named and usual  # of two that are named it knows which counts
     else:
-        usual = next((token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None), None)
+        usual = usual_eos(tokenizer)
     of_model = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
     return _ending(tokenizer, named or of_model or usual, option)
+
+
+def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
+    """Returns `ours`, read from that folder, or AutoTokenizer's, if it reads it and gives texts other ids."""
+    try:
+        tokenizer, eos_token = _from_transformers(str(folder), "")
+    except UserError:
+        return ours
+    eos_token = named_eos(folder) and eos_token or ours._eos_token
+    theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:])
+    is_same = ours.eos_token_id == theirs.eos_token_id and same_ids(ours._tokenizer, theirs._tokenizer, texts)
+    return ours if is_same else theirs
 
 
 def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
@@ -237,36 +290,6 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
         problem = f"{option}: eos_token={eos_token!r} in its tokenizer_config.json is not text"
         raise UserError(f"{problem}; write the token itself")
     return TextTokenizer(tokenizer, eos_token)
-
-
-def _named_eos(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (token := _options(folder / name).get("eos_token")) is not None:
-            return token["content"] if isinstance(token, dict) else token
-    return None
-
-
-def _options(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _from_tokenizers(folder: Path) -> Tokenizer | None:
-    """Reads tokenizer.json, or vocab.json and merges.txt where they are all there is, as for GPT-2's own."""
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    if "tokenizer.json" in present:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    options = _options(folder / "tokenizer_config.json")
-    is_changed = options.get("added_tokens_decoder") or options.get("add_prefix_space")
-    if is_changed or "added_tokens.json" in present or not present >= {"vocab.json", "merges.txt"}:
-        return None
-    return _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:

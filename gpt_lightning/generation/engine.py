@@ -9,7 +9,7 @@ Shapes: B rows in use, D d_model, V vocabulary.
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -92,6 +92,7 @@ class Engine:
 
     Args:
         settings: Those of all requests.
+        eos_token_id: Ends a text that draws it, or any of several; None of them: texts have no end.
         batch_size: Rows decoded together: more are faster and take more memory.
         broadcast: For processes that run a model together: gives all of them one process's numbers.
     """
@@ -101,7 +102,7 @@ class Engine:
         model: GPTModel,
         settings: GenerationConfig,
         *,
-        eos_token_id: int | None,
+        eos_token_id: int | Collection[int] | None,
         batch_size: int = 8,
         broadcast: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -113,7 +114,8 @@ class Engine:
                 f"generation.context_stride={settings.context_stride} is above the model's "
                 f"max_position_embeddings={self._context}; use at most that, or null for half of it"
             )
-        self._model, self._settings, self._eos_token_id = model, settings, eos_token_id
+        self._model, self._settings = model, settings
+        self._ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self._batch_size, self._broadcast = batch_size, broadcast
         self._sampler = Sampler(settings)
         self._device = next(model.parameters()).device
@@ -215,7 +217,7 @@ class Engine:
         if greatest_left == -math.inf:
             return row.end("exhausted", None)
         logprob = logprobs[0] if logprobs else None
-        if token == self._eos_token_id:
+        if token in self._ends:
             return row.end("eos", logprob)
         token_id, ends_with = int(token), row.request.ends_with
         row.tokens.append(token_id)
@@ -241,7 +243,7 @@ def generate(
     prompts: list[list[int]],
     settings: GenerationConfig,
     *,
-    eos_token_id: int | None,
+    eos_token_id: int | Collection[int] | None,
     batch_size: int = 8,
 ) -> list[Completion]:
     """Completes each prompt: `settings.num_samples` times the first, then the second, and so on."""

@@ -42,6 +42,8 @@ def _write_model(checkpoint: Checkpoint, folder: Path) -> None:
     ends: dict[str, Any] = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     names: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     GPT2Config(**config_to_gpt2(config), **ends, **names).save_pretrained(folder)
+    if len(tokenizer.eos_token_ids) > 1:  # which `generate` of transformers reads there
+        ends["eos_token_id"] = tokenizer.eos_token_ids
     GenerationConfig(**ends, pad_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.padded(config.vocab_size).save(folder, max_length=config.max_position_embeddings)
     ours = {name: tensor.float() for name, tensor in checkpoint.weights.items()}

@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
+    as_transformers_reads,
     first_line,
     hub_is_reachable,
     is_hub_name,
@@ -136,24 +137,25 @@ def _read_config(folder: Path) -> GPTConfig:
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError("it holds no tokenizer; put the tokenizer.json that belongs to it there")
-    eos_token_id = _stored_eos(folder, config)
-    tokenizer = load_tokenizer_folder(folder, "its tokenizer", eos_token_id)
+    ends = _stored_ends(folder, config)
+    ours = load_tokenizer_folder(folder, "its tokenizer", ends[0] if ends else None)
+    tokenizer = as_transformers_reads(folder, ours)
     if tokenizer.vocab_size > config.vocab_size:
         ids = f"{tokenizer.vocab_size} ids, and its model knows {config.vocab_size} (vocab_size)"
         raise UserError(f"its tokenizer has {ids}; give the model with its own tokenizer")
-    if eos_token_id not in (None, tokenizer.eos_token_id) and eos_token_id < tokenizer.vocab_size:
-        message = "%s says eos_token_id=%s, and its tokenizer ends a text with %s; the tokenizer's is kept"
-        _log.warning(message, folder, eos_token_id, tokenizer.eos_token_id)
-    return tokenizer
+    if ends and tokenizer.eos_token_id not in ends:
+        message = "%s says eos_token_id=%s, and its tokenizer ends a text with %s; each of them will end one"
+        _log.warning(message, folder, ", ".join(map(str, ends)), tokenizer.eos_token_id)
+    return tokenizer.with_ends(ends)
 
 
-def _stored_eos(folder: Path, config: GPTConfig) -> int | None:
-    """Returns what the model takes for the end of a text; an id that it lacks is GPT-2's, written unasked."""
+def _stored_ends(folder: Path, config: GPTConfig) -> list[int]:
+    """Returns what the model takes for ends of a text; an id that it lacks is GPT-2's, written unasked."""
+    found: list[int] = []
     for path in (folder / CONFIG, folder / GENERATION_CONFIG):
-        index = _read_json(path).get("eos_token_id") if path.is_file() else None
-        if type(index) is int and 0 <= index < config.vocab_size:
-            return index
-    return None
+        stored = _read_json(path).get("eos_token_id") if path.is_file() else None
+        found += [index for index in (stored if isinstance(stored, list) else [stored]) if type(index) is int]
+    return [index for index in dict.fromkeys(found) if 0 <= index < config.vocab_size]
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -224,8 +224,9 @@ class GPTLightningModule(LightningModule):
         self.log(f"{split}/ppl", loss.exp())
         if share < 1:
             self.log(f"{split}/share", share)
-        if isinstance(self.trainer.datamodule, TextDataModule):  # others do not know their bytes
-            n_tokens, n_bytes = self.trainer.datamodule.split_counts(split)
+        data = self.trainer.datamodule
+        if isinstance(data, TextDataModule) and data.keeps_text(split):  # others do not know their bytes
+            n_tokens, n_bytes = data.split_counts(split)
             self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
 
     # Prediction

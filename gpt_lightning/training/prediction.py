@@ -49,7 +49,7 @@ def make_engine(
     """Has tensor-parallel peers take the first one's tokens: with different ones they would deadlock."""
     strategy = trainer.strategy if trainer is not None else None
     broadcast = strategy.mesh.from_first_peer if isinstance(strategy, TensorParallelDDPStrategy) else None
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_ids
     return Engine(model, settings, eos_token_id=eos, batch_size=n_rows, broadcast=broadcast)
 
 

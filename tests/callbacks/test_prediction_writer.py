@@ -76,6 +76,7 @@ def predict(
     prompts: list[str] = PROMPTS,
     batch_size: int = 2,
     checkpoint: str | None = "checkpoint",
+    **data_options: Any,
 ) -> list[dict[str, Any]]:
     """The rows of the file; any text stands for a checkpoint's digest."""
     module.generation = settings
@@ -88,7 +89,8 @@ def predict(
             enable_progress_bar=any(isinstance(callback, StepProgressBar) for callback in callbacks),
             callbacks=[PredictionWriter(output, stream, kept), *callbacks],
         )
-        data = TextDataModule(tokenizer="bytes", prompts=prompts, batch_size=batch_size)
+        data_options |= {"tokenizer": "bytes", "prompts": prompts, "batch_size": batch_size}
+        data = TextDataModule(**data_options)
         trainer.predict(module, datamodule=data, return_predictions=False)
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
@@ -176,6 +178,7 @@ def test_nothing_is_run_where_all_was_finished(
         ({"settings": GenerationConfig(max_new_tokens=12, seed=43)}, "generation.seed was 42, is 43"),
         ({"prompts": [*PROMPTS, "more"]}, "other prompts"),
         ({"checkpoint": "another"}, "other checkpoint"),
+        ({"parse_special_tokens": True}, "data.parse_special_tokens was False, is True"),
     ],
 )
 def test_what_depends_on_something_else_is_not_taken(

@@ -101,6 +101,7 @@ def test_a_type_for_hyper_parameters_is_refused(checkpoint: dict[str, Any]) -> N
         {"settings": {}, "tokenizer": "a text"},
         {"settings": {}, "tokenizer": ["tokenizer_json", "eos_token"]},
         {"settings": {}, "tokenizer": {"tokenizer_json": 1, "eos_token": ""}},
+        {"settings": {}, "tokenizer": {"tokenizer_json": "", "eos_token": "", "eos_token_ids": [-1]}},
     ],
 )
 def test_a_state_of_other_data_is_refused(state: Any, checkpoint: dict[str, Any]) -> None:

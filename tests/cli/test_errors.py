@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -94,6 +95,24 @@ def test_misspelt_key_in_the_file(
     config = tiny_config(data={"seqlen": 16})
     message = fails(["fit", "--config", str(config)], capsys, tmp_path)
     assert "seqlen" in message and "did you mean data.seq_len?" in message
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_bits_per_byte_of_lost_text_cannot_be_monitored(
+    stopping: bool, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    config = str(tiny_config(data={"tokenizer": str(tmp_path / "words")}))
+    main(["prepare", "--config", config])
+    capsys.readouterr()
+    options = ["--checkpoint.monitor", "val/bpb"]
+    if stopping:
+        options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/bpb"]
+    message = fails(["fit", "--config", config, *options], capsys, tmp_path)
+    assert "monitors val/bpb, which is not shown as the tokenizer loses text; monitor val/loss" in message
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,28 @@ def test_the_text_is_that_of_predict(checkpoint: Path, run: Run, prompt: str, st
     assert reason.get(row["finish_reason"], "the end of the document") in messages
 
 
+def test_special_tokens_are_parsed_where_it_is_said(checkpoint: Path, run: Run) -> None:
+    prompt = "The<|endoftext|>"
+    settings = ["--generation.max_new_tokens", "20", "--generation.temperature", "3"]
+    predict = ["predict", "--ckpt_path", str(checkpoint), "--data.prompts", json.dumps([prompt]), *settings]
+    found = {}
+    for parses in ("false", "true"):
+        text, said, _ = run("--prompt", prompt, *settings, "--parse_special_tokens", parses)
+        hint = "a prompt holds '<|endoftext|>', which is read as text; with --parse_special_tokens true it is"
+        assert (hint in said) is (parses == "false")
+        main([*predict, "--data.parse_special_tokens", parses, "--output", f"{parses}.jsonl"])
+        row = json.loads(Path(f"{parses}.jsonl").read_text())
+        assert text == prompt + row["completion"] + "\n" and row["prompt"] == prompt
+        found[parses] = (row["prompt_tokens"], row["completion"])
+    assert found["true"][0] < found["false"][0] and found["true"][1] != found["false"][1]
+
+
+def test_predict_hints_once_at_special_tokens(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for prompts, lines in ((["a<|endoftext|>", "<|endoftext|>"], 1), (["a"], 0)):
+        main(["predict", "--ckpt_path", str(checkpoint), "--data.prompts", json.dumps(prompts)])
+        assert capsys.readouterr().err.count("with data.parse_special_tokens true it is that token") == lines
+
+
 def test_several_samples_come_one_after_the_other(checkpoint: Path, run: Run) -> None:
     settings = ["--generation.temperature", "3", "--generation.max_new_tokens", "9"]
     settings += ["--generation.stop", '["e"]']

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
-from gpt_lightning.data.prompts import PromptShare, read_prompts
-from gpt_lightning.data.tokenizer import load_tokenizer
+from gpt_lightning.data.prompts import PromptShare, encode_prompts, read_prompts, special_token_hint
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
 
 
 def test_prompts_come_from_both_places_in_order(tmp_path: Path) -> None:
@@ -14,6 +15,26 @@ def test_prompts_come_from_both_places_in_order(tmp_path: Path) -> None:
     assert read_prompts("x", str(tmp_path / "a.txt")) == ["x", "one ", "two\x0c2"]
     assert read_prompts(["x", ""], str(tmp_path / "b.jsonl")) == ["x", "", "line\nbreak", ""]
     assert read_prompts(None, None) == [""] and read_prompts([], None) == [""]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "Unigram"])
+def test_special_tokens_in_prompts_are_text_unless_they_are_to_be_parsed(kind: str) -> None:
+    tokenizer, end = load_tokenizer("bytes"), "<|endoftext|>"
+    if kind == "Unigram":  # whose own vocabulary holds them
+        characters = sorted({*"Hithere", *end})
+        pieces = [("<unk>", 0.0), (end, 0.0), *((character, -2.0) for character in characters)]
+        tokenizer = TextTokenizer(Tokenizer(models.Unigram(pieces, unk_id=0)), end)
+    hi, there = tokenizer.encode("Hi"), tokenizer.encode("there")
+    prompts, eos = [f"Hi{end}there{end}", "", "Hi"], tokenizer.eos_token_id
+    assert encode_prompts(prompts, tokenizer, True) == [[*hi, eos, *there, eos], [eos], hi]
+    plain = encode_prompts(prompts, tokenizer)
+    assert eos not in plain[0] and plain[1:] == [[eos], hi]
+    assert tokenizer.decode(plain[0]).replace(" ", "") == prompts[0]
+    shares = [PromptShare(prompts, set(), tokenizer, 0, 1, parses)[0] for parses in (False, True)]
+    assert [share.token_ids for share in shares] == [plain, encode_prompts(prompts, tokenizer, True)]
+    hint = special_token_hint(prompts, tokenizer, "data.x")
+    assert hint is not None and "'<|endoftext|>'" in hint and "data.x true" in hint and "\n" not in hint
+    assert special_token_hint(["", "<|endoftext", "<|im_end|>"], tokenizer, "data.x") is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 12])

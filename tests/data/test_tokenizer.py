@@ -4,11 +4,13 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     default_vocab_size,
@@ -139,6 +141,111 @@ def test_what_lies_beside_vocabulary_and_merges_counts(
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.eos_token_id == theirs.eos_token_id
     assert loaded.encode("The cat") == theirs.encode("The cat", add_special_tokens=False)
+
+
+END, PAD = {"content": "<|end|>", "special": True}, {"content": "<|pad|>", "special": True}
+BESIDE: dict[str, dict[str, dict[str, Any]]] = {
+    "nothing": {},
+    "added_tokens.json": {
+        "added_tokens.json": {"<|pad|>": 300, "<|end|>": 301},
+        "tokenizer_config.json": {"eos_token": "<|end|>"},
+    },
+    "a gap": {"added_tokens.json": {"<|end|>": 301}, "tokenizer_config.json": {"eos_token": "<|end|>"}},
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {"eos_token": "<|end|>", "added_tokens_decoder": {"300": PAD, "301": END}}
+    },
+    "no special ones": {
+        "tokenizer_config.json": {"added_tokens_decoder": {"300": {**PAD, "special": False}}}
+    },
+    "another kind": {
+        "added_tokens.json": {"<|pad|>": 300},
+        "tokenizer_config.json": {"added_tokens_decoder": {"300": {**PAD, "lstrip": True}}},
+    },
+    "special_tokens_map.json": {"special_tokens_map.json": {"eos_token": END}},
+    "named alone": {
+        "tokenizer_config.json": {
+            "pad_token": "<|pad|>",
+            "additional_special_tokens": ["<|user|>"],
+            "eos_token": "<|end|>",
+        }
+    },
+    "the same again": {
+        "added_tokens.json": {"<|endoftext|>": 0},
+        "special_tokens_map.json": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        "tokenizer_config.json": {"added_tokens_decoder": {"0": {**END, "content": "<|endoftext|>"}}},
+    },
+}
+CLASSES: dict[str, dict[str, dict[str, Any]]] = {
+    "a class that adds a space": {
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    },
+    "a class of other ids": {
+        "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "unk_token": "<|endoftext|>"},
+        "special_tokens_map.json": {"eos_token": "<|end|>"},
+    },
+}
+
+
+def write_beside(tokenizer: TextTokenizer, folder: Path, files: dict[str, dict[str, Any]]) -> Any:
+    """Returns what transformers makes of the tokenizer's folder with these files in it."""
+    tokenizer.save(folder)
+    for name, options in files.items():
+        path = folder / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **options}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def ids_of(theirs: Any, text: str) -> list[int]:
+    return list(theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_lies_beside_tokenizer_json_counts(name: str, bpe: TextTokenizer, tmp_path: Path) -> None:
+    theirs = write_beside(bpe, tmp_path, BESIDE[name])
+    for loaded in (load_tokenizer(str(tmp_path)), load_tokenizer_folder(tmp_path, "x", 7)):
+        assert loaded.eos_token_id == theirs.eos_token_id
+        assert loaded.vocab_size == len(theirs)
+        for text in (TEXT, "a <|pad|><|end|> b"):
+            assert loaded.encode(text) == ids_of(theirs, text)
+
+
+@pytest.mark.parametrize("name", ["nothing", "the same again"])
+def test_a_folder_that_agrees_is_opened_without_transformers(
+    name: str, bpe: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_beside(bpe, tmp_path, BESIDE[name])
+    monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", None)
+    assert load_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
+
+
+@pytest.mark.parametrize("name", ["nothing", *CLASSES])
+def test_text_is_prepared_with_what_transformers_makes_of_a_folder(
+    name: str, bpe: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = write_beside(bpe, tmp_path / "folder", CLASSES.get(name, {}))
+    (tmp_path / "a.txt").write_text(TEXT)
+    options = {"train_files": str(tmp_path / "a.txt"), "val_fraction": 0.0, "seq_len": 4}
+    options |= {"tokenizer": str(tmp_path / "folder"), "cache_dir": str(tmp_path / "cache")}
+    for _ in range(2):
+        data = TextDataModule(**options)
+        tokens = data.prepare()["train"].tokens.tolist()
+        assert tokens == [*ids_of(theirs, TEXT), theirs.eos_token_id]
+        assert (data.text_tokenizer.fingerprint == bpe.fingerprint) is (name == "nothing")
+        # It is not asked again, as importing it takes seconds.
+        monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", None)
+
+
+def test_a_folder_that_changes_is_compared_anew(bpe: TextTokenizer, tmp_path: Path) -> None:
+    write_beside(bpe, tmp_path / "folder", {})
+    (tmp_path / "a.txt").write_text(TEXT)
+    for files in ({}, CLASSES["a class that adds a space"]):
+        theirs = write_beside(bpe, tmp_path / "folder", files)
+        data = TextDataModule(
+            train_files=str(tmp_path / "a.txt"),
+            tokenizer=str(tmp_path / "folder"),
+            cache_dir=str(tmp_path / "cache"),
+        )
+        assert data.text_tokenizer.encode("The cat") == ids_of(theirs, "The cat")
 
 
 def test_the_end_that_a_model_names_is_taken_where_the_folder_names_none(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
@@ -111,6 +112,58 @@ def test_a_pipeline_opens_it_and_writes_the_same_text(trip: Path, monkeypatch: p
     new = row["generated_token_ids"][len(tokenizer.encode(prompt)) :]
     ids = ours.token_ids + [tokenizer.eos_token_id] * (ours.finish_reason == "eos")
     assert new in (ours.token_ids, ids)
+
+
+KINDS: dict[str, Callable[[list[str]], Tokenizer]] = {
+    "BERT": lambda texts: tokenizer_of(
+        models.WordPiece({piece: n for n, piece in enumerate(["[UNK]", *texts[0].split(), "a", "##s"])}),
+        pre_tokenizers.BertPreTokenizer(),
+        normalizers.BertNormalizer(),
+    ),
+    "T5": lambda texts: tokenizer_of(
+        models.Unigram([("[UNK]", 0.0), *((c, -3.0) for c in sorted({*texts[0], "▁"}))], unk_id=0),
+        pre_tokenizers.Metaspace(),
+    ),
+    "Llama 2": lambda texts: tokenizer_of(
+        models.BPE({c: n for n, c in enumerate(sorted({*texts[0], "▁", "[UNK]"}))}, [], unk_token="[UNK]"),
+        None,
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ),
+    "GPT-2": lambda texts: train_bpe(texts, 270)._tokenizer,
+}
+
+
+def tokenizer_of(model: Any, pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_gives_the_model_what_it_was_trained_with(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token stands before a text there, and none after it, though its tokenizer came with such."""
+    monkeypatch.chdir(tmp_path)
+    raw = KINDS[kind]([TEXT])
+    raw.add_special_tokens(["[CLS]", "[SEP]"])
+    around = [(token, raw.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    write_gpt2(Path("theirs"), TextTokenizer(raw, "[SEP]"), scale=1.0)
+    raw.save("theirs/tokenizer.json")
+    main(["import-hf", "theirs", "x.ckpt"])
+    main(["export-hf", "x.ckpt", "back"])
+    model, tokenizer = load_model(Path("x.ckpt"))
+    prompt = tokenizer.encode("the cat sees")
+    assert prompt and not {index for _, index in around} & {*prompt}
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False)
+    (ours,) = generate(model, [prompt], settings, eos_token_id=tokenizer.eos_token_ids)
+    writer = pipeline("text-generation", model="back")
+    (row,) = writer("the cat sees", max_new_tokens=12, do_sample=False, return_tensors=True)
+    ended = [tokenizer.eos_token_id] * (ours.finish_reason == "eos")
+    assert row["generated_token_ids"] == prompt + ours.token_ids + ended
+    assert load_tokenizer("back").encode(TEXT) == tokenizer.encode(TEXT)
 
 
 # ---- what is written, and where

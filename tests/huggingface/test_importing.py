@@ -10,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.sampling import GenerationConfig as OurSettings
 from gpt_lightning.huggingface.importing import import_gpt2
 from gpt_lightning.training.module import GPTLightningModule
 from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
@@ -136,15 +140,68 @@ def test_a_tokenizer_that_names_no_end_takes_the_models(file: str, folder: Path)
     assert tokenizer.eos_token_id == 65
 
 
-def test_another_end_than_the_tokenizers_is_told_and_left(
+def test_another_end_than_the_tokenizers_is_told_and_ends_a_text_too(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change_config(folder, eos_token_id=65)
+    (folder / "generation_config.json").unlink()
     main(["import-hf", str(folder), "x.ckpt"])
     line, _ = capsys.readouterr().err.splitlines()
     assert "eos_token_id=65" in line and "256" in line
     _, tokenizer = load_model(Path("x.ckpt"))
-    assert tokenizer.eos_token_id == 256
+    assert tokenizer.eos_token_id == 256 and tokenizer.eos_token_ids == [256, 65]
+
+
+@pytest.mark.parametrize(
+    ("ends", "of_generation", "expected"),
+    [
+        (256, [256, 65, 66], [256, 65, 66]),
+        (256, 67, [256, 67]),
+        ([256, 68], None, [256, 68]),
+        (65, [70], [256, 65, 70]),
+        (256, [256, -1, 10**9, True, "65", None, 1.0], [256]),
+    ],
+)
+def test_all_that_ends_a_text_does_so_through_resume_and_export(
+    ends: int | list[int], of_generation: Any, expected: list[int], folder: Path
+) -> None:
+    change_config(folder, eos_token_id=ends)
+    change_json(folder / "generation_config.json", eos_token_id=of_generation)
+    main(["import-hf", str(folder), "x.ckpt"])
+    tokenizer = load_model(Path("x.ckpt"))[1]
+    assert tokenizer.eos_token_ids == expected
+    loaded = load_tokenizer(str(folder))
+    assert loaded.eos_token_ids == [256] and loaded.fingerprint == tokenizer.fingerprint
+    # A run goes on with a datamodule that knows the folder alone, and saves what it then knows.
+    data = TextDataModule(tokenizer=str(folder))
+    assert data.text_tokenizer.eos_token_ids == [256]
+    data.load_state_dict(Checkpoint.open(Path("x.ckpt")).contents["TextDataModule"])
+    assert data.state_dict()["tokenizer"] == tokenizer.state
+    main(["export-hf", "x.ckpt", "back"])
+    theirs = GenerationConfig.from_pretrained("back").eos_token_id
+    assert theirs == (expected if len(expected) > 1 else 256)
+    assert GPT2LMHeadModel.from_pretrained("back").config.eos_token_id == 256
+    main(["import-hf", "back", "y.ckpt"])
+    assert load_model(Path("y.ckpt"))[1].eos_token_ids == expected
+
+
+def test_every_end_ends_a_generated_text_as_transformers_ends_it(folder: Path) -> None:
+    settings = OurSettings(max_new_tokens=25, do_sample=False)
+    main(["import-hf", str(folder), "free.ckpt"])
+    model, tokenizer = load_model(Path("free.ckpt"))
+    prompt = tokenizer.encode("The cat")
+    free = generate(model, [prompt], settings, eos_token_id=None)[0].token_ids
+    end = next(index for index in free[3:] if index not in free[:3])
+    change_json(folder / "generation_config.json", eos_token_id=[256, end])
+    main(["import-hf", str(folder), "x.ckpt"])
+    command = ["predict", "--ckpt_path", "x.ckpt", "--data.prompts", '["The cat"]', "--output", "x.jsonl"]
+    main([*command, "--generation.max_new_tokens", "25", "--generation.do_sample", "false"])
+    row = json.loads(Path("x.jsonl").read_text())
+    theirs = GPT2LMHeadModel.from_pretrained(folder).generate(
+        torch.tensor([prompt]), max_new_tokens=25, do_sample=False
+    )
+    assert row["finish_reason"] == "eos"
+    assert row["completion_tokens"] == free.index(end) == theirs.shape[1] - len(prompt) - 1
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "bpe:300"])
@@ -154,6 +211,27 @@ def test_a_folder_may_be_called_like_a_tokenizer_of_ours(name: str, folder: Path
     _, tokenizer = load_model(Path("x.ckpt"))
     assert tokenizer.vocab_size == 60 and tokenizer.encode("w3 w4") == [3, 4]
     assert Checkpoint.open(Path("x.ckpt")).contents["TextDataModule"]["settings"]["tokenizer"] == f"./{name}"
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}),
+        ("added_tokens.json", {"<|pad|>": 257, "<|end|>": 259}),
+        ("special_tokens_map.json", {"eos_token": "<|end|>"}),
+    ],
+)
+def test_a_tokenizer_is_read_as_transformers_reads_it(
+    file: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    write_gpt2(tmp_path / "gpt2", vocab_size=300)
+    path = tmp_path / "gpt2" / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **options}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    ours = TextTokenizer.from_dict(import_gpt2(str(tmp_path / "gpt2"), "NAME")["TextDataModule"]["tokenizer"])
+    assert ours.eos_token_id == theirs.eos_token_id
+    text = "The cat <|pad|>"
+    assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
 
 
 # ---- what is refused
