@@ -247,9 +247,9 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Gives one batch, of all that is left to this rank: rows that end are replaced within it."""
         rank, ranks = self._rank_and_ranks()
-        prompts, parses = self.all_prompts, self.parse_special_tokens
-        share = PromptShare(prompts, self.finished_prompts, self.text_tokenizer, rank, ranks, parses)
-        self.hint_at_special_tokens(prompts)
+        self.hint_at_special_tokens(self.all_prompts)
+        left = self.all_prompts, self.finished_prompts
+        share = PromptShare(*left, self.text_tokenizer, rank, ranks, self.parse_special_tokens)
         return batch_loader(share, lambda: EpochBatches(range(1), 1))
 
     def hint_at_special_tokens(self, prompts: list[str]) -> None:

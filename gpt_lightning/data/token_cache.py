@@ -7,13 +7,12 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 """
 
 import os
-import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, source_bytes, utf8_length
+from gpt_lightning.data.documents import Piece, read_pieces, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
+from gpt_lightning.data.progress import reading, waiting
 from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.text_loss import TextSample, sampled
@@ -201,9 +201,9 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
         with ExitStack() as merging:
 
             def read() -> Iterator[str]:
-                with _progress("Reading text for the tokenizer", corpus.train_files) as advance:
+                with reading("Reading text for the tokenizer", corpus.train_files) as advance:
                     yield from texts(advance)
-                merging.enter_context(_waiting("Merging pairs into tokens"))
+                merging.enter_context(waiting("Merging pairs into tokens"))
 
             train_bpe(read(), size).save(folder)
         return {}
@@ -235,7 +235,7 @@ def open_tokenizer(name: str, find_corpus: Callable[[], Corpus], cache_dir: str)
 def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
     """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
     digests = DocumentDigests(folder)
-    with _progress("Comparing documents", corpus.sources) as advance:
+    with reading("Comparing documents", corpus.sources) as advance:
         for _ in digests.noted(_marked_pieces(corpus, advance)):
             pass
     repeated = digests.repeated()
@@ -252,7 +252,7 @@ def _write_tokens(
     writers: dict[str, _SplitWriter] = {}
     samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     digests = DocumentDigests(folder)
-    with _progress("Tokenizing", corpus.sources) as advance:
+    with reading("Tokenizing", corpus.sources) as advance:
         marked = digests.noted(without(_marked_pieces(corpus, advance), dropped))
         for text in encode_pieces(sampled(marked, samples), tokenizer):
             if text.split not in writers:
@@ -297,28 +297,3 @@ class _SplitWriter:
         self._documents_file.close()
         counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
         return {"dtype": self._dtype, **counts}
-
-
-@contextmanager
-def _waiting(title: str) -> Iterator[None]:
-    """Shows on a terminal's stderr for how long something has been going on, until the block ends."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console, is_silent = Console(stderr=True), not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
-        bar.add_task(title, total=None)
-        yield
-
-
-@contextmanager
-def _progress(title: str, sources: tuple[str, ...]) -> Iterator[Callable[[int], None]]:
-    """Shows on a terminal's stderr how many bytes of the sources have been read, until the block ends."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console, is_silent = Console(stderr=True), not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
-        yield partial(bar.advance, bar.add_task(title, total=sum(map(source_bytes, sources))))

@@ -286,9 +286,6 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
     """Takes the token that ends documents, which there must be."""
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    if not isinstance(eos_token, str):
-        problem = f"{option}: eos_token={eos_token!r} in its tokenizer_config.json is not text"
-        raise UserError(f"{problem}; write the token itself")
     return TextTokenizer(tokenizer, eos_token)
 
 

@@ -46,7 +46,10 @@ def byte_level(model: models.BPE) -> Tokenizer:
 def named_eos(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (token := _options(folder / name).get("eos_token")) is not None:
-            return _content(token)
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
+                raise ValueError(f"eos_token={content!r} in its {name} is not text")
+            return content
     return None
 
 

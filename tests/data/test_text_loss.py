@@ -131,6 +131,7 @@ def test_a_cache_of_before_the_measure_is_read(
     stored = json.loads(meta.read_text())
     for split in stored["built"].values():
         assert split.pop("lost_share") == 0
+    del stored["digest"]  # which came later
     meta.write_text(json.dumps(stored))
     numbers, said = validated(tmp_path, name, caplog)
     assert ("val/bpb" in numbers) is (tokenizer == "bytes")

@@ -263,8 +263,8 @@ def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
         yield lambda n_bytes: None
         shown.append(f"ends {title}")
 
-    monkeypatch.setattr(token_cache, "_progress", note)
-    monkeypatch.setattr(token_cache, "_waiting", note)
+    monkeypatch.setattr(token_cache, "reading", note)
+    monkeypatch.setattr(token_cache, "waiting", note)
     prepare_tokenizer(corpus(write_documents(tmp_path / "a.jsonl")), 300, str(tmp_path / "cache"))
     reading, merging = "Reading text for the tokenizer", "Merging pairs into tokens"
     assert shown == [f"begins {reading}", f"ends {reading}", f"begins {merging}", f"ends {merging}"]
