@@ -3,6 +3,7 @@
 Its subcommands are not used (`run=False`): they know no `prepare`, and let a checkpoint's options win.
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
+from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
 from gpt_lightning.cli.checks import check_options
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
@@ -115,8 +116,10 @@ class GPTLightningCLI(LightningCLI):
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
             raise UserError(f"weights_only=False {reason}")
         root = checkpoints_folder(settings.trainer.default_root_dir)
+        if (own := settings.checkpoint.dirpath) is not None:
+            settings.checkpoint.dirpath = os.path.expanduser(own)  # as Lightning will
         if self.verb in ("fit", "prepare"):
-            _name_run(settings)
+            _name_run(settings, root)
         self._origin = find_origin(self.verb, settings, root)
         if (checkpoint := self._origin.checkpoint) is not None:
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
@@ -281,12 +284,11 @@ class GPTLightningCLI(LightningCLI):
         tell_how_to_go_on(self.trainer, self._run_folder, self._samples.latest)
 
 
-def _name_run(settings: Any) -> None:
+def _name_run(settings: Any, root: Path) -> None:
     if settings.run_name is None:
         files = settings.config or []
         settings.run_name = Path(str(files[-1])).stem if files else "run"
-    if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
-        raise UserError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
+    run_folder(root, settings.run_name)
 
 
 def _warn_of_untrained_positions(settings: Any) -> None:

@@ -18,7 +18,8 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in texts:
         print(f"\n{text}\n")
-    say(f"to watch the curves, and to write more:\ntensorboard --logdir {run_folder.parent}")
+    folder = shlex.quote(str(run_folder.parent))
+    say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
     saver: Any = trainer.checkpoint_callback
     if saver is not None and (last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))
