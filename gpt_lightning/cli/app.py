@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
+from gpt_lightning.callbacks.given_arguments import GivenArguments
 from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
@@ -30,7 +31,7 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
-from gpt_lightning.cli.checks import check_options
+from gpt_lightning.cli.checks import check_options, warn_of_untrained_positions
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
@@ -64,6 +65,7 @@ class GPTLightningCLI(LightningCLI):
         self._shows_all = "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
+        self._given: Any = {}  # what the words and the files say, without defaults
         self._restored: dict[str, Any] = {}  # what the Trainer restores
         super().__init__(
             GPTLightningModule,
@@ -123,8 +125,8 @@ class GPTLightningCLI(LightningCLI):
         self._origin = find_origin(self.verb, settings, root)
         if (checkpoint := self._origin.checkpoint) is not None:
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
-            given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
-            take_settings(self.verb, settings, given, self._origin)
+            self._given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+            take_settings(self.verb, settings, self._given, self._origin)
         check_options(self.verb, settings)
         if self.verb != "prepare":
             settings.weights_only = True
@@ -138,7 +140,7 @@ class GPTLightningCLI(LightningCLI):
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
         if origin.init_from is None and ORIGIN_KEY not in self._restored:
-            _warn_of_untrained_positions(settings)
+            warn_of_untrained_positions(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
         self._saver = RunCheckpoint(**settings.checkpoint)
         self._run_folder = self._open_folder(root / settings.run_name, settings)
@@ -194,6 +196,11 @@ class GPTLightningCLI(LightningCLI):
             given = settings[name] or []
             settings[name] = [*given] if isinstance(given, (list, tuple)) else [given]
         callbacks = settings["callbacks"]
+        if self._restored:
+            named = self._given.get("trainer.callbacks") or []
+            specs = named if isinstance(named, list) else [named]
+            arguments = [getattr(spec, "init_args", None) or {} for spec in specs]
+            callbacks.append(GivenArguments([*zip(callbacks, map(dict, arguments))]))
         shows_progress = any(isinstance(callback, ProgressBar) for callback in callbacks)
         callbacks.append(self._rank_guard)  # before those that talk to other ranks when a run fails
         if not shows_progress and settings["enable_progress_bar"] is not False:
@@ -289,17 +296,6 @@ def _name_run(settings: Any, root: Path) -> None:
         files = settings.config or []
         settings.run_name = Path(str(files[-1])).stem if files else "run"
     run_folder(root, settings.run_name)
-
-
-def _warn_of_untrained_positions(settings: Any) -> None:
-    """Says that text beyond the training windows would be generated from positions never trained."""
-    seq_len, positions = settings.data.seq_len, settings.model.config.max_position_embeddings
-    if 0 < seq_len < positions:
-        say(
-            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
-            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
-            "comes trained from a checkpoint"
-        )
 
 
 def run(words: list[str]) -> None:

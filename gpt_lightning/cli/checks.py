@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from gpt_lightning.cli.errors import say
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
@@ -55,3 +56,14 @@ def check_options(verb: str, settings: Any) -> None:
             refused[f"generation.{name}"] = " is for predict and generate; leave it out of fit"
     for option, rule in refused.items():
         raise UserError(f"{option}={settings[option]}{rule}")
+
+
+def warn_of_untrained_positions(settings: Any) -> None:
+    """Says that text beyond the training windows would be generated from positions never trained."""
+    seq_len, positions = settings.data.seq_len, settings.model.config.max_position_embeddings
+    if 0 < seq_len < positions:
+        say(
+            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
+            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
+            "comes trained from a checkpoint"
+        )

@@ -22,11 +22,11 @@ def check_bounded(text: str) -> None:
     """Follows the text's events, which takes no stack, and raises UnboundedError."""
     if len(text) < _HARMLESS:
         return
-    sizes: dict[str, int] = {}  # of the values with an anchor
+    sizes: dict[str | None, int] = {}  # of the values with an anchor
     is_open: list[tuple[str | None, int]] = []  # anchors of the values around, and how much was before them
     n_values = n_copies = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        problem = None
+        problem: str | None = None
         if isinstance(event, yaml.AliasEvent):
             size = sizes.get(event.anchor, 0)
             n_values, n_copies = n_values + size, n_copies + size
@@ -48,7 +48,7 @@ def check_bounded(text: str) -> None:
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         if problem is not None:
-            raise UnboundedError(problem=problem, problem_mark=event.start_mark)
+            raise UnboundedError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -405,3 +405,17 @@ def test_processes_may_be_spawned(
     words = ["--trainer.strategy", "ddp_spawn", "--trainer.devices", "1", "--trainer.max_steps", "3"]
     main(["fit", "--config", str(tiny_config()), *words])
     assert Checkpoint.open(tmp_path / "checkpoints" / "tiny" / "last.ckpt").step == 3
+
+
+def test_arguments_of_callbacks_win_over_the_checkpoint(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    fit = ["fit", "--config", "tiny.yaml", "--run_name", "early", "--ckpt_path", "last", *stopping]
+    for steps, words, patience in ((6, ["5"], 5), (9, ["8"], 8), (12, [], 8)):
+        given = ["--trainer.callbacks.patience", *words] if words else []
+        main([*fit, "--trainer.max_steps", str(steps), *given])
+        states = Checkpoint.open(Path("checkpoints/early/last.ckpt")).contents["callbacks"]
+        (state,) = [state for key, state in states.items() if key.startswith("EarlyStopping")]
+        assert state["patience"] == patience
+    assert "EarlyStopping.patience=8 as given, not 5 as in the checkpoint" in capsys.readouterr().err
