@@ -38,7 +38,7 @@ from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.origin import Origin, find_origin, take_settings
 from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
 from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
-from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
+from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
@@ -301,5 +301,5 @@ def _name_run(settings: Any, root: Path) -> None:
 def run(words: list[str]) -> None:
     """Runs one command line, the verb first."""
     rank_guard = RankGuard()
-    with leaving_together(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        GPTLightningCLI(complete_words(words), rank_guard, ending).run_verb()
+    with leaving_together(rank_guard), ExitStack() as ending, files_in_utf8(), limited_imports(words) as rest:
+        GPTLightningCLI(complete_words(rest), rank_guard, ending).run_verb()

@@ -76,9 +76,12 @@ def shorten(message: str) -> str:
     )
     if key and given and expected:
         kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
-        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
-    text = " ".join(message.split())
-    return text if len(text) <= 400 else text[:397] + "..."
+        return f"{key[1]}={_cut(given[1] or given[2], 200)} does not fit; give {kinds}"
+    return _cut(" ".join(message.split()), 400)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _plain_type(kind: str) -> str:
