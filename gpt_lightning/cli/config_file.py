@@ -17,10 +17,12 @@ from gpt_lightning.checkpoint.runs import (
 )
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.yaml_text import load_yaml
+from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.exit_codes import UserError
 
 QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
 PROMPTS = "--data.prompts"
+TEXTS = (PROMPTS, "--samples.prompts", "--generation.stop", "--data.document_separator", "--data.text_key")
 ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
 YAML_NULL = ("null", "Null", "NULL", "~")
 
@@ -31,7 +33,7 @@ def complete_words(words: list[str]) -> list[str]:
     `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
     `test` of a checkpoint run with the configuration that was saved with it. `predict` needs none.
     """
-    words = [_verbatim(before, word) for before, word in zip(["", *words], words)]
+    words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
     verb, values = words[0], _values(words)
     names = ("--init_from", "--ckpt_path", "--run_name")
     init_from, given, name = (_value(values, option) for option in names)
@@ -113,6 +115,14 @@ def _config_of(checkpoint: Path, folder: Path) -> str | None:
     return str(max(written_there, key=lambda config: config.stat().st_mtime_ns)) if written_there else None
 
 
+def _in_utf8(before: str, word: str) -> str:
+    """Reads a word that is text in UTF-8, whatever the locale; one that is not stays, to be refused."""
+    option, equals, _ = word.partition("=")
+    with suppress(UnicodeError):
+        return decoded_again(word) if (option if equals else before) in TEXTS or before in TEXTS else word
+    return word
+
+
 def _verbatim(before: str, word: str) -> str:
     """Keeps a prompt that is no list a text, even one that YAML would read as null, a number or a comment."""
     start = PROMPTS + "=" if word.startswith(PROMPTS + "=") else ""
@@ -137,9 +147,10 @@ def _check_config_file(path: Path) -> None:
         load_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"--config {path}{line}: {error.problem}; mend the file") from error
+    except yaml.YAMLError as error:
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{line}: {problem or error}; mend the file") from error
 
 
 def _values(words: list[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, get_loader, set_loader
 from typing_extensions import override
 
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.cli.errors import shorten
 from gpt_lightning.exit_codes import MISTAKE, UserError
 
@@ -65,7 +66,7 @@ class PlainParser(ArgumentParser):
                 f"{ALLOW_IMPORT} {package} to the command line"
             )
         lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
-        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.write(printable("\n".join(lines)) + "\n")
         sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:

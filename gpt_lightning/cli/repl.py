@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.parser import bound_values
-from gpt_lightning.data.prompts import check_utf8
+from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
@@ -103,7 +103,7 @@ class Repl:
         self._continue(self._last_prompt)
 
     def _continue(self, prompt: str) -> None:
-        check_utf8(prompt, f"prompt={prompt!r}", "convert it")
+        prompt = as_utf8(prompt, f"prompt={prompt!r}", "convert it")
         self._last_prompt = prompt
         self._write(prompt, self.settings, lambda: self._is_interrupted)
 

@@ -11,13 +11,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
 
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in texts:
-        print(f"\n{text}\n")
+        print(for_readers(f"\n{text}\n", sys.stdout))
     folder = shlex.quote(str(run_folder.parent))
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
     saver: Any = trainer.checkpoint_callback

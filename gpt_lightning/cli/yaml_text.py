@@ -15,7 +15,10 @@ class UnboundedError(yaml.MarkedYAMLError):
 def load_yaml(text: str) -> Any:
     """Reads a text in which a key may stand once; the usual reader lets the last one win without a word."""
     check_bounded(text)
-    return yaml.load(text, Loader=_StrictLoader)
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (ValueError, TypeError, OverflowError) as error:  # of a value, such as a date without a 13th month
+        raise yaml.YAMLError(str(error)) from error
 
 
 def check_bounded(text: str) -> None:

@@ -1,9 +1,11 @@
 """Runs the program end to end on a tiny corpus: what a user types, and what it leaves behind."""
 
+import io
 import json
 import math
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -419,3 +421,21 @@ def test_arguments_of_callbacks_win_over_the_checkpoint(
         (state,) = [state for key, state in states.items() if key.startswith("EarlyStopping")]
         assert state["patience"] == patience
     assert "EarlyStopping.patience=8 as given, not 5 as in the checkpoint" in capsys.readouterr().err
+
+
+def test_output_ends_no_run_and_files_keep_what_a_terminal_does_not_show(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ascii_only = io.TextIOWrapper(written := io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(ascii_only, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    main(["fit", "--config", str(tiny_config()), "--samples.prompts", '["从 \\e[2J"]'])
+    assert "? \\x1b[2J" in written.getvalue().decode() and "\x1b" not in written.getvalue().decode()
+    for stream in (ascii_only, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        output = f"{stream is None}.jsonl"
+        main(["predict", "--data.prompts", '["从 \\e[2J"]', "--output", output])
+        (row,) = map(json.loads, Path(output).read_text(encoding="utf-8").splitlines())
+        assert row["prompt"] == "从 \x1b[2J"
+    assert sys.stdout is None and "\x1b" not in written.getvalue().decode()

@@ -1,5 +1,7 @@
 """Holds the words that name no file to the run and the configuration that they mean."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import yaml
 
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli.config_file import complete_words
+from gpt_lightning.data.prompts import read_prompts
 
 
 def save(path: Path, step: int = 3, **config: object) -> Path:
@@ -87,3 +90,14 @@ def test_a_run_that_is_named_is_the_one_that_is_judged() -> None:
             complete_words([verb, "--run_name", "none"])
     with pytest.raises(ValueError, match="run_name='../x' is not a plain folder name"):
         complete_words(["fit", "--run_name", "../x", *LAST])
+
+
+def test_words_are_utf8_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python reads them where the locale is C: byte by byte."""
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    undecoded = "从前".encode().decode("ascii", "surrogateescape")
+    for words in ([undecoded], [f'["{undecoded}"]']):
+        assert json.loads(complete_words(["predict", "--data.prompts", *words])[-1]) == ["从前"]
+    assert complete_words(["predict", f"--generation.stop={undecoded}"])[-1] == "--generation.stop=从前"
+    assert complete_words(["predict", "--ckpt_path", undecoded])[-1] == undecoded  # which Python then opens
+    assert read_prompts(undecoded, None) == ["从前"]
