@@ -36,7 +36,13 @@ from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.origin import Origin, find_origin, take_settings
-from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
+from gpt_lightning.cli.ranks import (
+    build_without_memory,
+    check_launcher,
+    follow_launcher,
+    is_tensor_parallel,
+    leaving_together,
+)
 from gpt_lightning.cli.report import log_hyperparameters, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
@@ -192,6 +198,7 @@ class GPTLightningCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = {**self.config_init.trainer, **kwargs}
+        follow_launcher(settings)
         for name in ("callbacks", "plugins"):
             given = settings[name] or []
             settings[name] = [*given] if isinstance(given, (list, tuple)) else [given]
@@ -225,6 +232,7 @@ class GPTLightningCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
+        check_launcher(trainer)
         if self.verb == "fit":  # a signal ends any other verb as it ends any process
             trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
