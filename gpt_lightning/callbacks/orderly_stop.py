@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -65,7 +66,8 @@ class OrderlyStop(Callback):
             raise KeyboardInterrupt
         self._exit_code = EXIT_CODES[name]
         # Not through sys.stderr, in whose writing the signal may have come.
-        os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
+        with suppress(OSError):  # nobody may be reading
+            os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -32,6 +32,8 @@ class SteadyStream:
             stream.reconfigure(errors="replace")  # of characters that the terminal does not have
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies and pickles ask for before there is a stream
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:

@@ -31,7 +31,7 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
-from gpt_lightning.cli.checks import check_options, warn_of_untrained_positions
+from gpt_lightning.cli.checks import check_options, check_paths, warn_of_untrained_positions
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
@@ -120,6 +120,7 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        check_paths(settings)
         if settings.get("weights_only") is False:
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
             raise UserError(f"weights_only=False {reason}")

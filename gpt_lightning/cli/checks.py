@@ -12,6 +12,17 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
+PATHS = (
+    "trainer.default_root_dir checkpoint.dirpath data.cache_dir data.tokenizer data.prompts_file ckpt_path "
+    "init_from output"
+).split()
+
+
+def check_paths(settings: Any) -> None:
+    """Refuses the character that ends a name for the system, and that only a file of options can hold."""
+    for option in PATHS:
+        if "\0" in str(settings.get(option)):
+            raise UserError(f"{option}={settings.get(option)!r} holds a null character; leave it out")
 
 
 def check_options(verb: str, settings: Any) -> None:

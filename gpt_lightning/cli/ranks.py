@@ -60,8 +60,8 @@ def check_launcher(trainer: Trainer) -> None:
         if processes.isdecimal() and int(processes) > trainer.world_size:
             raise UserError(
                 f"{size}={processes}: a launcher has started {processes} processes, and each would run alone "
-                f"with trainer.devices={trainer.num_devices}, trainer.num_nodes={trainer.num_nodes}; leave both "
-                f"out, make their product {processes}, or start one process"
+                f"with trainer.devices={trainer.num_devices}, trainer.num_nodes={trainer.num_nodes}; leave "
+                f"both out, make their product {processes}, or start one process"
             )
 
 

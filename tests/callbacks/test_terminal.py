@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from gpt_lightning.__main__ import main
+from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.terminal import SteadyStream, for_readers, printable, steady_streams
 from gpt_lightning.cli.errors import one_line_errors, quiet, say, show_fault
 from gpt_lightning.exit_codes import UserError
@@ -84,6 +86,16 @@ def test_a_stream_that_fails_ends_nothing(error: Exception, monkeypatch: pytest.
         say("b")
         sys.stdout.flush()
     assert isinstance(sys.stdout, Broken)
+
+
+def test_a_signal_ends_a_run_in_order_also_when_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", write)
+    stop = OrderlyStop()
+    stop._note(signal.SIGTERM, None)
+    assert stop._exit_code == 143
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

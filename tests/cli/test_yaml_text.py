@@ -74,6 +74,32 @@ def test_it_is_one_line_wherever_it_stands(
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("run_name: 2001-13-13", "config.yaml: month must be in 1..12; mend the file"),
+        ("? [a]\n: b", "config.yaml: unhashable type: 'list'; mend the file"),
+        ("a: \x01", "config.yaml: unacceptable character #x0001"),
+        ("a: !!python/object/apply:os.system [x]", "config.yaml, line 1: could not determine a constructor"),
+        ('data: {cache_dir: "a\\0b"}', "data.cache_dir='a\\x00b' holds a null character; leave it out"),
+        ('trainer: {default_root_dir: "a\\0b"}', "trainer.default_root_dir='a\\x00b' holds a null character"),
+    ],
+)
+def test_values_that_nothing_reads_are_one_line(
+    text: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", "config.yaml"])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 @pytest.fixture
 def plain_locale() -> Iterator[None]:
     former = locale.setlocale(locale.LC_CTYPE)
