@@ -245,6 +245,49 @@ def test_what_is_no_class_of_the_kind_is_not_called(
     assert not called
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "torch.hub.load",
+        "torch.distributed.launcher.elastic_launch",
+        "torch.distributed.launcher.api.elastic_launch",
+        "torch.distributed.run.run",
+        "torch.multiprocessing.spawn",
+        "torch.utils.cpp_extension.load",
+        "torch.serialization.load",
+        "lightning.pytorch.cli.LightningCLI",
+        "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
+        "lightning.fabric.strategies.launchers.multiprocessing._MultiProcessingLauncher",
+        "lightning_fabric.utilities.cloud_io._load",
+    ],
+)
+@pytest.mark.parametrize("place", ["callback", "function", "class of a function"])
+def test_what_starts_programs_or_loads_code_is_not_imported(
+    path: str, place: str, tiny_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = path if place == "function" else {"class_path": path, "init_args": {"entrypoint": "x"}}
+    given = {"class_path": "LambdaCallback", "init_args": {"on_fit_start": function}}
+    callback = {"class_path": path} if place == "callback" else given
+    config = tiny_config(trainer={"callbacks": [callback]})
+    message = fails(["fit", "--config", str(config)], capsys)
+    assert f"class_path={path} is not imported: no option needs" in message
+
+
+def test_what_options_need_of_the_trusted_packages_is_imported(
+    tiny_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook"
+    trainer: dict[str, object] = {
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+        "strategy": {"class_path": "DDPStrategy", "init_args": {"ddp_comm_hook": hook}},
+        "plugins": [{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}],
+        "profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler"},
+    }
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(tiny_config(trainer=trainer)), "--print_config"])
+    assert exit.value.code == 0 and hook in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [["--allow_import", "evilmod"], ["--allow_import=evilmod"]])
 def test_the_command_line_can_allow_a_package(

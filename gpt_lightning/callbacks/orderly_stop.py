@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -73,7 +74,8 @@ class OrderlyStop(Callback):
         self._exit_code = EXIT_CODES[name]
         # Not through sys.stderr, in whose writing the signal may have come.
         saved = ", with a checkpoint" if self._savers else ""
-        os.write(2, f"{name}: ending after this step{saved}\n".encode())
+        with suppress(OSError):  # nobody may be reading
+            os.write(2, f"{name}: ending after this step{saved}\n".encode())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

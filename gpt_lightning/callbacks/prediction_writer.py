@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.checkpoint.atomic import written_file
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.loader import is_first_of_replica
@@ -104,7 +105,7 @@ class PredictionWriter(CompletionCallback):
         if isinstance(self.stream, io.TextIOWrapper):
             self.stream.reconfigure(errors="replace")  # of characters that the terminal does not have
         try:
-            self.stream.write(text)
+            self.stream.write(for_readers(text, self.stream))
             self.stream.flush()
         except OSError as error:
             if not isinstance(error, BrokenPipeError):

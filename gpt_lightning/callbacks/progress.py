@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.data.loader import is_first_of_replica, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.parallel.ranks import gathered
@@ -164,7 +165,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
     def _advance(self, completed: int, metrics: str | None = None) -> None:
         if self._progress is not None:
-            fields: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+            fields: dict[str, Any] = {} if metrics is None else {"metrics": printable(metrics)}
             self._progress.update(self._progress.task_ids[0], completed=completed, **fields)
 
     def _stop(self) -> None:
@@ -174,7 +175,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
     def _say(self, line: str) -> None:
         if self._enabled and self.trainer.is_global_zero:
-            self._console.print(line)
+            self._console.print(printable(line), markup=False)
 
 
 def _describe(trainer: Trainer, *names: str) -> str:

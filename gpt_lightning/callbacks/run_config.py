@@ -6,6 +6,8 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from gpt_lightning.checkpoint.atomic import written_file
+
 CONFIG_NAME = "config.yaml"
 
 
@@ -22,5 +24,6 @@ class RunConfig(Callback):
             config = self._config.clone()
             # The run that is described may be continued or evaluated anywhere, not only from where it came.
             config.ckpt_path = None
-            path = self._folder / CONFIG_NAME
-            self._parser.save(config, path, skip_unset=False, overwrite=True, multifile=False)
+            text = self._parser.dump(config, skip_unset=False)
+            with written_file(self._folder / CONFIG_NAME) as file:
+                file.write(text.encode())  # in UTF-8, whatever the locale

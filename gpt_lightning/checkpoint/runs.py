@@ -1,6 +1,9 @@
 """Finds a run's folder, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
+import glob
 import itertools
+import os
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +24,19 @@ Warn = Callable[[str], None]  # is told, in one line, of each checkpoint that ha
 
 
 def checkpoints_folder(default_root_dir: str | None) -> Path:
-    return Path(default_root_dir or ".") / CHECKPOINTS
+    # As Lightning and TensorBoard read it: a run is to lie in one place.
+    return Path(os.path.expandvars(os.path.expanduser(default_root_dir or "."))) / CHECKPOINTS
+
+
+def run_folder(root: Path, run_name: str) -> Path:
+    """Returns the folder of the run of this name, which must be a plain one."""
+    if Path(run_name).name != run_name or run_name in ("", ".."):
+        raise UserError(f"run_name={run_name!r} is not a plain folder name; leave out the slashes")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in run_name):
+        raise UserError(f"run_name={run_name!r} has characters that no file name should; leave them out")
+    if os.path.expandvars(run_name) != run_name or "::" in run_name:  # TensorBoard's and fsspec's own words
+        raise UserError(f"run_name={run_name!r} reads as a variable or an address; leave out $ and ::")
+    return root / run_name
 
 
 # ---- which checkpoint
@@ -48,7 +63,7 @@ def newest_checkpoint(folder: Path, warn: Warn = lambda line: None) -> Path | No
 def newest_of_run(folder: Path, warn: Warn = lambda line: None) -> Path | None:
     """Returns the newest whole checkpoint of the runs of this name: in `folder`, folder-2, folder-3, ..."""
     # Not those that only look like it: somebody may have named a run so.
-    numbered = [marker.parent for marker in folder.parent.glob(f"{folder.name}-*/{NUMBERED}")]
+    numbered = [marker.parent for marker in folder.parent.glob(f"{glob.escape(folder.name)}-*/{NUMBERED}")]
     numbered = [other for other in numbered if (other / NUMBERED).read_text() == folder.name]
     return _newest_of([path for run in (folder, *numbered) for path in _checkpoints_below(run)], warn)
 

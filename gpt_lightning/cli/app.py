@@ -3,6 +3,7 @@
 Its subcommands are not used (`run=False`): they know no `prepare`, and let a checkpoint's options win.
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
+from gpt_lightning.callbacks.given_arguments import GivenArguments
 from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
@@ -28,16 +30,27 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder
-from gpt_lightning.cli.checks import check_monitors, check_options
+from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
+from gpt_lightning.cli.checks import (
+    check_monitors,
+    check_options,
+    check_paths,
+    warn_of_untrained_positions,
+)
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.main import VERBS
-from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_options, names_a_class
+from gpt_lightning.cli.model_class import DEFAULT_CLASS, names_a_class
 from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_settings
-from gpt_lightning.cli.ranks import build_without_memory, is_tensor_parallel, leaving_together
+from gpt_lightning.cli.ranks import (
+    build_without_memory,
+    check_launcher,
+    follow_launcher,
+    is_tensor_parallel,
+    leaving_together,
+)
 from gpt_lightning.cli.report import log_hyperparameters, show_held_out, tell_how_to_go_on
-from gpt_lightning.cli.trainer_parser import TrainerParser, limited_imports
+from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
@@ -64,6 +77,7 @@ class GPTLightningCLI(LightningCLI):
         self._shows_all = "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
+        self._given: Any = {}  # what the words and the files say, without defaults
         self._restored: dict[str, Any] = {}  # what the Trainer restores
         super().__init__(
             GPTLightningModule,
@@ -115,19 +129,22 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        check_paths(settings)
         if settings.get("weights_only") is False:
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
             raise UserError(f"weights_only=False {reason}")
         root = checkpoints_folder(settings.trainer.default_root_dir)
+        if (own := settings.checkpoint.dirpath) is not None:
+            settings.checkpoint.dirpath = os.path.expanduser(own)  # as Lightning will
         if self.verb in ("fit", "prepare"):
-            _name_run(settings)
+            _name_run(settings, root)
         self._origin = find_origin(self.verb, settings, root)
         if (checkpoint := self._origin.checkpoint) is not None:
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
-            given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
-            take_settings(self.verb, settings, given, self._origin)
+            self._given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+            take_settings(self.verb, settings, self._given, self._origin)
             if self.subclass_mode_model:
-                take_arguments(settings, given, checkpoint, parser)
+                take_arguments(settings, self._given, checkpoint, parser)
         check_options(self.verb, settings)
         if self.verb != "prepare":
             settings.weights_only = True
@@ -141,7 +158,7 @@ class GPTLightningCLI(LightningCLI):
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
         if origin.init_from is None and ORIGIN_KEY not in self._restored:
-            _warn_of_untrained_positions(settings)
+            warn_of_untrained_positions(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
         self._saver = RunCheckpoint(**settings.checkpoint)
         self._run_folder = self._open_folder(root / settings.run_name, settings)
@@ -193,10 +210,16 @@ class GPTLightningCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = {**self.config_init.trainer, **kwargs}
+        follow_launcher(settings)
         for name in ("callbacks", "plugins"):
             given = settings[name] or []
             settings[name] = [*given] if isinstance(given, (list, tuple)) else [given]
         callbacks = settings["callbacks"]
+        if self._restored:
+            named = self._given.get("trainer.callbacks") or []
+            specs = named if isinstance(named, list) else [named]
+            arguments = [getattr(spec, "init_args", None) or {} for spec in specs]
+            callbacks.append(GivenArguments([*zip(callbacks, map(dict, arguments))]))
         shows_progress = any(isinstance(callback, ProgressBar) for callback in callbacks)
         callbacks.append(self._rank_guard)  # before those that talk to other ranks when a run fails
         if not shows_progress and settings["enable_progress_bar"] is not False:
@@ -221,6 +244,7 @@ class GPTLightningCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
+        check_launcher(trainer)
         if self.verb == "fit":  # a signal ends any other verb as it ends any process
             trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
@@ -293,28 +317,15 @@ class GPTLightningCLI(LightningCLI):
         tell_how_to_go_on(self.trainer, self._run_folder, self._samples.latest)
 
 
-def _name_run(settings: Any) -> None:
+def _name_run(settings: Any, root: Path) -> None:
     if settings.run_name is None:
         files = settings.config or []
         settings.run_name = Path(str(files[-1])).stem if files else "run"
-    if Path(settings.run_name).name != settings.run_name or settings.run_name in ("", ".."):
-        raise UserError(f"run_name={settings.run_name!r} is not a plain folder name; leave out the slashes")
-
-
-def _warn_of_untrained_positions(settings: Any) -> None:
-    """Says that text beyond the training windows would be generated from positions never trained."""
-    seq_len = settings.data.seq_len
-    positions = model_options(settings, "config").get("max_position_embeddings", seq_len)
-    if 0 < seq_len < positions:
-        say(
-            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
-            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
-            "comes trained from a checkpoint"
-        )
+    run_folder(root, settings.run_name)
 
 
 def run(words: list[str]) -> None:
     """Runs one command line, the verb first."""
     rank_guard = RankGuard()
-    with leaving_together(rank_guard), ExitStack() as ending, limited_imports(words) as words:
-        GPTLightningCLI(complete_words(words), rank_guard, ending).run_verb()
+    with leaving_together(rank_guard), ExitStack() as ending, files_in_utf8(), limited_imports(words) as rest:
+        GPTLightningCLI(complete_words(rest), rank_guard, ending).run_verb()

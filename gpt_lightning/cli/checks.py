@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.model_class import model_options
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -14,6 +15,17 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
+PATHS = (
+    "trainer.default_root_dir checkpoint.dirpath data.cache_dir data.tokenizer data.prompts_file ckpt_path "
+    "init_from output"
+).split()
+
+
+def check_paths(settings: Any) -> None:
+    """Refuses the character that ends a name for the system, and that only a file of options can hold."""
+    for option in PATHS:
+        if "\0" in str(settings.get(option)):
+            raise UserError(f"{option}={settings.get(option)!r} holds a null character; leave it out")
 
 
 def check_monitors(callbacks: Iterable[Callback]) -> None:
@@ -67,3 +79,15 @@ def check_options(verb: str, settings: Any) -> None:
             refused[f"generation.{name}"] = " is for predict and generate; leave it out of fit"
     for option, rule in refused.items():
         raise UserError(f"{option}={settings[option]}{rule}")
+
+
+def warn_of_untrained_positions(settings: Any) -> None:
+    """Says that text beyond the training windows would be generated from positions never trained."""
+    seq_len = settings.data.seq_len
+    positions = model_options(settings, "config").get("max_position_embeddings", seq_len)
+    if 0 < seq_len < positions:
+        say(
+            f"warning: data.seq_len={seq_len} trains only the first {seq_len} of "
+            f"model.config.max_position_embeddings={positions} positions; make them equal, unless the rest "
+            "comes trained from a checkpoint"
+        )

@@ -3,57 +3,124 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from gpt_lightning.callbacks.run_config import CONFIG_NAME
-from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint, newest_checkpoint, step_of
+from gpt_lightning.checkpoint.runs import (
+    checkpoints_folder,
+    find_checkpoint,
+    newest_checkpoint,
+    newest_of_run,
+    run_folder,
+    step_of,
+)
 from gpt_lightning.cli.errors import say
+from gpt_lightning.cli.yaml_text import load_yaml
+from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.exit_codes import UserError
 
 QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
 PROMPTS = "--data.prompts"
+TEXTS = (PROMPTS, "--samples.prompts", "--generation.stop", "--data.document_separator", "--data.text_key")
+ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
+YAML_NULL = ("null", "Null", "NULL", "~")
 
 
 def complete_words(words: list[str]) -> list[str]:
     """Fills in the configuration file that the command line leaves to us.
 
     `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
-    `test` of a checkpoint run with the configuration that was saved beside it. `predict` needs none.
+    `test` of a checkpoint run with the configuration that was saved with it. `predict` needs none.
     """
-    words = [_verbatim(before, word) for before, word in zip(["", *words], words)]
-    values = _values(words)
-    names = ("--init_from", "--ckpt_path", "--trainer.default_root_dir")
-    init_from, given, root = (values.get(name, [None])[-1] for name in names)
-    if init_from is not None and words[0] not in ("fit", "prepare"):
-        raise UserError(f"init_from={init_from} begins a fit; for {words[0]} give --ckpt_path FILE")
-    if init_from is not None and given not in (None, "last", "null"):
+    words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
+    verb, values = words[0], _values(words)
+    names = ("--init_from", "--ckpt_path", "--run_name")
+    init_from, given, name = (_value(values, option) for option in names)
+    if init_from is not None and verb not in ("fit", "prepare"):
+        raise UserError(f"init_from={init_from} begins a fit; for {verb} give --ckpt_path FILE")
+    if init_from is not None and given not in (None, "last"):
         raise UserError(
             f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
         )
-    if files := [*values.get("--config", []), *values.get("-c", [])]:
-        for file in files:
-            _check_config_file(Path(file))
+    files = [*values.get("--config", []), *values.get("-c", [])]
+    for file in files:
+        _check_config_file(Path(file))
+    is_evaluation, is_help = verb not in ("fit", "prepare"), bool({"-h", "--help", "--help-all"} & {*words})
+    if is_evaluation and name is not None and given in (None, "last") and not is_help:
+        given = str(_newest_of_named(checkpoints_folder(_value(values, ROOT)), name))
+        words += ["--ckpt_path", given]
+    if files or verb == "predict" or is_evaluation and is_help:
         return words
-    verb, *rest = words
-    folder = checkpoints_folder(root)
-    resumes = verb == "fit" and given is not None and (given != "last" or newest_checkpoint(folder))
-    if init_from is not None or verb in ("fit", "prepare") and not resumes:
-        recipe = QUICKSTART if init_from is None else FINE_TUNING
-        return [verb, "--config", _shipped_config(recipe), *rest]
-    if verb == "predict" or {"-h", "--help", "--help-all"} & {*rest}:
-        return words
-    path = find_checkpoint(given, folder, say)
+    if init_from is not None or verb == "prepare" or verb == "fit" and (given is None or is_help):
+        return _with_config(words, _shipped_config(QUICKSTART if init_from is None else FINE_TUNING))
+    return _with_saved_config(words, values, given)
+
+
+def _newest_of_named(folder: Path, name: str) -> Path:
+    if (newest := newest_of_run(run_folder(folder, name), say)) is None:
+        remedy = "name another, or give --ckpt_path FILE"
+        raise UserError(f"run_name={name} has no checkpoint in {folder}; {remedy}")
+    return newest
+
+
+def _with_saved_config(words: list[str], values: dict[str, list[str]], given: str | None) -> list[str]:
+    """Adds the configuration that was saved with the checkpoint that is meant.
+
+    The `last` of a fit is of the run that the words name, by its name or by its own folder; one that has none
+    yet begins. Only where neither is named, it is of any run.
+    """
+    is_fit, root = words[0] == "fit", _value(values, ROOT)
+    folder, name, own = checkpoints_folder(root), _value(values, "--run_name"), _value(values, OWN_FOLDER)
+    if is_fit and given == "last":
+        if own is not None:
+            newest = newest_checkpoint(Path(own))
+        elif name is not None:
+            newest = newest_of_run(run_folder(folder, name))
+        else:
+            newest = newest_checkpoint(folder, say)
+        if newest is None:
+            return _with_config(words, _shipped_config(QUICKSTART))
+        path = newest
+    else:
+        path = find_checkpoint(given, folder, say)
     if not path.exists():
         return words
-    config = str(path.parent / CONFIG_NAME)
-    if not Path(config).is_file():
-        if verb != "fit" or step_of(path) != 0:
+    if (config := _config_of(path, folder)) is None:
+        if not is_fit or step_of(path) != 0:
             raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
         config = _shipped_config(FINE_TUNING)  # the checkpoint is an imported one
-    # The path again: the configuration may name another folder to look for checkpoints in.
-    return [verb, "--config", config, *rest, "--ckpt_path", str(path)]
+    words = _with_config(words, config)
+    if is_fit and given == "last" and own is not None:
+        return words
+    if is_fit and given == "last" and name is not None:
+        return [*words, ROOT, root or "."]  # the configuration may name another folder, from before a move
+    return [*words, "--ckpt_path", str(path)]
+
+
+def _with_config(words: list[str], config: str) -> list[str]:
+    return [words[0], "--config", config, *words[1:]]
+
+
+def _config_of(checkpoint: Path, folder: Path) -> str | None:
+    """Finds the configuration beside a checkpoint, or else in the folder of the run that writes it there."""
+    if (beside := checkpoint.parent / CONFIG_NAME).is_file():
+        return str(beside)
+    written_there = []
+    for config in folder.glob(f"*/{CONFIG_NAME}"):
+        with suppress(yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError, TypeError):
+            own = load_yaml(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
+            if Path(own).resolve() == checkpoint.parent.resolve():
+                written_there.append(config)
+    return str(max(written_there, key=lambda config: config.stat().st_mtime_ns)) if written_there else None
+
+
+def _in_utf8(before: str, word: str) -> str:
+    """Reads a word that is text in UTF-8, whatever the locale; one that is not stays, to be refused."""
+    option, equals, _ = word.partition("=")
+    with suppress(UnicodeError):
+        return decoded_again(word) if (option if equals else before) in TEXTS or before in TEXTS else word
+    return word
 
 
 def _verbatim(before: str, word: str) -> str:
@@ -63,12 +130,12 @@ def _verbatim(before: str, word: str) -> str:
         return word
     given = word.removeprefix(start)
     # YAML takes the two surrogates by which JSON writes an emoji in ASCII for two characters, or for none.
-    for load in (yaml.safe_load, json.loads):
-        with suppress(yaml.YAMLError, ValueError):
+    for load in (load_yaml, json.loads):
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
             prompts = load(given)
             if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
                 "".join(prompts).encode()
-                return word if load is yaml.safe_load else start + json.dumps(prompts, ensure_ascii=False)
+                return word if load is load_yaml else start + json.dumps(prompts, ensure_ascii=False)
     return start + json.dumps([given], ensure_ascii=False)
 
 
@@ -77,25 +144,13 @@ def _check_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
-        yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        load_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"--config {path}{line}: {error.problem}; mend the file") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Reads YAML in which a key may stand once; the usual reader lets the last one win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                problem = f"the key {key.value} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    except yaml.YAMLError as error:
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{line}: {problem or error}; mend the file") from error
 
 
 def _values(words: list[str]) -> dict[str, list[str]]:
@@ -106,6 +161,19 @@ def _values(words: list[str]) -> dict[str, list[str]]:
         if name.startswith("-"):
             values.setdefault(name, []).append(value if equals else following)
     return values
+
+
+def _value(values: dict[str, list[str]], option: str) -> str | None:
+    """Returns what the option is set to; None where it is left out, or set to YAML's null."""
+    group, _, key = option.rpartition(".")
+    given: object = None
+    for value in values.get(group, []):
+        with suppress(yaml.YAMLError, OSError):
+            mapping = load_yaml(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+            given = mapping.get(key, given) if isinstance(mapping, dict) else given
+    for value in values.get(option, []):
+        given = None if value in YAML_NULL else value
+    return None if given is None else str(given)
 
 
 def _shipped_config(name: str) -> str:

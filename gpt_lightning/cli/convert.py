@@ -1,10 +1,10 @@
 """Runs the verbs that make one form of a model of another: `consolidate`, `import-hf` and `export-hf`."""
 
-import sys
 from pathlib import Path
 
 from gpt_lightning.checkpoint.checkpoint import consolidate
 from gpt_lightning.checkpoint.files import write
+from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
@@ -18,7 +18,7 @@ def run_consolidate(words: list[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="The file to write.")
     options = parser.parse_args(words)
     consolidate(Path(options.ckpt_path), Path(options.output))
-    print(f"checkpoint: {options.output}", file=sys.stderr)
+    say(f"checkpoint: {options.output}")
 
 
 def run_import(words: list[str]) -> None:
@@ -30,14 +30,14 @@ def run_import(words: list[str]) -> None:
     if Path(output).exists():
         raise UserError(f"OUT={output} exists already; name another file, or remove it")
     write(import_gpt2(name, "NAME_OR_FOLDER"), Path(output))
-    print(f"checkpoint: {output}", file=sys.stderr)
+    say(f"checkpoint: {output}")
 
 
 def run_export(words: list[str]) -> None:
     places = {"CKPT": "A checkpoint, also a sharded one.", "FOLDER": "The folder to make."}
     checkpoint, folder = _two_words("export-hf", words, places)
     export_gpt2(Path(checkpoint), Path(folder))
-    print(f"model: {folder}", file=sys.stderr)
+    say(f"model: {folder}")
 
 
 def _two_words(verb: str, words: list[str], places: dict[str, str]) -> tuple[str, str]:

@@ -5,13 +5,16 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, WRITE_FAILED
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -31,7 +34,7 @@ def this_rank() -> int:
 
 def say(line: str) -> None:
     if this_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def one_line_errors(*, is_run: bool = False) -> Iterator[None]:
         if exit_code not in (INTERRUPTED, TERMINATED):  # an end that was asked for is no error
             # Of a rank on its own: the others may not know what it has met.
             line = f"error of rank {this_rank()}: {line}" if this_rank() else f"error: {line}"
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
         sys.exit(exit_code)
 
 
@@ -80,9 +83,12 @@ def shorten(message: str) -> str:
     )
     if key and given and expected:
         kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
-        return f"{key[1]}={given[1] or given[2]} does not fit; give {kinds}"
-    text = " ".join(message.split())
-    return text if len(text) <= 400 else text[:397] + "..."
+        return f"{key[1]}={_cut(given[1] or given[2], 200)} does not fit; give {kinds}"
+    return _cut(" ".join(message.split()), 400)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _plain_type(kind: str) -> str:
@@ -95,9 +101,35 @@ def quiet() -> None:
     """Leaves out adverts and warnings of what is meant to be so; what the package reports goes to stderr."""
     logging.getLogger("gpt_lightning").setLevel(logging.INFO)
     logging.getLogger("gpt_lightning").handlers = [logging.StreamHandler()]
+    for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_make_printable)
+    warnings.showwarning = _show_warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     adverts = ("💡", "TPU available", "HPU available")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(printable(text), end="", file=file or sys.stderr)
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows a traceback, in whose message anything may stand."""
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)

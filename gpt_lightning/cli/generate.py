@@ -18,7 +18,7 @@ from gpt_lightning.cli.model_class import import_class
 from gpt_lightning.cli.parser import ALLOW_IMPORT, PlainParser
 from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
-from gpt_lightning.data.prompts import check_utf8
+from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
@@ -33,9 +33,9 @@ def run_generate(words: list[str]) -> None:
     device = _device(options.device)
     with handling(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED)), _ending_without_readers():
         # The newline that ends the last line of any text is not the prompt's.
-        prompt = options.prompt if options.prompt != "-" else _stdin().read().removesuffix("\n")
+        prompt = options.prompt if options.prompt != "-" else _without_newline(_stdin().read())
         if prompt is not None:
-            check_utf8(prompt, f"prompt={prompt!r}", "convert it")
+            prompt = as_utf8(prompt, f"prompt={prompt!r}", "convert it")
             _writer(options, device).write(prompt, settings)
         else:
             _read_prompts(_writer(options, device), settings)
@@ -103,7 +103,7 @@ def _read_prompts(writer: TextWriter, settings: GenerationConfig) -> None:
         say(f"{HELP}\n")
         repl.run(_line_editor(stdin), at_terminal=True)
         return
-    lines = (line.removesuffix("\n") for line in stdin)
+    lines = map(_without_newline, stdin)
     repl.run(lambda: next(lines, None), at_terminal=False)
     if not repl.n_lines:
         raise UserError("standard input holds no line to continue; give --prompt TEXT")
@@ -122,13 +122,18 @@ def _line_editor(stdin: TextIO) -> Callable[[], str | None]:
                 return input("> ")
             print("> ", end="", file=sys.stderr, flush=True)
             if line := stdin.readline():
-                return line.removesuffix("\n")
+                return _without_newline(line)
         except EOFError:
             pass
         print(file=sys.stderr)
         return None
 
     return read
+
+
+def _without_newline(text: str) -> str:
+    """Leaves out the newline at the end, and all that Windows puts before newlines."""
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def _stdin() -> TextIO:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from gpt_lightning import __version__
+from gpt_lightning.callbacks.terminal import printable, steady_streams
 from gpt_lightning.exit_codes import MISTAKE
 
 VERBS = {
@@ -44,6 +45,11 @@ WITHOUT_TRAINER = {
 
 def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
+    with steady_streams(stdout=words[:1] != ["generate"]):
+        _run(words)
+
+
+def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(HELP.format(verbs="\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())), end="")
     elif words[0] == "--version":
@@ -51,13 +57,14 @@ def main(words: list[str] | None = None) -> None:
     elif words[0] not in VERBS:
         _refuse(words)
     else:
-        from gpt_lightning.cli.errors import one_line_errors, quiet
+        from gpt_lightning.cli.errors import one_line_errors, quiet, show_fault
 
         file, name = WITHOUT_TRAINER.get(words[0], ("app", "run"))
         with one_line_errors(is_run=file == "app"):
             with without_collector():
                 function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
             quiet()
+            sys.excepthook = show_fault
             function(words if file == "app" else words[1:])
 
 
@@ -68,7 +75,7 @@ def _refuse(words: list[str]) -> None:
         reason = f"{words[0]!r} is no verb; choose one of {', '.join(VERBS)}"
         close = difflib.get_close_matches(words[0], VERBS, n=1)
         reason += f"\ndid you mean {close[0]}?" if close else ""
-    print(f"error: {reason}", file=sys.stderr)
+    print(printable(f"error: {reason}"), file=sys.stderr)
     sys.exit(MISTAKE)
 
 

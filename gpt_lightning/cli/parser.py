@@ -5,13 +5,15 @@ import difflib
 import re
 import sys
 import textwrap
+from functools import cache
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from typing_extensions import override
 
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.cli.errors import shorten
-from gpt_lightning.exit_codes import MISTAKE
+from gpt_lightning.exit_codes import MISTAKE, UserError
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
@@ -19,6 +21,20 @@ DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
+# What options can need of the large ones: the rest of them also starts programs and downloads code.
+_OF_TRAINERS = "accelerators callbacks loggers plugins profilers strategies".split()
+_OF_TORCH = (
+    "nn optim profiler amp cuda.amp device distributed.fsdp distributed.algorithms distributed.optim "
+    "distributed.device_mesh distributed.tensor float16 bfloat16 float32 float64"
+).split()
+TRUSTED_PARTS = [
+    "gpt_lightning",
+    "torchmetrics",
+    *(f"torch.{part}" for part in _OF_TORCH),
+    *(f"{name}.{part}" for name in ("lightning.pytorch", "pytorch_lightning") for part in _OF_TRAINERS),
+    *(f"{name}.{part}" for name in ("lightning.fabric", "lightning_fabric") for part in _OF_TRAINERS),
+]
+LAUNCHERS = [f"{part}.launchers" for part in TRUSTED_PARTS if part.endswith(".strategies")]
 
 
 class PlainParser(ArgumentParser):
@@ -29,6 +45,14 @@ class PlainParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without a name, the parser of a class inside the options would be called after sys.argv[0].
         super().__init__(*args, allow_abbrev=False, **{"prog": "gpt-lightning", **kwargs})
+        bound_values()
+
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError:
+            raise UserError("an option's value is nested too deeply to be read; flatten it") from None
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -36,12 +60,16 @@ class PlainParser(ArgumentParser):
         if (wrong := NO_CLASS.search(message)) and (given := re.search(r"Given value: ([\w.]+)", message)):
             reason = f"class_path={given[1]} does not fit: {wrong[0]}; name a class, as package.Class"
         if denied := DENIED.search(message):
+            package = denied[1].split(".")[0]
+            why = f"only {', '.join(TRUSTED)} are trusted"
+            if package in TRUSTED:  # more of it than a configuration needs
+                package, why = denied[1].rpartition(".")[0], f"no option needs this part of {package}"
             reason = (
-                f"class_path={denied[1]} is not imported: only {', '.join(TRUSTED)} are trusted; if you "
-                f"trust it, add {ALLOW_IMPORT} {denied[1].split('.')[0]} to the command line"
+                f"class_path={denied[1]} is not imported: {why}; if you trust it, add "
+                f"{ALLOW_IMPORT} {package} to the command line"
             )
         lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
-        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.write(printable("\n".join(lines)) + "\n")
         sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:
@@ -74,6 +102,22 @@ class PlainParser(ArgumentParser):
     def _is_shown(self, action: argparse.Action) -> bool:
         is_option = bool(action.option_strings) and action.option_strings[0].startswith("-")
         return is_option and action.help not in (argparse.SUPPRESS, "Path to a configuration file.")
+
+
+@cache
+def bound_values() -> None:
+    """Has every value, and every file that stands for one, refused where it would grow without end."""
+    import yaml  # as late as jsonargparse does
+
+    from gpt_lightning.cli.yaml_text import check_bounded
+
+    read = get_loader("yaml")
+
+    def read_bounded(text: str) -> Any:
+        check_bounded(text)
+        return read(text)
+
+    set_loader("yaml", read_bounded, exceptions=(yaml.YAMLError,))
 
 
 def _option_lines(actions: list[argparse.Action]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TextIO
 
+from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
 from gpt_lightning.data.prompts import encode_prompts, special_token_hint
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -67,7 +68,7 @@ class TextWriter:
             engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))
         steps = engine.run()
         for number, sample in enumerate(samples):
-            self._output.write(prompt)
+            self._show(prompt)
             self._write_on(number, samples, steps, is_interrupted)
             if sample.ended_by == _ENDED_BY["interrupt"]:
                 break
@@ -85,7 +86,7 @@ class TextWriter:
         """Writes a sample as the steps add to it; what they add to others waits for its turn."""
         sample, n_written = samples[number], 0
         while not sample.ended_by:
-            self._output.write(sample.text.text[n_written:])
+            self._show(sample.text.text[n_written:])
             self._output.flush()
             n_written = len(sample.text.text)
             if is_interrupted():
@@ -96,8 +97,11 @@ class TextWriter:
                 drawn.n_tokens += token_id is not None
                 if completion is not None:
                     drawn.end(completion.finish_reason)
-        self._output.write(sample.text.text[n_written:] + "\n")
+        self._show(sample.text.text[n_written:] + "\n")
         self._output.flush()
+
+    def _show(self, text: str) -> None:
+        self._output.write(for_readers(text, self._output))
 
 
 def _tokens(count: int) -> str:

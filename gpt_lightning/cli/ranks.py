@@ -1,11 +1,14 @@
 """Cares for runs of several processes, before they start and when they are done."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -16,11 +19,50 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 
+# Of each launcher, the variables of how many processes it has started, and of which one this is.
+LAUNCHERS = {
+    "WORLD_SIZE": "RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
+}
+
 
 def is_tensor_parallel(settings: Any) -> bool:
     """Tells whether the options of a verb choose TensorParallelDDPStrategy."""
     class_path = getattr(settings.trainer.strategy, "class_path", "")
     return class_path.rpartition(".")[2] == TensorParallelDDPStrategy.__name__
+
+
+def follow_launcher(settings: dict[str, Any]) -> None:
+    """Gives a Trainer the devices and nodes of torchrun or srun, where the options leave them out.
+
+    On a CPU Lightning would take one device, and train as many models, each alone, as there are processes.
+    """
+    variables = os.environ
+    if "TORCHELASTIC_RUN_ID" in variables:
+        processes, nodes = int(variables["WORLD_SIZE"]), int(variables.get("GROUP_WORLD_SIZE", 1))
+    elif "SLURM_STEP_NUM_TASKS" in variables and SLURMEnvironment.job_name() not in ("bash", "interactive"):
+        processes, nodes = int(variables["SLURM_STEP_NUM_TASKS"]), int(variables.get("SLURM_NNODES", 1))
+    else:
+        return
+    if processes > 1 and settings["devices"] == "auto":
+        settings["devices"] = max(1, processes // nodes)
+    if nodes > 1 and settings["num_nodes"] == 1:
+        settings["num_nodes"] = nodes
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Refuses processes that a launcher has started and that the Trainer does not make one run of."""
+    for size, rank in LAUNCHERS.items():
+        processes = os.environ.get(size, "") if rank in os.environ else ""
+        if processes.isdecimal() and int(processes) > trainer.world_size:
+            raise UserError(
+                f"{size}={processes}: a launcher has started {processes} processes, and each would run alone "
+                f"with trainer.devices={trainer.num_devices}, trainer.num_nodes={trainer.num_nodes}; leave "
+                f"both out, make their product {processes}, or start one process"
+            )
 
 
 def build_without_memory(module: type[GPTLightningModule], *args: Any, **kwargs: Any) -> GPTLightningModule:

@@ -13,7 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gpt_lightning.cli.errors import say, shorten
-from gpt_lightning.data.prompts import check_utf8
+from gpt_lightning.cli.parser import bound_values
+from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
@@ -102,7 +103,7 @@ class Repl:
         self._continue(self._last_prompt)
 
     def _continue(self, prompt: str) -> None:
-        check_utf8(prompt, f"prompt={prompt!r}", "convert it")
+        prompt = as_utf8(prompt, f"prompt={prompt!r}", "convert it")
         self._last_prompt = prompt
         self._write(prompt, self.settings, lambda: self._is_interrupted)
 
@@ -115,6 +116,7 @@ def with_setting(settings: GenerationConfig, name: str, value: str) -> Generatio
         remedy = f"did you mean {close[0]}?" if close and name not in known else "write /set NAME VALUE"
         problem = "has no value" if name in known else "is no setting"
         raise UserError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
+    bound_values()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GenerationConfig, "generation")
     read: Any = parser.parse_args([f"--generation.{name}={value}"], defaults=False)

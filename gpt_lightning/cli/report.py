@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Column, Table
 
+from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.training.metrics import part_of_text
@@ -22,8 +23,9 @@ from gpt_lightning.training.module import GPTLightningModule
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in texts:
-        print(f"\n{text}\n")
-    say(f"to watch the curves, and to write more:\ntensorboard --logdir {run_folder.parent}")
+        print(for_readers(f"\n{text}\n", sys.stdout))
+    folder = shlex.quote(str(run_folder.parent))
+    say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
     saver: Any = trainer.checkpoint_callback
     if saver is not None and (last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))

@@ -1,14 +1,16 @@
 """Parses the options of a verb that Lightning runs, with a short help page and trusted class paths only."""
 
 import argparse
+import codecs
+import locale
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gpt_lightning.cli.parser import ALLOW_IMPORT, TRUSTED, PlainParser, option_line
+from gpt_lightning.cli.parser import ALLOW_IMPORT, LAUNCHERS, TRUSTED_PARTS, PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
 
 ALLOW_IMPORT_HELP = "Import class paths from this package too; may be repeated, and stands in no file"
@@ -44,7 +46,7 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
 @contextmanager
 def limited_imports(words: list[str]) -> Iterator[list[str]]:
-    """Yields the command line without `--allow_import`, whose packages are then trusted like TRUSTED.
+    """Yields the command line without `--allow_import`, whose packages are then trusted like TRUSTED_PARTS.
 
     It is read from the command line and nowhere else: a file that could allow itself would be no wall. A
     class path that is refused is not imported.
@@ -55,11 +57,11 @@ def limited_imports(words: list[str]) -> Iterator[list[str]]:
         name, equals, value = word.partition("=")
         if name != ALLOW_IMPORT:
             rest.append(word)
-        elif (package := value if equals else next(remaining, "")) not in TRUSTED:
-            packages.append(_checked_package(package))
+        else:
+            packages.append(_checked_package(value if equals else next(remaining, "")))
     set_parsing_settings(
-        import_path_denylist=["*"],
-        import_path_allowlist=[*TRUSTED, *packages],
+        import_path_denylist=["*", *LAUNCHERS],
+        import_path_allowlist=[*TRUSTED_PARTS, *packages],
         # A mapping under an option that takes anything stays one, whatever keys it has.
         instantiate_subclass_spec_in_any=False,
     )
@@ -67,6 +69,21 @@ def limited_imports(words: list[str]) -> Iterator[list[str]]:
         yield rest
     finally:
         set_parsing_settings(import_path_denylist=packages)
+
+
+@contextmanager
+def files_in_utf8() -> Iterator[None]:
+    """Has configuration files read in UTF-8, whatever the locale: jsonargparse opens them in its encoding."""
+    former = locale.setlocale(locale.LC_CTYPE)
+    if codecs.lookup(locale.getencoding()).name != "utf-8":
+        for name in ("C.UTF-8", "C.utf8", "en_US.UTF-8", ".UTF-8"):
+            with suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+                break
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, former)
 
 
 def _checked_package(value: str) -> str:

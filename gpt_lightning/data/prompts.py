@@ -1,10 +1,11 @@
 """Reads prompts from options and files, and deals each rank of `predict` its share of them."""
 
+import os
 import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -24,18 +25,27 @@ class PromptBatch(NamedTuple):
 def read_prompts(prompts: list[str] | str | None, prompts_file: str | None) -> list[str]:
     """Lists the given prompts, then those of the file; without any, an empty one: the start of a document."""
     given = [prompts] if isinstance(prompts, str) else [*(prompts or [])]
-    for prompt in given:
-        check_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file")
+    given = [as_utf8(prompt, f"data.prompts={prompt!r}", "use data.prompts_file") for prompt in given]
     if prompts_file is not None:
         given += _read_file(Path(prompts_file).expanduser())
     return given or [""]
 
 
-def check_utf8(prompt: str, place: str, remedy: str) -> None:
+def as_utf8(prompt: str, place: str, remedy: str) -> str:
+    """Returns a text that was read in whatever locale; raises UserError if its bytes were not UTF-8."""
     try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
+        text = decoded_again(prompt)
+        text.encode("utf-8")
+    except UnicodeError:
         raise UserError(f"{place} is not UTF-8; {remedy}") from None
+    return text
+
+
+def decoded_again(word: str) -> str:
+    """Decodes what Python could not read in the locale's encoding, and kept byte by byte, from UTF-8."""
+    if word.isascii() or not any("\udc80" <= character <= "\udcff" for character in word):
+        return word
+    return os.fsencode(word).decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,12 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _json_prompt(line: str, place: str) -> str:
-    row = json_row(line, place)
+    row: Any = json_row(line, place)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
-    check_utf8(row["prompt"], place, "write characters, not half of a surrogate pair")
-    return row["prompt"]
+    prompt: str = row["prompt"]
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place} is not UTF-8; write characters, not half of a surrogate pair") from None
+    return prompt

@@ -18,6 +18,7 @@ from gpt_lightning.checkpoint.runs import (
     newest_checkpoint,
     newest_of_run,
     open_run_folder,
+    run_folder,
 )
 
 fork = multiprocessing.get_context("fork")
@@ -238,3 +239,22 @@ def test_a_younger_file_without_a_readable_step_is_told_of(seconds: int, told: b
     lines: list[str] = []
     assert newest_checkpoint(tmp_path, lines.append) == last
     assert ["torn.ckpt" in line for line in lines] == [True] * told
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "ru?", "[!x]un1", "**"])
+def test_a_name_with_the_signs_of_globs_means_itself(name: str, tmp_path: Path) -> None:
+    others = [save(tmp_path / other / "last.ckpt", 9) for other in ("run1-2", "run-2", "x-2")]
+    for other in others:
+        (other.parent / NUMBERED).write_text(name)
+    assert newest_of_run(tmp_path / name) is None
+    own = save(tmp_path / f"{name}-2" / "last.ckpt", 3, age_seconds=5)
+    (own.parent / NUMBERED).write_text(name)
+    assert newest_of_run(run_folder(tmp_path, name)) == own
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/etc", "a\nb", "a\0b", "\x1b[2J", "\udcff", "$HOME", "a::b"]
+)
+def test_a_name_that_means_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^run_name=.*; leave "):
+        run_folder(tmp_path, name)

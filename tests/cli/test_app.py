@@ -1,10 +1,12 @@
 """Runs the program end to end on a tiny corpus: what a user types, and what it leaves behind."""
 
+import io
 import json
 import math
 import os
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -438,3 +440,35 @@ def test_processes_may_be_spawned(
     words = ["--trainer.strategy", "ddp_spawn", "--trainer.devices", "1", "--trainer.max_steps", "3"]
     main(["fit", "--config", str(tiny_config()), *words])
     assert Checkpoint.open(tmp_path / "checkpoints" / "tiny" / "last.ckpt").step == 3
+
+
+def test_arguments_of_callbacks_win_over_the_checkpoint(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    fit = ["fit", "--config", "tiny.yaml", "--run_name", "early", "--ckpt_path", "last", *stopping]
+    for steps, words, patience in ((6, ["5"], 5), (9, ["8"], 8), (12, [], 8)):
+        given = ["--trainer.callbacks.patience", *words] if words else []
+        main([*fit, "--trainer.max_steps", str(steps), *given])
+        states = Checkpoint.open(Path("checkpoints/early/last.ckpt")).contents["callbacks"]
+        (state,) = [state for key, state in states.items() if key.startswith("EarlyStopping")]
+        assert state["patience"] == patience
+    assert "EarlyStopping.patience=8 as given, not 5 as in the checkpoint" in capsys.readouterr().err
+
+
+def test_output_ends_no_run_and_files_keep_what_a_terminal_does_not_show(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ascii_only = io.TextIOWrapper(written := io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(ascii_only, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    main(["fit", "--config", str(tiny_config()), "--samples.prompts", '["从 \\e[2J"]'])
+    assert "? \\x1b[2J" in written.getvalue().decode() and "\x1b" not in written.getvalue().decode()
+    for stream in (ascii_only, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        output = f"{stream is None}.jsonl"
+        main(["predict", "--data.prompts", '["从 \\e[2J"]', "--output", output])
+        (row,) = map(json.loads, Path(output).read_text(encoding="utf-8").splitlines())
+        assert row["prompt"] == "从 \x1b[2J"
+    assert sys.stdout is None and "\x1b" not in written.getvalue().decode()

@@ -61,7 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Output, messages and exit code of a command, with these bytes on its standard input."""
 
     def run(*words: str, stdin: bytes = b"") -> tuple[str, str, int]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), newline="\n"))
         code = 0
         capsys.readouterr()
         try:
@@ -133,6 +133,32 @@ def test_a_dash_reads_the_prompt_from_standard_input(checkpoint: Path, run: Run)
     prompt = "从前\n有\n"
     text, _, _ = run("--prompt", "-", "--generation.max_new_tokens", "1", stdin=f"\ufeff{prompt}\n".encode())
     assert text.startswith(prompt)
+
+
+def test_the_newlines_of_windows_are_no_part_of_a_prompt(checkpoint: Path, run: Run) -> None:
+    settings = ["--generation.max_new_tokens", "2"]
+    for lines in ("The cat\nThe", "The cat\nThe\n", "The cat\n/quit\nThe\n"):
+        expected, _, _ = run(*settings, stdin=lines.encode())
+        text, messages, code = run(*settings, stdin=lines.replace("\n", "\r\n").encode())
+        assert text == expected and code == 0 and "error" not in messages
+    whole = "A line\nand more\n"
+    expected, _, _ = run("--prompt", "-", *settings, stdin=whole.encode())
+    assert run("--prompt", "-", *settings, stdin=whole.replace("\n", "\r\n").encode())[0] == expected
+    assert run("--prompt", "a\rb", *settings)[0].startswith("a\rb")  # which is nobody's newline
+
+
+def test_a_terminal_gets_no_escapes_of_a_prompt(
+    checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    settings = ["--prompt", "The\x1b[2J\tcat", "--generation.max_new_tokens", "1"]
+    run(*settings)
+    assert screen.getvalue().startswith("The\x1b[2J\tcat")  # a file
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    screen.truncate(screen.seek(0))
+    run(*settings)
+    assert screen.getvalue().startswith("The\\x1b[2J\tcat")
 
 
 def test_bfloat16_writes_a_text_too(checkpoint: Path, run: Run) -> None:

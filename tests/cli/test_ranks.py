@@ -1,0 +1,101 @@
+"""The processes of a launcher are one run, or none."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.cli.ranks import LAUNCHERS, check_launcher, follow_launcher
+from tests.distributed import run_ranks
+
+Config = Callable[..., Path]
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "0", "GROUP_WORLD_SIZE": "2"}
+SRUN = {"SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*LAUNCHERS, *LAUNCHERS.values(), *TORCHRUN, *SRUN, "SLURM_JOB_NAME"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "variables, given, followed",
+    [
+        ({}, ("auto", 1), ("auto", 1)),
+        (TORCHRUN, ("auto", 1), (4, 2)),
+        (TORCHRUN, (2, 4), (2, 4)),
+        ({**TORCHRUN, "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}, ("auto", 1), ("auto", 1)),
+        ({**TORCHRUN, **SRUN}, ("auto", 1), (4, 2)),  # torchrun, started by srun
+        (SRUN, ("auto", 1), (2, 3)),
+        (SRUN, ("1", 1), ("1", 3)),
+        ({**SRUN, "SLURM_JOB_NAME": "bash"}, ("auto", 1), ("auto", 1)),  # where Lightning sees no SLURM
+        ({"SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, ("auto", 1), ("auto", 1)),  # a script without srun
+    ],
+)
+def test_a_trainer_has_the_devices_of_its_launcher(
+    variables: dict[str, str],
+    given: tuple[Any, int],
+    followed: tuple[Any, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = {"devices": given[0], "num_nodes": given[1]}
+    follow_launcher(settings)
+    assert (settings["devices"], settings["num_nodes"]) == followed
+
+
+@pytest.mark.parametrize("size", LAUNCHERS)
+def test_processes_that_would_run_alone_are_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = cast(Trainer, SimpleNamespace(world_size=2, num_devices=2, num_nodes=1))
+    monkeypatch.setenv(size, "4")
+    check_launcher(trainer)  # left over from another run: there is no rank
+    monkeypatch.setenv(LAUNCHERS[size], "1")
+    with pytest.raises(ValueError, match=f"^{size}=4: a launcher .*; leave both out, make their product 4"):
+        check_launcher(trainer)
+    monkeypatch.setenv(size, "2")
+    check_launcher(trainer)
+
+
+def as_srun(words: list[str]) -> None:
+    """A rank in the environment of srun, not in that of torchrun."""
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    counts = {"SLURM_NTASKS": size, "SLURM_NTASKS_PER_NODE": size, "SLURM_STEP_NUM_TASKS": size}
+    own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_JOB_NAME": "fit"}
+    os.environ.update({**counts, **own, "SLURM_NNODES": "1"})
+    main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [main, as_srun])
+def test_two_processes_on_a_cpu_train_one_model(
+    launched: Callable[[list[str]], None],
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config", str(tiny_config()), "--run_name"]
+    main([*fit, "one"])
+    run_ranks(launched, 2, [*fit, "two", "--data.batch_size", "2"])
+    assert {path.name for path in Path("checkpoints").iterdir()} == {"one", "two"}
+    losses = []
+    for run in ("one", "two"):
+        events = EventAccumulator(f"checkpoints/{run}/logs")
+        events.Reload()
+        losses.append([event.value for event in events.Scalars("train/loss")])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)
+    with pytest.raises(AssertionError, match="SystemExit: 2"):
+        run_ranks(launched, 2, [*fit, "alone", "--trainer.devices", "1"])
+    assert "a launcher has started 2 processes" in capfd.readouterr().err
+    assert not Path("checkpoints/alone").exists()
