@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import io
+import logging
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.atomic import NameNotSyncedError, set_aside, written_file
+from gpt_lightning.checkpoint.atomic import NameNotSyncedError, remove, set_aside, written_file
 from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
 
 END, END_BYTES = b"PK\x05\x06", 22  # the record that ends every zip archive, and then its comment
@@ -32,7 +34,10 @@ REMEDIES = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
 }
 
+_SHARDED_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rest\.pt")
+
 _verified: set[tuple[int, ...]] = set()
+_log = logging.getLogger("gpt_lightning")
 
 
 class CheckpointWriteError(OSError):
@@ -110,6 +115,32 @@ def write_error(path: Path, error: OSError, size: int = 0) -> CheckpointWriteErr
 
 def _in_units(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+# ---- removing
+
+
+def lies_in(folder: Path, path: Path) -> bool:
+    """Tells whether a path names a checkpoint right in this folder, and leads nowhere else."""
+    return path.suffix == ".ckpt" and not path.is_symlink() and path.resolve().parent == folder.resolve()
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Tells whether a file, or a folder in which only a sharded checkpoint's files are, lies there so."""
+    is_checkpoint = path.is_file() or is_sharded(path) and all(map(_is_part, path.iterdir()))
+    return is_checkpoint and lies_in(folder, path)
+
+
+def remove_checkpoint(path: Path, folders: Iterable[Path]) -> None:
+    """Removes a checkpoint of ours that lies right in one of the folders, and nothing else, whoever asks."""
+    if any(is_own(folder, path) for folder in folders):
+        remove(path)
+    elif os.path.lexists(path):
+        _log.warning(f"{path} is not removed: it is no checkpoint in the folder of this run")
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and _SHARDED_FILE.fullmatch(path.name) is not None
 
 
 # ---- reading
