@@ -154,14 +154,14 @@ def is_sharded(path: Path) -> bool:
 def verify(path: Path) -> None:
     """Raises UserError, in one line that names the file, if it is none, or not as it was written."""
     if not path.is_file():
-        raise _no_file(path)
+        raise no_file(path)
     try:
         check_bytes(path)
     except (UserError, OSError) as error:
         raise unreadable(path, error) from error
 
 
-def _no_file(path: Path) -> UserError:
+def no_file(path: Path) -> UserError:
     if is_sharded(path):
         return UserError(
             f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
@@ -205,6 +205,7 @@ def _check_records(file: BinaryIO) -> None:
         if not zipfile.is_zipfile(file):
             raise UserError("it is cut short, or no checkpoint")
         with zipfile.ZipFile(file) as archive:
+            _check_table(archive, os.fstat(file.fileno()).st_size)
             broken, comment = archive.testzip(), archive.comment
     except Exception as error:  # what a changed byte in a zip archive leads to may be anything
         raise UserError(str(error) or type(error).__name__) from error
@@ -215,6 +216,20 @@ def _check_records(file: BinaryIO) -> None:
     end = file.read(END_BYTES)
     if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):
         raise UserError("it is cut short, or no checkpoint")
+
+
+def _check_table(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises where records are not plain bytes beside each other: they could be endless, or two at once."""
+    names = set()
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise UserError(f"its record {record.filename} is compressed")
+        if record.filename.lower() in names:  # PyTorch does not tell capitals
+            raise UserError(f"it has two records {record.filename.lower()}")
+        names.add(record.filename.lower())
+        size -= record.file_size
+    if size < 0:
+        raise UserError("its records overlap")
 
 
 def digest_of(path: Path) -> str:

@@ -17,6 +17,8 @@ from gpt_lightning.checkpoint.contents import (
     CONFIG_KEY,
     ORIGIN_KEY,
     VALIDATION_KEY,
+    VERSION,
+    VERSION_KEY,
     check_same_architecture,
 )
 from gpt_lightning.data.datamodule import TextDataModule
@@ -285,7 +287,7 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CONFIG_KEY] = asdict(self.model.config)
+        checkpoint |= {VERSION_KEY: VERSION, CONFIG_KEY: asdict(self.model.config)}
         for key, value in ((ORIGIN_KEY, self.begun_from), (VALIDATION_KEY, self._last_validation)):
             if value is not None:
                 checkpoint[key] = value
