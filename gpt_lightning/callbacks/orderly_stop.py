@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED
-from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of
+from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED, WRITE_FAILED
+from gpt_lightning.parallel.gradients import norm
+from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of, validation_is_due
 
 EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
 
@@ -31,6 +32,9 @@ class Stopped(Exception):
 class OrderlyStop(Callback):
     """Ends the run when all other callbacks have seen the step, and so must be the last.
 
+    Inside a validation it ends at once, unless the weights are not those that were trained: a callback that
+    averages them puts others in meanwhile, and the stop waits until it has taken them out again.
+
     A GPTTrainer has no handlers of Lightning's, which save nothing, end with code 0, and hang when one rank
     alone is signalled.
     """
@@ -38,6 +42,8 @@ class OrderlyStop(Callback):
     def __init__(self) -> None:
         self._exit_code = 0
         self._seen_step = 0
+        self._trained: float | None = None  # the norm of the weights when the validation came up
+        self._savers: list[RunCheckpoint] = []
         self._group: dist.ProcessGroup | None = None
         self._former_handlers: dict[int, Any] = {}
 
@@ -50,6 +56,7 @@ class OrderlyStop(Callback):
                 "OrderlyStop hears no signal of a Trainer whose own handlers take it: make a "
                 "gpt_lightning.training.trainer.GPTTrainer"
             )
+        self._savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=timeout_of(trainer))
@@ -65,7 +72,8 @@ class OrderlyStop(Callback):
             raise KeyboardInterrupt
         self._exit_code = EXIT_CODES[name]
         # Not through sys.stderr, in whose writing the signal may have come.
-        os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
+        saved = ", with a checkpoint" if self._savers else ""
+        os.write(2, f"{name}: ending after this step{saved}\n".encode())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,29 +85,51 @@ class OrderlyStop(Callback):
     ) -> None:
         if trainer.global_step != self._seen_step:  # else the batch was accumulated, the step is not done
             self._seen_step = trainer.global_step
-            self._stop_if_asked(trainer)
+            if (stop := self._stop(trainer)) is not None:
+                log_step_now(trainer)
+                raise stop
+        self._trained = _norm(pl_module) if validation_is_due(trainer) else None
 
     @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._stop_if_asked(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self._greatest(self._exit_code):
+            are_others = self._trained is None or self._trained != _norm(pl_module)
+            if not self._greatest(int(are_others)) and (stop := self._stop(trainer)) is not None:
+                raise stop
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        code = self._exit_code
-        if self._group is not None:
-            codes = torch.tensor(code)
-            dist.all_reduce(codes, op=dist.ReduceOp.MAX, group=self._group)
-            code = int(codes)
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and (stop := self._stop(trainer)) is not None:
+            raise stop
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._exit_code = 0  # all is done: a signal of now stops nothing
+        if (stop := self._stop(trainer)) is not None:
+            raise stop
+
+    def _stop(self, trainer: Trainer) -> Stopped | None:
+        """Saves a checkpoint and returns what ends the run, if any rank has a reason to end it."""
+        error = trainer.logger_error if isinstance(trainer, GPTTrainer) else None
+        code = self._greatest(self._exit_code or (WRITE_FAILED if error is not None else 0))
         if not code:
-            return
+            return None
         saved = ""
-        if isinstance(trainer.checkpoint_callback, RunCheckpoint) and trainer.global_step:
-            trainer.checkpoint_callback.save_now(trainer)
-            saved = f"; go on with --ckpt_path {trainer.checkpoint_callback.last_model_path}"
-        log_step_now(trainer)
-        raise Stopped(f"stopped by a signal at step {trainer.global_step:,}{saved}", code)
+        for saver in self._savers if trainer.global_step else ():
+            saver.save_now(trainer)
+            saved = f"; go on with --ckpt_path {saver.last_model_path}"
+        reason = f"since curves cannot be written ({error})" if code == WRITE_FAILED else "by a signal"
+        return Stopped(f"stopped {reason} at step {trainer.global_step:,}{saved}", code)
+
+    def _greatest(self, number: int) -> int:
+        """Returns the greatest number that a rank has, the same on all."""
+        if self._group is None:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        return int(numbers)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -113,3 +143,8 @@ class OrderlyStop(Callback):
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         self._former_handlers = {}
+
+
+def _norm(module: LightningModule) -> float:
+    with torch.no_grad():
+        return float(norm(module.parameters()))

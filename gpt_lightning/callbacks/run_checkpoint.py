@@ -10,7 +10,6 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -93,7 +92,7 @@ class RunCheckpoint(ModelCheckpoint):
         # What Lightning's class has decided to write and to remove, until `_write` does it.
         self._targets: list[str] = []
         self._outdated: list[str] = []
-        self._stop_asked = self._flush_due = False
+        self._stop_asked = False
         self._saved_step = self._last_step = self._seen_step = 0
         self._saved_at_seconds = 0.0
 
@@ -122,14 +121,6 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _validate_between_steps(trainer)  # Lightning reckons anew when it has reloaded the data
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._flush_due:  # Lightning logs a step after its checkpoint; a resumed run will not log it again
-            _flush_curves(trainer)
-            self._flush_due = False
 
     @override
     def on_train_batch_end(
@@ -229,8 +220,6 @@ class RunCheckpoint(ModelCheckpoint):
             logger.after_save_checkpoint(proxy(self))
         self._saved_step = trainer.global_step
         self._saved_at_seconds = time.monotonic()
-        _flush_curves(trainer)
-        self._flush_due = True
 
     # ---- after a resume
 
@@ -290,10 +279,3 @@ def _validate_between_steps(trainer: Trainer) -> None:
     batches, accumulate = trainer.val_check_batch, trainer.accumulate_grad_batches
     if batches not in (None, float("inf")):
         trainer.val_check_batch = -(-batches // accumulate) * accumulate
-
-
-def _flush_curves(trainer: Trainer) -> None:
-    """Writes the curves out, lest those of a killed run end before its checkpoint."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()

@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.trainer import loggers_may_fail
 
 
 class TextSamples(Callback):
@@ -29,9 +30,15 @@ class TextSamples(Callback):
         tokenizer = trainer.datamodule.text_tokenizer
         texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer))
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
+        if trainer.is_global_zero:
+            with loggers_may_fail(trainer):
+                self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if isinstance(logger, TensorBoardLogger):
                 for number, text in enumerate(self.latest):
                     # As a block of code: TensorBoard renders Markdown, and the text is to stay as it is.
                     block = "\n".join("    " + line for line in text.splitlines())
                     logger.experiment.add_text(f"samples/{number}", block, trainer.global_step)
+                logger.save()

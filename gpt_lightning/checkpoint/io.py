@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.folders.add(Path(path).parent)
         if options.background:
             executor = ThreadPoolExecutor(1, "checkpoint writer")
-            self.writing = executor.submit(_write, snapshot(checkpoint, self._memory), Path(path), options)
+            copied = snapshot(checkpoint, self._memory)
+            with suppress(RuntimeError):  # no thread can be started: it is written now
+                self.writing = executor.submit(_write, copied, Path(path), options)
             executor.shutdown(wait=False)  # its thread ends with the save, for which the interpreter waits
-        else:
+        if self.writing is None:
             _write(checkpoint, Path(path), options)
 
     def finish(self) -> None:

@@ -1,5 +1,6 @@
 """Says what goes on beside the output, and how the program ends: in one line and a code where it is known."""
 
+import errno
 import logging
 import os
 import re
@@ -11,8 +12,9 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED
+from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, WRITE_FAILED
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOISE = (
     r".*does not have many workers.*",
     r".*exists and is not empty.*",
@@ -60,10 +62,12 @@ def _known_in(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; name a place that can be used", MISTAKE
     known: Any = error
-    while not hasattr(known, "exit_code"):
-        if known.__cause__ is None:
-            return None
-        known = known.__cause__
+    while known is not None and not hasattr(known, "exit_code"):
+        # A logger that cannot write cannot either when it is closed, after the error that tells of it.
+        known = known.__context__ if isinstance(known, OSError) else known.__cause__
+    if known is None:
+        is_full = isinstance(error, OSError) and error.errno in FULL
+        return (f"{error}; make space", WRITE_FAILED) if is_full else None
     return shorten(str(known)) if known.exit_code == MISTAKE else str(known), known.exit_code
 
 

@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from gpt_lightning.training.trainer import loggers_may_fail
+
 
 @dataclass(eq=False)
 class OptimizerStep:
@@ -44,9 +46,10 @@ class StepRow:
 
     def write(self, trainer: Trainer, step: int) -> None:
         numbers, self._numbers = self._numbers, {}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step)
-            logger.save()
+        with loggers_may_fail(trainer):
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step)
+                logger.save()
 
 
 class TokenLoss:

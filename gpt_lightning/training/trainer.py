@@ -7,6 +7,8 @@ kinds: the names that RunCheckpoint inherits, and the layout of the loops' state
 import subprocess
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +17,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
@@ -52,6 +55,8 @@ class GPTTrainer(Trainer):
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = _EpochLoop(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
         self._signal_connector = _NoSignals(self)
+        self._logger_connector = _Logging(self)
+        self.logger_error: BaseException | None = None  # with which OrderlyStop ends the run
 
     @override
     def save_checkpoint(
@@ -80,10 +85,30 @@ class _EpochLoop(_TrainingEpochLoop):
         """Does nothing: Lightning's broadcast has the host wait for the device at every batch."""
 
 
+class _Logging(_LoggerConnector):
+    @override
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with loggers_may_fail(self.trainer):
+            super().log_metrics(metrics, step)
+
+
 class _NoSignals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
         """Registers none: Lightning's save nothing, exit with 0, and hang if one rank alone is signalled."""
+
+
+@contextmanager
+def loggers_may_fail(trainer: Trainer) -> Generator[None, None, None]:
+    """Keeps, for a GPTTrainer, a logger's error: raised, it would end the run without a checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # TensorBoardLogger raises another ValueError from it
+        is_outside = isinstance(cause, OSError) or "start new thread" in str(cause)
+        if not is_outside or not isinstance(trainer, GPTTrainer):
+            raise
+        trainer.logger_error = trainer.logger_error or cause
 
 
 def is_logging_step(trainer: Trainer, step: int) -> bool:

@@ -44,6 +44,35 @@ def test_it_is_whole_or_as_it_was(name: str, tmp_path: Path, monkeypatch: pytest
     assert holds(path) == ["second"] and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["x.ckpt", "folder"])
+def test_all_is_on_the_disk_before_it_has_the_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a name stands for all of its bytes: they are synced first, and the name after."""
+    path = tmp_path / name
+    on_disk: dict[int, int] = {}  # bytes of a file, by its number, when it was synced last
+    states: list[bool] = []  # whether all was on the disk, each time that something took a name
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        on_disk[status.st_ino] = status.st_size
+
+    def note_name(source: Path, target: Path) -> None:
+        contents = [source, *source.iterdir()] if source.is_dir() else [source]
+        sizes = [file.stat().st_size for file in contents]
+        states.append([on_disk.get(file.stat().st_ino) for file in contents] == sizes)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    monkeypatch.setattr(Path, "rename", note_name)
+    fill(path, "some text")
+    assert states == [True]
+    assert tmp_path.stat().st_ino in on_disk
+
+
 def test_what_a_kill_left_of_a_folder_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / ".folder.tmp").mkdir()
     (tmp_path / ".folder.tmp" / "half").touch()

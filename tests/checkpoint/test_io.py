@@ -250,3 +250,15 @@ def test_the_plugin_reads_what_is_being_written(disk: SlowDisk, tmp_path: Path) 
     disk.let_go(1)
     plugin.remove_checkpoint(tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_thread_can_be_started_the_file_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    writer = DurableCheckpointIO()
+    writer.save_checkpoint({"step": 1}, tmp_path / "last.ckpt", BACKGROUND)
+    assert writer.writing is None and loaded(tmp_path / "last.ckpt") == {"step": 1}

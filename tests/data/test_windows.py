@@ -69,6 +69,21 @@ def test_permutations_of_few_items_are_uniform() -> None:
     assert 60 < min(counts.values()) and max(counts.values()) < 145  # 100 expected, standard deviation 10
 
 
+def test_the_order_stays_what_it_was() -> None:
+    """Another one would be without repeats too, and a run that goes on would read its epoch in two orders."""
+    orders = {size: windows.permute(np.arange(size), size, key=7) for size in (5, 17, 100, 1000, 5000)}
+    assert {size: order[:5].tolist() for size, order in orders.items()} == {
+        5: [3, 4, 0, 1, 2],
+        17: [5, 7, 12, 15, 0],
+        100: [16, 18, 65, 92, 34],
+        1000: [555, 829, 727, 716, 667],
+        5000: [4806, 2967, 4436, 2842, 1672],
+    }
+    epochs = Epochs(n_tokens=999, seq_len=10, seed=3)
+    assert epochs.cut(np.arange(8))[0].tolist() == [911, 512, 901, 941, 422, 831, 811, 732]
+    assert epochs.cut(np.arange(100, 108))[0].tolist() == [175, 225, 835, 575, 915, 895, 845, 685]
+
+
 @pytest.mark.parametrize(("size", "stride"), [(9000, 1), (9000, 7), (4097, 1), (50, 3), (10**15, 64)])
 def test_a_batch_is_permuted_as_its_windows_are(size: int, stride: int) -> None:
     """Blocks that are kept for the next batch change nothing, wherever a batch lies in them."""

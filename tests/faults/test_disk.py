@@ -61,6 +61,29 @@ def test_a_full_disk_ends_the_run_and_keeps_the_former_checkpoint(small_disk: Pa
     assert weights_hash(folder / "last.ckpt") == weights_hash(newest_last(tmp_path, "whole"))
 
 
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_curves_that_cannot_be_written_end_the_run_with_its_checkpoint(
+    logger: str, small_disk: Path, tmp_path: Path
+) -> None:
+    code, output = run(write_run(tmp_path, "whole"), tmp_path)
+    assert code == 0, output
+    class_path = f"lightning.pytorch.loggers.{logger}"
+    loggers = {"class_path": class_path, "init_args": {"save_dir": str(small_disk)}}
+    filling = [callback("FullDisk", folder=str(small_disk))]
+    words = write_run(tmp_path, "run", trainer={"logger": loggers, "callbacks": filling})
+    code, output = run(words, tmp_path, log="run.log")
+    assert code == 5, output
+    last_line = output.splitlines()[-1]
+    assert last_line.startswith("error: ") and "No space left" in last_line and "Traceback" not in output
+    assert "go on with --ckpt_path checkpoints/run/last.ckpt" in last_line
+    (small_disk / "filler").unlink()
+    words = write_run(tmp_path, "run", trainer={"logger": loggers})
+    code, output = run(words, tmp_path, log="second.log")
+    assert code == 0, output
+    assert weights_hash(newest_last(tmp_path, "run")) == weights_hash(newest_last(tmp_path, "whole"))
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
 def test_a_quota_is_told_of_in_the_same_way(tmp_path: Path) -> None:
     words = write_run(tmp_path, "run", trainer={"max_steps": 6})
     assert run(words, tmp_path)[0] == 0

@@ -49,6 +49,21 @@ def test_a_signal_ends_the_run_after_its_step(name: str, code: int, moment: str,
     finish(tmp_path, whole, **settings)
 
 
+def test_a_stop_inside_a_validation_of_averaged_weights_saves_the_training(tmp_path: Path) -> None:
+    """And another ModelCheckpoint, which is the first of the Trainer's, takes nothing away."""
+    lightning = "lightning.pytorch.callbacks"
+    others = [
+        {"class_path": f"{lightning}.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+        {"class_path": f"{lightning}.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "theirs")}},
+    ]
+    whole = run_whole(tmp_path, trainer={"callbacks": others})
+    stop = callback("SignalAt", moment="validation 5", name="SIGTERM")
+    code, output = run(write_run(tmp_path, "run", trainer={"callbacks": [*others, stop]}), tmp_path)
+    assert code == 143, output
+    assert "stopped by a signal at step 5; go on with --ckpt_path checkpoints/run/last.ckpt" in output
+    finish(tmp_path, whole, trainer={"callbacks": others})
+
+
 @pytest.mark.parametrize(
     "topology, rank", [("ddp 2", 0), ("ddp 2", 1), ("tp 2", 1), ("tp 2 x dp 2", 2)]
 )

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ class FileSizeLimit(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.n_bytes, self.n_bytes))
+
+
+class FullDisk(Callback):
+    """Fills the disk that `folder` lies on when training starts."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with open(f"{self.folder}/filler", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
 
 
 class TimeIsOver(Timer):

@@ -69,6 +69,14 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
     assert top_p_filter(logits, 0.9).isfinite().tolist() == [[True, True, True]]
 
 
+def test_top_p_drops_a_token_where_the_likelier_ones_hold_exactly_p() -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert logits.softmax(dim=-1).tolist() == [[0.25, 0.5, 0.25]]  # without rounding
+    kept = top_p_filter(logits, 0.5).isfinite()
+    assert kept.tolist() == [[False, True, False]]
+    assert torch.equal(kept, TopPLogitsWarper(0.5)(NO_IDS, logits).isfinite())
+
+
 @pytest.mark.parametrize("min_p", [0.001, 0.05, 0.5, 1.0])
 def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
     logits = random_logits(seed=2)
