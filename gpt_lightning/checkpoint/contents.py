@@ -17,11 +17,10 @@ from gpt_lightning.checkpoint.files import (
     unreadable,
     verify,
 )
-from gpt_lightning.checkpoint.optimizer_state import fits_groups, problem_of_optimizer
+from gpt_lightning.checkpoint.optimizer_state import problems_of_optimizers, problems_of_sizes
 from gpt_lightning.checkpoint.pickles import check_pickles
 from gpt_lightning.checkpoint.training_state import (
     LIGHTNING_KEY,
-    problem_of_schedulers,
     problems_of_position,
     problems_of_resume,
     problems_of_training,
@@ -36,6 +35,7 @@ VERSION_KEY, VERSION = "checkpoint_version", 1  # of what is in a checkpoint; fo
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
+MODULE_KEY = "module_class"  # that was saved, unless it is GPTLightningModule; it is shown, never imported
 ORIGIN_KEY = "begun_from"  # the model whose weights a run began with, or that was imported
 VALIDATION_KEY = "last_validation"  # its step, its loss, and whether it was of the whole text
 # Where Lightning looks for the arguments to build a module or a datamodule with, today and formerly.
@@ -76,11 +76,14 @@ def read_checked(path: Path, *, sharded: bool = False) -> dict[str, Any]:
         from gpt_lightning.checkpoint.folder import check_whole  # slow to import
 
         checkpoint = check_whole(path)
-    else:
-        verify(path)
-        checkpoint = load_plain(path)
-        if isinstance(checkpoint, dict) and FOLDER_KEY in checkpoint:
-            raise UserError(f"ckpt_path={path} is a file and says that it is a folder; name another")
+        check_contents(path, checkpoint)
+        if (problem := next(_problems_of_folder(path, checkpoint), None)) is not None:
+            raise UserError(f"ckpt_path={path} {problem}")
+        return checkpoint
+    verify(path)
+    checkpoint = load_plain(path)
+    if isinstance(checkpoint, dict) and FOLDER_KEY in checkpoint:
+        raise UserError(f"ckpt_path={path} is a file and says that it is a folder; name another")
     check_contents(path, checkpoint)
     return checkpoint
 
@@ -133,7 +136,9 @@ def _problems(checkpoint: Any) -> Iterator[str]:
         yield from problems_of_training(checkpoint)
         if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
             yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
-            yield from _problems_of_optimizers(checkpoint)
+            is_ours = MODULE_KEY not in checkpoint
+            groups = _groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
+            yield from problems_of_optimizers(checkpoint, groups)
         yield from _problems_of_notes(checkpoint)
         if "resume" in checkpoint:
             yield from problems_of_resume(checkpoint["resume"])
@@ -253,25 +258,30 @@ def _problems_of_tensors(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         yield f"holds an lm_head that is not its token_embedding, to which {CONFIG_KEY} ties it; name another"
 
 
-def _problems_of_optimizers(checkpoint: Mapping[str, Any]) -> Iterator[str]:
-    """Yields where the optimizers' states or the schedules are not those of the weights."""
-    if OPTIMIZERS not in checkpoint:
-        return
-    states, groups = checkpoint[OPTIMIZERS], _groups_of_ours(checkpoint)
-    if not isinstance(states, list):
-        yield f"holds {OPTIMIZERS}={short(states)}, no states of optimizers; name another"
-    is_ours = len(states) == 1 and fits_groups(states[0], groups)  # else a child class has built it
-    for state in states:
-        if problem := problem_of_optimizer(state, groups if is_ours else None, is_ours=is_ours):
-            yield f"{problem}; name another"
-    if is_ours and (problem := problem_of_schedulers(checkpoint["lr_schedulers"], len(groups))):
-        yield problem
+def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where the tensors in a sharded checkpoint's folder are not those of its model and optimizer."""
+    from gpt_lightning.checkpoint.folder import TIED_KEY, tensors_in
+
+    weights = {
+        key.partition("/")[2]: torch.empty(meta.size, dtype=meta.properties.dtype, device="meta")
+        for key, meta in tensors_in(path, f"{WEIGHTS}/")
+    }
+    match checkpoint.get(TIED_KEY):
+        case dict(tied) if all(type(name) is str and tied[name] in weights for name in tied):
+            weights |= {name: weights[original] for name, original in tied.items()}
+        case other:
+            yield f"holds {TIED_KEY}={short(other)}; name another"
+    groups = None
+    if CONFIG_KEY in checkpoint and MODULE_KEY not in checkpoint:
+        yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
+        groups = _groups_of_ours(checkpoint[CONFIG_KEY], weights)
+    sizes = {key: list(meta.size) for key, meta in tensors_in(path, f"{OPTIMIZERS}/")}
+    yield from problems_of_sizes(checkpoint, sizes, groups)
 
 
-def _groups_of_ours(checkpoint: Mapping[str, Any]) -> list[list[Tensor]]:
+def _groups_of_ours(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[Tensor]]:
     """Returns what GPTLightningModule's optimizer changes, without numbers: matrices, then all else."""
     with torch.device("meta"), Uninitialized():
-        parameters = dict(GPTModel(GPTConfig(**checkpoint[CONFIG_KEY])).named_parameters())
-    weights = checkpoint[WEIGHTS]
+        parameters = dict(GPTModel(GPTConfig(**config)).named_parameters())
     typed = [own.detach().to(weights[MODEL_PREFIX + name].dtype) for name, own in parameters.items()]
     return [[own for own in typed if own.dim() >= 2], [own for own in typed if own.dim() < 2]]

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gpt_lightning.checkpoint.files import OPTIMIZERS
+from gpt_lightning.checkpoint.training_state import problem_of_schedulers
 from gpt_lightning.checkpoint.values import FLOATS, is_number, numbers, problem_of_tensor, short
 
 Groups = Sequence[Sequence[Tensor]]  # the parameters of an optimizer, group by group
@@ -22,6 +24,59 @@ def problem_of_optimizer(state: Any, groups: Groups | None, *, is_ours: bool = F
     """
     problem = next(_problems(state, groups, is_ours), None)
     return problem and f"holds a state of the optimizer that does not fit: {problem}"
+
+
+def problems_of_optimizers(checkpoint: Mapping[str, Any], groups: Groups | None) -> Iterator[str]:
+    """Yields where a checkpoint's optimizers and schedules are not those that its model's own class builds.
+
+    `groups` are the parameters of the optimizer that it builds; without them the class is unknown.
+    """
+    if OPTIMIZERS not in checkpoint:
+        return
+    states = checkpoint[OPTIMIZERS]
+    if not isinstance(states, list):
+        yield f"holds {OPTIMIZERS}={short(states)}, no states of optimizers; name another"
+    own = _own_groups(states, groups)
+    for state in states:
+        if problem := problem_of_optimizer(state, own, is_ours=own is not None):
+            yield f"{problem}; name another"
+    if own is not None and (problem := problem_of_schedulers(checkpoint["lr_schedulers"], len(own))):
+        yield problem
+
+
+def problems_of_sizes(
+    checkpoint: Mapping[str, Any], sizes: Mapping[str, list[int]], groups: Groups | None
+) -> Iterator[str]:
+    """Yields the same of a sharded checkpoint, whose state lacks the tensors, by their names and sizes."""
+    states = checkpoint.get(OPTIMIZERS, [])
+    if not isinstance(states, list):
+        yield f"holds {OPTIMIZERS}={short(states)}, no states of optimizers; name another"
+    for state in states:
+        entries = state.get("state") if isinstance(state, dict) else None
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            yield f"holds {short(state)} as the state of an optimizer; name another"
+    own = _own_groups(states, groups)
+    without = {**checkpoint, OPTIMIZERS: [{**state, "state": {}} for state in states]}
+    yield from problems_of_optimizers(without if OPTIMIZERS in checkpoint else {}, groups)
+    for key in sizes:
+        _, number, index, _ = key.split("/")
+        if int(number) >= len(states) or int(index) not in states[int(number)]["state"]:
+            yield f"holds {key}, for which its {OPTIMIZERS} have no place; name another"
+    if own is None or not sizes or not is_adam(states[0]["param_groups"][0]):
+        return
+    expected = {
+        f"{OPTIMIZERS}/0/{index}/{name}": [] if name == "step" else list(parameter.shape)
+        for index, parameter in enumerate(parameter for group in own for parameter in group)
+        for name in MOMENTS
+    }
+    for key in {**sizes, **expected}:
+        if sizes.get(key) != expected.get(key):
+            yield f"holds {key} of the size {sizes.get(key)} instead of {expected.get(key)}; name another"
+
+
+def _own_groups(states: Sequence[Any], groups: Groups | None) -> Groups | None:
+    """Returns the groups if it is for them that the state is, and a child class has not built another."""
+    return groups if groups is not None and len(states) == 1 and fits_groups(states[0], groups) else None
 
 
 def problem_of_options(state: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]) -> str | None:

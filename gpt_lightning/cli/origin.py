@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
+from gpt_lightning.checkpoint.contents import SETTINGS
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say
@@ -97,7 +98,7 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
     checkpoint = origin.checkpoint
     assert checkpoint is not None
     data = checkpoint.data["settings"]
-    names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else data.keys()
+    names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else SETTINGS.keys()
     saved = {f"data.{name}": data[name] for name in data.keys() & names}
     for name, value in asdict(checkpoint.config).items():
         if name not in NOT_ARCHITECTURE:
