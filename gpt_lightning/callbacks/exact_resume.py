@@ -2,6 +2,7 @@
 
 import logging
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from gpt_lightning.checkpoint.files import OPTIMIZERS
+from gpt_lightning.checkpoint.optimizer_state import problem_of_optimizer, problem_of_options
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import rank_and_ranks
 from gpt_lightning.exit_codes import UserError
@@ -30,6 +36,8 @@ class ExactResume(ResumeCallback):
         self._random_state: dict[str, Any] | None = None
         self._owes_last_validation = False
         self._samples_per_step = 0
+        self._loaded: dict[str, Any] | None = None  # until the optimizers are there to compare with
+        self._hooks: list[RemovableHandle] = []
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -42,6 +50,12 @@ class ExactResume(ResumeCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            _check_numbers(trainer, loaded)
+            check = partial(_check_state, trainer)
+            own = [optimizer for optimizer in trainer.optimizers if _is_plain(optimizer)]
+            self._hooks = [optimizer.register_load_state_dict_pre_hook(check) for optimizer in own]
         if self._owes_last_validation:
             # Else Lightning sees that all steps are done, and ends without the last one's validation.
             trainer.fit_loop.epoch_loop.max_steps += 1
@@ -69,9 +83,10 @@ class ExactResume(ResumeCallback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        saved = checkpoint.get(RESUME_KEY)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._loaded = checkpoint
+        saved = checkpoint.get(RESUME_KEY)
         if saved is None:
             _log.warning("the checkpoint was saved without ExactResume: random states begin anew")
             return
@@ -92,6 +107,8 @@ class ExactResume(ResumeCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
         _check_that_all_go_on_alike(trainer)
         former, self._samples_per_step = self._samples_per_step, _samples_per_step(trainer)
         if not validation_is_due(trainer):  # by the schedule of this run
@@ -123,6 +140,47 @@ def _samples_per_step(trainer: Trainer) -> int:
     if not isinstance(trainer.datamodule, TextDataModule):
         return 0
     return trainer.datamodule.batch_size * rank_and_ranks(trainer)[1] * trainer.accumulate_grad_batches
+
+
+# ---- what a child class may have built otherwise than the run that saved
+
+
+def _check_numbers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuses what Lightning would restore a part of: other numbers of optimizers, lacking schedules."""
+    saved, own = len(checkpoint.get(OPTIMIZERS, [])), len(trainer.optimizers)
+    if saved != own:
+        raise _refusal(trainer, f"holds the states of {saved} optimizers, and this run has {own}")
+    schedules = checkpoint.get("lr_schedulers", [])
+    if len(schedules) < len(trainer.lr_scheduler_configs):
+        raise _refusal(trainer, f"holds {len(schedules)} of this run's schedules of the learning rate")
+    for config, state in zip(trainer.lr_scheduler_configs, schedules):
+        for name in config.scheduler.state_dict():
+            if not name.startswith("_") and name not in state:
+                raise _refusal(trainer, f"lacks {name} of the learning rate's schedule")
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Tells whether its parameters are ordinary ones, not parts that a strategy of others has made."""
+    return all(type(p) is nn.Parameter for group in optimizer.param_groups for p in group["params"])
+
+
+def _check_state(trainer: Trainer, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuses, before the optimizer takes it, a state that is not for this rank's parameters."""
+    own = optimizer.param_groups
+    # PyTorch fills in what is left out.
+    whole = [{**options, **saved} for options, saved in zip(own, state["param_groups"])]
+    groups = whole if len(whole) == len(state["param_groups"]) else state["param_groups"]
+    parameters = [group["params"] for group in own]
+    problem = problem_of_optimizer({**state, "param_groups": groups}, parameters)
+    if problem is None:
+        problem = problem_of_options(state, own)
+    if problem is not None:
+        raise _refusal(trainer, problem)
+
+
+def _refusal(trainer: Trainer, problem: str) -> UserError:
+    remedy = "go on with it as it was trained, or name another"
+    return UserError(f"ckpt_path={trainer.ckpt_path} {problem}; {remedy}")
 
 
 # ---- random states, as plain values that `weights_only` reads

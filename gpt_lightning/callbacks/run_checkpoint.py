@@ -1,5 +1,6 @@
 """Saves the checkpoints of a run: the best by validation loss, and always the newest as `last.ckpt`."""
 
+import re
 import time
 from concurrent.futures import Future
 from datetime import timedelta
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.checkpoint.files import is_own, lies_in
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
@@ -81,6 +83,11 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,  # it would judge a second time by the epoch's last validation
         )
+        if "/" in re.sub(r"\{.*?\}", "", filename or ""):
+            raise UserError(
+                f"checkpoint.filename={filename} leads into another folder, where no run looks for its "
+                "checkpoints; leave out the slash"
+            )
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise UserError(
                 f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
@@ -109,6 +116,8 @@ class RunCheckpoint(ModelCheckpoint):
             one_file = type(strategy).save_checkpoint is Strategy.save_checkpoint
         plugin = strategy.checkpoint_io
         self._writer = plugin if one_file and isinstance(plugin, DurableCheckpointIO) else None
+        if isinstance(plugin, DurableCheckpointIO):  # which is not told of sharded checkpoints
+            plugin.folders |= {Path(str(callback.dirpath)) for callback in _savers(trainer)}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,7 +209,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self._outdated.append(filepath)
+        if lies_in(Path(str(self.dirpath)), Path(filepath)):
+            self._outdated.append(filepath)
 
     def _write(self, trainer: Trainer, *, last: bool) -> None:
         if last:
@@ -219,7 +229,8 @@ class RunCheckpoint(ModelCheckpoint):
             for path in (first, *others):
                 trainer.save_checkpoint(path, self.save_weights_only)
             for path in outdated:
-                trainer.strategy.remove_checkpoint(path)
+                if is_own(Path(str(self.dirpath)), Path(path)):
+                    trainer.strategy.remove_checkpoint(path)
         self._untold = self._writer.writing if self._writer is not None else None
         if self._untold is None:
             self._tell_loggers(trainer)
@@ -243,32 +254,51 @@ class RunCheckpoint(ModelCheckpoint):
     # ---- after a resume
 
     @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has all that save checkpoints in this Trainer know their own alone."""
+        states = checkpoint.get("callbacks", {})
+        for callback in _savers(trainer):
+            if callback is not self and callback.state_key in states:
+                states[callback.state_key] = _of_own_folder(callback, states[callback.state_key])
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the best checkpoints that lie in this run's folder, also if it was moved."""
-        former, folder = state_dict["dirpath"], Path(str(self.dirpath))
-        paths = [path for path in (*state_dict["best_k_models"], state_dict["best_model_path"]) if path]
-        here = {
-            path: str(folder / Path(path).relative_to(former))
-            for path in paths
-            if Path(path).is_relative_to(former)
-        }
-        # Ranks have to decide alike, and may not all see the folder.
-        present = gathered([path for path in here.values() if Path(path).exists()])[0]
-        scores = {here[path]: score for path, score in state_dict["best_k_models"].items() if path in here}
-        sign = 1 if self.mode == "min" else -1
-        ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
-        ranked = ranked[: self.save_top_k] if self.save_top_k > 0 else ranked
-        newest = here.get(state_dict["best_model_path"])
-        is_full = bool(ranked) and len(ranked) == self.save_top_k
-        state = {
-            "dirpath": self.dirpath,  # of another one Lightning forgets all but one path
-            "best_k_models": {path: scores[path] for path in ranked},
-            "best_model_path": ranked[0] if ranked else newest if newest in present else "",
-            "best_model_score": scores[ranked[0]] if ranked else None,
-            "kth_best_model_path": ranked[-1] if is_full else "",
-            "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
-        }
-        super().load_state_dict({**state_dict, **state})
+        super().load_state_dict(_of_own_folder(self, state_dict))
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state with the checkpoints that are right in the callback's folder, and no other path.
+
+    What it names is removed when better ones come, or given to loggers, and anybody may have written it.
+    """
+    former, folder = Path(str(state["dirpath"])), Path(str(callback.dirpath))
+    paths = [path for path in (*state["best_k_models"], state["best_model_path"]) if path]
+    here = {path: str(folder / Path(path).name) for path in paths if Path(path).parent == former}
+    # Ranks have to decide alike, and may not all see the folder.
+    own = [path for path in here.values() if is_own(folder, Path(path)) and Path(path).name != LAST]
+    present = gathered(own)[0]
+    scores = {here[path]: score for path, score in state["best_k_models"].items() if path in here}
+    sign = 1 if callback.mode == "min" else -1
+    ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
+    ranked = ranked[: callback.save_top_k] if callback.save_top_k > 0 else ranked
+    newest = here.get(state["best_model_path"])
+    is_full = bool(ranked) and len(ranked) == callback.save_top_k
+    return {
+        "dirpath": callback.dirpath,  # of another one Lightning forgets all but one path
+        "best_k_models": {path: scores[path] for path in ranked},
+        "best_model_path": ranked[0] if ranked else newest if newest in present else "",
+        "best_model_score": scores[ranked[0]] if ranked else None,
+        "kth_best_model_path": ranked[-1] if is_full else "",
+        "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
+        "last_model_path": str(folder / LAST) if state["last_model_path"] else "",
+    }
 
 
 def _validates(trainer: Trainer) -> bool:

@@ -82,8 +82,8 @@ def set_aside(path: Path) -> Generator[None, None, None]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir():
+    """Removes a file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

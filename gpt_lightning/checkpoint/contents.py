@@ -1,7 +1,6 @@
 """Refuses what no checkpoint may hold: all but plain data, and weights of another architecture than its."""
 
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -9,12 +8,30 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint.files import OPTIMIZERS, WEIGHTS, is_sharded, unreadable, verify
+from gpt_lightning.checkpoint.files import (
+    FOLDER_KEY,
+    OPTIMIZERS,
+    WEIGHTS,
+    is_sharded,
+    no_file,
+    unreadable,
+    verify,
+)
+from gpt_lightning.checkpoint.optimizer_state import problems_of_optimizers, problems_of_sizes
+from gpt_lightning.checkpoint.pickles import check_pickles
+from gpt_lightning.checkpoint.training_state import (
+    LIGHTNING_KEY,
+    problems_of_position,
+    problems_of_resume,
+    problems_of_training,
+)
+from gpt_lightning.checkpoint.values import FLOATS, is_count, is_number, problem_of_values, short
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
 
+VERSION_KEY, VERSION = "checkpoint_version", 1  # of what is in a checkpoint; formerly none was said
 CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
 MODEL_PREFIX = "model."
@@ -27,6 +44,13 @@ _HYPER_PARAMETERS = (
     *("hyper_parameters", "hparams_name", "hparams_type", "hparams", "module_arguments"),
     *("datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type"),
 )
+# What a checkpoint decides of a datamodule's settings, and of which kind each is.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "tokenizer": lambda value: type(value) is str,
+    "seed": is_count,
+    "val_fraction": lambda value: is_number(value) and type(value) is not Tensor and 0 <= value < 1,
+    "seq_len": lambda value: is_count(value) and value > 0,
+}
 # Names by which Lightning and jsonargparse are told what to import and call.
 _CALLING_KEYS = {"class_path", "_class_path", "_instantiator", "init_args", "dict_kwargs"}
 
@@ -37,10 +61,13 @@ def load_plain(path: Path) -> Any:
         from gpt_lightning.checkpoint.folder import read_rest  # slow to import
 
         return read_rest(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise no_file(path)
     try:
+        check_pickles(path)
         # `weights_only` is said outright: left out, an environment variable could turn it off.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a pickle leads to may be anything
         raise unreadable(path, error) from error
 
 
@@ -50,9 +77,14 @@ def read_checked(path: Path, *, sharded: bool = False) -> dict[str, Any]:
         from gpt_lightning.checkpoint.folder import check_whole  # slow to import
 
         checkpoint = check_whole(path)
-    else:
-        verify(path)
-        checkpoint = load_plain(path)
+        check_contents(path, checkpoint)
+        if (problem := next(_problems_of_folder(path, checkpoint), None)) is not None:
+            raise UserError(f"ckpt_path={path} {problem}")
+        return checkpoint
+    verify(path)
+    checkpoint = load_plain(path)
+    if isinstance(checkpoint, dict) and FOLDER_KEY in checkpoint:
+        raise UserError(f"ckpt_path={path} is a file and says that it is a folder; name another")
     check_contents(path, checkpoint)
     return checkpoint
 
@@ -109,6 +141,13 @@ def other_layers(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 def _problems(checkpoint: Any) -> Iterator[str]:
     if not isinstance(checkpoint, Mapping):
         yield f"was not written by gpt_lightning (it is a {type(checkpoint).__name__}); name another"
+    version = checkpoint.get(VERSION_KEY, VERSION)
+    if type(version) is int and version > VERSION:
+        yield f"is of version {version}, and this program reads up to {VERSION}; update gpt_lightning"
+    if not is_count(version):
+        yield f"holds {VERSION_KEY}={short(version)}; name another"
+    if problem := problem_of_values(checkpoint):
+        yield problem
     for key in _HYPER_PARAMETERS:
         for found in _acting(checkpoint.get(key), key):
             yield f"holds {found}; hyper-parameters are plain and import nothing: do not trust the file"
@@ -118,15 +157,22 @@ def _problems(checkpoint: Any) -> Iterator[str]:
         yield from _problems_of_data({"tokenizer": checkpoint[TOKENIZER_KEY], "settings": {}})
     if CONFIG_KEY in checkpoint:
         # Without the optimizer's state nobody goes on from it, and asks how far it came.
-        for key in ("global_step", "loops"):
+        for key in ("global_step", "loops", "lr_schedulers", LIGHTNING_KEY):
             if OPTIMIZERS in checkpoint and key not in checkpoint:
                 yield f"lacks {key!r}, without which no run goes on; name another"
         yield from _problems_of_config(checkpoint[CONFIG_KEY])
-        if MODULE_KEY in checkpoint:  # a child class's layers are its own business, when they are loaded
-            if type(checkpoint[MODULE_KEY]) is not str:
-                yield f"holds {MODULE_KEY}={_short(checkpoint[MODULE_KEY])}; name another"
-        elif checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
-            yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
+        yield from problems_of_training(checkpoint)
+        is_ours = MODULE_KEY not in checkpoint
+        if not is_ours and type(checkpoint[MODULE_KEY]) is not str:
+            yield f"holds {MODULE_KEY}={short(checkpoint[MODULE_KEY])}; name another"
+        if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
+            if is_ours:  # a child class's layers are its own business, when they are loaded
+                yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
+            groups = _groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
+            yield from problems_of_optimizers(checkpoint, groups)
+        yield from _problems_of_notes(checkpoint)
+        if "resume" in checkpoint:
+            yield from problems_of_resume(checkpoint["resume"])
 
 
 def _acting(value: Any, place: str) -> Iterator[str]:
@@ -134,7 +180,7 @@ def _acting(value: Any, place: str) -> Iterator[str]:
     if isinstance(value, dict):
         for key, part in value.items():
             if type(key) is not str or key in _CALLING_KEYS:
-                yield f"{place}[{_short(key)}]"
+                yield f"{place}[{short(key)}]"
             yield from _acting(part, f"{place}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
@@ -147,9 +193,40 @@ def _problems_of_data(state: Any) -> Iterator[str]:
     """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
     match state:
         case {"tokenizer": {"tokenizer_json": str(), "eos_token": str()}, "settings": dict(settings)}:
-            if not any(_acting(settings, DATA_KEY)) and _are_ids(state["tokenizer"].get("eos_token_ids", [])):
-                return
-    yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+            if not _are_ids(state["tokenizer"].get("eos_token_ids", [])):
+                yield f"holds no ids that end a text under {DATA_KEY}; name another"
+        case _:
+            yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
+            return
+    for name, value in settings.items():
+        if name not in SETTINGS or not SETTINGS[name](value):
+            yield f"holds data.{name}={short(value)}, which no checkpoint decides so; name another"
+    yield from problems_of_position(state)
+    match text := state.get("text", {}):
+        case dict() if not text or all(map(_are_files, (text.get("train_files"), text.get("val_files")))):
+            if not {type(text.get(name)) for name in ("text_key", "document_separator")} <= {str, type(None)}:
+                yield f"holds {short(text)} as the text that it was trained on; name another"
+        case _:
+            yield f"holds {short(text)} as the text that it was trained on; name another"
+
+
+def _are_files(value: Any) -> bool:
+    """Tells a list of names, each with the hash of what is in the file."""
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs)
+
+
+def _problems_of_notes(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where what is shown of a model, and computed with by nobody, is of another kind."""
+    if type(checkpoint.get(ORIGIN_KEY)) not in (str, type(None)):
+        yield f"holds {ORIGIN_KEY}={short(checkpoint[ORIGIN_KEY])}; name another"
+    match checkpoint.get(VALIDATION_KEY):
+        case None:
+            pass
+        case {"step": step, "loss": int() | float(), "whole": bool()} if is_count(step):
+            pass
+        case other:
+            yield f"holds {VALIDATION_KEY}={short(other)}; name another"
 
 
 def _are_ids(value: Any) -> bool:
@@ -159,14 +236,14 @@ def _are_ids(value: Any) -> bool:
 def _problems_of_config(stored: Any) -> Iterator[str]:
     kinds = {field.name: field.type for field in fields(GPTConfig)}
     if not isinstance(stored, Mapping):
-        yield f"holds {CONFIG_KEY}={_short(stored)}, no options; name another"
+        yield f"holds {CONFIG_KEY}={short(stored)}, no options; name another"
     for name, value in stored.items():
         if name not in kinds:
             yield f"holds {CONFIG_KEY}.{name}, which is no option; name another"
         kind = kinds[name]
         # A whole number does for a float.
         if type(value) not in (get_args(kind) or (kind,)) and not (kind is float and type(value) is int):
-            yield f"holds {CONFIG_KEY}.{name}={_short(value)}; name another"
+            yield f"holds {CONFIG_KEY}.{name}={short(value)}; name another"
     try:
         GPTConfig(**stored)
     except UserError as error:
@@ -186,7 +263,9 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
     with torch.device("meta"), Uninitialized():
         expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
-    if found != expected:
+    if found == expected:
+        yield from _problems_of_tensors(config, state_dict)
+    else:
         listing = _differences(expected, found)
         yield f"does not hold the weights of its {CONFIG_KEY}: {listing}; name another"
 
@@ -208,6 +287,41 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     )
 
 
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+def _problems_of_tensors(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where weights of the right names and shapes are no real numbers, or a tied head is none."""
+    for name, value in state_dict.items():
+        if name.startswith(MODEL_PREFIX) and value.dtype not in FLOATS:
+            yield f"holds numbers of {value.dtype} as {name}; name another"
+    head, table = (state_dict[f"{MODEL_PREFIX}{name}.weight"] for name in ("lm_head", "token_embedding"))
+    is_same = head.data_ptr() == table.data_ptr() and head.stride() == table.stride()
+    if config.tie_embeddings and not (is_same or torch.equal(head, table)):
+        yield f"holds an lm_head that is not its token_embedding, to which {CONFIG_KEY} ties it; name another"
+
+
+def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where the tensors in a sharded checkpoint's folder are not those of its model and optimizer."""
+    from gpt_lightning.checkpoint.folder import TIED_KEY, tensors_in
+
+    weights = {
+        key.partition("/")[2]: torch.empty(meta.size, dtype=meta.properties.dtype, device="meta")
+        for key, meta in tensors_in(path, f"{WEIGHTS}/")
+    }
+    match checkpoint.get(TIED_KEY):
+        case dict(tied) if all(type(name) is str and tied[name] in weights for name in tied):
+            weights |= {name: weights[original] for name, original in tied.items()}
+        case other:
+            yield f"holds {TIED_KEY}={short(other)}; name another"
+    groups = None
+    if CONFIG_KEY in checkpoint and MODULE_KEY not in checkpoint:
+        yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
+        groups = _groups_of_ours(checkpoint[CONFIG_KEY], weights)
+    sizes = {key: list(meta.size) for key, meta in tensors_in(path, f"{OPTIMIZERS}/")}
+    yield from problems_of_sizes(checkpoint, sizes, groups)
+
+
+def _groups_of_ours(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """Returns what GPTLightningModule's optimizer changes, without numbers: matrices, then all else."""
+    with torch.device("meta"), Uninitialized():
+        parameters = dict(GPTModel(GPTConfig(**config)).named_parameters())
+    typed = [own.detach().to(weights[MODEL_PREFIX + name].dtype) for name, own in parameters.items()]
+    return [[own for own in typed if own.dim() >= 2], [own for own in typed if own.dim() < 2]]

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import io
+import logging
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.atomic import NameNotSyncedError, set_aside, written_file
+from gpt_lightning.checkpoint.atomic import NameNotSyncedError, remove, set_aside, written_file
 from gpt_lightning.exit_codes import NON_FINITE, WRITE_FAILED, UserError
 
 END, END_BYTES = b"PK\x05\x06", 22  # the record that ends every zip archive, and then its comment
@@ -32,7 +34,10 @@ REMEDIES = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
 }
 
+_SHARDED_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata|rest\.pt")
+
 _verified: set[tuple[int, ...]] = set()
+_log = logging.getLogger("gpt_lightning")
 
 
 class CheckpointWriteError(OSError):
@@ -112,6 +117,32 @@ def _in_units(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
+# ---- removing
+
+
+def lies_in(folder: Path, path: Path) -> bool:
+    """Tells whether a path names a checkpoint right in this folder, and leads nowhere else."""
+    return path.suffix == ".ckpt" and not path.is_symlink() and path.resolve().parent == folder.resolve()
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Tells whether a file, or a folder in which only a sharded checkpoint's files are, lies there so."""
+    is_checkpoint = path.is_file() or is_sharded(path) and all(map(_is_part, path.iterdir()))
+    return is_checkpoint and lies_in(folder, path)
+
+
+def remove_checkpoint(path: Path, folders: Iterable[Path]) -> None:
+    """Removes a checkpoint of ours that lies right in one of the folders, and nothing else, whoever asks."""
+    if any(is_own(folder, path) for folder in folders):
+        remove(path)
+    elif os.path.lexists(path):
+        _log.warning(f"{path} is not removed: it is no checkpoint in the folder of this run")
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and _SHARDED_FILE.fullmatch(path.name) is not None
+
+
 # ---- reading
 
 
@@ -123,14 +154,14 @@ def is_sharded(path: Path) -> bool:
 def verify(path: Path) -> None:
     """Raises UserError, in one line that names the file, if it is none, or not as it was written."""
     if not path.is_file():
-        raise _no_file(path)
+        raise no_file(path)
     try:
         check_bytes(path)
     except (UserError, OSError) as error:
         raise unreadable(path, error) from error
 
 
-def _no_file(path: Path) -> UserError:
+def no_file(path: Path) -> UserError:
     if is_sharded(path):
         return UserError(
             f"ckpt_path={path} is sharded, which only TensorParallelDDPStrategy reads; make a file of it: "
@@ -174,6 +205,7 @@ def _check_records(file: BinaryIO) -> None:
         if not zipfile.is_zipfile(file):
             raise UserError("it is cut short, or no checkpoint")
         with zipfile.ZipFile(file) as archive:
+            _check_table(archive, os.fstat(file.fileno()).st_size)
             broken, comment = archive.testzip(), archive.comment
     except Exception as error:  # what a changed byte in a zip archive leads to may be anything
         raise UserError(str(error) or type(error).__name__) from error
@@ -184,6 +216,20 @@ def _check_records(file: BinaryIO) -> None:
     end = file.read(END_BYTES)
     if not end.startswith(END) or int.from_bytes(end[-2:], "little") != len(comment):
         raise UserError("it is cut short, or no checkpoint")
+
+
+def _check_table(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises where records are not plain bytes beside each other: they could be endless, or two at once."""
+    names = set()
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise UserError(f"its record {record.filename} is compressed")
+        if record.filename.lower() in names:  # PyTorch does not tell capitals
+            raise UserError(f"it has two records {record.filename.lower()}")
+        names.add(record.filename.lower())
+        size -= record.file_size
+    if size < 0:
+        raise UserError("its records overlap")
 
 
 def digest_of(path: Path) -> str:

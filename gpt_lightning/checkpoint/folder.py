@@ -5,8 +5,6 @@ It holds tensors in the files of torch.distributed.checkpoint, `.metadata`, thei
 it is imported when the first such folder is met.
 """
 
-import pickle
-import zipfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +13,16 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from typing_extensions import override
 
 from gpt_lightning.checkpoint.files import FOLDER_KEY, OPTIMIZERS, REST, WEIGHTS, check_bytes
+from gpt_lightning.checkpoint.pickles import check_pickles
+from gpt_lightning.checkpoint.table import CONTENTS, read_table
 from gpt_lightning.exit_codes import UserError
 
-CONTENTS = ".metadata"
 TIED_KEY = "tied_parameters"
 DIGESTS_KEY = "digests"
-# What a torn folder leads to.
-UNREADABLE = (
-    *(CheckpointException, OSError, EOFError, RuntimeError, KeyError, ValueError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
 
 
 @contextmanager
@@ -37,7 +30,7 @@ def complaining(folder: Path) -> Generator[None, None, None]:
     """Raises UserError, in one line, for whatever a torn folder leads to."""
     try:
         yield
-    except UNREADABLE as error:
+    except Exception as error:  # what a changed byte leads to may be anything
         reason = str(error).strip().split("\n")[-1][:120]
         raise UserError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
 
@@ -49,12 +42,13 @@ def check_whole(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, A
     """
     rest = read_rest(folder)
     with complaining(folder):
-        parts = (Reader(folder).read_metadata().storage_data or {}).values()
-        if missing := {part.relative_path for part in parts if not (folder / part.relative_path).is_file()}:
-            raise UserError(f"{', '.join(sorted(missing))} missing")
-        for name, digest in sorted(rest.get(DIGESTS_KEY, {}).items())[share::shares]:
+        names = {place.relative_path for place in read_table(folder).storage_data.values()}
+        digests = rest.get(DIGESTS_KEY, {})  # old folders have none
+        if not isinstance(digests, dict) or digests and digests.keys() != {*names, CONTENTS}:
+            raise UserError(f"{REST} names other files than {CONTENTS}")
+        for name, digest in sorted(digests.items())[share::shares]:
             try:
-                check_bytes(folder / name, digest)
+                check_bytes(folder / name, str(digest))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
     return rest
@@ -64,6 +58,7 @@ def read_rest(folder: Path) -> dict[str, Any]:
     """Returns all of the checkpoint but its tensors."""
     with complaining(folder):
         check_bytes(folder / REST)
+        check_pickles(folder / REST)
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     return {**rest, FOLDER_KEY: str(folder)}
 
@@ -109,31 +104,7 @@ class Reader(dcp.FileSystemReader):
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / CONTENTS).open("rb") as file:
-            metadata: Metadata = _MetadataUnpickler(file).load()
-        # What FileSystemReader does beside unpickling.
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        metadata = read_table(Path(self.path))
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id  # as FileSystemReader does
         return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    @override
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) in HARMLESS:
-            return super().find_class(module_name, global_name)
-        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
-            return getattr(torch, global_name)
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
-
-
-METADATA = "torch.distributed.checkpoint.metadata"
-HARMLESS = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
-}

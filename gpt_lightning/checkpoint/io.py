@@ -15,9 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.atomic import remove
 from gpt_lightning.checkpoint.contents import read_checked
-from gpt_lightning.checkpoint.files import check_finite, named_tensors, write
+from gpt_lightning.checkpoint.files import check_finite, named_tensors, remove_checkpoint, write
 
 Memory = dict[tuple[int, int], Tensor]  # buffers, by their number in a snapshot and their size
 
@@ -46,6 +45,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.writing: Future[None] | None = None  # in the background, until `finish`
+        self.folders: set[Path] = set()  # in which it writes, and removes what is asked for
         self._memory: Memory = {}
 
     @override
@@ -55,6 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Saves, and first raises the error of an earlier save that failed in the background."""
         options = storage_options or SaveOptions()
         self.finish()
+        self.folders.add(Path(path).parent)
         if options.background:
             executor = ThreadPoolExecutor(1, "checkpoint writer")
             copied = snapshot(checkpoint, self._memory)
@@ -85,8 +86,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
+        """Removes checkpoints where this writes, nothing else: the asking may be in a file's name."""
         self.wait()
-        remove(Path(path))
+        remove_checkpoint(Path(path), self.folders)
 
     @override
     def teardown(self) -> None:
@@ -96,10 +98,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 def _write(checkpoint: Mapping[str, Any], path: Path, options: SaveOptions) -> None:
     check_finite(checkpoint)
-    for target in (path, *options.also):
+    targets = (path, *options.also)
+    for target in targets:
         write(checkpoint, target)
     for old in options.remove:  # not earlier: there is no moment without a good file
-        remove(old)
+        if old not in targets:
+            remove_checkpoint(old, [target.parent for target in targets])
 
 
 def snapshot(checkpoint: Mapping[str, Any], memory: Memory) -> Mapping[str, Any]:

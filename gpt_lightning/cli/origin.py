@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import MODULE_KEY
+from gpt_lightning.checkpoint.contents import MODULE_KEY, SETTINGS
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say, shorten
@@ -111,7 +111,7 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
     checkpoint = origin.checkpoint
     assert checkpoint is not None
     data = checkpoint.data["settings"]
-    names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else data.keys()
+    names = {"tokenizer"} if verb == "predict" or origin.init_from is not None else SETTINGS.keys()
     saved = {f"data.{name}": data[name] for name in data.keys() & names}
     own = model_options(settings, "config")
     for name, value in asdict(checkpoint.config).items():

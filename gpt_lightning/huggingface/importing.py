@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODEL_PREFIX, ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    DATA_KEY,
+    MODEL_PREFIX,
+    ORIGIN_KEY,
+    VERSION,
+    VERSION_KEY,
+)
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
@@ -73,6 +80,7 @@ def import_gpt2(name: str, option: str) -> dict[str, Any]:
         "hparams_name": "kwargs",
         "hyper_parameters": {"config": asdict(config)},
         "state_dict": {MODEL_PREFIX + key: tensor for key, tensor in weights.items()},
+        VERSION_KEY: VERSION,
         CONFIG_KEY: asdict(config),
         DATA_KEY: {**position, **data},
         ORIGIN_KEY: origin,

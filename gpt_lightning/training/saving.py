@@ -11,7 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from gpt_lightning.checkpoint.contents import CONFIG_KEY, DATA_KEY, MODULE_KEY, TOKENIZER_KEY, other_layers
+from gpt_lightning.checkpoint.contents import (
+    CONFIG_KEY,
+    DATA_KEY,
+    MODULE_KEY,
+    TOKENIZER_KEY,
+    VERSION,
+    VERSION_KEY,
+    other_layers,
+)
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
@@ -47,8 +55,8 @@ def plain_settings(settings: Mapping[str, Any], whose: str) -> dict[str, Any]:
 def describe(
     checkpoint: dict[str, Any], config: GPTConfig, child: type | None, tokenizer: TextTokenizer | None
 ) -> None:
-    """Adds the architecture, the name of a child class, and a tokenizer that no TextDataModule has saved."""
-    checkpoint[CONFIG_KEY] = asdict(config)
+    """Adds version, architecture, a child class's name, and a tokenizer that no TextDataModule has saved."""
+    checkpoint |= {VERSION_KEY: VERSION, CONFIG_KEY: asdict(config)}
     if child is not None:
         checkpoint[MODULE_KEY] = f"{child.__module__}.{child.__qualname__}"
     if tokenizer is not None and DATA_KEY not in checkpoint:

@@ -1,5 +1,7 @@
 """The best by the monitored metric, and `last.ckpt` whatever the metric says."""
 
+import os
+import re
 import threading
 import time
 from datetime import timedelta
@@ -9,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +23,7 @@ from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.checkpoint.files import CheckpointWriteError, verify, write
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
+from gpt_lightning.exit_codes import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -438,6 +442,78 @@ def test_a_run_in_a_new_folder_leaves_the_old_one_alone(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.ckpt")} == before
     assert names_in(tmp_path / "two") == ["last.ckpt", "step000008.ckpt"]  # the best of this folder
     assert float(callback.best_model_score) == 1.5
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> list[Path]:
+    """What lies in and around a run's folder and is none of its checkpoints, in every disguise."""
+    run = tmp_path / "run"
+    run.mkdir()
+    things = [tmp_path / "precious", run / "notes", run / "logs.ckpt", tmp_path / "fake.ckpt"]
+    for folder in things:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years")
+    (tmp_path / "fake.ckpt" / "rest.pt").touch()
+    (run / "mixed.ckpt").mkdir()
+    for name in ("rest.pt", ".metadata", "thesis.txt"):
+        (run / "mixed.ckpt" / name).write_text("years")
+    (run / "readme.txt").write_text("years")
+    write({"step": 1}, tmp_path / "other.ckpt")
+    (run / "folder_link.ckpt").symlink_to(tmp_path / "precious")
+    (run / "file_link.ckpt").symlink_to(tmp_path / "other.ckpt")
+    (run / "up").symlink_to(tmp_path)
+    return [path for path in tmp_path.rglob("*")]
+
+
+OUTSIDE = [
+    *("../precious", "notes", "logs.ckpt", "mixed.ckpt", "readme.txt", "../other.ckpt", "../fake.ckpt", ".."),
+    *("folder_link.ckpt", "file_link.ckpt", "up/other.ckpt", "up/precious", "notes/../../other.ckpt", ""),
+    *("last.ckpt", "absolute"),
+]
+
+
+@pytest.mark.parametrize("field", ["best_k_models", "best_model_path", "kth_best_model_path", "everything"])
+@pytest.mark.parametrize("plugin", [DurableCheckpointIO, TorchCheckpointIO])
+@pytest.mark.parametrize("own", [True, False], ids=["ours", "lightning's"])
+def test_a_file_does_not_say_what_is_deleted(
+    own: bool, plugin: Any, field: str, tmp_path: Path, precious: list[Path]
+) -> None:
+    if not own and plugin is TorchCheckpointIO:
+        pytest.skip("nothing of this program takes part")
+    run, settings = tmp_path / "run", {"val_check_interval": 1, "check_val_every_n_epoch": None}
+    paths = [str(tmp_path / "precious") if name == "absolute" else f"{run}/{name}" for name in OUTSIDE]
+    own_best = {"save_top_k": len(paths)} if own else {}
+
+    def others() -> list[pl.Callback]:
+        saver = ModelCheckpoint(run, monitor="val/loss", filename="{step}", save_top_k=len(paths))
+        return [] if own else [saver]
+
+    fit(run, [3.0], max_steps=1, trainer=settings, others=others(), **own_best)
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    for key, state in checkpoint["callbacks"].items():
+        if "best_k_models" in state and key.startswith("RunCheckpoint") == own:
+            if field in ("best_k_models", "everything"):
+                state["best_k_models"] = {path: 1e9 + number for number, path in enumerate(paths)}
+            if field != "best_k_models":
+                state |= {"kth_best_model_path": paths[0], "kth_value": torch.tensor(1e9)}
+                state |= {"best_model_path": paths[0], "best_model_score": torch.tensor(1e9)}
+            if field == "everything":
+                state |= {"last_model_path": paths[0], "current_score": 1e9, "monitor": paths[0]}
+    write(checkpoint, run / "last.ckpt")
+    losses = [1 / step for step in range(1, 24)]
+    resumed = {"resume_from": run / "last.ckpt", "plugin": plugin, **own_best}
+    callback = fit(run, losses, 24, trainer=settings, others=others(), **resumed)
+    assert all(os.path.lexists(path) for path in precious)
+    assert step_of(run / "last.ckpt") == 24 and Path(callback.last_model_path) == run / "last.ckpt"
+    assert {Path(path).parent for path in callback.best_k_models} == {run}
+    assert Path(callback.best_model_path).name == "step000024.ckpt"
+
+
+@pytest.mark.parametrize("filename", ["../{step}", "best/{step}", "/tmp/x"])
+def test_a_file_name_leads_nowhere_else(filename: str) -> None:
+    with pytest.raises(UserError, match=f"checkpoint.filename={re.escape(filename)} leads into another"):
+        RunCheckpoint("run", filename=filename)
+    RunCheckpoint("run", filename="{val/loss:.3f}-{step}")
 
 
 def test_a_best_that_somebody_removed_does_not_count(tmp_path: Path) -> None:
