@@ -154,7 +154,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
     if DATA_KEY in checkpoint:
         yield from _problems_of_data(checkpoint[DATA_KEY])
     if CONFIG_KEY in checkpoint and TOKENIZER_KEY in checkpoint:
-        yield from _problems_of_data({"tokenizer": checkpoint[TOKENIZER_KEY], "settings": {}})
+        yield from _problems_of_tokenizer(checkpoint[TOKENIZER_KEY], TOKENIZER_KEY)
     if CONFIG_KEY in checkpoint:
         # Without the optimizer's state nobody goes on from it, and asks how far it came.
         for key in ("global_step", "loops", "lr_schedulers", LIGHTNING_KEY):
@@ -190,11 +190,10 @@ def _acting(value: Any, place: str) -> Iterator[str]:
 
 
 def _problems_of_data(state: Any) -> Iterator[str]:
-    """Yields a problem unless a TextDataModule's state has a tokenizer's two texts and plain settings."""
+    """Yields a problem unless a TextDataModule's state has a tokenizer and plain settings."""
     match state:
-        case {"tokenizer": {"tokenizer_json": str(), "eos_token": str()}, "settings": dict(settings)}:
-            if not _are_ids(state["tokenizer"].get("eos_token_ids", [])):
-                yield f"holds no ids that end a text under {DATA_KEY}; name another"
+        case {"tokenizer": tokenizer, "settings": dict(settings)}:
+            yield from _problems_of_tokenizer(tokenizer, DATA_KEY)
         case _:
             yield f"holds no tokenizer and settings under {DATA_KEY}; name another"
             return
@@ -208,6 +207,14 @@ def _problems_of_data(state: Any) -> Iterator[str]:
                 yield f"holds {short(text)} as the text that it was trained on; name another"
         case _:
             yield f"holds {short(text)} as the text that it was trained on; name another"
+
+
+def _problems_of_tokenizer(state: Any, key: str) -> Iterator[str]:
+    match state:
+        case {"tokenizer_json": str(), "eos_token": str()} if _are_ids(state.get("eos_token_ids", [])):
+            pass
+        case _:
+            yield f"holds no tokenizer and settings under {key}; name another"
 
 
 def _are_files(value: Any) -> bool:
