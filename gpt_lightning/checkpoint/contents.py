@@ -224,7 +224,10 @@ def _are_files(value: Any) -> bool:
 
 
 def _problems_of_notes(checkpoint: Mapping[str, Any]) -> Iterator[str]:
-    """Yields where what is shown of a model, and computed with by nobody, is of another kind."""
+    """Yields where what else is said of a model is of another kind, or of another model."""
+    match checkpoint.get("hyper_parameters"):  # of which `load_from_checkpoint` builds the module
+        case {"config": dict(config)} if MODULE_KEY not in checkpoint and config != checkpoint[CONFIG_KEY]:
+            yield f"holds hyper_parameters of another model than its {CONFIG_KEY}; name another"
     if type(checkpoint.get(ORIGIN_KEY)) not in (str, type(None)):
         yield f"holds {ORIGIN_KEY}={short(checkpoint[ORIGIN_KEY])}; name another"
     match checkpoint.get(VALIDATION_KEY):
@@ -268,8 +271,12 @@ def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
     if n_blocks != config.n_layers:
         layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"
         yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
-    with torch.device("meta"), Uninitialized():
-        expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
+    try:
+        with torch.device("meta"), Uninitialized():
+            expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
+    except (RuntimeError, OverflowError, TypeError) as error:  # of sizes beyond all numbers
+        yield f"holds no possible model: {str(error).splitlines()[0][:100]}"
+        return
     if found == expected:
         yield from _problems_of_tensors(config, state_dict)
     else:

@@ -234,6 +234,7 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("another setting", ("TextDataModule", "settings", "cache_dir"), "/elsewhere"),
     *((f"validation: {value}", ("last_validation",), value) for value in (7, {"step": "x"})),
     ("origin: 7", ("begun_from",), 7),
+    ("hyper-parameters: another model", ("hyper_parameters", "config", "n_layers"), 10**9),
     ("a folder's key", ("sharded_folder",), "/elsewhere"),
     ("deep", ("more",), nested(150)),
     ("deep in hyper-parameters", ("hyper_parameters", "a"), nested(150)),
