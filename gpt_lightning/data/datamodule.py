@@ -82,9 +82,8 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
         self.val_fraction, self.drop_repeated = val_fraction, drop_repeated
-        self.tokenizer = tokenizer
+        self.tokenizer, self.cache_dir = tokenizer, cache_dir
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
-        self.cache_dir = cache_dir
         self.document_mask = document_mask
         self.text_key, self.document_separator = text_key, document_separator
         self.seed = seed
@@ -161,9 +160,8 @@ class TextDataModule(LightningDataModule):
             if not corpus.sources:
                 raise self._no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
-            splits = prepare_tokens(
-                corpus, self.text_tokenizer, self.cache_dir, *checks, drop_repeated=self.drop_repeated
-            )
+            cache = (corpus, self.text_tokenizer, self.cache_dir)
+            splits = prepare_tokens(*cache, *checks, drop_repeated=self.drop_repeated)
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits

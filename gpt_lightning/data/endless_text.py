@@ -6,6 +6,9 @@ with the length of all different words, and such text has no others.
 
 import logging
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tokenizers import Tokenizer, pre_tokenizers
 
 # In bytes: longer than any word of a language.
 LONGEST_WORD = 1024
@@ -14,6 +17,15 @@ _MOST = 1 << 23
 _WINDOW = 512
 
 _log = logging.getLogger("gpt_lightning")
+
+
+def train_on_bounded_words(tokenizer: Tokenizer, texts: Iterable[str], trainer: Any) -> None:
+    """Trains on words of a longest length, which the tokenizer does not keep to afterwards."""
+    words = tokenizer.pre_tokenizer
+    parts = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
+    tokenizer.train_from_iterator(with_little_endless_text(texts), trainer)
+    tokenizer.pre_tokenizer = words
 
 
 def with_little_endless_text(texts: Iterable[str]) -> Iterator[str]:

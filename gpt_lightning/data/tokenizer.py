@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
-from gpt_lightning.data.endless_text import LONGEST_WORD, with_little_endless_text
+from gpt_lightning.data.endless_text import train_on_bounded_words
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
 from gpt_lightning.data.tokenizer_folder import byte_level, named_eos, read_tokenizer, same_ids, usual_eos
@@ -206,11 +206,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    words = tokenizer.pre_tokenizer
-    parts = pre_tokenizers.FixedLength(length=LONGEST_WORD)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
-    tokenizer.train_from_iterator(with_little_endless_text(texts), trainer)
-    tokenizer.pre_tokenizer = words
+    train_on_bounded_words(tokenizer, texts, trainer)
     return TextTokenizer(tokenizer, END_OF_TEXT)
 
 
