@@ -35,6 +35,7 @@ from gpt_lightning.training.optim import (
     build_optimizer,
     build_schedule,
     keep_settings,
+    raise_peak,
 )
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
@@ -104,7 +105,9 @@ class GPTLightningModule(LightningModule):
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self.optimizer = replace(self.optimizer, learning_rate=value)
-        self.hparams["optimizer"]["learning_rate"] = value
+        self.hparams["optimizer"] = plain_settings({"optimizer": self.optimizer}, "")["optimizer"]
+        if self._trainer is not None:  # Lightning's LearningRateFinder sets it when the schedule is built
+            raise_peak(self.trainer, value)
 
     @override
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, **options: Any) -> GPTOutput:

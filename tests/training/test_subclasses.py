@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +25,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
 from gpt_lightning.training.trainer import GPTTrainer
 
 SIZES: dict[str, int] = {"n_layers": 1, "n_heads": 2, "d_model": 8}
@@ -218,6 +219,25 @@ def test_a_learning_rate_is_found_and_set(corpus: Path, tmp_path: Path) -> None:
     assert module.hparams["optimizer"]["learning_rate"] == found
     fit.fit(module, text(corpus, tmp_path))
     assert fit.optimizers[0].param_groups[0]["initial_lr"] == found
+
+
+class Rates(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_learning_rate_that_is_found_by_the_run_itself_is_its_peak(corpus: Path, tmp_path: Path) -> None:
+    """Lightning sets it when the schedule is there already, which would go back to its own one."""
+    module, rates = GPTLightningModule(config(), schedule=SCHEDULE), Rates()
+    finder = LearningRateFinder(num_training_steps=30, min_lr=1e-5)
+    trainer(tmp_path, callbacks=[finder, rates], max_steps=8).fit(module, text(corpus, tmp_path))
+    expected = [module.learning_rate * learning_rate_factor(step, SCHEDULE, 8) for step in range(8)]
+    assert module.learning_rate != 6e-4 and rates.seen[-8:] == pytest.approx(expected)
 
 
 def test_text_is_generated_after_a_fit_and_after_loading(corpus: Path, tmp_path: Path) -> None:
