@@ -37,7 +37,13 @@ from gpt_lightning.training.metrics import (
     gradient_norm,
     scored_share,
 )
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from gpt_lightning.training.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    raise_peak,
+)
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
@@ -106,7 +112,9 @@ class GPTLightningModule(LightningModule):
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self.optimizer = replace(self.optimizer, learning_rate=value)
-        self.hparams["optimizer"]["learning_rate"] = value
+        self.hparams["optimizer"] = plain_settings({"optimizer": self.optimizer}, "")["optimizer"]
+        if self._trainer is not None:  # Lightning's LearningRateFinder sets it when the schedule is built
+            raise_peak(self.trainer, value)
 
     @override
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, **options: Any) -> GPTOutput:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -121,3 +122,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, h
             "of this run: the learning rate never reaches its peak"
         )
     return Schedule(optimizer, lambda step: learning_rate_factor(step, settings, horizon))
+
+
+def raise_peak(trainer: Trainer, learning_rate: float) -> None:
+    """Has the schedules of a run that begins lead to another peak; Lightning tells the optimizers alone."""
+    for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [learning_rate for _ in schedule.base_lrs]
+            for group in schedule.optimizer.param_groups:
+                group["initial_lr"] = learning_rate

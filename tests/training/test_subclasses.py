@@ -1,5 +1,6 @@
 """A GPTLightningModule of one's own, and one in a script: what it may override, and who opens its file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,9 +25,11 @@ from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
 from gpt_lightning.training.trainer import GPTTrainer
+from tests.distributed import run_ranks
 
 SIZES: dict[str, int] = {"n_layers": 1, "n_heads": 2, "d_model": 8}
 SCHEDULE = ScheduleConfig(warmup_steps=0)
@@ -218,6 +222,25 @@ def test_a_learning_rate_is_found_and_set(corpus: Path, tmp_path: Path) -> None:
     assert module.hparams["optimizer"]["learning_rate"] == found
     fit.fit(module, text(corpus, tmp_path))
     assert fit.optimizers[0].param_groups[0]["initial_lr"] == found
+
+
+class Rates(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_learning_rate_that_is_found_by_the_run_itself_is_its_peak(corpus: Path, tmp_path: Path) -> None:
+    """Lightning sets it when the schedule is there already, which would go back to its own one."""
+    module, rates = GPTLightningModule(config(), schedule=SCHEDULE), Rates()
+    finder = LearningRateFinder(num_training_steps=30, min_lr=1e-5)
+    trainer(tmp_path, callbacks=[finder, rates], max_steps=8).fit(module, text(corpus, tmp_path))
+    expected = [module.learning_rate * learning_rate_factor(step, SCHEDULE, 8) for step in range(8)]
+    assert module.learning_rate != 6e-4 and rates.seen[-8:] == pytest.approx(expected)
 
 
 def test_text_is_generated_after_a_fit_and_after_loading(corpus: Path, tmp_path: Path) -> None:
@@ -480,3 +503,40 @@ def test_what_cannot_go_on_exactly_is_said(
     fit = trainer(tmp_path, callbacks=[ExactResume()], max_steps=4, limit_val_batches=0)
     fit.fit(module, DataLoader(pairs(), batch_size=2), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
     assert "without a TextDataModule no loader goes on where it was" in caplog.text
+
+
+def fit_on_ranks(folder: str, tensor_parallel_size: int, batch_size: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    # Without biases: those of keys have no gradient but rounding, which Adam makes steps of.
+    module = OwnStep(config(14, bias=False), OptimizerConfig(learning_rate=0.05), SCHEDULE)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    strategy = TensorParallelDDPStrategy(tensor_parallel_size) if tensor_parallel_size > 1 else "ddp"
+    parts: dict[str, Any] = {"strategy": strategy, "devices": ranks} if ranks > 1 else {}
+    parts["use_distributed_sampler"] = False
+    callbacks = [FiniteGuard(), Throughput(), ExactResume(), RunCheckpoint(folder, monitor=None)]
+    fit = trainer(Path(folder), callbacks=callbacks, max_steps=3, **parts)
+    replicas = ranks // tensor_parallel_size
+    rows = [*pairs()][int(os.environ.get("RANK", 0)) % replicas :: replicas]
+    batches = [stacked(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    loader = DataLoader(batches, batch_size=None)
+    fit.fit(module, loader, loader)
+    found = {name: float(fit.logged_metrics[name]) for name in ("my/loss", "train/grad_norm")}
+    fit.save_checkpoint(Path(folder) / "end.ckpt")
+    return found
+
+
+def stacked(rows: list[tuple[torch.Tensor, ...]]) -> TokenBatch:
+    return TokenBatch(*(torch.stack(column) for column in zip(*rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel_size, batch_size", [(1, 1), (2, 2)])
+def test_ranks_that_share_an_own_training_step_train_as_one(
+    tensor_parallel_size: int, batch_size: int, tmp_path: Path
+) -> None:
+    expected = fit_on_ranks(str(tmp_path / "one"), 1, 2)
+    for found in run_ranks(fit_on_ranks, 2, str(tmp_path / "two"), tensor_parallel_size, batch_size):
+        assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
+    one, two = (OwnStep.load_from_checkpoint(tmp_path / name / "end.ckpt") for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, two.state_dict()[name], atol=1e-5, rtol=1e-4)
