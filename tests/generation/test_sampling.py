@@ -1,6 +1,7 @@
 """The filters against those of transformers; the draw against the distribution it is drawn from."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
     ids = torch.randint(101, (24, 13), generator=torch.Generator().manual_seed(4))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
     assert torch.equal(penalize_repetition(logits, ids.tolist(), penalty), expected)
+
+
+@pytest.mark.parametrize(
+    "options, reference",
+    [
+        ({"temperature": 0.8}, TemperatureLogitsWarper(0.8)),
+        ({"top_k": 7}, TopKLogitsWarper(7)),
+        ({"top_k": 1}, TopKLogitsWarper(1)),
+        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
+        ({"min_p": 0.2}, MinPLogitsWarper(0.2)),
+    ],
+)
+def test_each_setting_alone_is_that_of_transformers(options: dict[str, Any], reference: Any) -> None:
+    logits = random_logits(seed=15)
+    neutral: dict[str, Any] = {"temperature": 1.0, "top_k": None}
+    actual = probabilities_of(logits, GenerationConfig(**{**neutral, **options}))
+    assert torch.equal(actual, reference(NO_IDS, logits).softmax(dim=-1))
+    assert not torch.equal(actual, probabilities_of(logits, GenerationConfig(**neutral)))
 
 
 def test_all_settings_together_follow_the_order_of_transformers() -> None:
