@@ -11,7 +11,6 @@ from typing import Any
 from gpt_lightning.checkpoint.contents import (
     CONFIG_KEY,
     DATA_KEY,
-    MODEL_PREFIX,
     MODULE_KEY,
     TOKENIZER_KEY,
     check_contents,
@@ -20,6 +19,7 @@ from gpt_lightning.checkpoint.contents import (
     with_config_of_child_class,
 )
 from gpt_lightning.checkpoint.files import REST, WEIGHTS, is_sharded, write
+from gpt_lightning.checkpoint.weights import MODEL_PREFIX
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig

@@ -25,16 +25,13 @@ from gpt_lightning.checkpoint.training_state import (
     problems_of_resume,
     problems_of_training,
 )
-from gpt_lightning.checkpoint.values import FLOATS, is_count, is_number, problem_of_values, short
+from gpt_lightning.checkpoint.values import is_count, is_number, problem_of_values, short
+from gpt_lightning.checkpoint.weights import CONFIG_KEY, differences, groups_of_ours, problems_of_weights
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.meta import Uninitialized
 
 VERSION_KEY, VERSION = "checkpoint_version", 1  # of what is in a checkpoint; formerly none was said
-CONFIG_KEY = "gpt_config"
 DATA_KEY = "TextDataModule"
-MODEL_PREFIX = "model."
 MODULE_KEY = "module_class"  # that was saved, unless it is GPTLightningModule; it is shown, never imported
 TOKENIZER_KEY = "tokenizer"  # where no TextDataModule saves it under its own name
 ORIGIN_KEY = "begun_from"  # the model whose weights a run began with, or that was imported
@@ -124,13 +121,13 @@ def layers_of_child_class(contents: Mapping[str, Any]) -> str | None:
     """Says which weights of a child class's GPT are not those of a GPTModel; None where all of them are."""
     if MODULE_KEY not in contents:
         return None
-    problem = next(_problems_of_weights(GPTConfig(**contents[CONFIG_KEY]), contents[WEIGHTS]), None)
+    problem = next(problems_of_weights(GPTConfig(**contents[CONFIG_KEY]), contents[WEIGHTS]), None)
     return problem.removesuffix("; name another") if problem else None
 
 
 def other_layers(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """Lists in what two state dicts differ by name or by shape; nothing where they do not."""
-    return _differences(*(
+    return differences(*(
         {name: list(getattr(value, "shape", [])) for name, value in each.items()} for each in (own, given)
     ))
 
@@ -167,8 +164,8 @@ def _problems(checkpoint: Any) -> Iterator[str]:
             yield f"holds {MODULE_KEY}={short(checkpoint[MODULE_KEY])}; name another"
         if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
             if is_ours:  # a child class's layers are its own business, when they are loaded
-                yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
-            groups = _groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
+                yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
+            groups = groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
             yield from problems_of_optimizers(checkpoint, groups)
         yield from _problems_of_notes(checkpoint)
         if "resume" in checkpoint:
@@ -260,58 +257,6 @@ def _problems_of_config(stored: Any) -> Iterator[str]:
         yield f"holds no possible model: {error}"
 
 
-def _problems_of_weights(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
-    found = {
-        name.removeprefix(MODEL_PREFIX): list(value.shape) if isinstance(value, Tensor) else "no tensor"
-        for name, value in state_dict.items()
-        if str(name).startswith(MODEL_PREFIX)
-    }
-    # Before the model is built: a wrong n_layers could be in the billions.
-    n_blocks = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
-    if n_blocks != config.n_layers:
-        layers = f"{CONFIG_KEY}.n_layers={config.n_layers}"
-        yield f"does not fit itself: {layers}, but it holds the weights of {n_blocks} blocks; name another"
-    try:
-        with torch.device("meta"), Uninitialized():
-            expected = {name: list(value.shape) for name, value in GPTModel(config).state_dict().items()}
-    except (RuntimeError, OverflowError, TypeError) as error:  # of sizes beyond all numbers
-        yield f"holds no possible model: {str(error).splitlines()[0][:100]}"
-        return
-    if found == expected:
-        yield from _problems_of_tensors(config, state_dict)
-    else:
-        listing = _differences(expected, found)
-        yield f"does not hold the weights of its {CONFIG_KEY}: {listing}; name another"
-
-
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    differences = {
-        "missing": [name for name in expected if name not in found],
-        "unknown": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    return "; ".join(
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in differences.items()
-        if names
-    )
-
-
-def _problems_of_tensors(config: GPTConfig, state_dict: Mapping[str, Any]) -> Iterator[str]:
-    """Yields where weights of the right names and shapes are no real numbers, or a tied head is none."""
-    for name, value in state_dict.items():
-        if name.startswith(MODEL_PREFIX) and value.dtype not in FLOATS:
-            yield f"holds numbers of {value.dtype} as {name}; name another"
-    head, table = (state_dict[f"{MODEL_PREFIX}{name}.weight"] for name in ("lm_head", "token_embedding"))
-    is_same = head.data_ptr() == table.data_ptr() and head.stride() == table.stride()
-    if config.tie_embeddings and not (is_same or torch.equal(head, table)):
-        yield f"holds an lm_head that is not its token_embedding, to which {CONFIG_KEY} ties it; name another"
-
-
 def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[str]:
     """Yields where the tensors in a sharded checkpoint's folder are not those of its model and optimizer."""
     from gpt_lightning.checkpoint.folder import TIED_KEY, tensors_in
@@ -327,15 +272,7 @@ def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[s
             yield f"holds {TIED_KEY}={short(other)}; name another"
     groups = None
     if CONFIG_KEY in checkpoint and MODULE_KEY not in checkpoint:
-        yield from _problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
-        groups = _groups_of_ours(checkpoint[CONFIG_KEY], weights)
+        yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
+        groups = groups_of_ours(checkpoint[CONFIG_KEY], weights)
     sizes = {key: list(meta.size) for key, meta in tensors_in(path, f"{OPTIMIZERS}/")}
     yield from problems_of_sizes(checkpoint, sizes, groups)
-
-
-def _groups_of_ours(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[Tensor]]:
-    """Returns what GPTLightningModule's optimizer changes, without numbers: matrices, then all else."""
-    with torch.device("meta"), Uninitialized():
-        parameters = dict(GPTModel(GPTConfig(**config)).named_parameters())
-    typed = [own.detach().to(weights[MODEL_PREFIX + name].dtype) for name, own in parameters.items()]
-    return [[own for own in typed if own.dim() >= 2], [own for own in typed if own.dim() < 2]]

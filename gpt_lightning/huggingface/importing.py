@@ -19,12 +19,12 @@ from torch import Tensor
 from gpt_lightning.checkpoint.contents import (
     CONFIG_KEY,
     DATA_KEY,
-    MODEL_PREFIX,
     ORIGIN_KEY,
     VERSION,
     VERSION_KEY,
 )
 from gpt_lightning.checkpoint.files import first_non_finite
+from gpt_lightning.checkpoint.weights import MODEL_PREFIX
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     as_transformers_reads,
