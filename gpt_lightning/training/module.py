@@ -221,10 +221,11 @@ class GPTLightningModule(LightningModule):
 
         Of what was not all of the split, the share is logged beside.
         """
-        if self.held_out_loss.is_empty:  # the step is a child class's, which logs its own loss
+        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
+        if held_out.is_empty:  # the step is a child class's, which logs its own loss
             return
-        loss = self.held_out_loss.compute(self.trainer.strategy)
-        share = scored_share(self.trainer, split, int(self.held_out_loss.tokens))
+        loss = held_out.compute(self.trainer.strategy)
+        share = scored_share(self.trainer, split, int(held_out.tokens))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             step, whole = self.trainer.global_step, share == 1
             self._last_validation = {"step": step, "loss": float(loss), "whole": whole}

@@ -169,6 +169,20 @@ def test_hooks_that_do_not_call_ours_change_neither_training_nor_tokens(corpus: 
     assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in weights)))
 
 
+class OwnStart(GPTLightningModule):
+    def on_validation_epoch_start(self) -> None: ...
+
+
+def test_a_validation_counts_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """Also where the hook that begins it is another one."""
+    module = OwnStart(config(13), OptimizerConfig(learning_rate=0.1), SCHEDULE)
+    loader = DataLoader(pairs(), batch_size=2)
+    fit = trainer(tmp_path, max_steps=3, val_check_interval=1, limit_val_batches=1.0)
+    fit.fit(module, loader, loader)
+    nll = sum(float(module.model(*pair, reduction="sum").loss) for pair in DataLoader(pairs(), batch_size=8))
+    assert float(fit.callback_metrics["val/loss"]) == pytest.approx(nll / 64, abs=1e-5)
+
+
 def pairs() -> TensorDataset:
     ids = torch.arange(8 * 9).view(8, 9) % 13
     return TensorDataset(ids[:, :-1], ids[:, 1:])
