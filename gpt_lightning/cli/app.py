@@ -154,6 +154,8 @@ class GPTLightningCLI(LightningCLI):
     def _begin_run(self, settings: Any, root: Path) -> None:
         """Makes the callbacks whose options are ours, and opens the run's folder."""
         trainer, origin = settings.trainer, self._origin
+        if type(trainer.devices) is int and trainer.devices > 0:  # else the Trainer knows how many
+            check_launcher(trainer.devices, trainer.num_nodes)
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
@@ -244,7 +246,7 @@ class GPTLightningCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error
-        check_launcher(trainer)
+        check_launcher(trainer.num_devices, trainer.num_nodes)
         if self.verb == "fit":  # a signal ends any other verb as it ends any process
             trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer

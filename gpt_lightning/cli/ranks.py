@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -53,15 +52,15 @@ def follow_launcher(settings: dict[str, Any]) -> None:
         settings["num_nodes"] = nodes
 
 
-def check_launcher(trainer: Trainer) -> None:
-    """Refuses processes that a launcher has started and that the Trainer does not make one run of."""
+def check_launcher(devices: int, nodes: int) -> None:
+    """Refuses processes that a launcher has started and that a Trainer does not make one run of."""
     for size, rank in LAUNCHERS.items():
         processes = os.environ.get(size, "") if rank in os.environ else ""
-        if processes.isdecimal() and int(processes) > trainer.world_size:
+        if processes.isdecimal() and int(processes) > devices * nodes:
             raise UserError(
                 f"{size}={processes}: a launcher has started {processes} processes, and each would run alone "
-                f"with trainer.devices={trainer.num_devices}, trainer.num_nodes={trainer.num_nodes}; leave "
-                f"both out, make their product {processes}, or start one process"
+                f"with trainer.devices={devices}, trainer.num_nodes={nodes}; leave both out, make their "
+                f"product {processes}, or start one process"
             )
 
 
