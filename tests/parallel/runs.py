@@ -14,6 +14,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.full_layout import gather_to_first
 from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 from tests.distributed import run_ranks
@@ -170,8 +171,16 @@ def validate(run: Run, corpus: Path) -> dict[str, float]:
     """Runs in a rank: loss, perplexity and the number of held-out tokens of a model that nobody trained."""
     module, datamodule = build(corpus, run)
     trainer = trainer_of(replace(run, trainer={"limit_val_batches": 1.0}), corpus.parent, Recorder(None))
+    compute, counted = TokenLoss.compute, []
+
+    def compute_and_count(held_out: TokenLoss, strategy: Any) -> Tensor:
+        loss = compute(held_out, strategy)
+        counted.append(int(held_out.tokens))  # of all ranks
+        return loss
+
+    setattr(TokenLoss, "compute", compute_and_count)
     (metrics,) = trainer.validate(module, datamodule, verbose=False)
-    tokens = int(module.held_out_loss.tokens)
+    (tokens,) = counted
     return {**metrics, "tokens": tokens, "in the split": datamodule.split_counts("val")[0]}
 
 
