@@ -243,6 +243,11 @@ class GPTLightningCLI(LightningCLI):
             settings["check_val_every_n_epoch"] = None
         try:
             trainer = GPTTrainer(**settings)
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            kind, remedy = shorten(str(error)).partition(". ")[0], "+= adds to those of the configuration"
+            raise UserError(f"trainer.callbacks: {kind}; name each once, {remedy}") from error
         except (TypeError, ValueError, MisconfigurationException) as error:
             prefix = "" if str(error).startswith("trainer.") else "trainer: "
             raise UserError(prefix + shorten(str(error))) from error

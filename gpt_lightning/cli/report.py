@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gpt_lightning.callbacks.terminal import for_readers
+from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.training.metrics import part_of_text
@@ -26,7 +27,8 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
         print(for_readers(f"\n{text}\n", sys.stdout))
     folder = shlex.quote(str(run_folder.parent))
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
-    saver: Any = trainer.checkpoint_callback
+    ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
+    saver: Any = ours[0] if ours else trainer.checkpoint_callback
     if saver is not None and (last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))
         kind = type(trainer.lightning_module)

@@ -89,6 +89,18 @@ def test_bad_options_of_fit(
     assert all(part in message for part in parts), message
 
 
+def test_a_callback_that_is_added_to_itself(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    twice = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"] * 2
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tiny_config()), *twice])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and not (tmp_path / "checkpoints").exists()
+    assert "trainer.callbacks: " in message and "EarlyStopping" in message and "name each once" in message
+
+
 def test_misspelt_key_in_the_file(
     tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
