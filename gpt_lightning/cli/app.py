@@ -159,6 +159,9 @@ class GPTLightningCLI(LightningCLI):
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
+        if 0 < trainer.max_steps < (done := self._restored.get("global_step", 0)):
+            limit = f"trainer.max_steps={trainer.max_steps}"
+            say(f"warning: the run is at step {done:,}, beyond {limit}; none is left")
         if origin.init_from is None and ORIGIN_KEY not in self._restored:
             warn_of_untrained_positions(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
@@ -310,7 +313,8 @@ class GPTLightningCLI(LightningCLI):
             self.datamodule.trained_text.resume(saved)
         for name, split in self.datamodule.prepare().items():
             repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
-            say(f"{name}: {split.n_tokens:,} tokens in {split.n_documents:,} documents{repeated}")
+            documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
+            say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
         if self.verb == "fit" and not self.datamodule.keeps_text("val"):
             check_monitors(self.trainer.callbacks)
         if self.verb in ("validate", "test"):

@@ -472,3 +472,14 @@ def test_output_ends_no_run_and_files_keep_what_a_terminal_does_not_show(
         (row,) = map(json.loads, Path(output).read_text(encoding="utf-8").splitlines())
         assert row["prompt"] == "从 \x1b[2J"
     assert sys.stdout is None and "\x1b" not in written.getvalue().decode()
+
+
+def test_a_run_that_is_beyond_its_last_step_says_so(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--config", str(tiny_config()), "--ckpt_path", "last"]
+    main([*fit, "--trainer.max_steps", "4"])
+    assert "beyond" not in capsys.readouterr().err
+    main([*fit, "--trainer.max_steps", "2"])
+    assert "the run is at step 4, beyond trainer.max_steps=2; none is left" in capsys.readouterr().err
