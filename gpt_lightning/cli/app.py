@@ -311,7 +311,8 @@ class GPTLightningCLI(LightningCLI):
         saved = self._restored.get(DATA_KEY, {})
         if self.verb == "fit":
             self.datamodule.trained_text.resume(saved)
-        for name, split in self.datamodule.prepare().items():
+        splits = self.datamodule.prepare()
+        for name, split in splits.items():
             repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
             documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
             say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
@@ -320,6 +321,8 @@ class GPTLightningCLI(LightningCLI):
         if self.verb in ("validate", "test"):
             if warning := self.datamodule.trained_text.warning(saved, self.verb):
                 say(f"warning: {warning}")
+        if self.verb == "test" and "test" not in splits:
+            say("no data.test_files: what follows is measured on the validation text")
 
     def _report_fit(self) -> None:
         data = self.config.data

@@ -163,8 +163,9 @@ def test_validate_and_test_repeat_the_last_validation(
     capsys.readouterr()
     for verb, split in (("validate", "val"), ("test", "test")):
         main([verb, "--ckpt_path", str(fitted / "last.ckpt")])
-        captured = capsys.readouterr().out
+        captured, said = capsys.readouterr()
         assert f"{split}/loss" in captured and f"{expected:.5f}" in captured, captured
+        assert ("no data.test_files: what follows is measured on" in said) is (verb == "test")
 
 
 def test_rows_say_what_was_measured_on_a_part_of_the_text(
@@ -480,6 +481,6 @@ def test_a_run_that_is_beyond_its_last_step_says_so(
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--config", str(tiny_config()), "--ckpt_path", "last"]
     main([*fit, "--trainer.max_steps", "4"])
-    assert "beyond" not in capsys.readouterr().err
+    assert "beyond trainer.max_steps" not in capsys.readouterr().err
     main([*fit, "--trainer.max_steps", "2"])
     assert "the run is at step 4, beyond trainer.max_steps=2; none is left" in capsys.readouterr().err
