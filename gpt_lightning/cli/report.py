@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Column, Table
 
-from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
+from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.training.metrics import part_of_text
