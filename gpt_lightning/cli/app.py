@@ -45,6 +45,7 @@ from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_s
 from gpt_lightning.cli.ranks import (
     build_without_memory,
     check_launcher,
+    check_options_under_launcher,
     follow_launcher,
     is_tensor_parallel,
     leaving_together,
@@ -154,8 +155,7 @@ class GPTLightningCLI(LightningCLI):
     def _begin_run(self, settings: Any, root: Path) -> None:
         """Makes the callbacks whose options are ours, and opens the run's folder."""
         trainer, origin = settings.trainer, self._origin
-        if type(trainer.devices) is int and trainer.devices > 0:  # else the Trainer knows how many
-            check_launcher(trainer.devices, trainer.num_nodes)
+        check_options_under_launcher(trainer.devices, trainer.num_nodes)
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_MAX_STEPS
             say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")

@@ -52,6 +52,14 @@ def follow_launcher(settings: dict[str, Any]) -> None:
         settings["num_nodes"] = nodes
 
 
+def check_options_under_launcher(devices: Any, num_nodes: int) -> None:
+    """Refuses, before a Trainer is made of them, options that leave processes alone."""
+    settings = {"devices": devices, "num_nodes": num_nodes}
+    follow_launcher(settings)
+    if type(settings["devices"]) is int and settings["devices"] > 0:  # else the Trainer finds out how many
+        check_launcher(settings["devices"], settings["num_nodes"])
+
+
 def check_launcher(devices: int, nodes: int) -> None:
     """Refuses processes that a launcher has started and that a Trainer does not make one run of."""
     for size, rank in LAUNCHERS.items():

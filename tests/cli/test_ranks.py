@@ -9,7 +9,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.cli.ranks import LAUNCHERS, check_launcher, follow_launcher
+from gpt_lightning.cli.ranks import (
+    LAUNCHERS,
+    check_launcher,
+    check_options_under_launcher,
+    follow_launcher,
+)
 from tests.distributed import run_ranks
 
 Config = Callable[..., Path]
@@ -59,6 +64,17 @@ def test_processes_that_would_run_alone_are_refused(size: str, monkeypatch: pyte
         check_launcher(2, 1)
     monkeypatch.setenv(size, "2")
     check_launcher(2, 1)
+
+
+@pytest.mark.parametrize("variables, devices", [(TORCHRUN, 4), (TORCHRUN, "auto"), (SRUN, 2), (SRUN, "2")])
+def test_nodes_that_are_left_out_leave_nobody_alone(
+    variables: dict[str, str], devices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_options_under_launcher(devices, 1)
+    with pytest.raises(ValueError, match="a launcher has started"):
+        check_options_under_launcher(1, 1)
 
 
 def as_srun(words: list[str]) -> None:
