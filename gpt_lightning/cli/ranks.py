@@ -56,8 +56,8 @@ def check_options_under_launcher(devices: Any, num_nodes: int) -> None:
     """Refuses, before a Trainer is made of them, options that leave processes alone."""
     settings = {"devices": devices, "num_nodes": num_nodes}
     follow_launcher(settings)
-    if type(settings["devices"]) is int and settings["devices"] > 0:  # else the Trainer finds out how many
-        check_launcher(settings["devices"], settings["num_nodes"])
+    if str(settings["devices"]).isdecimal():  # a number, as a text too; else the Trainer finds out how many
+        check_launcher(int(settings["devices"]), settings["num_nodes"])
 
 
 def check_launcher(devices: int, nodes: int) -> None:

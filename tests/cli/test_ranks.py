@@ -73,8 +73,9 @@ def test_nodes_that_are_left_out_leave_nobody_alone(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     check_options_under_launcher(devices, 1)
-    with pytest.raises(ValueError, match="a launcher has started"):
-        check_options_under_launcher(1, 1)
+    for alone in (1, "1"):
+        with pytest.raises(ValueError, match="a launcher has started"):
+            check_options_under_launcher(alone, 1)
 
 
 def as_srun(words: list[str]) -> None:
