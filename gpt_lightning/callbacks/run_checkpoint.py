@@ -27,6 +27,7 @@ from gpt_lightning.training.trainer import (
     is_inside_a_step,
     loggers_may_fail,
     saving,
+    validates,
 )
 
 
@@ -145,13 +146,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._seen_step = trainer.global_step
         if self._is_due(trainer):
             # The default metric, which is logged by validations alone, may be missing where there are none.
-            is_fresh = not _validates(trainer) and self.monitor in trainer.callback_metrics
+            is_fresh = not validates(trainer) and self.monitor in trainer.callback_metrics
             self._save(trainer, judge=self.monitor is None or is_fresh)
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps = self._last_every_n_steps
         due = steps is not None and trainer.global_step % steps == 0
-        if not _validates(trainer):
+        if not validates(trainer):
             # Nothing else would save before the end of training. Not when the epoch has ended: resumed from
             # there, Lightning would end it a second time.
             due = due or is_end_of_epoch(trainer)
@@ -299,11 +300,6 @@ def _of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str
         "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
         "last_model_path": str(folder / LAST) if state["last_model_path"] else "",
     }
-
-
-def _validates(trainer: Trainer) -> bool:
-    """Tells whether the run has validations, which judge by themselves."""
-    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

@@ -143,10 +143,15 @@ def can_stop_early(trainer: Trainer) -> bool:
     return trainer.fit_loop._can_stop_early
 
 
+def validates(trainer: Trainer) -> bool:
+    """Tells whether the run has validations."""
+    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
+
+
 def validation_is_due(trainer: Trainer) -> bool:
     """Tells whether the schedule, not a stop, asks for a validation after the batch that was trained last."""
     fetcher = trainer.fit_loop._data_fetcher
-    if fetcher is None or not trainer.enable_validation or not sum(trainer.num_val_batches):
+    if fetcher is None or not validates(trainer):
         return False
     should_stop, trainer.should_stop = trainer.should_stop, False
     try:
