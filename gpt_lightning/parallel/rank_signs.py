@@ -1,15 +1,15 @@
-"""Gives signs of life: all ranks of a machine in a file, its first rank by a store that answers others."""
+"""Gives signs of life: all ranks of a machine in a file, its first rank also on a connection with rank 0.
+
+A TCPStore would not do: its server looks up the name of each caller, and meanwhile answers nobody.
+"""
 
 import os
 import socket
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
-
-from torch.distributed import PrefixStore, Store, TCPStore
 
 TICK_SECONDS = 0.25
 CONNECT_SECONDS = 10.0
@@ -66,77 +66,122 @@ class MachineFile:
         return False
 
 
-class StoreReader(threading.Thread):
-    """Asks a machine's store for its last word, in a thread that may block while the machine is stopped.
+class Link:
+    """A connection of two machines' first ranks, on which each writes its word at each tick, in a line."""
 
-    The store's process answers as long as it lives. That it has ended is also seen on a `line` to it, and in
-    silence, where the store itself would print where in torch it has failed.
-    """
+    def __init__(self, connection: socket.socket, rank: int | None = None) -> None:
+        """`rank` is the other end's, or None until it has said who it is."""
+        self.rank, self.beats, self.word, self.is_gone = rank, 0, "", False
+        self._connection, self._received, self._to_send = connection, b"", b""
+        connection.setblocking(False)
 
-    def __init__(
-        self, rank: int, store: Store, left: threading.Event, line: socket.socket | None = None
-    ) -> None:
-        super().__init__(name="rank-watch-store", daemon=True)
-        self.store, self.sign = store, Sign(rank, 1, "", False)
-        self._left, self._line = left, line
-        store.add("readers", 1)
-        store.set_timeout(timedelta(days=1))  # a late answer is better than a broken connection
-        self.start()
+    def close(self) -> None:
+        self.is_gone = True
+        self._connection.close()
 
-    def run(self) -> None:
+    def write(self, line: str) -> None:
+        if self.rank is not None:  # nothing is told to a stranger
+            self._to_send = self._to_send or f"{line}\n".encode()
+        with suppress(OSError):  # it has been stopped and its buffer is full, or it is gone
+            self._to_send = self._to_send[self._connection.send(self._to_send) :]
+
+    def read(self, secret: str) -> None:
+        received, is_gone = b"", False
         try:
-            while not self.sign.word and not self._left.wait(TICK_SECONDS):
-                self._ask()
-            self.store.add("readers", -1)
-        except (OSError, RuntimeError):  # the connection has ended
-            self.sign = self.sign._replace(is_gone=True)
+            received = self._connection.recv(1 << 16)
+            is_gone = not received
+        except BlockingIOError:
+            pass
+        except OSError:
+            is_gone = True
+        *lines, self._received = (self._received + received).split(b"\n")
+        for line in lines:
+            self._take(line.decode(errors="replace"), secret)
+        if is_gone or len(self._received) > RECORD_BYTES:  # no rank says so much
+            self.close()
 
-    def _ask(self) -> None:
-        if self._line is not None:
-            with suppress(BlockingIOError):
-                if not self._line.recv(1):
-                    raise ConnectionResetError
-        word = self.store.get("word").decode()
-        self.sign = self.sign._replace(beats=self.sign.beats + 1, word=word)
+    def _take(self, line: str, secret: str) -> None:
+        kind, _, rest = line.partition(" ")
+        if self.rank is not None:
+            self.beats, self.word = self.beats + 1, line
+            if kind in ("left", "lost"):  # its last word, and so it hears that we have it
+                self.close()
+        elif kind == secret:
+            self.rank = int(rest)
+        else:
+            self.close()  # anybody can reach the port
 
 
-def say_last(store: Store, word: str, patience_seconds: float) -> None:
-    """Leaves a word in the store, once and for good, and waits until all have read it: it may end with us."""
-    deadline = time.monotonic() + patience_seconds
-    with suppress(RuntimeError):
-        store.compare_set("word", "", word)
-        while store.add("readers", 0) > 0 and time.monotonic() < deadline:
+class MachineLinks:
+    """Links rank 0 with the first rank of each other machine."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self._links: list[Link] = []
+        self._listener: socket.socket | None = None
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):  # else a killed rank's data workers would keep its links
+            os.register_at_fork(after_in_child=self._close)
+
+    def listen(self) -> int:
+        """Lets the others call at the port that is returned."""
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=4096)
+        self._listener.setblocking(False)
+        return int(self._listener.getsockname()[1])
+
+    def call(self, rank: int, address: str, port: int) -> None:
+        """Calls rank 0, as this rank."""
+        self._links.append(Link(socket.create_connection((address, port), CONNECT_SECONDS), 0))
+        self._links[0].write(f"{self._secret} {rank}")
+
+    def join(self, n_links: int) -> None:
+        """Waits until so many others were heard, and raises TimeoutError if they are fewer."""
+        deadline = time.monotonic() + CONNECT_SECONDS
+        n_heard = 0
+        while n_heard < n_links and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS / 25)
+            self._accept()
+            n_heard = sum(sign.beats > 0 for sign in self.signs())
+            self.write("")  # also to those that were heard just now
+        for link in self._links:
+            if link.beats == 0:
+                link.write("left")
+                link.close()
+        self._links = [link for link in self._links if link.beats > 0]
+        if self._listener is not None:
+            self._listener.close()
+        if n_heard < n_links:
+            raise TimeoutError(f"{n_heard} of {n_links} machines have answered")
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # nobody calls, or no file descriptor is left for now
+            while self._listener is not None:
+                self._links.append(Link(self._listener.accept()[0]))
+
+    def write(self, word: str) -> None:
+        with self._lock:
+            for link in self._links:
+                link.write(word)
+
+    def signs(self) -> list[Sign]:
+        """Returns those of the other ends."""
+        with self._lock:
+            for link in self._links:
+                if not link.is_gone:
+                    link.read(self._secret)
+            known = [(link, link.rank) for link in self._links if link.rank is not None]
+            return [Sign(rank, link.beats, link.word, link.is_gone) for link, rank in known]
+
+    def end(self, patience_seconds: float) -> None:
+        """Waits until the others have read this rank's last word."""
+        deadline = time.monotonic() + patience_seconds
+        while not all(sign.is_gone for sign in self.signs()) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS / 10)
 
-
-def open_store(rank: int, secret: str) -> tuple[Store, str, int]:
-    """Returns this machine's store, and the address and port at which others reach it."""
-    timeout = timedelta(seconds=CONNECT_SECONDS)
-    server = TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
-    # Its sockets are torch's: a forked data worker keeps them until it looks for its rank, every 5 s.
-    # Anybody can reach the port, but only a rank knows the keys.
-    store = PrefixStore(secret, server)
-    store.set("word", "")
-    return store, _own_address() if rank else os.environ["MASTER_ADDR"], server.port
-
-
-def reach_store(secret: str, address: str, port: int) -> Store:
-    """Returns another machine's store."""
-    open_line(address, port).close()  # fails with less noise
-    timeout = timedelta(seconds=CONNECT_SECONDS)
-    return PrefixStore(secret, TCPStore(address, port, timeout=timeout, wait_for_workers=False))
-
-
-def open_line(address: str, port: int) -> socket.socket:
-    """Returns a connection to a store's process on which nothing is sent."""
-    line = socket.create_connection((address, port), CONNECT_SECONDS)
-    line.setblocking(False)
-    return line
-
-
-def _own_address() -> str:
-    """Returns the address of this machine in the network in which rank 0 is."""
-    family, kind, _, _, target = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing
-        return str(probe.getsockname()[0])
+    def _close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for link in self._links:
+            link.close()

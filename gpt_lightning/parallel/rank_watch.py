@@ -1,7 +1,7 @@
 """Notices that a rank was killed or stopped, says in one line which, and ends the others.
 
-The ranks of a machine see each other in a file. Its first rank also sees the next machine's, and rank 0,
-through which machines tell each other of a loss. So a rank's work grows with its machine, not with the world.
+The ranks of a machine see each other in a file. Its first rank and rank 0 see each other, and through rank 0
+machines tell each other of a loss. So a rank's work grows with its machine, and rank 0's with their number.
 """
 
 import atexit
@@ -22,18 +22,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.distributed import Store
-
 from gpt_lightning.exit_codes import LOST_RANK
 from gpt_lightning.parallel.rank_signs import (
     TICK_SECONDS,
     MachineFile,
+    MachineLinks,
     Sign,
-    StoreReader,
-    open_line,
-    open_store,
-    reach_store,
-    say_last,
 )
 from gpt_lightning.parallel.ranks import gathered
 
@@ -77,8 +71,7 @@ class RankWatch:
         # Earlier than the collective operations, so that the run has ended when their time is over.
         self._limit_seconds = self._timeout_seconds - min(PATIENCE_SECONDS, self._timeout_seconds / 4)
         self._file: MachineFile | None = None
-        self._store: Store | None = None
-        self._readers: dict[int, StoreReader] = {}
+        self._links: MachineLinks | None = None
         self._word = ""  # for the ranks of this machine
         self._clock = 0.0  # stands still while the whole run is suspended
         self._heard: dict[int, tuple[int, float]] = {}
@@ -97,27 +90,25 @@ class RankWatch:
     def connect(self) -> None:
         """Begins to see the others; all ranks call it."""
         machines = gathered(self._machine_number)
-        first_ranks = [machines.index(number) for number in dict.fromkeys(machines)]
         self._machine = [rank for rank, number in enumerate(machines) if number == self._machine_number]
-        secret, address, port = gathered(secrets.token_hex())[0], "", 0
+        secret, port, file = gathered(secrets.token_hex())[0], 0, None
+        links, n_machines = MachineLinks(secret), len(set(machines))
+        if self._rank == 0 and n_machines > 1:
+            with self._warning():
+                port = links.listen()
+        port = gathered(port)[0]
         path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._machine[0]}")
-        file = None
         with self._warning():
             file = MachineFile(path, self._rank, self._machine)
-            if self._rank == self._machine[0] and len(first_ranks) > 1:
-                self._store, address, port = open_store(self._rank, secret)
-        stores = gathered((address, port))
+        if self._rank == self._machine[0] and port:
+            with self._warning():
+                if self._rank != 0:
+                    links.call(self._rank, os.environ["MASTER_ADDR"], port)
+                links.join(1 if self._rank else n_machines - 1)
+        gathered(None)
         with suppress(OSError):
             path.unlink()  # all have opened it, or cannot: nothing stays of it when all are killed
-        self._file = file
-        if self._store is not None:
-            with self._warning():
-                store = reach_store(secret, *stores[0]) if self._rank != 0 else self._store
-                self._readers[0] = StoreReader(0, store, self._left)
-                next_rank = [*first_ranks, 0][first_ranks.index(self._rank) + 1]
-                if next_rank != 0:
-                    store, line = reach_store(secret, *stores[next_rank]), open_line(*stores[next_rank])
-                    self._readers[next_rank] = StoreReader(next_rank, store, self._left, line)
+        self._file, self._links = file, links
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
@@ -148,10 +139,8 @@ class RankWatch:
             self._left.set()
         self._thread.join()  # which else could write its former word over this one
         self._say("left")
-        for reader in self._readers.values():
-            reader.join(PATIENCE_SECONDS)
-        if self._store is not None:
-            say_last(self._store, "left", PATIENCE_SECONDS)
+        if self._links is not None:
+            self._links.end(PATIENCE_SECONDS)
         self._end_children(GRACE_SECONDS)
 
     def _at_exit(self) -> None:
@@ -180,13 +169,13 @@ class RankWatch:
         self._beat()
 
     def _beat(self) -> None:
-        if self._file is not None:
-            self._file.write(self._word)
+        for channel in (self._file, self._links):
+            if channel is not None:
+                channel.write(self._word)
 
     def _find_lost(self) -> Lost | None:
         children = self._children()
-        signs = self._file.signs() if self._file is not None else []
-        signs += [reader.sign for reader in list(self._readers.values())]
+        signs = [sign for channel in (self._file, self._links) if channel for sign in channel.signs()]
         for rank, _, word, is_gone in signs:
             kind, _, rest = word.partition(" ")
             if kind == "lost":
@@ -237,13 +226,10 @@ class RankWatch:
             os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
 
     def _tell(self, lost: Lost) -> None:
-        """Tells this machine's ranks, and the others unless rank 0 is lost and with it the store of all."""
-        word = f"lost {lost.rank} {lost.how}"
-        self._say(word)
-        if 0 in self._readers and (lost.rank != 0 or self._rank == 0):
-            store, seconds = self._readers[0].store, 3 * TICK_SECONDS
-            # Rank 0 keeps its store until the others have read the word.
-            _try(lambda: say_last(store, word, 0 if self._rank else seconds), seconds)
+        """Tells this machine's ranks, and the others unless rank 0 is lost, which would tell them."""
+        self._say(f"lost {lost.rank} {lost.how}")
+        if self._links is not None and (lost.rank != 0 or self._rank == 0):
+            self._links.end(3 * TICK_SECONDS)
 
     def _end_children(self, patience_seconds: float, lost: Lost | None = None) -> None:
         deadline = time.monotonic() + patience_seconds

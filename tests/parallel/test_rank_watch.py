@@ -23,13 +23,7 @@ import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
 from gpt_lightning.parallel import rank_signs, rank_watch
-from gpt_lightning.parallel.rank_signs import (
-    TICK_SECONDS,
-    MachineFile,
-    StoreReader,
-    open_store,
-    reach_store,
-)
+from gpt_lightning.parallel.rank_signs import TICK_SECONDS, MachineFile, MachineLinks
 from gpt_lightning.parallel.rank_watch import RankWatch
 
 DEADLINE_SECONDS = 30
@@ -301,79 +295,64 @@ def test_a_child_that_ends_before_it_is_connected_is_lost(ranks: Ranks, number: 
     ]
 
 
-def connections_of(port: int) -> int:
-    """How many sockets of this process are another one's connection to this port."""
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
-            count += end.getsockname()[1] == port and bool(end.getpeername())
-    return count
-
-
-def port_of(watch: RankWatch) -> int:
-    store = watch._store
-    assert isinstance(store, dist.PrefixStore) and isinstance(store.underlying_store, dist.TCPStore)
-    return store.underlying_store.port
-
-
-def count_connections(rank: int, watch: RankWatch) -> None:
-    dist.barrier()
-    if rank == 0:
-        assert connections_of(port_of(watch)) == 2  # of two nodes of three ranks
+def count_links(rank: int, watch: RankWatch) -> None:
+    assert watch._links is not None
+    assert [sign.rank for sign in watch._links.signs()] == {0: [3], 3: [0]}.get(rank, [])
     (Path(os.environ["FOLDER"]) / f"{rank}.working").touch()
     dist.barrier()
     watch.leave()
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for connections in /proc")
-def test_rank_0_holds_a_connection_of_each_node(ranks: Ranks) -> None:
-    ranks.start(6, count_connections, n_nodes=2)
+def test_the_first_rank_of_each_node_has_a_link_with_rank_0(ranks: Ranks) -> None:
+    ranks.start(6, count_links, n_nodes=2)
     assert ranks.codes(*range(6)) == [0] * 6, ranks.lines()
 
 
 def pretend_nodes(port: int, n_nodes: int, telling: Any) -> None:
-    """Asks rank 0's store for all nodes but the first, by one connection, and is rank 8 itself."""
-    store = reach_store("secret", "127.0.0.1", port)
-    own, *address = open_store(8, "secret")
-    telling.send(address)
-    assert own.get("word") == b""
+    """Is the first rank of all nodes but the first."""
+    all_links = [MachineLinks("secret") for _ in range(1, n_nodes)]
+    for node, links in enumerate(all_links, start=1):
+        links.call(8 * node, "127.0.0.1", port)
+        links.write("")
+    telling.send("called")
     while True:
         start = time.monotonic()
-        for _ in range(1, n_nodes):
-            store.get("word")
+        for links in all_links:
+            links.write("")
+            assert not links.signs()[0].is_gone
         time.sleep(max(0, start + TICK_SECONDS - time.monotonic()))
 
 
 def measure_a_tick(rank: int, _: RankWatch) -> None:
-    """As rank 0 of 128 nodes of 8 ranks, with the threads of its store and of those who read stores."""
+    """As rank 0 of 128 nodes of 8 ranks."""
     folder, fork = Path(os.environ["FOLDER"]), multiprocessing.get_context("fork")
     others: list[Any] = []
 
-    def start_process(target: Callable[..., None], *args: Any) -> Any:
+    def start_process(target: Callable[..., None], *args: Any) -> None:
         answer, telling = fork.Pipe(duplex=False)
         others.append(fork.Process(target=target, args=(*args, telling), daemon=True))
         others[-1].start()
         assert answer.poll(DEADLINE_SECONDS)
-        return answer.recv()
 
-    store, here, port = open_store(0, "secret")
-    assert here == "127.0.0.1"
-    address, next_port = start_process(pretend_nodes, port, 128)
     watch = RankWatch(0, 1024, 0, 0, TIMEOUT)
     watch._file = MachineFile(folder / "machine", 0, [*range(8)])
     for other in range(1, 8):
         start_process(join_and_wait, folder / "machine", other)
-    watch._readers = {0: StoreReader(0, store, watch._left)}
-    watch._readers[8] = StoreReader(8, reach_store("secret", address, next_port), watch._left)
-    first, start = watch._readers[8].sign.beats, time.process_time()
-    for tick in range(8):
+    watch._links = MachineLinks("secret")
+    start_process(pretend_nodes, watch._links.listen(), 128)
+    watch._links.join(127)
+    seconds = []
+    for _ in range(8):
+        start = time.process_time()
         watch._say("")
         assert watch._find_lost() is None
+        seconds.append(time.process_time() - start)
         others[0].join(TICK_SECONDS)
-    tick_ms = 1000 * (time.process_time() - start) / 8
+    tick_ms = 1000 * sorted(seconds)[4]
+    signs = watch._links.signs()
     for process in others:
         process.kill()
-    assert watch._readers[8].sign.beats > first + 1
+    assert [sign.rank for sign in signs] == [*range(8, 1024, 8)] and min(sign.beats for sign in signs) > 1
     (folder / "tick_ms").write_text(f"{tick_ms:.2f}")
     (folder / f"{rank}.working").touch()
 
@@ -407,13 +386,13 @@ def work_without_descriptors(rank: int, watch: RankWatch) -> None:
 
 
 def join_without_descriptors(rank: int, watch: RankWatch) -> None:
-    """Rank 0 has no descriptors for its file and store."""
+    """Rank 0 has no descriptors for its file and its listener."""
     exhaust_after_exchange(str, rank, watch)
 
 
-def reach_without_descriptors(rank: int, watch: RankWatch) -> None:
-    """The other ranks reach rank 0's store when it has no descriptors any more."""
-    exhaust_after_exchange(tuple, rank, watch)
+def accept_without_descriptors(rank: int, watch: RankWatch) -> None:
+    """The other ranks call rank 0 when it has no descriptors any more."""
+    exhaust_after_exchange(type(None), rank, watch)
 
 
 def exhaust_after_exchange(kind: type, rank: int, watch: RankWatch) -> None:
@@ -448,7 +427,7 @@ def reduce_for_a_while() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "body", [work_without_descriptors, join_without_descriptors, reach_without_descriptors]
+    "body", [work_without_descriptors, join_without_descriptors, accept_without_descriptors]
 )
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
@@ -461,25 +440,40 @@ def test_a_healthy_run_goes_on_when_rank_0_is_out_of_file_descriptors(
     assert not list(ranks.folder.glob("gpt_lightning-*"))
 
 
-def work_at_a_known_port(rank: int, watch: RankWatch) -> None:
-    if rank == 0:
-        (Path(os.environ["FOLDER"]) / "port").write_text(str(port_of(watch)))
-    work(rank, watch)
+def test_a_stranger_is_not_taken_for_a_rank() -> None:
+    first, second = MachineLinks("secret"), MachineLinks("secret")
+    port = first.listen()
+    lines = [b"a guess 8\nlost 1 was killed\n", b"x" * 1_000, b"", b"secret"]
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in lines]
+    for stranger, line in zip(strangers, lines, strict=True):
+        stranger.sendall(line)
+    second.call(8, "127.0.0.1", port)
+    joining = threading.Thread(target=second.join, args=[1])
+    joining.start()
+    first.join(1)
+    joining.join()
+    first.write("a word for ranks")
+    assert [sign.rank for sign in first.signs()] == [8]
+    for stranger in strangers:
+        with suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+        stranger.close()
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (word := second.signs()[0].word) and time.monotonic() < deadline:
+        time.sleep(TICK_SECONDS / 25)
+    assert word == "a word for ranks"
 
 
-def test_a_stranger_is_not_taken_for_a_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    ranks.start(2, work_at_a_known_port, n_nodes=2)
-    port = int((ranks.folder / "port").read_text())
-    with socket.create_connection(("127.0.0.1", port)) as stranger:
-        stranger.sendall(b"a guess 1\n")
-        store = reach_store("a guess", "127.0.0.1", port)
-        store.set("word", "lost 1 was killed")
-        store.set("readers", "-1")
-        ranks.wait_for_ticks(3)
-    (ranks.folder / "done").touch()
-    assert ranks.codes(0, 1) == [0, 0], ranks.lines()
-    assert not ranks.told()
+def test_who_was_not_heard_in_time_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_signs, "CONNECT_SECONDS", 0.2)
+    first, second = MachineLinks("secret"), MachineLinks("secret")
+    second.call(8, "127.0.0.1", first.listen())
+    with pytest.raises(TimeoutError, match="0 of 1 machines have answered"):
+        second.join(1)
+    with pytest.raises(TimeoutError, match="1 of 2 machines have answered"):
+        first.join(2)
+    assert not second.signs()
+    assert [sign.word for sign in first.signs()] == ["left"]
 
 
 def slow_rank(rank: int, watch: RankWatch) -> None:
