@@ -47,12 +47,10 @@ class Ranks:
         machines: list[int] | None = None,
     ) -> None:
         """Machine after machine is filled, unless `machines` says where each rank lies."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
         fork = multiprocessing.get_context("fork")
         for rank in range(world_size):
             machine = rank // (world_size // n_nodes) if machines is None else machines[rank]
-            args = (self.folder, rank, world_size, machine, port, body, timeout)
+            args = (self.folder, rank, world_size, machine, body, timeout)
             self.processes.append(fork.Process(target=_rank, args=args))
             self.processes[-1].start()
         self.wait_until(lambda: len(list(self.folder.glob("*.working"))) == world_size)
@@ -94,14 +92,15 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 
 def _rank(
-    folder: Path, rank: int, world_size: int, machine: int, port: int, body: Body, timeout: timedelta
+    folder: Path, rank: int, world_size: int, machine: int, body: Body, timeout: timedelta
 ) -> None:
     torch.set_num_threads(1)
     sys.stderr = (folder / "stderr").open("a", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
     tempfile.tempdir = str(folder)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    os.environ.update(MASTER_ADDR="127.0.0.1", FOLDER=str(folder))
+    store = dist.FileStore(str(folder / "store"), world_size)  # asks no name server, whatever the timeout
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     watch = RankWatch(rank, world_size, 0, machine, timeout)
     watch.remedy = "Resume with --ckpt_path last"
     watch.start()
