@@ -34,7 +34,8 @@ class ExactResume(ResumeCallback):
     def __init__(self) -> None:
         self._validating = False
         self._random_state: dict[str, Any] | None = None
-        self._owes_last_validation = False
+        self._monitored: dict[str, float] = {}
+        self._owes_last_validation = self._owes_plateau = False
         self._samples_per_step = 0
         self._loaded: dict[str, Any] | None = None  # until the optimizers are there to compare with
         self._hooks: list[RemovableHandle] = []
@@ -77,6 +78,7 @@ class ExactResume(ResumeCallback):
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
             "samples_per_step": self._samples_per_step,
+            "monitored": _monitored(trainer),
         }
 
     @override
@@ -97,13 +99,16 @@ class ExactResume(ResumeCallback):
             )
         self._random_state = _own(saved["random_states"], trainer)
         self._samples_per_step = saved["samples_per_step"]
+        self._monitored = saved.get("monitored", {})
         if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):
             trainer.datamodule.close_epoch_first()
         # The limit trainer.max_time is one of this process: a job that goes on has all of it again.
         checkpoint["callbacks"].pop(Timer.__qualname__, None)
         due, done = saved["validation_is_due"], saved["validation_is_done"]
-        _set_loops(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], due=due, done=done)
-        self._owes_last_validation = due and not done and checkpoint["global_step"] == trainer.max_steps
+        fit_loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+        self._owes_plateau = _batches_that_stepped(fit_loop) < step
+        _set_loops(fit_loop, step, due=due, done=done)
+        self._owes_last_validation = due and not done and step == trainer.max_steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,8 +116,13 @@ class ExactResume(ResumeCallback):
             self._hooks.pop().remove()
         _check_that_all_go_on_alike(trainer)
         former, self._samples_per_step = self._samples_per_step, _samples_per_step(trainer)
+        for name, value in self._monitored.items():
+            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
         if not validation_is_due(trainer):  # by the schedule of this run
             self._end_at_the_last_step(trainer)
+            if self._owes_plateau:  # else Lightning asks such schedules where it ends that step's validation
+                trainer.fit_loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+        self._owes_plateau = False
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
             _set_random_state(self._random_state, pl_module.device)
@@ -140,6 +150,12 @@ def _samples_per_step(trainer: Trainer) -> int:
     if not isinstance(trainer.datamodule, TextDataModule):
         return 0
     return trainer.datamodule.batch_size * rank_and_ranks(trainer)[1] * trainer.accumulate_grad_batches
+
+
+def _monitored(trainer: Trainer) -> dict[str, float]:
+    """Returns the metrics that schedules wait for, which may ask for them before the next validation."""
+    names = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
 
 
 # ---- what a child class may have built otherwise than the run that saved
@@ -244,6 +260,10 @@ def _epoch_is_finished(fit_loop: dict[str, Any], batches: float) -> bool:
     """Tells whether an epoch's batches are all trained, and what Lightning does at its end is not done."""
     epochs, trained = fit_loop["epoch_progress"]["current"], fit_loop["epoch_loop.batch_progress"]["current"]
     return bool(epochs["processed"] < epochs["started"] and trained["processed"] >= batches)
+
+
+def _batches_that_stepped(fit_loop: dict[str, Any]) -> int:
+    return int(fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"])
 
 
 def _set_loops(fit_loop: dict[str, Any], global_step: int, *, due: bool, done: bool) -> None:

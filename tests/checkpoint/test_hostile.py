@@ -210,6 +210,7 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("random: numpy's numbers", (*RANDOM, "numpy"), lambda state: (state[0], [1.5], *state[2:])),
     ("random: device's", (*RANDOM, "device"), "x"),
     ("random: no device", (*RANDOM, "device"), GONE),
+    ("resume: metrics", ("resume", "monitored"), {"val/loss": "x"}),
     ("resume: samples", ("resume", "samples_per_step"), "x"),
     ("resume: a flag", ("resume", "validation_is_due"), 3),
     *((f"callbacks: {value}", ("callbacks",), value) for value in (7, [], {"x": 7}, {1: {}})),
