@@ -97,7 +97,8 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
     if CONFIG_KEY not in checkpoint:
         return
     own, stored = (
-        {**asdict(each), "d_ff": each.mlp_width} for each in (config, GPTConfig(**checkpoint[CONFIG_KEY]))
+        {**asdict(each), "d_ff": each.mlp_width, "d_head": each.head_dim, "n_kv_heads": each.kv_heads}
+        for each in (config, GPTConfig(**checkpoint[CONFIG_KEY]))
     )
     differing = [name for name in own if name != "dropout" and own[name] != stored[name]]
     if differing:

@@ -5,7 +5,8 @@ Documents packed into one row, each a run of equal ids, see only themselves, wit
 - On a CPU, in long rows: causal attention document by document; in short ones the calls would cost more.
 - Else a mask [B, 1, T, T]. FlexAttention knows no dropout and, on a CPU, no backward pass.
 FlexAttention is imported where it is used: its compiler takes as long to import as PyTorch itself.
-Shapes: B batch, T time, H heads, K head_dim, S cached tokens.
+Keys and values may have fewer heads than queries: each then serves as many of theirs that follow one another.
+Shapes: B batch, T time, H heads, N heads of keys and values, K head_dim, S cached tokens.
 """
 
 import copy
@@ -46,7 +47,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self._rows = slice(0, batch_size)  # in view
         self._storage_rows = batch_size
-        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each [rows, H, max_length, K]
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, each [rows, N, max_length, K]
 
     def rows(self, start: int, stop: int) -> "KVCache":
         """Returns a view of some rows, which shares keys, values and lengths with the whole."""
@@ -82,7 +83,7 @@ class KVCache:
         return self._positions, mask
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the next layer's [B, H, T, K] at each row's length; returns all of its, [B, H, S, K].
+        """Writes the next layer's [B, N, T, K] at each row's length; returns all of its, [B, N, S, K].
 
         S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
         and the mask hides it.
@@ -97,7 +98,7 @@ class KVCache:
             if self._is_even:
                 cached[:, :, -self._n_tokens :] = new
             else:
-                cached[self._row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, H, K]
+                cached[self._row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, N, K]
         return all_keys, all_values
 
 
@@ -129,20 +130,34 @@ class Attend:
             self.positions = torch.arange(input_ids.shape[1], device=input_ids.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-        """Attends: q, k and v of [B, T, H, K] each give [B, T, H, K]."""
-        if self.mask is None and self.cache is None and runs_in_blocks(q):
+        """Attends: q of [B, T, H, K], k and v of [B, T, N, K] give [B, T, H, K]."""
+        if self.cache is not None:
+            return self._to_cached(self.cache, q, k, v)
+        if (group := q.shape[2] // k.shape[2]) > 1:
+            k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+        if self.mask is None and runs_in_blocks(q):
             return attention_in_blocks(q, k, v, dropout_p)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, T, K]
-        if self.cache is not None:
-            k, v = self.cache.write(k, v)  # each [B, H, S, K]
         if isinstance(self.mask, Documents):
             y = self.mask.attend(q, k, v, dropout_p)
         elif self.mask is None or isinstance(self.mask, Tensor):
-            is_causal = self.mask is None and q.shape[2] > 1  # a single token sees all that are cached
-            y = F.scaled_dot_product_attention(q, k, v, self.mask, dropout_p, is_causal)
+            y = F.scaled_dot_product_attention(q, k, v, self.mask, dropout_p, self.mask is None)
         else:
             y = _flex_attention(q, k, v, self.mask)
         return y.transpose(1, 2)
+
+    def _to_cached(self, cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, group = q.transpose(1, 2), q.shape[2] // k.shape[2]  # q [B, H, T, K]
+        k, v = cache.write(k.transpose(1, 2), v.transpose(1, 2))  # each [B, N, S, K]
+        assert self.mask is None or isinstance(self.mask, Tensor)
+        if q.shape[2] > 1:
+            if group > 1:
+                k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None)
+            return y.transpose(1, 2)
+        # One token's heads of a group see the same keys, as if they were a group of tokens.
+        y = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.shape[3]), k, v, self.mask)
+        return y.reshape(q.shape).transpose(1, 2)
 
 
 def runs_in_blocks(q: Tensor) -> bool:

@@ -1,10 +1,13 @@
-"""The whole network, top to bottom: GPT-2 (Radford et al., 2019), exactly enough to load its weights.
+"""The whole network, top to bottom: GPT-2, Llama or Qwen3, exactly enough to load their weights.
 
-Shapes: B batch, T time, D d_model, H heads, K head_dim, V vocabulary.
-Pre-layer-norm blocks, learned positions, fused attention, a head tied to the token table.
+Pre-norm blocks of attention and an MLP. GPT-2 (Radford et al., 2019): learned positions, layer norms, GELU, a
+head tied to the token table. Llama (Touvron et al., 2023): rotary positions, RMS norms, SwiGLU, grouped
+queries, no biases. Qwen3 (2025): Llama with a norm of queries and keys. Constructors choose between them.
+Shapes: B batch, T time, D d_model, H heads, N heads of keys and values, G = H / N, K head_dim, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from gpt_lightning.kernels.attention import Attend, KVCache
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import FastLinear, in_compute_dtype
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.rope import NoPositionEmbedding, NoRotary, Rotary, Turn
 
 INIT_STD = 0.02
 
@@ -29,10 +33,15 @@ class GPTOutput(NamedTuple):
 
 
 class Linear(FastLinear):
-    """Starts as GPT-2's linear layers do: normal weights, biases of zero."""
+    """Starts as GPT-2's linear layers do: normal weights, biases of zero.
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float = INIT_STD) -> None:
-        self.std = std
+    `parts` says of a layer that holds several matrices how its rows take turns: so many of each.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, std: float = INIT_STD, parts: Sequence[int] | None = None
+    ) -> None:
+        self.std, self.parts = std, parts
         super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -48,19 +57,33 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
+def norm(config: GPTConfig, size: int, *, rms: bool) -> nn.Module:
+    if rms:
+        return nn.RMSNorm(size, config.layer_norm_eps)
+    return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Lets each token attend to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        # The rows lie head by head (q, k, v of head 0, then of head 1, ...): a share of them is whole heads.
-        self.qkv_proj = Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.out_proj = Linear(config.d_model, config.d_model, bias=config.bias, std=_residual_std(config))
+        K = self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.group = config.n_heads // config.kv_heads
+        # The rows lie group by group (the q heads that share a k and a v, then these): a share of them is
+        # whole groups.
+        parts = (self.group * K, K, K)
+        self.qkv_proj = Linear(config.d_model, config.kv_heads * sum(parts), bias=config.bias, parts=parts)
+        width = config.n_heads * K
+        self.out_proj = Linear(width, config.d_model, bias=config.bias, std=_residual_std(config))
+        self.q_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        qkv = self.qkv_proj(x)
-        q, k, v = qkv.view(*qkv.shape[:2], -1, 3, self.head_dim).unbind(3)  # each [B, T, H, K]
+    def forward(self, x: Tensor, attend: Attend, turn: Turn) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(2, (-1, self.group + 2, self.head_dim))  # [B, T, N, G + 2, K]
+        q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]  # q [B, T, H, K]
+        q, k = turn(self.q_norm(q)), turn(self.k_norm(k))
         y = attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.flatten(2))
 
@@ -78,19 +101,32 @@ class MLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
 
 
+class GatedMLP(nn.Module):
+    """Widens each token's vector twice, multiplies both, one through SiLU, and narrows the product."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
+        self.up_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
+        self.down_proj = Linear(config.mlp_width, config.d_model, bias=config.bias, std=_residual_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Block(nn.Module):
     """Computes x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        self.ln_1 = norm(config, config.d_model, rms=config.norm == "rms")
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = norm(config, config.d_model, rms=config.norm == "rms")
+        self.mlp = GatedMLP(config) if config.activation == "swiglu" else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), attend))
+    def forward(self, x: Tensor, attend: Attend, turn: Turn) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), attend, turn))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -113,10 +149,17 @@ class GPTModel(nn.Module):
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.head_dim = config.head_dim
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
+        self.position_embedding: nn.Module
+        self.rotary: nn.Module
+        if config.positions == "rope":
+            self.position_embedding = NoPositionEmbedding()
+            self.rotary = Rotary(config.head_dim, config.rope_theta)
+        else:
+            self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
+            self.rotary = NoRotary()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.ln_f = nn.LayerNorm(config.d_model, config.layer_norm_eps, bias=config.bias)
+        self.ln_f = norm(config, config.d_model, rms=config.norm == "rms")
         # A tied head draws no weight of its own.
         with torch.device("meta") if config.tie_embeddings else nullcontext():
             self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False)
@@ -148,16 +191,17 @@ class GPTModel(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
-        """Returns the residual stream after the last layer norm, [B, T, D], which `lm_head` reads."""
+        """Returns the residual stream after the last norm, [B, T, D], which `lm_head` reads."""
         dropout_p = self.config.dropout if self.training else 0.0
         attend = Attend(input_ids, document_ids, kv_cache, head_dim=self.head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
+        turn = self.rotary(attend.positions)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, attend, use_reentrant=False, preserve_rng_state=dropout_p > 0)
+                x = checkpoint(block, x, attend, turn, use_reentrant=False, preserve_rng_state=dropout_p > 0)
             else:
-                x = block(x, attend)
+                x = block(x, attend, turn)
         if kv_cache is not None:
             kv_cache.lengths += input_ids.shape[1]  # at the end: a pass that fails may be taken again
         return self.ln_f(x)

@@ -24,7 +24,7 @@ from gpt_lightning.parallel.layers import (
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, sharded_parameters
 
-Kind = Literal["column", "row", "vocab_embedding", "vocab_head", "sharded_dropout", "sequence"]
+Kind = Literal["column", "row", "vocab_embedding", "vocab_head", "sharded_dropout", "shared", "sequence"]
 # The layers that each style is for, and the parallel layer that takes their place.
 LAYERS: dict[Kind, tuple[tuple[type[nn.Module], ...], type[ParallelLayer] | None]] = {
     "column": ((nn.Linear,), ColumnParallelLinear),
@@ -32,6 +32,7 @@ LAYERS: dict[Kind, tuple[tuple[type[nn.Module], ...], type[ParallelLayer] | None
     "vocab_embedding": ((nn.Embedding,), VocabParallelEmbedding),
     "vocab_head": ((nn.Linear,), VocabParallelHead),
     "sharded_dropout": ((nn.Module,), None),
+    "shared": ((nn.Module,), None),
     "sequence": ((nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout), None),
 }
 # What their parallel layers cannot do; a vocabulary, unlike other sizes, may be cut unevenly.
@@ -48,6 +49,7 @@ class ParallelStyle(NamedTuple):
     - `vocab_embedding`, `vocab_head`: the token embedding (nn.Embedding) and the output layer (nn.Linear
       without bias), sharded along the vocabulary.
     - `sharded_dropout`: a submodule with dropout between a column and a row: each peer drops other elements.
+    - `shared`: a layer of replicated weights between a column and a row, which each peer applies to its part.
     - `sequence`: a layer norm, a dropout or a position embedding outside of such pairs: replicated and, under
       sequence parallelism, applied to a part of the sequence.
 
@@ -215,11 +217,13 @@ def _materialize(layer: nn.Module, built: dict[nn.Parameter, nn.Parameter], draw
         setattr(layer, key, built.setdefault(original, getattr(layer, key)))  # a tied one was drawn before
 
 
-def partial_gradients(module: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[nn.Parameter]:
-    """Yields the replicated parameters whose gradients, under sequence parallelism, are summands."""
+def partial_gradients(
+    module: nn.Module, styles: Mapping[str, ParallelStyle], *, cuts_sequence: bool
+) -> Iterator[nn.Parameter]:
+    """Yields the replicated parameters whose gradients are summands, some where the sequence is cut."""
     for name, style in styles.items():
         layer = module.get_submodule(name)
-        if style.kind == "sequence":
+        if style.kind == "shared" or style.kind == "sequence" and cuts_sequence:
             yield from layer.parameters()
-        elif isinstance(layer, RowParallelLinear) and layer.bias is not None:
+        elif cuts_sequence and isinstance(layer, RowParallelLinear) and layer.bias is not None:
             yield layer.bias

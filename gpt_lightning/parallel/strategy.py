@@ -226,8 +226,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         """Runs the closure, and sums over the peers the gradients that it left in parts."""
         loss = closure()
         self.mesh.cuts_sequence = False  # `backward` is not called in a step without a loss
-        if self.sequence_parallel:
-            sum_gradients(partial_gradients(self._module, self._styles), self.mesh)
+        partial_ones = partial_gradients(self._module, self._styles, cuts_sequence=self.sequence_parallel)
+        sum_gradients(partial_ones, self.mesh)
         return loss
 
     def _check_replicas(self, when: str) -> None:

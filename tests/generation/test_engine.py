@@ -26,6 +26,7 @@ from tests.generation.models import (
     run_until,
     transformers_model,
 )
+from tests.shapes import SHAPES
 
 SAMPLED = GenerationConfig(max_new_tokens=9, temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
 GREEDY = GenerationConfig(max_new_tokens=9, do_sample=False)
@@ -36,18 +37,24 @@ def model() -> GPTModel:
     return make_model()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_cached_decoding_equals_uncached(model: GPTModel, settings: GenerationConfig) -> None:
+def test_cached_decoding_equals_uncached(shape: str, settings: GenerationConfig) -> None:
+    model = make_model(**SHAPES[shape])
     prompts = make_prompts(1, 17, 5, 30)
     cached = generate(model, prompts, settings, eos_token_id=None)
     assert cached == recomputed(model, prompts, settings)
 
 
-@pytest.mark.parametrize("context", [1, 2, 7, 12])
+@pytest.mark.parametrize(
+    "shape, context", [*(("gpt2", n) for n in (1, 2, 7, 12)), ("grouped", 7), ("grouped", 2), ("mixed", 12)]
+)
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_cached_decoding_equals_uncached_past_the_context(context: int, settings: GenerationConfig) -> None:
+def test_cached_decoding_equals_uncached_past_the_context(
+    shape: str, context: int, settings: GenerationConfig
+) -> None:
     """Short, just full and over-long prompts, all of them pushed past the context at least once."""
-    model = make_model(max_position_embeddings=context)
+    model = make_model(**SHAPES[shape], max_position_embeddings=context)
     prompts = make_prompts(1, context, context + 1, 3 * context + 2)
     settings = dataclasses.replace(settings, max_new_tokens=2 * context + 3)
     cached = generate(model, prompts, settings, eos_token_id=None)
@@ -55,11 +62,13 @@ def test_cached_decoding_equals_uncached_past_the_context(context: int, settings
     assert [len(completion.token_ids) for completion in cached] == [settings.max_new_tokens] * 4
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize(
+    "shape, batch_size", [*(("gpt2", n) for n in (2, 3, 8)), ("grouped", 3), ("mixed", 8)]
+)
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_batched_prompts_equal_one_by_one(batch_size: int, settings: GenerationConfig) -> None:
+def test_batched_prompts_equal_one_by_one(shape: str, batch_size: int, settings: GenerationConfig) -> None:
     """Mixed lengths, more prompts than places, rows that end at different times and outgrow the context."""
-    model = make_model(max_position_embeddings=16)
+    model = make_model(**SHAPES[shape], max_position_embeddings=16)
     prompts = make_prompts(3, 1, 20, 7, 16, 2, 11, 5, 9, 15, 4)
     settings = dataclasses.replace(settings, max_new_tokens=20)
 

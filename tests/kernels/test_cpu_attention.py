@@ -33,7 +33,7 @@ def test_no_token_sees_a_later_one(monkeypatch: pytest.MonkeyPatch, kept: int) -
 
 
 def attend(layer: CausalSelfAttention, x: Tensor) -> Tensor:
-    return layer(x, attention.Attend(x, head_dim=layer.head_dim, dropout_p=0.0))
+    return layer(x, attention.Attend(x, head_dim=layer.head_dim, dropout_p=0.0), lambda x: x)
 
 
 def test_the_layer_attends_in_blocks_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:

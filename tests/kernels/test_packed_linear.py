@@ -1,6 +1,7 @@
 """The copies of a model that a CPU decodes with: the same numbers, or the numbers of 8 bits, row by row."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, make_room, packed
 from gpt_lightning.model.gpt import MLP, GPTModel, Linear
 from tests.generation.models import make_model, make_prompts, recomputed
+from tests.shapes import GROUPED, MIXED
 
 GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)
 SAMPLED = GenerationConfig(max_new_tokens=25, temperature=1.0, top_p=0.95)
@@ -30,11 +32,10 @@ def logits(model: GPTModel) -> Tensor:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [{"activation": "gelu"}, {"bias": False}, {}, GROUPED, MIXED])
 @pytest.mark.parametrize("n_rows", [1, 3])
-def test_packed_logits_equal_the_models(tie: bool, activation: str, bias: bool, n_rows: int) -> None:
-    model = make_model(tie_embeddings=tie, activation=activation, bias=bias)
+def test_packed_logits_equal_the_models(tie: bool, shape: dict[str, Any], n_rows: int) -> None:
+    model = make_model(tie_embeddings=tie, **shape)
     copy = packed(model, quantize=None, n_rows=n_rows)
     assert isinstance(copy.lm_head, PackedLinear)
     with torch.no_grad():

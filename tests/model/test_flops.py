@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.model.gpt import GPTModel
+from tests.shapes import GROUPED
 
 WIDE = GPTConfig(300, 64, n_layers=2, n_heads=2, d_model=64)
 LONG = GPTConfig(50, 128, n_layers=3, n_heads=4, d_model=32, d_ff=100, tie_embeddings=False, bias=False)
+GATED = GPTConfig(50, 96, n_layers=2, n_heads=6, d_model=36, d_head=10, **{**GROUPED, "n_kv_heads": 2})
 HEAD = GPTConfig(3001, 16, n_layers=1, n_heads=1, d_model=24)
 
 
@@ -32,7 +34,9 @@ def counted(config: GPTConfig, batch: int, seq_len: int, *, recompute: bool = Fa
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config, batch, seq_len", [(WIDE, 3, 64), (LONG, 2, 100), (HEAD, 5, 7)])
+@pytest.mark.parametrize(
+    "config, batch, seq_len", [(WIDE, 3, 64), (LONG, 2, 100), (HEAD, 5, 7), (GATED, 2, 90)]
+)
 def test_flops_are_those_that_pytorch_counts(config: GPTConfig, batch: int, seq_len: int) -> None:
     expected = training_flops_per_token(config, seq_len) * batch * seq_len
     assert counted(config, batch, seq_len) == pytest.approx(expected, rel=0.02)

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from tests.shapes import SHAPES
 
 B, T, V = 3, 17, 101
 
@@ -79,8 +80,9 @@ def test_loss_equals_cross_entropy_of_the_logits(reduction: str) -> None:
         assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_a_token_does_not_see_later_tokens() -> None:
-    model = make_model().eval()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_does_not_see_later_tokens(shape: str) -> None:
+    model = make_model(**SHAPES[shape]).eval()
     input_ids, _ = make_batch()
     changed = input_ids.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % V
@@ -100,9 +102,11 @@ def test_without_bias_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_initial_loss_is_near_that_of_guessing(tie: bool) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_initial_loss_is_near_that_of_guessing(tie: bool, shape: str) -> None:
     torch.manual_seed(0)
-    model = GPTModel(GPTConfig(vocab_size=5000, n_layers=4, n_heads=4, d_model=128, tie_embeddings=tie))
+    sizes = {"vocab_size": 5000, "n_layers": 4, "n_heads": 4, "d_model": 128, "tie_embeddings": tie}
+    model = GPTModel(GPTConfig(**{**sizes, **SHAPES[shape]}))
     ids = torch.randint(5000, (4, 65))
     assert abs(model(ids[:, :-1], ids[:, 1:]).loss.item() - math.log(5000)) < 0.1
 
@@ -119,9 +123,10 @@ def test_residual_projections_start_smaller_with_depth() -> None:
             assert not parameter.any()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [[17], [5, 12], [1, 1, 9, 6]])
-def test_packed_documents_equal_each_document_alone(lengths: list[int]) -> None:
-    model = make_model()
+def test_packed_documents_equal_each_document_alone(lengths: list[int], shape: str) -> None:
+    model = make_model(**SHAPES[shape])
     input_ids, targets = make_batch()
     document_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     # Each row is cut elsewhere: the last one in reverse.
@@ -154,12 +159,13 @@ def count_block_calls(model: GPTModel) -> list[str]:
     return calls
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(dropout: float) -> None:
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(dropout: float, shape: str) -> None:
     input_ids, targets = make_batch()
     results = []
     for enabled in (False, True):
-        model = make_model(dropout=dropout).train()
+        model = make_model(**SHAPES[shape], dropout=dropout).train()
         model.activation_checkpointing = enabled
         torch.manual_seed(5)
         loss = model(input_ids, targets).loss

@@ -21,6 +21,7 @@ from tests.parallel.runs import (
     trainer_of,
     validate,
 )
+from tests.shapes import MIXED, MODERN
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
@@ -28,8 +29,17 @@ TOPOLOGIES = [(2, 1), (1, 2), (2, 2), (4, 1)]
 
 
 def assert_equal_runs(
-    ranks: list[dict[str, Any]], one: dict[str, Any], *, loss: float = 2e-6, relative: float = 1e-5
+    ranks: list[dict[str, Any]],
+    one: dict[str, Any],
+    *,
+    loss: float = 2e-6,
+    relative: float = 1e-5,
+    drift: float = 1.0,
 ) -> None:
+    """Gradients of later steps, at weights that differ by rounding already, may `drift` so many times as far.
+
+    So may those of norms of queries and keys, which add up what nearly cancels over heads and tokens.
+    """
     first = ranks[0]
     assert len(first["losses"]) == len(one["losses"]) and one["losses"][-1] < one["losses"][0] - 0.5
     assert first["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
@@ -38,7 +48,8 @@ def assert_equal_runs(
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             difference = (gradients[name].float() - gradient.float()).norm() / gradient.float().norm()
-            assert difference <= relative, (step, name)
+            drifts = step > 0 or name.endswith("_norm.weight")
+            assert difference <= relative * (drift if drifts else 1), (step, name)
     for rank in ranks[1:]:
         assert rank["losses"] == first["losses"] and rank["norms"] == first["norms"]
         assert_same_bits(rank["replicated"], first["replicated"])
@@ -71,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied, without biases": {"config": {"tie_embeddings": False, "bias": False}},
     "activation checkpointing": {"module": {"activation_checkpointing": True}},
     "document mask": {"data": {"document_mask": True}},
+    "grouped queries": {"config": {**MODERN, "n_kv_heads": 2, "d_head": 6}},
+    "rope with layer norms": {"config": MIXED},
     "blocks compiled": {"module": {"compile_backend": "aot_eager"}, "steps": 6},
 }
 
@@ -81,7 +94,8 @@ def test_variants(name: str, sequence_parallel: bool, shared_corpus: Path, one_p
     options = {"seq_len": 16, **VARIANTS[name]}
     strategy = {"sequence_parallel": sequence_parallel}
     ranks = run_everywhere(Run(2, 1, strategy=strategy, **options), shared_corpus)
-    assert_equal_runs(ranks, one_process(**options))
+    drift = 100.0 if "qk_norm" in options.get("config", {}) else 1.0
+    assert_equal_runs(ranks, one_process(**options), drift=drift)
 
 
 def half_precision() -> list[MixedPrecision]:

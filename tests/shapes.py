@@ -1,0 +1,15 @@
+"""Shapes of the network that tests are repeated for, beside GPT-2's: each choice is made in one of them."""
+
+from typing import Any
+
+# For any number of heads; two share their keys and values where that number is even.
+MODERN: dict[str, Any] = {
+    "positions": "rope",
+    "norm": "rms",
+    "activation": "swiglu",
+    "qk_norm": True,
+    "bias": False,
+}
+GROUPED = {**MODERN, "n_kv_heads": 1}
+MIXED: dict[str, Any] = {"positions": "rope", "qk_norm": True, "d_head": 10}  # with layer norms, GELU, biases
+SHAPES = {"gpt2": {}, "grouped": GROUPED, "mixed": MIXED}
