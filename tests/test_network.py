@@ -11,7 +11,7 @@ import torch
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.tokenizer import load_tokenizer
-from gpt_lightning.huggingface.importing import import_gpt2
+from gpt_lightning.huggingface.importing import import_model
 from tests.huggingface.gpt2_folders import write_gpt2
 
 Config = Callable[..., Path]
@@ -90,13 +90,13 @@ def test_a_model_on_the_hub_is_asked_for_and_one_in_a_folder_is_not(
     monkeypatch.setattr("gpt_lightning.data.tokenizer.getproxies", lambda: {})
     write_gpt2(tmp_path / "gpt2")
     for name in ("gpt2", "./gpt2", str(tmp_path / "gpt2")):
-        import_gpt2(name, "NAME")
+        import_model(name, "NAME")
     for name in ("./none", "gpt2/none", "none/"):
         with pytest.raises(ValueError, match="is not there"):
-            import_gpt2(name, "NAME")
+            import_model(name, "NAME")
     assert not connections
     with pytest.raises(ValueError, match="cannot be had from the hub .it cannot be reached."):
-        import_gpt2("nobody/no-such-model", "NAME")
+        import_model("nobody/no-such-model", "NAME")
     assert connections
 
 

@@ -8,8 +8,8 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.huggingface.exporting import export_gpt2
-from gpt_lightning.huggingface.importing import import_gpt2
+from gpt_lightning.huggingface.exporting import export_model
+from gpt_lightning.huggingface.importing import import_model
 
 
 def run_consolidate(words: list[str]) -> None:
@@ -29,14 +29,14 @@ def run_import(words: list[str]) -> None:
     name, output = _two_words("import-hf", words, places)
     if Path(output).exists():
         raise UserError(f"OUT={output} exists already; name another file, or remove it")
-    write(import_gpt2(name, "NAME_OR_FOLDER"), Path(output))
+    write(import_model(name, "NAME_OR_FOLDER"), Path(output))
     say(f"checkpoint: {output}")
 
 
 def run_export(words: list[str]) -> None:
     places = {"CKPT": "A checkpoint, also a sharded one.", "FOLDER": "The folder to make."}
     checkpoint, folder = _two_words("export-hf", words, places)
-    export_gpt2(Path(checkpoint), Path(folder))
+    export_model(Path(checkpoint), Path(folder))
     say(f"model: {folder}")
 
 

@@ -16,7 +16,7 @@ from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_key, model_option
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.huggingface.importing import import_gpt2
+from gpt_lightning.huggingface.importing import import_model
 
 OURS = {"config", "optimizer", "schedule", "activation_checkpointing", "compile_backend"}
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
@@ -99,7 +99,7 @@ def _open_initial(init_from: str, settings: Any) -> Checkpoint:
     """Opens a checkpoint, or imports a model as one."""
     path = Path(os.path.expanduser(init_from))
     if not path.is_file() and path.suffix != ".ckpt":
-        return Checkpoint(path, import_gpt2(init_from, "init_from"))
+        return Checkpoint(path, import_model(init_from, "init_from"))
     try:
         return Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Reads a GPT-2 of Hugging Face's, by hub name or folder, as the contents of an ordinary checkpoint.
+"""Reads a GPT-2, Llama or Qwen3 of Hugging Face's, by hub name or folder, as the contents of a checkpoint.
 
 Everything is read as data: a .bin file with `weights_only`, and no code that a folder carries.
 """
@@ -35,13 +35,7 @@ from gpt_lightning.data.tokenizer import (
     load_tokenizer_folder,
 )
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.huggingface.gpt2 import (
-    ATTENTION,
-    config_from_gpt2,
-    config_to_gpt2,
-    from_gpt2_state_dict,
-    to_gpt2_state_dict,
-)
+from gpt_lightning.huggingface.families import FAMILIES, Family
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
@@ -58,12 +52,12 @@ FORMS = (SAFETENSORS, BIN)  # of the weights, in one file or in parts that an in
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
 
 
-def import_gpt2(name: str, option: str) -> dict[str, Any]:
+def import_model(name: str, option: str) -> dict[str, Any]:
     """Returns the checkpoint of a run of no steps: architecture, weights, tokenizer; errors name `option`."""
     folder = _find(name, option)
     try:
-        config = _read_config(folder)
-        weights = _convert(_read_weights(folder), config)
+        family, config = _read_config(folder)
+        weights = _convert(_read_weights(folder), family, config)
         tokenizer = _read_tokenizer(folder, config)
     except UserError as error:
         raise UserError(f"{option}={name}: {error}") from None
@@ -122,24 +116,28 @@ def _download(name: str, option: str) -> Path:
 # ---- what
 
 
-def _read_config(folder: Path) -> GPTConfig:
-    from transformers import GPT2Config
+def _read_config(folder: Path) -> tuple[Family, GPTConfig]:
+    import transformers
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"it holds no {CONFIG}; give the folder of a Hugging Face model")
     stored = _read_json(folder / CONFIG)
-    if (kind := stored.get("model_type")) != "gpt2":
-        raise UserError(f"it is a model of the type {kind!r}; only 'gpt2' can be imported")
+    kind = stored.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(f"it is a model of the type {kind!r}; import one of {', '.join(FAMILIES)}")
     try:
+        config_class: Any = getattr(transformers, family.config_class)
         # The others, of which some cost memory or make noise, have no meaning here.
-        known = {*config_to_gpt2(GPTConfig()), *ATTENTION, *GPT2Config.attribute_map}
+        known = family.own | config_class.attribute_map.keys()
         options = {key: value for key, value in stored.items() if key in known}
-        return config_from_gpt2(GPT2Config.from_dict({**options, "bos_token_id": None, "eos_token_id": None}))
+        ends = {"bos_token_id": None, "eos_token_id": None}
+        return family, family.config_from(config_class.from_dict({**options, **ends}))
     except UserError:
         raise
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
-        raise UserError(f"{CONFIG} is no GPT-2's ({reason}); mend it") from None
+        raise UserError(f"{CONFIG} is no {family.architecture}'s ({reason}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
@@ -202,10 +200,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def _convert(theirs: dict[str, Tensor], family: Family, config: GPTConfig) -> dict[str, Tensor]:
     """Makes GPTModel's weights, in float32, after a look at names, shapes, types and numbers."""
-    _check_shapes(theirs, config)
-    ours = from_gpt2_state_dict(theirs, config)
+    _check_shapes(theirs, family, config)
+    ours = family.weights_from(theirs, config)
     for name, tensor in ours.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"weights of {tensor.dtype} ({name}); save the model in float32")
@@ -217,14 +215,14 @@ def _convert(theirs: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     return converted
 
 
-def _check_shapes(theirs: dict[str, Tensor], config: GPTConfig) -> None:
+def _check_shapes(theirs: dict[str, Tensor], family: Family, config: GPTConfig) -> None:
     # Before a model is built: a wrong number could be one of thousands of millions.
-    blocks = {match[1] for name in theirs if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
+    blocks = {match[1] for name in theirs if (match := re.match(family.blocks, name))}
     if len(blocks) != config.n_layers:
         raise UserError(f"{CONFIG} says {config.n_layers} layers, and the weights are of {len(blocks)}")
     try:
         with torch.device("meta"), Uninitialized():
-            expected = to_gpt2_state_dict(GPTModel(config).state_dict(), config)
+            expected = family.weights_to(GPTModel(config).state_dict(), config)
     except (TypeError, RuntimeError) as error:  # beyond 64 bits
         raise UserError(f"{CONFIG} gives sizes of no weights ({first_line(error)[:160]}); mend it") from None
     for name, tensor in expected.items():

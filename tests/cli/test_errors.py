@@ -251,7 +251,7 @@ def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["predict", "--ckpt_path", "a.ckpt"], "cli.origin.find_checkpoint"),
         (["generate", "--prompt", "A", "--ckpt_path", "a.ckpt"], "cli.generate.load_model"),
         (["consolidate", "--ckpt_path", "a.ckpt", "--output", "b.ckpt"], "cli.convert.consolidate"),
-        (["import-hf", "gpt2", "b.ckpt"], "cli.convert.import_gpt2"),
+        (["import-hf", "gpt2", "b.ckpt"], "cli.convert.import_model"),
     ],
 )
 def test_a_value_error_of_our_own_code_shows_its_traceback(

@@ -18,7 +18,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig as OurSettings
-from gpt_lightning.huggingface.importing import import_gpt2
+from gpt_lightning.huggingface.importing import import_model
 from gpt_lightning.training.module import GPTLightningModule
 from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(import_gpt2(str(folder), "NAME")["state_dict"])
+    return dict(import_model(str(folder), "NAME")["state_dict"])
 
 
 def split(tensors: dict[str, Any]) -> list[dict[str, Any]]:
@@ -228,7 +228,8 @@ def test_a_tokenizer_is_read_as_transformers_reads_it(
     path = tmp_path / "gpt2" / file
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **options}))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    ours = TextTokenizer.from_dict(import_gpt2(str(tmp_path / "gpt2"), "NAME")["TextDataModule"]["tokenizer"])
+    contents = import_model(str(tmp_path / "gpt2"), "NAME")
+    ours = TextTokenizer.from_dict(contents["TextDataModule"]["tokenizer"])
     assert ours.eos_token_id == theirs.eos_token_id
     text = "The cat <|pad|>"
     assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
@@ -382,5 +383,5 @@ def test_a_bin_file_with_code_is_refused_and_never_runs(
 def test_code_beside_the_weights_does_not_run(folder: Path) -> None:
     (folder / "own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
     change_config(folder, auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
-    import_gpt2(str(folder), "NAME")
+    import_model(str(folder), "NAME")
     assert not (folder / "ran").exists()

@@ -499,7 +499,10 @@ class Saves(pl.Callback):
 
 @pytest.mark.parametrize(
     "own, step, kind",
-    [(Dropping, 3, GPTTrainer), (Dropping, 3, pl.Trainer), (Waiting, 3, GPTTrainer), (Waiting, 6, pl.Trainer)],
+    [
+        *((Dropping, 3, GPTTrainer), (Dropping, 3, pl.Trainer)),
+        *((Waiting, 3, GPTTrainer), (Waiting, 6, pl.Trainer)),
+    ],
 )
 def test_a_script_resumes_exactly_with_these_and_is_told_without(
     own: type[GPTLightningModule],

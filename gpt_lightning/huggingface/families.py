@@ -1,0 +1,101 @@
+"""Knows which of Hugging Face's models a configuration is, and how each is translated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.huggingface.gpt2 import (
+    ATTENTION,
+    config_from_gpt2,
+    config_to_gpt2,
+    from_gpt2_state_dict,
+    to_gpt2_state_dict,
+)
+from gpt_lightning.huggingface.llama import (
+    config_from_llama,
+    config_to_llama,
+    from_llama_state_dict,
+    to_llama_state_dict,
+)
+from gpt_lightning.model.config import GPTConfig
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Holds transformers' names of a kind of model, and the translations both ways.
+
+    `blocks` matches the name of a block's weight, and `own` are the options of its config.json that decide
+    what the network computes.
+    """
+
+    model_type: str
+    config_class: str
+    architecture: str
+    blocks: str
+    own: frozenset[str]
+    config_from: Callable[[Any], GPTConfig]
+    config_to: Callable[[GPTConfig], dict[str, Any]]
+    weights_from: Callable[[Weights, GPTConfig], Weights]
+    weights_to: Callable[[Weights, GPTConfig], Weights]
+
+
+_MODERN = {"positions": "rope", "norm": "rms", "activation": "swiglu"}
+_ROPE = {"rope_theta", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types"}
+
+
+def _llama(model_type: str, name: str, *, qk_norm: bool) -> Family:
+    example = GPTConfig(8, qk_norm=qk_norm, **_MODERN)  # type: ignore[arg-type]
+    return Family(
+        model_type,
+        f"{name}Config",
+        f"{name}ForCausalLM",
+        r"model\.layers\.(\d+)\.",
+        frozenset({*config_to_llama(example), *_ROPE}),
+        config_from_llama,
+        config_to_llama,
+        from_llama_state_dict,
+        to_llama_state_dict,
+    )
+
+
+GPT2 = Family(
+    "gpt2",
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    r"(?:transformer\.)?h\.(\d+)\.",
+    frozenset({*config_to_gpt2(GPTConfig()), *ATTENTION}),
+    config_from_gpt2,
+    config_to_gpt2,
+    from_gpt2_state_dict,
+    to_gpt2_state_dict,
+)
+LLAMA, QWEN3 = _llama("llama", "Llama", qk_norm=False), _llama("qwen3", "Qwen3", qk_norm=True)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3)}
+
+
+def family_of(config: GPTConfig) -> Family:
+    """Returns the family that computes what this network does; raises UserError if none does."""
+    if config.positions == "learned":
+        needed: dict[str, Any] = {"norm": "layer", "qk_norm": False, "kv_heads": config.n_heads}
+        needed["head_dim"] = config.d_model // config.n_heads
+        family, unlike = GPT2, config.activation == "swiglu"
+    else:
+        needed, unlike = dict(_MODERN), False
+        family = QWEN3 if config.qk_norm else LLAMA
+        if config.qk_norm:
+            needed["bias"] = False
+    odd = [name for name, value in needed.items() if getattr(config, name) != value]
+    odd += ["activation"] if unlike else []
+    if odd:
+        names = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}
+        listing = ", ".join(f"model.config.{names.get(name, name)}={getattr(config, name)}" for name in odd)
+        raise UserError(
+            f"{listing} with positions={config.positions} is of no model that transformers knows; it has "
+            "GPT-2 (learned, layer, gelu), Llama and Qwen3 (rope, rms, swiglu, without and with qk_norm)"
+        )
+    return family

@@ -1,0 +1,191 @@
+"""Llama and Qwen3 against transformers': logits, gradients, greedy tokens, round trips; what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.cli.main import main
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.generation.engine import generate
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface.families import Family, family_of
+from gpt_lightning.huggingface.importing import import_model
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from tests.huggingface.gpt2_folders import word_tokenizer
+
+LLAMA: dict[str, Any] = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False}
+QWEN3 = {**LLAMA, "qk_norm": True}
+VARIANTS = {
+    "llama": {**LLAMA, "d_ff": 50},
+    "llama: one key and value": {**LLAMA, "n_kv_heads": 1, "tie_embeddings": False},
+    "llama: biases, long waves": {**LLAMA, "bias": True, "rope_theta": 5e5, "layer_norm_eps": 1e-6},
+    "qwen3": QWEN3,
+    "qwen3: groups, wide heads": {**QWEN3, "n_heads": 6, "n_kv_heads": 2, "d_head": 10},
+    "qwen3: not tied": {**QWEN3, "n_kv_heads": 1, "tie_embeddings": False},
+}
+V, T = 101, 40
+
+
+def make_model(**options: Any) -> GPTModel:
+    """Odd sizes, and weights so large that each of them matters."""
+    sizes: dict[str, Any] = {"max_position_embeddings": 48, "n_layers": 2, "n_heads": 3, "d_model": 36}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = GPTModel(GPTConfig(V, **{**sizes, **options}))
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model.eval()
+
+
+def reference_of(model: GPTModel) -> tuple[Family, Any]:
+    family = family_of(model.config)
+    config = getattr(transformers, family.config_class)(**family.config_to(model.config))
+    reference = getattr(transformers, family.architecture)(config).eval()
+    reference.load_state_dict(family.weights_to(model.state_dict(), model.config))
+    return family, reference
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_gradients_equal_transformers(name: str) -> None:
+    model = make_model(**VARIANTS[name])
+    family, reference = reference_of(model)
+    assert name.startswith(family.model_type)
+    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1))
+    expected = reference(ids).logits
+    assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    targets = ids.roll(-1, 1)
+    model(ids, targets).loss.backward()
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    ours, theirs = family.weights_to(gradients(model), model.config), gradients(reference)
+    assert ours.keys() == theirs.keys()
+    for key, gradient in theirs.items():
+        assert_close(ours[key], gradient, atol=1e-5, rtol=1e-5, msg=lambda text: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_200_greedy_tokens_are_identical(name: str) -> None:
+    # A tied model of random weights repeats its last token.
+    model = make_model(**VARIANTS[name] | {"tie_embeddings": False, "max_position_embeddings": 256})
+    prompt = [5, 17, 3, 80]
+    reference = reference_of(model)[1]
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options["max_new_tokens"] = 200
+    text = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 4), **options)[0].tolist()
+    settings = GenerationConfig(max_new_tokens=200, temperature=0.0)
+    (completion,) = generate(model, [prompt], settings, eos_token_id=None)
+    assert prompt + completion.token_ids == text
+    assert len({*completion.token_ids}) > 3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of transformers', our checkpoint, and a folder again."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model(**VARIANTS[name])
+    family, reference = reference_of(model)
+    reference.save_pretrained("theirs", max_shard_size="20kB")
+    assert len([*Path("theirs").glob("*.safetensors")]) > 1
+    word_tokenizer(V - 8).save(Path("theirs"), max_length=48)
+    main(["import-hf", "theirs", "ours.ckpt"])
+    checkpoint = Checkpoint.open(Path("ours.ckpt"))
+    loaded, _ = load_model(checkpoint.path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    resolved = {"n_kv_heads": model.config.kv_heads, "d_head": model.config.head_dim}
+    assert vars(checkpoint.config) == {**vars(model.config), **resolved, "d_ff": model.config.mlp_width}
+    main(["export-hf", "ours.ckpt", "again"])
+    again = AutoModelForCausalLM.from_pretrained("again", local_files_only=True)
+    assert type(again).__name__ == family.architecture
+    for key, tensor in reference.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    ids = torch.arange(20)[None]
+    assert_close(again.eval()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
+    _, reference = reference_of(make_model(**QWEN3))
+    reference.to(torch.bfloat16).save_pretrained(tmp_path)
+    word_tokenizer(V - 8).save(tmp_path, max_length=48)
+    found = import_model(str(tmp_path), "X")["state_dict"]["model.token_embedding.weight"]
+    assert torch.equal(found, reference.state_dict()["model.embed_tokens.weight"].float())
+
+
+REFUSED = {
+    "yarn": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type='yarn'",
+    ),
+    "of old": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "biases of attention": ({"attention_bias": True}, "attention_bias=True"),
+    "a sliding window": ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window=True"),
+    "another kind": ({"model_type": "mamba"}, "'mamba'; import one of gpt2, llama, qwen3"),
+    "more layers": (
+        {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
+        "says 3 layers, and the weights are of 2",
+    ),
+    "other heads": ({"num_key_value_heads": 1}, "self_attn.k_proj.weight is [36, 36], and by"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_computes_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    changes, message = REFUSED[name]
+    reference_of(make_model(**QWEN3))[1].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if "rope_scaling" in changes:
+        del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UserError) as error:
+        import_model(str(tmp_path), "X")
+    assert message in str(error.value) and str(error.value).startswith(f"X={tmp_path}: ")
+
+
+@pytest.mark.parametrize("change, problem", [("gone", "lack"), ("more", "hold unknown")])
+def test_missing_and_unknown_weights_are_named(change: str, problem: str, tmp_path: Path) -> None:
+    _, reference = reference_of(make_model(**LLAMA, tie_embeddings=False))
+    reference.save_pretrained(tmp_path)
+    weights = dict(reference.state_dict())
+    key = "model.layers.1.self_attn.q_norm.weight"
+    if change == "gone":
+        key = "model.layers.1.self_attn.q_proj.weight"
+        del weights[key]
+    else:
+        weights[key] = torch.ones(12)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"the weights {problem} {key}"):
+        import_model(str(tmp_path), "X")
+
+
+@pytest.mark.parametrize(
+    "options, odd",
+    [
+        ({**LLAMA, "norm": "layer"}, "model.config.norm=layer"),
+        ({**LLAMA, "activation": "gelu"}, "model.config.activation=gelu"),
+        ({**QWEN3, "bias": True}, "model.config.bias=True"),
+        ({"activation": "swiglu"}, "model.config.activation=swiglu"),
+        ({"n_kv_heads": 1}, "model.config.n_kv_heads=1"),
+        ({"qk_norm": True}, "model.config.qk_norm=True"),
+        ({"d_head": 8}, "model.config.d_head=8"),
+    ],
+)
+def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, Any], odd: str) -> None:
+    with pytest.raises(UserError) as error:
+        family_of(make_model(**options).config)
+    assert f"{odd} with positions=" in str(error.value)
