@@ -80,7 +80,15 @@ class Checkpoint:
                 f"ckpt_path={self.path}: the checkpoint holds no tokenizer, as its Trainer had no "
                 "TextDataModule; set module.tokenizer before it is saved"
             )
-        return TextTokenizer.from_dict(self.contents.get(TOKENIZER_KEY) or self.data["tokenizer"])
+        try:
+            found = TextTokenizer.from_dict(self.contents.get(TOKENIZER_KEY) or self.data["tokenizer"])
+        except UserError as error:
+            raise UserError(f"ckpt_path={self.path}: {error}; name another") from None
+        largest, size = max(found.vocab_size - 1, *found.eos_token_ids), self.config.vocab_size
+        if largest >= size:
+            problem = f"its tokenizer has ids up to {largest}, its model 0 to {size - 1}"
+            raise UserError(f"ckpt_path={self.path} does not fit itself: {problem}; name another")
+        return found
 
     @cached_property
     def digest(self) -> str:

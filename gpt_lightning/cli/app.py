@@ -191,8 +191,7 @@ class GPTLightningCLI(LightningCLI):
         checkpoint = self._origin.checkpoint
         if checkpoint is None:
             return datamodule.vocab_size
-        if self.verb != "predict":  # which has no text, and gets its tokenizer when the Trainer restores it
-            datamodule.use_tokenizer(checkpoint.tokenizer)
+        datamodule.use_tokenizer(checkpoint.tokenizer)
         return checkpoint.config.vocab_size
 
     @override

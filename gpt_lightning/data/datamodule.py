@@ -304,11 +304,11 @@ class TextDataModule(LightningDataModule):
             "text": self.trained_text.described,
         }
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.trainer is None or self.trainer.state.fn == "fit":
-            self.trained_text.resume(state_dict)
-        tokenizer = TextTokenizer.from_dict(state_dict["tokenizer"])
+    def _take_tokenizer(self, saved: dict[str, Any]) -> None:
+        """Takes a checkpoint's, whose ids its model knows, unless it is there already."""
+        if self._text_tokenizer is not None and self._text_tokenizer.state == saved:
+            return
+        tokenizer = TextTokenizer.from_dict(saved)
         if self._text_tokenizer is None:
             self.use_tokenizer(tokenizer)
         elif self._text_tokenizer.fingerprint == tokenizer.fingerprint:
@@ -317,4 +317,10 @@ class TextDataModule(LightningDataModule):
             problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
             remedy = "train anew, or leave data.tokenizer and the text as they were"
             raise UserError(f"{problem}, whose ids the model knows; {remedy}")
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self.trained_text.resume(state_dict)
+        self._take_tokenizer(state_dict["tokenizer"])
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

@@ -153,7 +153,9 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_str(state["tokenizer_json"])
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"the saved tokenizer cannot be read ({first_line(error)})") from None
-        return cls(tokenizer, state["eos_token"], state.get("eos_token_ids", ()))
+        if tokenizer.token_to_id(eos_token := state["eos_token"]) is None:
+            raise UserError(f"the saved tokenizer has no token {eos_token!r}, its eos_token")
+        return cls(tokenizer, eos_token, state.get("eos_token_ids", ()))
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], "TextTokenizer"], tuple[dict[str, Any]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
