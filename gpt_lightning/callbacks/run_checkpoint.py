@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from gpt_lightning.checkpoint.callback_states import problem_of_saver
 from gpt_lightning.checkpoint.files import is_own, lies_in
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
@@ -279,6 +280,8 @@ def _of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str
 
     What it names is removed when better ones come, or given to loggers, and anybody may have written it.
     """
+    if (problem := problem_of_saver(callback.state_key, state)) is not None:
+        raise UserError(f"ckpt_path: the checkpoint {problem}")
     former, folder = Path(str(state["dirpath"])), Path(str(callback.dirpath))
     paths = [path for path in (*state["best_k_models"], state["best_model_path"]) if path]
     here = {path: str(folder / Path(path).name) for path in paths if Path(path).parent == former}

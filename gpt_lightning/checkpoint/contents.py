@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from gpt_lightning.checkpoint.callback_states import TRAINED_KEY
 from gpt_lightning.checkpoint.files import (
     FOLDER_KEY,
     OPTIMIZERS,
@@ -25,7 +26,14 @@ from gpt_lightning.checkpoint.training_state import (
     problems_of_resume,
     problems_of_training,
 )
-from gpt_lightning.checkpoint.values import is_count, is_number, problem_of_values, short
+from gpt_lightning.checkpoint.values import (
+    FLOATS,
+    is_count,
+    is_named,
+    is_number,
+    problem_of_values,
+    short,
+)
 from gpt_lightning.checkpoint.weights import CONFIG_KEY, differences, groups_of_ours, problems_of_weights
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
@@ -127,10 +135,14 @@ def layers_of_child_class(contents: Mapping[str, Any]) -> str | None:
 
 
 def other_layers(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Lists in what two state dicts differ by name or by shape; nothing where they do not."""
-    return differences(*(
-        {name: list(getattr(value, "shape", [])) for name, value in each.items()} for each in (own, given)
-    ))
+    """Lists in what two state dicts differ by name, shape or kind of numbers; nothing where they do not."""
+    return differences(*({name: _form(value) for name, value in each.items()} for each in (own, given)))
+
+
+def _form(value: Any) -> Any:
+    """Returns the shape of a tensor, and the type of its numbers where PyTorch would change their kind."""
+    shape = list(getattr(value, "shape", []))
+    return shape if getattr(value, "dtype", None) in (None, *FLOATS) else f"{shape} of {value.dtype}"
 
 
 # ---- problems, in the order in which they are looked for: the first one found is told
@@ -163,9 +175,12 @@ def _problems(checkpoint: Any) -> Iterator[str]:
         is_ours = MODULE_KEY not in checkpoint
         if not is_ours and type(checkpoint[MODULE_KEY]) is not str:
             yield f"holds {MODULE_KEY}={short(checkpoint[MODULE_KEY])}; name another"
-        if checkpoint.get(WEIGHTS):  # those of a sharded checkpoint are in files of their own
-            if is_ours:  # a child class's layers are its own business, when they are loaded
-                yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), checkpoint[WEIGHTS])
+        if FOLDER_KEY not in checkpoint:  # the weights of a sharded checkpoint are in files of their own
+            for key in (WEIGHTS, *({TRAINED_KEY} & checkpoint.keys())):
+                if not is_named(weights := checkpoint.get(key)) or not weights:
+                    yield f"holds {key}={short(weights)}, no weights; name another"
+                if is_ours:  # a child class's layers are its own business, when they are loaded
+                    yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
             groups = groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
             yield from problems_of_optimizers(checkpoint, groups)
         yield from _problems_of_notes(checkpoint)

@@ -177,7 +177,7 @@ def _problems_of_entry(
                 yield f"{what} is no ordinary tensor"
         elif is_adams and name != "step":
             yield f"{what} is {short(value)}"
-        if name == "step" and not (is_number(value) and value >= 0):
+        if name == "step" and not (is_number(value) and float(value) >= 0):
             yield f"{what} is {short(value)}"
         elif name in _LIKE_PARAMETERS and parameter is not None:
             yield from _problems_of_moment(value, what, parameter, is_ours)

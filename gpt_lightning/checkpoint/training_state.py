@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from gpt_lightning.checkpoint.values import is_count, is_number, numbers, short
+from gpt_lightning.checkpoint.callback_states import problems_of_averaging, problems_of_callbacks
+from gpt_lightning.checkpoint.values import is_count, is_named, is_number, numbers, short
 
 LIGHTNING_KEY = "pytorch-lightning_version"
 _LIGHTNING_VERSION = re.compile(r"[2-9]\.\d{1,3}(\.\d{1,3})?((a|b|rc|\.post|\.?dev)\d{1,9})*(\+[a-z0-9]+)?")
@@ -32,14 +33,14 @@ _EPOCH_STATES = [
     for part in ("", "automatic_optimization.", "manual_optimization.", "val_loop.")
 ]
 _SCHEDULE: dict[str, Callable[[Any, int], bool]] = {
-    **dict.fromkeys(("base_lrs", "_last_lr"), lambda value, groups: numbers(value, groups)),
+    "base_lrs": lambda value, groups: numbers(value, groups) and all(rate >= 0 for rate in value),
+    "_last_lr": lambda value, groups: numbers(value, groups),
     **dict.fromkeys(("last_epoch", "_step_count"), lambda value, groups: is_count(value)),
     **dict.fromkeys(("_is_initial", "_get_lr_called_within_step"), lambda value, groups: type(value) is bool),
     "lr_lambdas": lambda value, groups: value == [None] * groups,
 }
 _RESUME_FLAGS = ("validation_is_due", "validation_is_done", "epoch_is_finished")
 _POSITION = ("consumed_samples", "batches", "epoch_batches")
-_SAVER_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 def problems_of_training(checkpoint: Mapping[str, Any]) -> Iterator[str]:
@@ -51,7 +52,8 @@ def problems_of_training(checkpoint: Mapping[str, Any]) -> Iterator[str]:
         if key in checkpoint and not is_count(checkpoint[key]):
             yield f"holds {key}={short(checkpoint[key])}, no count; name another"
     yield from _problems_of_loops(checkpoint)
-    yield from _problems_of_callbacks(checkpoint.get("callbacks", {}))
+    yield from problems_of_callbacks(checkpoint.get("callbacks", {}))
+    yield from problems_of_averaging(checkpoint)
 
 
 def _at(value: Any, place: str) -> Any:
@@ -59,10 +61,6 @@ def _at(value: Any, place: str) -> Any:
     for key in place.split("/"):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _is_named(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(key) is str for key in value)
 
 
 # ---- Lightning's
@@ -92,7 +90,7 @@ def _problems_of_loops(checkpoint: Mapping[str, Any]) -> Iterator[str]:
 
 def problem_of_schedulers(states: Any, groups: int) -> str | None:
     """Says what is wrong with the states of learning-rate schedules over so many groups of parameters."""
-    if not isinstance(states, list) or not all(_is_named(state) for state in states):
+    if not isinstance(states, list) or not all(is_named(state) for state in states):
         return f"holds lr_schedulers={short(states)}, no schedules; name another"
     for state in states:
         for name in _SCHEDULE.keys() & {*state, "base_lrs", "last_epoch"}:
@@ -100,37 +98,12 @@ def problem_of_schedulers(states: Any, groups: int) -> str | None:
                 return f"holds {name}={short(state.get(name))} in lr_schedulers; name another"
         for name in state:
             # PyTorch makes them attributes, which would hide those of the class.
-            if name not in _SCHEDULE and hasattr(LambdaLR, name):
+            if name == "optimizer" or name not in _SCHEDULE and hasattr(LambdaLR, name):
                 return f"holds {short(name)}, no part of a schedule, in lr_schedulers; name another"
     return None
 
 
-# ---- the callbacks'
-
-
-def _problems_of_callbacks(states: Any) -> Iterator[str]:
-    if not _is_named(states) or not all(isinstance(state, dict) for state in states.values()):
-        yield f"holds callbacks={short(states)}, no states of callbacks; name another"
-        return
-    if not is_count(states.get("FiniteGuard", {}).get("skipped_steps", 0)):
-        yield f"holds FiniteGuard={short(states['FiniteGuard'])}; name another"
-    for key, state in states.items():
-        if "best_k_models" in state and (name := _odd_part_of_saver(state)) is not None:
-            yield f"holds {name}={short(state.get(name))} as a state of {short(key)}; name another"
-
-
-def _odd_part_of_saver(state: Mapping[str, Any]) -> str | None:
-    """Returns the name of what is of another kind in the state of a ModelCheckpoint."""
-    best = state["best_k_models"]
-    if not _is_named(best) or not all(_is_score(score) for score in best.values()):
-        return "best_k_models"
-    if type(state.get("dirpath")) not in (str, type(None)):
-        return "dirpath"
-    return next((name for name in _SAVER_PATHS if type(state.get(name)) is not str), None)
-
-
-def _is_score(score: Any) -> bool:
-    return is_number(score) or isinstance(score, Tensor) and score.numel() == 1 or type(score) is float
+# ---- ours
 
 
 def problems_of_resume(saved: Any) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Holds values from a file to what plain data is: containers, finite numbers, ordinary tensors."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,10 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_named(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(key) is str for key in value)
+
+
 def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_COUNT
 
@@ -30,7 +33,7 @@ def is_number(value: Any) -> bool:
         if value.numel() != 1 or value.is_meta or value.layout != torch.strided or value.is_complex():
             return False
         value = value.item()
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) < 1e300  # which NaN is not
 
 
 def numbers(value: Any, length: int | None = None) -> bool:

@@ -141,9 +141,13 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("moment: shared", ENTRIES, shared),
     ("moment: needs gradients", MOMENT, lambda tensor: torch.nn.Parameter(tensor)),
     ("head: another", HEAD, lambda tensor: tensor + 1),
+    *((f"weights: {value}", ("state_dict",), value) for value in (7, None, {}, [1])),
+    ("weights: gone", ("state_dict",), GONE),
+    ("weights: no name", ("state_dict", 3), torch.zeros(1)),
     ("step: nan", (*ENTRIES, 2, "step"), torch.tensor(float("nan"))),
     ("step: many", (*ENTRIES, 2, "step"), torch.ones(3)),
     ("step: below 0", (*ENTRIES, 2, "step"), torch.tensor(-1.0)),
+    ("step: one byte", (*ENTRIES, 2, "step"), torch.tensor(-1.0).to(torch.float8_e4m3fn)),
     ("step: a word", (*ENTRIES, 2, "step"), "x"),
     ("entry: lacks a moment", MOMENT, GONE),
     ("entry: one more", (*ENTRIES, 2, "max_exp_avg_sq"), torch.zeros(48, 16)),
@@ -165,6 +169,7 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     ),
     ("group: initial_lr 0", (*GROUP, "initial_lr"), 0.0),
     ("group: lr nan", (*GROUP, "lr"), float("nan")),
+    ("group: lr beyond all floats", (*GROUP, "lr"), 10**400),
     ("group: amsgrad", (*GROUP, "amsgrad"), True),
     ("optimizers: a number", ("optimizer_states",), 7),
     ("optimizers: numbers", ("optimizer_states",), [7]),
@@ -196,7 +201,9 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
         for name in ("base_lrs", "last_epoch", "lr_lambdas", "_last_lr")
     ),
     ("schedule: another length", (*SCHEDULE, "base_lrs"), [0.1]),
+    ("schedule: below 0", (*SCHEDULE, "base_lrs"), [-0.1, -0.1]),
     ("schedule: a method", (*SCHEDULE, "get_lr"), 1),
+    ("schedule: an optimizer", (*SCHEDULE, "optimizer"), 1),
     ("schedule: a function's", (*SCHEDULE, "lr_lambdas"), [{"a": 1}, None]),
     *((f"resume: {value}", ("resume",), value) for value in ({}, 7, [])),
     *((f"random: {value}", ("resume", "random_states"), value) for value in ({}, [], [7], [{}])),
@@ -242,6 +249,26 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("a circle", ("more",), circle),
     ("doubled", ("more",), doubled),
 ]
+
+
+TOKENIZERS: dict[str, tuple[str, Any]] = {
+    "no JSON": ("tokenizer_json", "{"),
+    "no eos_token": ("eos_token", "<nowhere>"),
+    "an empty eos_token": ("eos_token", ""),
+    "an end beyond the model": ("eos_token_ids", [300]),
+    "an id beyond the model": ("tokenizer_json", lambda text: text.replace('"A":33', '"A":5000')),
+}
+
+
+@pytest.mark.parametrize("name, value", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_a_tokenizer_of_another_model_is_refused(
+    name: str, value: Any, trained: dict[str, Any], tmp_path: Path
+) -> None:
+    put(trained, ("TextDataModule", "tokenizer", name), value)
+    write(trained, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError) as error:
+        print(Checkpoint.open(tmp_path / "evil.ckpt").tokenizer)
+    assert str(error.value).startswith(f"ckpt_path={tmp_path}/evil.ckpt") and "\n" not in str(error.value)
 
 
 # What a class of one's own may have saved too: it is compared with the run's optimizer when that is built.

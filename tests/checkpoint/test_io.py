@@ -243,10 +243,10 @@ def test_files_are_as_readable_as_any(tmp_path: Path) -> None:
 
 def test_the_plugin_reads_what_is_being_written(disk: SlowDisk, tmp_path: Path) -> None:
     plugin = DurableCheckpointIO()
-    plugin.save_checkpoint({"gpt_config": {}, "step": 4}, tmp_path / "last.ckpt", BACKGROUND)
+    plugin.save_checkpoint({"step": 4}, tmp_path / "last.ckpt", BACKGROUND)
     disk.let_go(1)
     assert plugin.load_checkpoint(tmp_path / "last.ckpt")["step"] == 4
-    plugin.save_checkpoint({"gpt_config": {}, "step": 5}, tmp_path / "last.ckpt", BACKGROUND)
+    plugin.save_checkpoint({"step": 5}, tmp_path / "last.ckpt", BACKGROUND)
     disk.let_go(1)
     plugin.remove_checkpoint(tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
