@@ -282,7 +282,9 @@ def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[s
         for key, meta in tensors_in(path, f"{WEIGHTS}/")
     }
     match checkpoint.get(TIED_KEY):
-        case dict(tied) if all(type(name) is str and tied[name] in weights for name in tied):
+        case dict(tied) if is_named(tied) and all(
+            tied[name] in weights and name not in weights for name in tied
+        ):
             weights |= {name: weights[original] for name, original in tied.items()}
         case other:
             yield f"holds {TIED_KEY}={short(other)}; name another"

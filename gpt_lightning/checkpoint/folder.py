@@ -60,6 +60,8 @@ def read_rest(folder: Path) -> dict[str, Any]:
         check_bytes(folder / REST)
         check_pickles(folder / REST)
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+        if not isinstance(rest, dict):
+            raise UserError(f"{REST} is a {type(rest).__name__}")
     return {**rest, FOLDER_KEY: str(folder)}
 
 

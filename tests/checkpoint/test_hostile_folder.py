@@ -156,9 +156,16 @@ def test_a_table_of_another_folder_is_refused(change: Callable[[Metadata], objec
     [
         *(("digests", value) for value in (7, {"../../x": "0"}, {"/etc/passwd": "0"}, {".metadata": 7})),
         *(("tied_parameters", value) for value in (7, None, {"a": "b"}, {"model.lm_head.weight": 3})),
+        ("tied_parameters", {"model.ln_f.weight": "model.blocks.0.ln_1.weight"}),
+        ("tied_parameters", {3: "model.token_embedding.weight"}),
         *(("optimizer_states", value) for value in (7, [7], {})),
     ],
 )
 def test_names_beside_the_tensors_are_held_to_them(key: str, value: Any, folder: Path) -> None:
     change_rest(folder, lambda rest: rest.update({key: value}))
     complaint(folder)
+
+
+def test_a_rest_that_is_no_dictionary_is_refused(folder: Path) -> None:
+    write([1], folder / "rest.pt")
+    assert "rest.pt is a list" in complaint(folder)
