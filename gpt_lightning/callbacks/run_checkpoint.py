@@ -15,13 +15,12 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.callback_states import problem_of_saver
 from gpt_lightning.checkpoint.files import is_own, lies_in
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.training.own_checkpoints import forget_other_folders, of_own_folder, savers
 from gpt_lightning.training.trainer import (
     can_stop_early,
     is_end_of_epoch,
@@ -119,7 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
         plugin = strategy.checkpoint_io
         self._writer = plugin if one_file and isinstance(plugin, DurableCheckpointIO) else None
         if isinstance(plugin, DurableCheckpointIO):  # which is not told of sharded checkpoints
-            plugin.folders |= {Path(str(callback.dirpath)) for callback in _savers(trainer)}
+            plugin.folders |= {Path(str(callback.dirpath)) for callback in savers(trainer)}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,50 +258,12 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Has all that save checkpoints in this Trainer know their own alone."""
-        states = checkpoint.get("callbacks", {})
-        for callback in _savers(trainer):
-            if callback is not self and callback.state_key in states:
-                states[callback.state_key] = _of_own_folder(callback, states[callback.state_key])
+        forget_other_folders(trainer, checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the best checkpoints that lie in this run's folder, also if it was moved."""
-        super().load_state_dict(_of_own_folder(self, state_dict))
-
-
-def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state with the checkpoints that are right in the callback's folder, and no other path.
-
-    What it names is removed when better ones come, or given to loggers, and anybody may have written it.
-    """
-    if (problem := problem_of_saver(callback.state_key, state)) is not None:
-        raise UserError(f"ckpt_path: the checkpoint {problem}")
-    former, folder = Path(str(state["dirpath"])), Path(str(callback.dirpath))
-    paths = [path for path in (*state["best_k_models"], state["best_model_path"]) if path]
-    here = {path: str(folder / Path(path).name) for path in paths if Path(path).parent == former}
-    # Ranks have to decide alike, and may not all see the folder.
-    own = [path for path in here.values() if is_own(folder, Path(path)) and Path(path).name != LAST]
-    present = gathered(own)[0]
-    scores = {here[path]: score for path, score in state["best_k_models"].items() if path in here}
-    sign = 1 if callback.mode == "min" else -1
-    ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
-    ranked = ranked[: callback.save_top_k] if callback.save_top_k > 0 else ranked
-    newest = here.get(state["best_model_path"])
-    is_full = bool(ranked) and len(ranked) == callback.save_top_k
-    return {
-        "dirpath": callback.dirpath,  # of another one Lightning forgets all but one path
-        "best_k_models": {path: scores[path] for path in ranked},
-        "best_model_path": ranked[0] if ranked else newest if newest in present else "",
-        "best_model_score": scores[ranked[0]] if ranked else None,
-        "kth_best_model_path": ranked[-1] if is_full else "",
-        "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
-        "last_model_path": str(folder / LAST) if state["last_model_path"] else "",
-    }
+        super().load_state_dict(of_own_folder(self, state_dict))
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

@@ -44,6 +44,7 @@ from gpt_lightning.training.optim import (
     build_schedule,
     raise_peak,
 )
+from gpt_lightning.training.own_checkpoints import forget_other_folders
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
@@ -319,6 +320,7 @@ class GPTLightningModule(LightningModule):
         self._last_validation = checkpoint.get(VALIDATION_KEY)
         if self._trainer is not None:
             warn_of_inexact_resume(self.trainer)
+            forget_other_folders(self.trainer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""Has all that save checkpoints in a Trainer know those of their own folder alone, whatever a file says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from gpt_lightning.checkpoint.callback_states import problem_of_saver
+from gpt_lightning.checkpoint.files import is_own
+from gpt_lightning.checkpoint.runs import LAST
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.ranks import gathered
+
+
+def forget_other_folders(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Takes from the states in a checkpoint what lies elsewhere, before the callbacks take them."""
+    states = checkpoint.get("callbacks", {})
+    for saver in savers(trainer) if trainer.state.fn == TrainerFn.FITTING else ():
+        is_here = "://" not in str(saver.dirpath)  # else on a server, of whose names nothing is known
+        if is_here and saver.state_key in states:
+            states[saver.state_key] = of_own_folder(saver, states[saver.state_key])
+
+
+def savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state with the checkpoints that are right in the callback's folder, and no other path.
+
+    What it names is removed when better ones come, or given to loggers, and anybody may have written it.
+    """
+    if (problem := problem_of_saver(callback.state_key, state)) is not None:
+        raise UserError(f"ckpt_path: the checkpoint {problem}")
+    former, folder = Path(str(state["dirpath"])), Path(str(callback.dirpath))
+    paths = [path for path in (*state["best_k_models"], state["best_model_path"]) if path]
+    here = {path: str(folder / Path(path).name) for path in paths if Path(path).parent == former}
+    # Ranks have to decide alike, and may not all see the folder.
+    own = [path for path in here.values() if is_own(folder, Path(path)) and Path(path).name != LAST]
+    present = gathered(own)[0]
+    scores = {here[path]: score for path, score in state["best_k_models"].items() if path in here}
+    sign = 1 if callback.mode == "min" else -1
+    ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))
+    ranked = ranked[: callback.save_top_k] if callback.save_top_k > 0 else ranked
+    newest = here.get(state["best_model_path"])
+    is_full = bool(ranked) and len(ranked) == callback.save_top_k
+    return {
+        "dirpath": callback.dirpath,  # of another one Lightning forgets all but one path
+        "best_k_models": {path: scores[path] for path in ranked},
+        "best_model_path": ranked[0] if ranked else newest if newest in present else "",
+        "best_model_score": scores[ranked[0]] if ranked else None,
+        "kth_best_model_path": ranked[-1] if is_full else "",
+        "kth_value": scores[ranked[-1]] if is_full else torch.tensor(sign * float("inf")),
+        "last_model_path": str(folder / LAST) if state["last_model_path"] else "",
+    }
