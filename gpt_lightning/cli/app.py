@@ -35,6 +35,7 @@ from gpt_lightning.cli.checks import (
     check_monitors,
     check_options,
     check_paths,
+    check_whole_weights,
     warn_of_untrained_positions,
 )
 from gpt_lightning.cli.config_file import complete_words
@@ -208,6 +209,7 @@ class GPTLightningCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
         if isinstance(strategy := self.trainer.strategy, TensorParallelDDPStrategy):
             strategy.check(self.model)
+            check_whole_weights(self.trainer.callbacks)
             if self.verb == "fit" and strategy.sequence_parallel:
                 check_sequence(self.datamodule.seq_len, strategy.tensor_parallel_size)
 

@@ -142,6 +142,10 @@ def test_a_sharded_run_is_resumed_and_consolidated(
             "data.seq_len=15 is not divisible by trainer.strategy.tensor_parallel_size=2",
         ),
         (strategy(0, 2), "trainer.strategy.tensor_parallel_size=0 is below 1"),
+        (
+            [*strategy(2, 2), "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"],
+            "trainer.callbacks: EMAWeightAveraging averages whole weights",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
