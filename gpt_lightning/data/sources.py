@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -37,10 +37,13 @@ def _resolve(pattern: str, option: str) -> list[str]:
     if pattern == SOURCE_NAME:
         return [SOURCE_NAME]
     path = os.path.abspath(os.path.expanduser(pattern))
-    matches = [path] if os.path.exists(path) else glob(path, recursive=True)
+    # What is there by just that name is no pattern, whatever brackets and stars it has.
+    there = next(name for name in (path, *map(str, Path(path).parents)) if os.path.exists(name))
+    beyond = path[len(there) :]
+    matches = glob(escape(there) + beyond, recursive=True)
     if os.path.isfile(path) and not path.endswith(SUFFIXES):
         raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
-    if not matches and not has_magic(path):
+    if not matches and not has_magic(beyond):
         raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
     found = {file for match in matches for file in _files_under(Path(match))}
     files = {file for file in found if file.name.endswith(SUFFIXES) and file.is_file()}

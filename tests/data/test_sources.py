@@ -18,6 +18,20 @@ def test_sources_expand_in_order_without_repeats(tmp_path: Path) -> None:
     assert resolve_sources([str(tmp_path / "**" / "*.gz"), "python:docs"], "x") == [c, "python:docs"]
 
 
+def test_a_folder_is_no_pattern_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x[1]/a.txt", "x[1]/sub*/b.txt", "x1/other.txt", "x[1]/subs/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    folder = tmp_path / "x[1]"
+    monkeypatch.chdir(folder)
+    for pattern in ("*.txt", str(folder / "*.txt"), "../x[1]/[ab].txt"):
+        assert resolve_sources([pattern], "data.train_files") == [str(folder / "a.txt")]
+    assert resolve_sources(["sub*/*.txt"], "data.train_files") == [str(folder / "sub*" / "b.txt")]
+    assert resolve_sources(["../x[12]/*.txt"], "data.train_files") == [str(tmp_path / "x1" / "other.txt")]
+    with pytest.raises(ValueError, match="none.txt does not exist; check"):
+        resolve_sources(["none.txt"], "data.train_files")
+
+
 def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_text("x")
     (tmp_path / "empty").mkdir()
