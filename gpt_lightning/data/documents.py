@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
@@ -69,6 +69,14 @@ def read_pieces(
         yield from _pieces(Piece(text, ends_document=False) for text in _decoded(source, on_bytes))
     else:
         yield from _pieces(_separated(_decoded(source, on_bytes), document_separator))
+
+
+def occurs_in(separator: str, source: str) -> bool:
+    """Tells whether something separates documents in a source, of which it reads no more than to there."""
+    if source == SOURCE_NAME or not source.endswith((".txt", ".txt.gz", ".txt.zst")):
+        return False
+    parts = _separated(_decoded(source, lambda n_bytes: None), separator)
+    return sum(1 for _ in islice((part for part in parts if part.ends_document), 2)) == 2
 
 
 def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:

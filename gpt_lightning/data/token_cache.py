@@ -6,6 +6,7 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 1 TB.
 """
 
+import logging
 import os
 from array import array
 from collections import defaultdict
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 
 from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
-from gpt_lightning.data.documents import Piece, read_pieces, utf8_length
+from gpt_lightning.data.documents import Piece, occurs_in, read_pieces, utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
 from gpt_lightning.data.progress import reading, waiting
@@ -37,6 +39,8 @@ from gpt_lightning.data.tokenizer import (
     train_bpe,
 )
 from gpt_lightning.exit_codes import UserError
+
+_log = logging.getLogger("gpt_lightning")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Corpus:
     @property
     def sources(self) -> tuple[str, ...]:
         return self.train_files + self.val_files + self.test_files
+
+    @property
+    def is_separated(self) -> bool:
+        """Tells whether a separator that is given occurs anywhere."""
+        separator = self.document_separator
+        return separator is None or any(occurs_in(separator, source) for source in self.sources)
 
     def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
         for file in files:
@@ -164,7 +174,7 @@ def prepare_tokens(
         counts = _write_tokens(folder, corpus, tokenizer, dropped)
         if corpus.train_files:
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
-        return counts
+        return {**counts, "is_separated": corpus.is_separated}
 
     with built_folder(cache_dir, "tokens", settings, corpus.sources, build, check_sources) as (folder, built):
         order: tuple[str, ...] = ("train", "val", "test")
@@ -172,7 +182,16 @@ def prepare_tokens(
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
             split.map()
+    if not built.get("is_separated", True):  # not known of old caches
+        rank_zero_only(_log.warning)("warning: %s", separator_warning(str(corpus.document_separator)))
     return splits
+
+
+def separator_warning(separator: str) -> str:
+    """Says of a separator that it occurs nowhere."""
+    problem = f"data.document_separator={separator!r} stands in no .txt file, and each is one document"
+    escapes = r""" (a line break is $'\n' in a shell, "\n" in a file)""" if "\\" in separator else ""
+    return f"{problem}; leave it out, or give what stands between documents{escapes}"
 
 
 def loss_warning(losing: list[TokenSplit]) -> str:

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def encode_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def hear_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="gpt_lightning")
+
+
+@pytest.mark.parametrize("separator, occurs", [("\n\n", True), ("three", True), ("\\n\\n", False)])
+def test_a_separator_that_occurs_nowhere_is_told_whenever_the_text_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, separator: str, occurs: bool
+) -> None:
+    (first := tmp_path / "a.txt").write_text("one\n\ntwo")
+    (other := tmp_path / "b.txt").write_text("two\n\nthree")
+    separated = replace(corpus(first, val=(other, write_documents(tmp_path / "c.jsonl"))), val_fraction=0.0)
+    for _ in range(2):
+        caplog.clear()
+        prepare_tokens(replace(separated, document_separator=separator), BYTES, str(tmp_path / "cache"))
+        line = f"warning: data.document_separator={separator!r} stands in no .txt file, and each is one"
+        assert (line in caplog.text) == (not occurs)
+        assert ("a line break is $'\\n' in a shell" in caplog.text) == (not occurs)
 
 
 def test_splits_hold_every_document_once(tmp_path: Path) -> None:
