@@ -45,6 +45,7 @@ from gpt_lightning.cli.model_class import DEFAULT_CLASS, names_a_class
 from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_settings
 from gpt_lightning.cli.ranks import (
     build_without_memory,
+    check_environment,
     check_launcher,
     check_options_under_launcher,
     follow_launcher,
@@ -247,7 +248,10 @@ class GPTLightningCLI(LightningCLI):
             settings["check_val_every_n_epoch"] = None
         try:
             trainer = GPTTrainer(**settings)
+            check_environment(trainer)
         except RuntimeError as error:
+            if "SLURM" in str(error):
+                raise UserError(shorten(str(error))) from error
             if "more than one stateful callback" not in str(error):
                 raise
             kind, remedy = shorten(str(error)).partition(". ")[0], "+= adds to those of the configuration"

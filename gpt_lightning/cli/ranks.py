@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
@@ -26,6 +27,7 @@ LAUNCHERS = {
     "PMI_SIZE": "PMI_RANK",
     "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
 }
+OF_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def is_tensor_parallel(settings: Any) -> bool:
@@ -41,6 +43,9 @@ def follow_launcher(settings: dict[str, Any]) -> None:
     """
     variables = os.environ
     if "TORCHELASTIC_RUN_ID" in variables:
+        if missing := [name for name in OF_TORCHRUN if not variables.get(name, "").isdecimal()]:
+            problem = f"TORCHELASTIC_RUN_ID is set, as torchrun does, and {', '.join(missing)} to no number"
+            raise UserError(f"{problem}; start it by torchrun, or unset TORCHELASTIC_RUN_ID")
         processes, nodes = int(variables["WORLD_SIZE"]), int(variables.get("GROUP_WORLD_SIZE", 1))
     elif "SLURM_STEP_NUM_TASKS" in variables and SLURMEnvironment.job_name() not in ("bash", "interactive"):
         processes, nodes = int(variables["SLURM_STEP_NUM_TASKS"]), int(variables.get("SLURM_NNODES", 1))
@@ -70,6 +75,19 @@ def check_launcher(devices: int, nodes: int) -> None:
                 f"with trainer.devices={devices}, trainer.num_nodes={nodes}; leave both out, make their "
                 f"product {processes}, or start one process"
             )
+    if this_rank() >= devices * nodes:  # which would leave all logs to another one
+        raise UserError(
+            f"this process is rank {this_rank()} (by RANK, LOCAL_RANK or SLURM_PROCID) of the "
+            f"{devices * nodes} that trainer.devices={devices}, trainer.num_nodes={nodes} make; unset what "
+            "another run has left over"
+        )
+
+
+def check_environment(trainer: Trainer) -> None:
+    """Raises now what Lightning would find when it starts: that srun was told of other numbers."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None:
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
 
 
 def build_without_memory(module: type[GPTLightningModule], *args: Any, **kwargs: Any) -> GPTLightningModule:

@@ -1,11 +1,13 @@
 """The processes of a launcher are one run, or none."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning_utilities.core.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
@@ -18,13 +20,15 @@ from gpt_lightning.cli.ranks import (
 from tests.distributed import run_ranks
 
 Config = Callable[..., Path]
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "0", "GROUP_WORLD_SIZE": "2"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
+TORCHRUN |= {"GROUP_WORLD_SIZE": "2"}
 SRUN = {"SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0"}
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*LAUNCHERS, *LAUNCHERS.values(), *TORCHRUN, *SRUN, "SLURM_JOB_NAME"]:
+    others = ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME")
+    for name in [*LAUNCHERS, *LAUNCHERS.values(), *TORCHRUN, *SRUN, *others]:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -76,6 +80,49 @@ def test_nodes_that_are_left_out_leave_nobody_alone(
     for alone in (1, "1"):
         with pytest.raises(ValueError, match="a launcher has started"):
             check_options_under_launcher(alone, 1)
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0"}])
+def test_what_torchrun_has_left_over_is_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"TORCHELASTIC_RUN_ID": "x"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="^TORCHELASTIC_RUN_ID is set, .*WORLD_SIZE.* no number; start"):
+        follow_launcher({"devices": "auto", "num_nodes": 1})
+
+
+def test_a_rank_that_is_none_of_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 2)  # as Lightning reads it from a LOCAL_RANK left over
+    check_launcher(1, 3)
+    with pytest.raises(ValueError, match="^this process is rank 2 .* of the 2 that trainer.devices=2"):
+        check_launcher(2, 1)
+
+
+@pytest.mark.parametrize(
+    "per_node, devices, message",
+    [
+        ({}, "auto", "You set `--ntasks=2` in your SLURM .* Use `--ntasks-per-node=2` instead"),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, "3", "`devices=3` .* `--ntasks-per-node=2` does not match"),
+    ],
+)
+def test_what_srun_is_told_otherwise_is_one_line(
+    per_node: dict[str, str],
+    devices: str,
+    message: str,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    srun = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in (srun | per_node).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(tiny_config()), "--run_name", "x", "--trainer.devices", devices])
+    assert exit.value.code == 2 and not Path("checkpoints/x").exists()
+    assert re.search(f"^error: .*{message}", capfd.readouterr().err, re.MULTILINE)
 
 
 def as_srun(words: list[str]) -> None:
