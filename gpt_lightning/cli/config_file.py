@@ -68,24 +68,25 @@ def _with_saved_config(words: list[str], values: dict[str, list[str]], given: st
     """Adds the configuration that was saved with the checkpoint that is meant.
 
     The `last` of a fit is of the run that the words name, by its name or by its own folder; one that has none
-    yet begins. Only where neither is named, it is of any run.
+    yet begins, as it was begun if it was. Only where neither is named, it is of any run.
     """
     is_fit, root = words[0] == "fit", _value(values, ROOT)
     folder, name, own = checkpoints_folder(root), _value(values, "--run_name"), _value(values, OWN_FOLDER)
     if is_fit and given == "last":
+        where = folder
         if own is not None:
-            newest = newest_checkpoint(Path(own))
+            newest = newest_checkpoint(where := Path(own))
         elif name is not None:
-            newest = newest_of_run(run_folder(folder, name))
+            newest = newest_of_run(where := run_folder(folder, name))
         else:
             newest = newest_checkpoint(folder, say)
-        if newest is None:
+        path = newest or where / "last.ckpt"
+        if newest is None and _config_of(path, folder) is None:
             return _with_config(words, _shipped_config(QUICKSTART))
-        path = newest
     else:
         path = find_checkpoint(given, folder, say)
-    if not path.exists():
-        return words
+        if not path.exists():
+            return words
     if (config := _config_of(path, folder)) is None:
         if not is_fit or step_of(path) != 0:
             raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
@@ -108,7 +109,7 @@ def _config_of(checkpoint: Path, folder: Path) -> str | None:
         return str(beside)
     written_there = []
     for config in folder.glob(f"*/{CONFIG_NAME}"):
-        with suppress(yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError, TypeError):
+        with suppress(yaml.YAMLError, OSError, UnicodeDecodeError, AttributeError, LookupError, TypeError):
             own = load_yaml(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
             if Path(own).resolve() == checkpoint.parent.resolve():
                 written_there.append(config)

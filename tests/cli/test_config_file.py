@@ -53,6 +53,16 @@ def test_a_named_run_that_has_no_checkpoint_begins(words: list[str]) -> None:
     assert completed[3:] == words
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_as_it_was_begun() -> None:
+    for run, own in (("a", "kept"), ("b", None)):
+        save(Path(f"checkpoints/{run}/last.ckpt"), checkpoint={"dirpath": own})
+        Path(f"checkpoints/{run}/last.ckpt").unlink()
+    words = complete_words(["fit", "--run_name", "b", *LAST])
+    assert file_of(words) == "checkpoints/b/config.yaml" and words[3:7] == ["--run_name", "b", *LAST]
+    words = ["--checkpoint.dirpath", "kept", *LAST]
+    assert complete_words(["fit", *words]) == ["fit", "--config", "checkpoints/a/config.yaml", *words]
+
+
 def test_the_last_of_a_named_run_is_its_own() -> None:
     for run in ("a", "b", "c-2"):
         save(Path(f"checkpoints/{run}/last.ckpt"))
