@@ -28,9 +28,11 @@ from gpt_lightning.checkpoint.training_state import (
 )
 from gpt_lightning.checkpoint.values import (
     FLOATS,
+    check_plain,
     is_count,
     is_named,
     is_number,
+    not_readable,
     problem_of_values,
     short,
 )
@@ -100,6 +102,14 @@ def check_contents(path: Path, checkpoint: Any) -> None:
         raise UserError(f"ckpt_path={path} {problem}")
 
 
+def check_readable(checkpoint: Mapping[str, Any]) -> None:
+    """Raises, before it is written, for what a child class or a callback adds and no reader would take."""
+    check_plain(checkpoint)
+    for key in _HYPER_PARAMETERS:
+        if (found := next(acting(checkpoint.get(key), key), None)) is not None:
+            raise not_readable(f"holds {found}")
+
+
 def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) -> None:
     """Raises where a model differs from the one whose weights it is to take; only its dropout may differ."""
     if CONFIG_KEY not in checkpoint:
@@ -159,7 +169,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
     if problem := problem_of_values(checkpoint):
         yield problem
     for key in _HYPER_PARAMETERS:
-        for found in _acting(checkpoint.get(key), key):
+        for found in acting(checkpoint.get(key), key):
             yield f"holds {found}; hyper-parameters are plain and import nothing: do not trust the file"
     if DATA_KEY in checkpoint:
         yield from _problems_of_data(checkpoint[DATA_KEY])
@@ -188,16 +198,16 @@ def _problems(checkpoint: Any) -> Iterator[str]:
             yield from problems_of_resume(checkpoint["resume"])
 
 
-def _acting(value: Any, place: str) -> Iterator[str]:
+def acting(value: Any, place: str) -> Iterator[str]:
     """Yields where a value, or a part of it, is no plain data, or could be taken for something to import."""
     if isinstance(value, dict):
         for key, part in value.items():
             if type(key) is not str or key in _CALLING_KEYS:
                 yield f"{place}[{short(key)}]"
-            yield from _acting(part, f"{place}.{key}")
+            yield from acting(part, f"{place}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, part in enumerate(value):
-            yield from _acting(part, f"{place}[{index}]")
+            yield from acting(part, f"{place}[{index}]")
     elif value is not None and type(value) not in (str, int, float, bool):
         yield f"a {type(value).__name__} as {place}"
 

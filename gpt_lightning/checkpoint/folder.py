@@ -19,6 +19,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.files import FOLDER_KEY, OPTIMIZERS, REST, WEIGHTS, check_bytes
 from gpt_lightning.checkpoint.pickles import check_pickles
 from gpt_lightning.checkpoint.table import CONTENTS, read_table
+from gpt_lightning.checkpoint.values import check_plain
 from gpt_lightning.exit_codes import UserError
 
 TIED_KEY = "tied_parameters"
@@ -33,6 +34,11 @@ def complaining(folder: Path) -> Generator[None, None, None]:
     except Exception as error:  # what a changed byte leads to may be anything
         reason = str(error).strip().split("\n")[-1][:120]
         raise UserError(f"ckpt_path={folder} cannot be read ({reason}); name another") from error
+
+
+def check_rest(rest: Mapping[str, Any]) -> None:
+    """Raises, before anything is written, for what no reader would take beside the tensors."""
+    check_plain(rest)
 
 
 def check_whole(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.contents import read_checked
+from gpt_lightning.checkpoint.contents import check_readable, read_checked
 from gpt_lightning.checkpoint.files import check_finite, named_tensors, remove_checkpoint, write
 
 Memory = dict[tuple[int, int], Tensor]  # buffers, by their number in a snapshot and their size
@@ -55,6 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Saves, and first raises the error of an earlier save that failed in the background."""
         options = storage_options or SaveOptions()
         self.finish()
+        check_readable(checkpoint)
         self.folders.add(Path(path).parent)
         if options.background:
             executor = ThreadPoolExecutor(1, "checkpoint writer")

@@ -2,8 +2,13 @@
 
 import re
 import zipfile
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from pickle import Pickler
+from typing import Any, BinaryIO
+
+from torch import Tensor
+from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
 
@@ -71,6 +76,33 @@ def _width(pickle: bytes, operation: int, start: int) -> int:
     if operation == _STOP:
         return 0
     raise UserError(f"has an operation ({operation:#04x}) of no checkpoint")
+
+
+def problem_of_pickling(value: Any, place: str = "") -> str | None:
+    """Says what in a value, but for its tensors, is none that a checkpoint may hold; None of a plain one."""
+    stream = BytesIO()
+    try:
+        _WithoutTensors(stream, protocol=2).dump(value)
+        check_pickle(stream.getvalue())
+        return None
+    except UserError as error:
+        problem = f"as {place} what {error}"
+    except Exception:  # a class may raise anything where it is asked to be pickled
+        problem = f"as {place} a {type(value).__name__}, which is no plain value"
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if (inner := problem_of_pickling(part, f"{place}.{key}".strip("."))) is not None:
+            return inner
+    return problem
+
+
+class _WithoutTensors(Pickler):
+    """Writes what torch.save would write, with a mark in the place of each tensor."""
+
+    @override
+    def persistent_id(self, value: Any) -> str | None:
+        return "a tensor" if isinstance(value, Tensor) else None
 
 
 class _Depths:

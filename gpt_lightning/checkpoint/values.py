@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.checkpoint.pickles import DEEPEST
+from gpt_lightning.checkpoint.pickles import DEEPEST, problem_of_pickling
 from gpt_lightning.exit_codes import UserError
 
 MOST_VALUES = 5_000_000
@@ -41,6 +41,20 @@ def numbers(value: Any, length: int | None = None) -> bool:
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
         return False
     return all(map(is_number, value))
+
+
+def check_plain(checkpoint: Mapping[str, Any]) -> None:
+    """Raises, before it is written, for what is in no checkpoint but numbers, texts and their containers."""
+    problem = problem_of_values(checkpoint)  # of what is without end the next one would not come to it
+    if problem is None and (found := problem_of_pickling(dict(checkpoint))) is not None:
+        problem = f"holds {found}"
+    if problem is not None:
+        raise not_readable(problem.removesuffix("; name another"))
+
+
+def not_readable(problem: str) -> UserError:
+    reason = f"no checkpoint is saved, as it would be refused when it is read: it {problem}"
+    return UserError(f"{reason}; keep numbers, texts, lists and dictionaries there")
 
 
 def problem_of_values(checkpoint: Any) -> str | None:

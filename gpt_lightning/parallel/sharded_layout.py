@@ -36,6 +36,7 @@ from gpt_lightning.checkpoint.folder import (
     DIGESTS_KEY,
     TIED_KEY,
     Reader,
+    check_rest,
     check_whole,
     complaining,
     put_back,
@@ -74,6 +75,7 @@ class ShardedLayout:
         folder = Path(gathered(str(path))[0])
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors, scalars = _split(checkpoint, tied)
+        check_rest(scalars)
         parts = ((name, _local(value)) for name, value in tensors.items())
         if (name := _first_of(first_non_finite(parts))) is not None:
             raise NonFiniteCheckpointError(name)

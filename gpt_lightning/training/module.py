@@ -170,9 +170,10 @@ class GPTLightningModule(LightningModule):
             values = {
                 **self.step.loss(self.trainer, self.device),
                 "train/grad_norm": gradient_norm(self.trainer, self),
-                f"lr-{type(optimizer).__name__}": optimizer.param_groups[0]["lr"],
                 "epoch": epochs_trained(self.trainer),
             }
+            if optimizer.param_groups:  # else Lightning's stand-in for one that a child class has not
+                values[f"lr-{type(optimizer).__name__}"] = optimizer.param_groups[0]["lr"]
             self.step_row.add(self.trainer, values, progress_bar={"train/loss"} & values.keys())
             if not self.step_row.is_shared:
                 self.step_row.write(self.trainer, self.trainer.global_step + 1)

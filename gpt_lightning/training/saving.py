@@ -18,6 +18,7 @@ from gpt_lightning.checkpoint.contents import (
     TOKENIZER_KEY,
     VERSION,
     VERSION_KEY,
+    acting,
     other_layers,
 )
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -48,6 +49,11 @@ def plain_settings(settings: Mapping[str, Any], whose: str) -> dict[str, Any]:
             raise UserError(
                 f"{whose}: the hyper-parameter {name} is a {type(value).__name__}, and a checkpoint with it "
                 f"would be refused; leave it out: self.save_hyperparameters(ignore=[{name!r}])"
+            )
+        if (problem := next(acting({name: value}, "hyper_parameters"), None)) is not None:
+            raise UserError(
+                f"{whose}: a checkpoint with {problem} would be refused, as that names something to import; "
+                "call it otherwise"
             )
     return plain
 

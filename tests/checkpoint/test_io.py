@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gpt_lightning.checkpoint.io as checkpoint_module
 from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError, write
 from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
+from gpt_lightning.exit_codes import UserError
 
 BACKGROUND = SaveOptions(background=True)
 
@@ -233,6 +234,27 @@ def test_only_finite_numbers_are_written(
         plugin.save_checkpoint(checkpoint, tmp_path / "next.ckpt", options)
         plugin.teardown()
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "value, problem",
+    [
+        (Path("a"), "as callbacks.Own.best.0 what asks for 'pathlib.PosixPath', which is no plain value"),
+        (np.float64(1), "as callbacks.Own.best.0 what asks for 'numpy.*scalar'"),
+        (threading.Lock(), "as callbacks.Own.best.0 a lock, which is no plain value"),
+        (lambda: 0, "as callbacks.Own.best.0 a function, "),
+        (torch.zeros(2).to_sparse(), "a sparse tensor as callbacks.Own.best.0"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(tmp_path: Path, value: Any, problem: str) -> None:
+    checkpoint = {"state_dict": {"w": torch.ones(2)}, "callbacks": {"Own": {"best": [value, {1, 2}]}}}
+    plugin = DurableCheckpointIO()
+    with pytest.raises(UserError, match=f"^no checkpoint is saved, .*: it holds {problem}.*; keep numbers"):
+        plugin.save_checkpoint(checkpoint, tmp_path / "a.ckpt", BACKGROUND)
+    assert not list(tmp_path.iterdir())
+    checkpoint["callbacks"]["Own"] = {"best": [0.5, {1, 2}, torch.float32, nn.Parameter(torch.ones(2))]}
+    plugin.save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    plugin.load_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_files_are_as_readable_as_any(tmp_path: Path) -> None:

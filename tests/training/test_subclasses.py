@@ -388,6 +388,38 @@ def test_hyper_parameters_that_no_checkpoint_may_hold_are_refused_when_they_are_
         Holds(torch.nn.CrossEntropyLoss(), explicit=True)
 
 
+def test_names_that_no_checkpoint_may_hold_are_refused(corpus: Path, tmp_path: Path) -> None:
+    class Named(GPTLightningModule):
+        def __init__(self, class_path: str = "a.B", options: Any = None) -> None:
+            super().__init__(config())
+
+    class Other(GPTLightningModule):
+        def __init__(self, options: Any = None) -> None:
+            super().__init__(config(), schedule=SCHEDULE)
+
+    with pytest.raises(UserError, match=r"^Named: a checkpoint with hyper_parameters\['class_path'] "):
+        Named()
+    with pytest.raises(UserError, match=r"^Other: .* hyper_parameters.options\['init_args'] would"):
+        Other({"init_args": 1})
+    module = Other({"any": 1})
+    module.hparams["later"] = {1, 2}
+    fit = trainer(tmp_path, callbacks=everything(tmp_path), plugins=[DurableCheckpointIO()])
+    with pytest.raises(UserError, match="^no checkpoint is saved, .* a set as hyper_parameters.later; keep"):
+        fit.fit(module, text(corpus, tmp_path))
+    assert not list(tmp_path.glob("run/*.ckpt"))
+
+
+def test_a_class_without_an_optimizer_runs() -> None:
+    class Idle(OwnStep):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    fit = trainer(Path(), max_steps=1)
+    fit.fit(Idle(config(13)), DataLoader([TokenBatch(ids, ids)], batch_size=None))
+    assert "my/loss" in fit.logged_metrics and not any(name.startswith("lr-") for name in fit.logged_metrics)
+
+
 def test_a_tokenizer_of_ones_own_is_saved_with_plain_loaders(corpus: Path, tmp_path: Path) -> None:
     module = GPTLightningModule(config(257), schedule=SCHEDULE)
     module.tokenizer = text(corpus, tmp_path).text_tokenizer
