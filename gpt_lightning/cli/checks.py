@@ -23,8 +23,13 @@ PATHS = (
 
 
 def check_paths(settings: Any) -> None:
-    """Refuses the character that ends a name for the system, and that only a file of options can hold."""
+    """Refuses a name of nothing, as of a shell's variable that is not set, and the character that ends one.
+
+    Only a file of options can hold that.
+    """
     for option in PATHS:
+        if settings.get(option) == "":
+            raise UserError(f"{option}='' names nothing; give a name, or leave it out")
         if "\0" in str(settings.get(option)):
             raise UserError(f"{option}={settings.get(option)!r} holds a null character; leave it out")
 

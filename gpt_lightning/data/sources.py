@@ -36,6 +36,8 @@ def resolve_sources(patterns: list[str], option: str) -> list[str]:
 def _resolve(pattern: str, option: str) -> list[str]:
     if pattern == SOURCE_NAME:
         return [SOURCE_NAME]
+    if not pattern.strip():  # as of a shell's variable that is not set; it would be this very folder
+        raise UserError(f"{option}={pattern!r} names no file; give a file, a folder or a glob, such as .")
     path = os.path.abspath(os.path.expanduser(pattern))
     # What is there by just that name is no pattern, whatever brackets and stars it has.
     there = next(name for name in (path, *map(str, Path(path).parents)) if os.path.exists(name))

@@ -37,6 +37,7 @@ def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases = {
         r"data.train_files=\[] names no file; give": [],
+        r"data.train_files='' names no file; give": [""],
         r"data.val_files=.*/none.txt does not exist; check": [str(tmp_path / "none.txt")],
         r"data.val_files=.*/a.pdf has no known suffix; use one of .txt": [str(tmp_path / "a.pdf")],
         r"data.val_files=.*/empty matches no file that ends in": [str(tmp_path / "empty")],
