@@ -24,6 +24,7 @@ QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
 PROMPTS = "--data.prompts"
 TEXTS = (PROMPTS, "--samples.prompts", "--generation.stop", "--data.document_separator", "--data.text_key")
 ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
+GROUPS = ("trainer", "model", "data", "generation", "checkpoint", "non_finite", "samples")
 YAML_NULL = ("null", "Null", "NULL", "~")
 
 
@@ -145,13 +146,17 @@ def _check_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
-        load_yaml(path.read_text(encoding="utf-8-sig"))
+        given = load_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
     except yaml.YAMLError as error:
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"--config {path}{line}: {problem or error}; mend the file") from error
+    for group in GROUPS if isinstance(given, dict) else ():
+        if not isinstance(given.get(group, {}), (dict, str)):  # as where all lines below it are comments
+            problem = f"--config {path}: {group} holds no options"
+            raise UserError(f"{problem}; indent some below it, or leave it out")
 
 
 def _values(words: list[str]) -> dict[str, list[str]]:

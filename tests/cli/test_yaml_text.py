@@ -29,6 +29,7 @@ LAUGHS = "".join(
         (BLOCKS, "nested deeper than 100 levels", 101),
         (LAUGHS, "repeat more than 10,000 values", 5),
         ("a: &a\n  b: [" + "1, " * 100 + "*a]", "alias \\*a stands within itself", 2),
+        ("a: &a {b: *a}", "alias \\*a stands within itself", 1),
         ("a: 1\nb:\n  c: 2\n  c: 3\n", "key c stands twice", 4),
     ],
 )
@@ -82,6 +83,11 @@ def test_it_is_one_line_wherever_it_stands(
         ("a: \x01", "config.yaml: unacceptable character #x0001"),
         ("a: !!python/object/apply:os.system [x]", "config.yaml, line 1: could not determine a constructor"),
         ('data: {cache_dir: "a\\0b"}', "data.cache_dir='a\\x00b' holds a null character; leave it out"),
+        ("trainer:\n  # max_steps: 3", "config.yaml: trainer holds no options; indent some below it"),
+        ("data:", "data holds no options"),
+        ("data: 3", "data holds no options"),
+        ("generation: !!binary aGVsbG8=", "generation holds no options"),
+        ('data: {cache_dir: ""}', "data.cache_dir='' names nothing; give a name, or leave it out"),
         ('trainer: {default_root_dir: "a\\0b"}', "trainer.default_root_dir='a\\x00b' holds a null character"),
     ],
 )
