@@ -75,6 +75,9 @@ def check_options(verb: str, settings: Any) -> None:
     if trainer.limit_predict_batches not in (None, 1.0):
         rule = ": all prompts are one batch of predict; leave the option out, and give fewer prompts"
         refused["trainer.limit_predict_batches"] = rule
+    limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}.get(verb)
+    if limit is not None and trainer[limit] == 0:  # as in the configuration of a run without validations
+        refused[f"trainer.{limit}"] = f" leaves nothing to {verb} on; give 1.0 for all of the text"
     # Each device of the CPU is a process, and as many as a mistyped number says would be started.
     on_gpu = trainer.accelerator == "auto" and torch.accelerator.is_available()
     is_number = str(trainer.devices).removeprefix("-").isdecimal()

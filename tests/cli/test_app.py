@@ -189,6 +189,11 @@ def test_rows_say_what_was_measured_on_a_part_of_the_text(
     assert whole == {name.replace("test", "val"): value for name, value in rows["test"].items()}
     (name, *_) = measured("test", capsys, "--trainer.limit_test_batches", "1")
     assert name.endswith(f"({part[1]})")
+    for verb, option in (("validate", "limit_val_batches"), ("test", "limit_test_batches")):
+        with pytest.raises(SystemExit) as exit:
+            measured(verb, capsys, f"--trainer.{option}", "0")
+        said = f"error: trainer.{option}=0 leaves nothing to {verb} on; give 1.0"
+        assert exit.value.code == 2 and said in capsys.readouterr().err
 
 
 def measured(verb: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
