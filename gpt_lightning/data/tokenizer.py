@@ -45,6 +45,8 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        if eos_token not in vocabulary:  # an empty one is none
+            raise UserError(f"eos_token={eos_token!r} cannot be a token; give the tokenizer another")
         self.eos_token_id: int = vocabulary[eos_token]
         self.eos_token_ids = [self.eos_token_id, *sorted({*other_ends} - {self.eos_token_id})]
         self.vocab_size: int = max(vocabulary.values()) + 1

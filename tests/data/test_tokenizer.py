@@ -326,6 +326,11 @@ def test_folders_without_a_usable_tokenizer_are_refused_in_one_line(tmp_path: Pa
             load_tokenizer(str(number))
     with pytest.raises(ValueError, match="names no end-of-text token; add eos_token"):
         load_tokenizer(str(tmp_path / "words"))
+    (tmp_path / "words" / "tokenizer_config.json").write_text('{"eos_token": ""}')
+    with pytest.raises(ValueError, match="^eos_token='' cannot be a token; give the tokenizer another$"):
+        load_tokenizer(str(tmp_path / "words"))
+    with pytest.raises(ValueError, match="^eos_token='' cannot be a token"):
+        TextTokenizer.from_dict({**train_bpe(["a"], 300).state, "eos_token": ""})
 
 
 def test_other_kinds_of_tokenizers_decode_too(tmp_path: Path) -> None:
