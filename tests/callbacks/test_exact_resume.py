@@ -151,6 +151,23 @@ def test_resumed_from_any_moment_the_run_is_the_same(
         assert resumed == whole, name
 
 
+def test_a_last_step_is_validated_if_this_run_asks_for_it_and_no_step_follows(
+    corpus: Path, tmp_path: Path
+) -> None:
+    plan = PLANS["to a step"]
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    whole = fit(corpus, tmp_path, "saving", saver, **plan)
+    *_, validation = read_trace(tmp_path / "saving")
+    for name, options, rows in (
+        ("as before", {}, [validation]),
+        ("at other steps", {"val_check_interval": 4}, []),
+        ("never", {"limit_val_batches": 0}, []),
+    ):
+        path = tmp_path / "batch_end-6.ckpt"
+        assert fit(corpus, tmp_path, name, ckpt_path=path, **{**plan, **options}) == whole, name
+        assert read_trace(tmp_path / name) == rows, name
+
+
 @pytest.mark.slow
 def test_without_the_callback_dropout_differs(corpus: Path, tmp_path: Path) -> None:
     options = {"max_epochs": 2}
