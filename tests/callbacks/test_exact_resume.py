@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_lightning.callbacks.exact_resume import ExactResume, _compact, _own, _random_state
+from gpt_lightning.callbacks.exact_resume import ExactResume, _compact, _own, _random_state, _set_random_state
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
@@ -203,3 +203,16 @@ def test_random_states_that_differ_between_ranks_are_stored_once_and_by_what_dif
             assert own.keys() == state.keys() and own["numpy"] == state["numpy"]
             assert torch.equal(own["torch"], state["torch"])
     assert _own(stored, Rank(3, 4)) is stored[0]  # type: ignore[arg-type]
+
+
+def test_a_device_draws_on_where_it_was_and_else_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, cpu, generator = torch.device("cuda"), torch.device("cpu"), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", generator.set_state)
+    saved, of_cpu = _random_state(device), _random_state(cpu)
+    first, second = torch.rand(2, generator=generator)
+    _set_random_state(saved, device)
+    assert torch.rand((), generator=generator) == first
+    for state, other in ((of_cpu, device), (saved, cpu)):  # a checkpoint of the one that goes on on the other
+        _set_random_state(state, other)
+    assert torch.rand((), generator=generator) == second
