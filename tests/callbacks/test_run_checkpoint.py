@@ -444,6 +444,12 @@ def test_a_run_in_a_new_folder_leaves_the_old_one_alone(tmp_path: Path) -> None:
     assert float(callback.best_model_score) == 1.5
 
 
+def test_a_run_that_keeps_no_best_goes_on(tmp_path: Path) -> None:
+    fit(tmp_path, [3.0], max_steps=2, save_top_k=0)
+    fit(tmp_path, [2.0], max_steps=4, save_top_k=0, resume_from=tmp_path / "last.ckpt")
+    assert names_in(tmp_path) == ["last.ckpt"] and step_of(tmp_path / "last.ckpt") == 4
+
+
 @pytest.fixture
 def precious(tmp_path: Path) -> list[Path]:
     """What lies in and around a run's folder and is none of its checkpoints, in every disguise."""
