@@ -13,6 +13,7 @@ import torch
 from gpt_lightning.callbacks.exact_resume import ExactResume, _compact, _own, _random_state, _set_random_state
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
@@ -166,6 +167,26 @@ def test_a_last_step_is_validated_if_this_run_asks_for_it_and_no_step_follows(
         path = tmp_path / "batch_end-6.ckpt"
         assert fit(corpus, tmp_path, name, ckpt_path=path, **{**plan, **options}) == whole, name
         assert read_trace(tmp_path / name) == rows, name
+
+
+def test_a_checkpoint_of_which_a_part_alone_would_be_restored_is_refused(
+    corpus: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 2, "limit_val_batches": 0}
+    fit(corpus, tmp_path, "saving", SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving"))), **options)
+    whole = torch.load(tmp_path / "batch_end-2.ckpt", weights_only=True)
+    optimizers, (schedule,) = whole["optimizer_states"], whole["lr_schedulers"]
+    lacking = {name: value for name, value in schedule.items() if name != "last_epoch"}
+    path = tmp_path / "changed.ckpt"
+    for changes, problem in (
+        ({"optimizer_states": []}, "holds the states of 0 optimizers, and this run has 1"),
+        ({"optimizer_states": optimizers * 2}, "holds the states of 2 optimizers, and this run has 1"),
+        ({"lr_schedulers": []}, "holds 0 of this run's schedules of the learning rate"),
+        ({"lr_schedulers": [lacking]}, "lacks last_epoch of the learning rate's schedule"),
+    ):
+        torch.save({**whole, **changes}, path)
+        with pytest.raises(UserError, match=f"^ckpt_path={path} {problem}; go on with it as it was trained"):
+            fit(corpus, tmp_path, "refused", ckpt_path=path, **options)
 
 
 @pytest.mark.slow
