@@ -47,6 +47,13 @@ def test_an_honest_one_opens(folder: Path) -> None:
     assert torch.equal(weights["lm_head.weight"], weights["token_embedding.weight"])
 
 
+def test_one_of_a_class_that_is_not_known_opens(folder: Path) -> None:
+    """What its optimizer holds of each parameter is its own business."""
+    change_rest(folder, lambda rest: rest.update(module_class="somebody.Module"))
+    whole = Checkpoint.open(folder).whole().contents
+    assert {"exp_avg", "exp_avg_sq", "step"} == whole["optimizer_states"][0]["state"][3].keys()
+
+
 @pytest.mark.parametrize("name", ["PosixPath", "WindowsPath", "Path"])
 def test_a_table_changes_no_class(name: str, folder: Path) -> None:
     def word(text: str) -> bytes:
@@ -149,6 +156,19 @@ def test_a_table_of_another_folder_is_refused(change: Callable[[Metadata], objec
     change(table)
     (folder / ".metadata").write_bytes(pickle.dumps(table))
     complaint(folder)
+
+
+def test_one_from_before_the_first_step_opens(folder: Path) -> None:
+    """Its optimizer holds nothing yet of any parameter."""
+    change_rest(folder, lambda rest: rest["optimizer_states"][0]["state"].clear())
+    table = pickle.loads((folder / ".metadata").read_bytes())
+    for name in [name for name in table.state_dict_metadata if name.startswith("optimizer_states/")]:
+        del table.state_dict_metadata[name]
+    table.storage_data = {
+        index: place for index, place in table.storage_data.items() if index.fqn in table.state_dict_metadata
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    assert Checkpoint.open(folder).whole().contents["optimizer_states"][0]["state"] == {}
 
 
 @pytest.mark.parametrize(
