@@ -218,3 +218,17 @@ def test_the_folder_of_temporary_files_is_not_used(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("TMPDIR", "/nowhere")
     write(contents(), tmp_path / "some.ckpt")
     verify(tmp_path / "some.ckpt")
+
+
+def test_a_sharded_checkpoint_is_removed_if_nothing_else_is_in_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("ours.ckpt", "mixed.ckpt"):
+        (tmp_path / name).mkdir()
+        for file in ("rest.pt", ".metadata", "__0_0.distcp"):
+            (tmp_path / name / file).touch()
+    (tmp_path / "mixed.ckpt" / "thesis.txt").touch()
+    for name in ("ours.ckpt", "mixed.ckpt"):
+        checkpoint_file.remove_checkpoint(tmp_path / name, [tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed.ckpt"]
+    assert len(list((tmp_path / "mixed.ckpt").iterdir())) == 4 and "mixed.ckpt is not removed" in caplog.text
