@@ -114,11 +114,13 @@ def check_same_architecture(config: GPTConfig, checkpoint: Mapping[str, Any]) ->
     """Raises where a model differs from the one whose weights it is to take; only its dropout may differ."""
     if CONFIG_KEY not in checkpoint:
         return
+    both = (config, GPTConfig(**checkpoint[CONFIG_KEY]))
     own, stored = (
         {**asdict(each), "d_ff": each.mlp_width, "d_head": each.head_dim, "n_kv_heads": each.kv_heads}
-        for each in (config, GPTConfig(**checkpoint[CONFIG_KEY]))
+        for each in both
     )
-    differing = [name for name in own if name != "dropout" and own[name] != stored[name]]
+    follow = {name for name in ("d_head", "n_kv_heads") if all(getattr(each, name) is None for each in both)}
+    differing = [name for name in own if name not in {"dropout", *follow} and own[name] != stored[name]]
     if differing:
         listing = ", ".join(f"{name}={own[name]} (there {stored[name]})" for name in differing)
         raise UserError(

@@ -118,7 +118,7 @@ def problems_of_resume(saved: Any) -> Iterator[str]:
         if type(saved.get(name)) is not bool:
             yield f"holds resume.{name}={short(saved.get(name))}; name another"
     monitored = saved.get("monitored", {})
-    if not _is_named(monitored) or not all(type(value) is float for value in monitored.values()):
+    if not is_named(monitored) or not all(type(value) is float for value in monitored.values()):
         yield f"holds resume.monitored={short(monitored)}, no metrics; name another"
     for rank, state in enumerate(states):
         whole = {**states[0], **state} if isinstance(states[0], dict) and isinstance(state, dict) else state

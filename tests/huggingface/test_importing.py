@@ -291,20 +291,20 @@ def hold_nan(tensors: dict[str, Any]) -> None:
 
 EMBEDDING = "transformer.wte.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "type": (lambda folder: change_config(folder, model_type="llama"), "of the type 'llama'; only 'gpt2'"),
+    "type": (lambda folder: change_config(folder, model_type="mamba"), "'mamba'; import one of gpt2, llama"),
     "no type": (lambda folder: (folder / "config.json").write_text("{}"), "of the type None"),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no options"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is no JSON"),
     "no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-    "not a number": (lambda folder: change_config(folder, n_layer="two"), "config.json is no GPT-2's"),
+    "not a number": (lambda folder: change_config(folder, n_layer="two"), "config.json is no GPT2LMHeadModel's"),
     "activation": (lambda folder: change_config(folder, activation_function="relu"), "activation_function"),
     "heads": (lambda folder: change_config(folder, n_head=3), "model.config.d_model=16 is not divisible"),
     "layers": (lambda folder: change_config(folder, n_layer=10**9), "1000000000 layers, and the weights"),
     "shape": (lambda folder: change_config(folder, n_positions=64), "wpe.weight is [32, 16], and by"),
     "width": (lambda folder: change_config(folder, n_embd=2**63), "config.json gives sizes of no weights"),
     "positions": (lambda folder: change_config(folder, n_positions=2**62), "sizes of no weights"),
-    "dropout": (lambda folder: change_config(folder, resid_pdrop=10**400), "config.json is no GPT-2's"),
+    "dropout": (lambda folder: change_config(folder, resid_pdrop=10**400), "config.json is no GPT2LMHeadModel's"),
     "head": (
         lambda folder: change_weights(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})),
         "tie_word_embeddings=True, but lm_head.weight differs from wte.weight; set it to false in",
