@@ -129,8 +129,10 @@ def test_a_cache_of_before_the_measure_is_read(
     assert validated(tmp_path, name, caplog)[0]["val/bpb"] > 0
     (meta,) = tmp_path.glob("cache/tokens-*/meta.json")
     stored = json.loads(meta.read_text())
-    for name in ("train", "val"):
-        assert stored["built"][name].pop("lost_share") == 0
+    splits = [split for split in stored["built"].values() if isinstance(split, dict)]
+    for split in splits:
+        assert split.pop("lost_share") == 0
+    assert splits
     del stored["digest"]  # which came later
     meta.write_text(json.dumps(stored))
     numbers, said = validated(tmp_path, name, caplog)
