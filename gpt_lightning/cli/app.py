@@ -36,6 +36,7 @@ from gpt_lightning.cli.checks import (
     check_options,
     check_paths,
     check_whole_weights,
+    tell_of_no_export,
     warn_of_untrained_positions,
 )
 from gpt_lightning.cli.config_file import complete_words
@@ -166,6 +167,7 @@ class GPTLightningCLI(LightningCLI):
             say(f"warning: the run is at step {done:,}, beyond {limit}; none is left")
         if origin.init_from is None and ORIGIN_KEY not in self._restored:
             warn_of_untrained_positions(settings)
+            tell_of_no_export(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
         self._saver = RunCheckpoint(**settings.checkpoint)
         self._run_folder = self._open_folder(root / settings.run_name, settings)

@@ -12,6 +12,7 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.model_class import model_options
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface.families import family_of
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
@@ -98,6 +99,14 @@ def check_options(verb: str, settings: Any) -> None:
             refused[f"generation.{name}"] = " is for predict and generate; leave it out of fit"
     for option, rule in refused.items():
         raise UserError(f"{option}={settings[option]}{rule}")
+
+
+def tell_of_no_export(settings: Any) -> None:
+    """Says, before it is trained, that a shape is of no model of Hugging Face's."""
+    try:
+        family_of(GPTConfig(**{**model_options(settings, "config"), "vocab_size": 1}))
+    except UserError as error:
+        say(f"this shape exports to nothing (export-hf): {error}")
 
 
 def warn_of_untrained_positions(settings: Any) -> None:

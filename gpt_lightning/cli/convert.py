@@ -23,7 +23,7 @@ def run_consolidate(words: list[str]) -> None:
 
 def run_import(words: list[str]) -> None:
     places = {
-        "NAME_OR_FOLDER": "A folder that holds config.json, or a name on the hub such as gpt2.",
+        "NAME_OR_FOLDER": "A folder with a config.json, or a name on the hub: gpt2, Qwen/Qwen3-0.6B, …",
         "OUT": "The checkpoint to write, such as gpt2.ckpt.",
     }
     name, output = _two_words("import-hf", words, places)

@@ -33,6 +33,7 @@ class Family:
     what the network computes.
     """
 
+    name: str
     model_type: str
     config_class: str
     architecture: str
@@ -51,6 +52,7 @@ _ROPE = {"rope_theta", "rope_scaling", "sliding_window", "use_sliding_window", "
 def _llama(model_type: str, name: str, *, qk_norm: bool) -> Family:
     example = GPTConfig(8, qk_norm=qk_norm, **_MODERN)  # type: ignore[arg-type]
     return Family(
+        name,
         model_type,
         f"{name}Config",
         f"{name}ForCausalLM",
@@ -64,6 +66,7 @@ def _llama(model_type: str, name: str, *, qk_norm: bool) -> Family:
 
 
 GPT2 = Family(
+    "GPT-2",
     "gpt2",
     "GPT2Config",
     "GPT2LMHeadModel",

@@ -137,7 +137,7 @@ def _read_config(folder: Path) -> tuple[Family, GPTConfig]:
         raise
     except Exception as error:  # huggingface_hub has error classes of its own
         reason = " ".join(str(error).split())
-        raise UserError(f"{CONFIG} is no {family.architecture}'s ({reason}); mend it") from None
+        raise UserError(f"{CONFIG} is no {family.name}'s ({reason}); mend it") from None
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:

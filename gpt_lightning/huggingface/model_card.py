@@ -6,12 +6,13 @@ from typing import Any
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
+from gpt_lightning.huggingface.families import family_of
 
 HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
+- {model_type}
 - text-generation
 - gpt_lightning
 ---
@@ -30,9 +31,10 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
     name = _in_a_line(name)
     head = "lm_head.weight" if checkpoint.config.tie_embeddings else None
     n_parameters = sum(weight.numel() for key, weight in checkpoint.weights.items() if key != head)
-    architecture = f"A language model of GPT-2's architecture with {n_parameters:,} parameters"
+    kind = family_of(checkpoint.config)
+    architecture = f"A language model of {kind.name}'s architecture with {n_parameters:,} parameters"
     parts = (
-        HEADER,
+        HEADER.format(model_type=kind.model_type),
         f"# {name}\n\n{architecture}, written by gpt_lightning's `export-hf`.\n",
         "## Data\n\n" + _as_list(_data(checkpoint)),
         "## Recipe\n\n" + _as_list(_recipe(checkpoint)),
@@ -66,7 +68,7 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
     if not checkpoint.step:
         return recipe | {"training": "none since"}
     return recipe | {
-        "AdamW": _options(_mapping(chosen.get("optimizer"))),
+        "optimizer": _options(_mapping(chosen.get("optimizer"))),
         "learning rate over time": _options(_mapping(chosen.get("schedule"))),
         "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
     }

@@ -73,10 +73,6 @@ def _with_layers(model: Model, make: Callable[[nn.Linear], "PackedLinear | Int8L
                 bias=child.bias,
                 eps=child.eps,
             )
-        elif type(child) is nn.RMSNorm:
-            vars(shallow)[name] = partial(
-                torch.rms_norm, normalized_shape=child.normalized_shape, weight=child.weight, eps=child.eps
-            )
         elif isinstance(child, nn.Dropout | nn.Identity):  # drops nothing in evaluation
             vars(shallow)[name] = lambda x: x
         elif child is not None:

@@ -57,9 +57,16 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computes in the dtype of its input; PyTorch has no fast way for weights of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def norm(config: GPTConfig, size: int, *, rms: bool) -> nn.Module:
     if rms:
-        return nn.RMSNorm(size, config.layer_norm_eps)
+        return RMSNorm(size, config.layer_norm_eps)
     return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias)
 
 

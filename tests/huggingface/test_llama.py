@@ -1,6 +1,7 @@
 """Llama and Qwen3 against transformers': logits, gradients, greedy tokens, round trips; what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,36 @@ def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, 
     with pytest.raises(UserError) as error:
         family_of(make_model(**options).config)
     assert f"{odd} with positions=" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, kind", [({**QWEN3, "n_kv_heads": 1}, "Qwen3ForCausalLM"), ({"qk_norm": True}, None)]
+)
+def test_a_run_from_the_command_line(
+    options: dict[str, Any],
+    kind: str | None,
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained, resumed, and exported where a model of theirs has its shape, which is said at the start."""
+    model = {"config": {"n_layers": 1, "n_heads": 2, "d_model": 16, "max_position_embeddings": 16, **options}}
+    config = str(tiny_config(model=model))
+    for steps in ("2", "4"):
+        named = ["--run_name", "run", "--ckpt_path", "last", f"--trainer.max_steps={steps}"]
+        main(["fit", "--config", config, *named])
+        said = "this shape exports to nothing (export-hf): model.config.qk_norm=True with positions=learned"
+        assert (said in capsys.readouterr().err) is (kind is None)
+    path = tmp_path / "checkpoints" / "run" / "last.ckpt"
+    if kind is None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["export-hf", str(path), str(tmp_path / "hf")])
+        assert not (tmp_path / "hf").exists()
+        return
+    main(["export-hf", str(path), str(tmp_path / "hf")])
+    ours = load_model(path)[0].eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert type(theirs).__name__ == kind
+    ids = torch.arange(12)[None]
+    assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    assert "A language model of Qwen3's architecture" in (tmp_path / "hf" / "README.md").read_text()
