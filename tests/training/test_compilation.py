@@ -18,6 +18,7 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.compilation import choose_backend
 from gpt_lightning.training.module import GPTLightningModule
 from tests.kernels.test_attention import ids_of
+from tests.shapes import GROUPED
 from tests.training.test_module import Recorder, trainer
 
 
@@ -58,7 +59,8 @@ def fit(corpus: Path, folder: Path, seq_len: int = 16, **options: Any) -> tuple[
         document_mask=options.pop("document_mask", False),
     )
     torch.manual_seed(1)
-    config = GPTConfig(datamodule.vocab_size, seq_len, n_layers=3, n_heads=2, d_model=16)
+    shape = options.pop("shape", {})
+    config = GPTConfig(datamodule.vocab_size, seq_len, n_layers=3, n_heads=2, d_model=16, **shape)
     module = GPTLightningModule(config, **options)
     module.generation = GenerationConfig(max_new_tokens=3)
     recorder = Recorder()
@@ -70,11 +72,13 @@ def fit(corpus: Path, folder: Path, seq_len: int = 16, **options: Any) -> tuple[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing, document_mask", [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    "checkpointing, document_mask, shape", [(False, False, {}), (True, True, {}), (False, True, GROUPED)]
+)
 def test_compiled_training_equals_plain_training(
-    corpus: Path, tmp_path: Path, checkpointing: bool, document_mask: bool
+    corpus: Path, tmp_path: Path, checkpointing: bool, document_mask: bool, shape: dict[str, Any]
 ) -> None:
-    options = {"activation_checkpointing": checkpointing, "document_mask": document_mask}
+    options = {"activation_checkpointing": checkpointing, "document_mask": document_mask, "shape": shape}
     plain_losses, plain, no_graphs = fit(corpus, tmp_path, **options)
     assert no_graphs == 0
     losses, module, graphs = fit(corpus, tmp_path, compile_backend="aot_eager", **options)
@@ -103,7 +107,7 @@ def test_flex_attention_is_compiled_once_for_all_documents(monkeypatch: pytest.M
 
     def outputs() -> list[Tensor]:
         attends = (attention.Attend(x, ids_of(batch), head_dim=16, dropout_p=0.0) for batch in rows)
-        return [block(x, attend) for block, attend in zip(model.blocks, attends)]
+        return [block(x, each, model.rotary(each.positions)) for block, each in zip(model.blocks, attends)]
 
     with torch.no_grad():
         expected = outputs()
