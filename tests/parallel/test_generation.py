@@ -12,8 +12,10 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.generation.sampling import GenerationConfig
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of
+from tests.shapes import MIXED
 
 pytestmark = pytest.mark.slow
+CONFIG = {**MIXED, "n_heads": 8, "n_kv_heads": 4, "dropout": 0.1}
 PROMPTS = ["The cat", "A dog sees the", "", "river", "and the old", "The", "with a small red house"]
 GREEDY = GenerationConfig(max_new_tokens=20, do_sample=False)  # longer than the context of 15
 SAMPLED = GenerationConfig(max_new_tokens=20, temperature=1.1, top_k=40, top_p=0.95, repetition_penalty=1.2)
@@ -22,7 +24,7 @@ SAMPLED = GenerationConfig(max_new_tokens=20, temperature=1.1, top_k=40, top_p=0
 @pytest.fixture(scope="module")
 def trained(shared_corpus: Path) -> Path:
     path = shared_corpus.parent / "trained.ckpt"
-    run_everywhere(Run(2, 2, steps=12, save_to=str(path), config={"dropout": 0.1}), shared_corpus)
+    run_everywhere(Run(2, 2, steps=12, save_to=str(path), config=CONFIG), shared_corpus)
     return path
 
 
@@ -41,7 +43,7 @@ def predict(run: Run, corpus: Path, checkpoint: Path, settings: GenerationConfig
 def test_the_text_is_that_of_one_process(
     tp: int, dp: int, settings: GenerationConfig, shared_corpus: Path, trained: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"data": {}, "config": {"dropout": 0.1}}
+    options: dict[str, Any] = {"data": {}, "config": CONFIG}
     files = [tmp_path / "one.jsonl", tmp_path / "many.jsonl"]
     run_ranks(predict, 1, Run(**options), shared_corpus, trained, settings, files[0])
     sequence_parallel = {"sequence_parallel": dp == 1}  # which leaves generation as it is
@@ -75,8 +77,8 @@ def predict_with_rounding(run: Run, corpus: Path, checkpoint: Path) -> list[Any]
 
 def test_peers_take_the_first_ones_token(shared_corpus: Path, trained: Path) -> None:
     """With a choice of its own per peer, they would read different tokens into the cache they share."""
-    one = run_ranks(predict_with_rounding, 1, Run(), shared_corpus, trained)[0]
-    two = run_ranks(predict_with_rounding, 2, Run(2, 1), shared_corpus, trained)
+    one = run_ranks(predict_with_rounding, 1, Run(config=CONFIG), shared_corpus, trained)[0]
+    two = run_ranks(predict_with_rounding, 2, Run(2, 1, config=CONFIG), shared_corpus, trained)
     assert two == [one, one]
 
 
@@ -85,7 +87,7 @@ def test_the_check_of_finite_logits_stops_all_peers(shared_corpus: Path, trained
     checkpoint["state_dict"]["model.ln_f.bias"][0] = torch.nan
     broken = trained.with_name("broken.ckpt")
     torch.save(checkpoint, broken)
-    for message in run_ranks(message_of_prediction, 2, Run(2, 1), shared_corpus, broken):
+    for message in run_ranks(message_of_prediction, 2, Run(2, 1, config=CONFIG), shared_corpus, broken):
         assert "not finite" in message
 
 
