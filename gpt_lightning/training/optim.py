@@ -1,4 +1,4 @@
-"""Builds AdamW, which decays matrices only, and a learning rate that warms up and follows a cosine down."""
+"""Builds AdamW, which decays matrices only, and a learning rate that warms up and comes down again."""
 
 import math
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
+
+SHAPES = ("cosine", "linear", "wsd")
+DECAY_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,34 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then half a cosine; the horizon is the Trainer's (max_steps or max_epochs).
+    """Linear warm-up, then a way down; the horizon is the Trainer's (max_steps or max_epochs).
 
     Args:
         warmup_steps: Optimizer steps from (nearly) zero to the peak.
         min_lr_ratio: The learning rate at the horizon and after it, as a share of the peak.
+        shape: The way from the peak to the horizon: cosine (half of one), linear, or wsd, which stays at the
+            peak and is linear at the end. Until it comes down, a wsd run does not depend on the horizon:
+            resumed with a greater trainer.max_steps it is the longer run.
+        decay_fraction: The share of the horizon in which wsd comes down.
     """
 
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1
+    shape: str = "cosine"
+    decay_fraction: float = DECAY_FRACTION
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise _error("schedule.warmup_steps", self.warmup_steps, "is below 0; choose 0 for no warm-up")
         if not 0 <= self.min_lr_ratio <= 1:
             raise _error("schedule.min_lr_ratio", self.min_lr_ratio, "is not in [0, 1]; choose e.g. 0.1")
+        if self.shape not in SHAPES:
+            raise _error("schedule.shape", repr(self.shape), f"is unknown; choose one of {', '.join(SHAPES)}")
+        if not 0 < self.decay_fraction <= 1:
+            raise _error("schedule.decay_fraction", self.decay_fraction, "is not in (0, 1]; choose e.g. 0.5")
+        if self.shape != "wsd" and self.decay_fraction != DECAY_FRACTION:
+            remedy = f"is for model.schedule.shape=wsd, not {self.shape}; leave it out, or change the shape"
+            raise _error("schedule.decay_fraction", self.decay_fraction, remedy)
 
 
 def _error(name: str, value: object, rule_and_remedy: str) -> UserError:
@@ -67,8 +83,15 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) ->
         return (step + 1) / schedule.warmup_steps
     if step >= horizon:
         return schedule.min_lr_ratio
-    progress = (step - schedule.warmup_steps) / (horizon - schedule.warmup_steps)
-    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = float(schedule.warmup_steps)
+    if schedule.shape == "wsd":
+        start = max(start, (1 - schedule.decay_fraction) * horizon)
+    if step < start:
+        return 1.0
+    progress = (step - start) / (horizon - start)
+    if schedule.shape == "cosine":
+        return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * (1 - progress)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -77,6 +77,7 @@ def fit(
 ) -> str:
     """Runs, writes the trace `folder/name`, and returns the hash of the final weights."""
     accumulate = options.pop("accumulate_grad_batches", 1)
+    schedule = options.pop("schedule", ScheduleConfig(warmup_steps=3))
     data = TextDataModule(
         train_files=str(corpus),
         tokenizer="bytes",
@@ -89,7 +90,7 @@ def fit(
     module = GPTLightningModule(
         GPTConfig(data.vocab_size, SEQ_LEN, n_layers=1, n_heads=2, d_model=8, dropout=0.1),
         OptimizerConfig(learning_rate=0.01),
-        ScheduleConfig(warmup_steps=3),
+        schedule,
     )
     if ckpt_path is not None:
         torch.rand(7), random.random(), np.random.random()  # what a process did before its run
@@ -109,6 +110,18 @@ def fit(
     for parameter in module.parameters():
         digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_a_wsd_run_extended_before_it_comes_down_is_the_longer_run(corpus: Path, tmp_path: Path) -> None:
+    options = {"limit_val_batches": 0, "schedule": ScheduleConfig(warmup_steps=1, shape="wsd")}
+    whole = fit(corpus, tmp_path, "whole", max_steps=8, **options)
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "short")))
+    fit(corpus, tmp_path, "short", saver, max_steps=6, **options)  # comes down from step 3 on
+    for step, is_same in ((3, True), (5, False)):
+        ckpt_path = tmp_path / f"batch_end-{step}.ckpt"
+        longer = fit(corpus, tmp_path, f"from {step}", ckpt_path=ckpt_path, max_steps=8, **options)
+        assert (longer == whole) == is_same
 
 
 PLANS = {

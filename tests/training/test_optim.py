@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,31 @@ def test_schedule_warms_up_and_follows_half_a_cosine() -> None:
 def test_schedule_stays_at_the_minimum_after_the_horizon() -> None:
     schedule = ScheduleConfig(warmup_steps=4, min_lr_ratio=0.1)
     assert {learning_rate_factor(step, schedule, horizon=12) for step in (12, 13, 20, 1000)} == {0.1}
+
+
+def test_linear_comes_down_evenly_from_the_peak() -> None:
+    schedule = ScheduleConfig(warmup_steps=4, min_lr_ratio=0.2, shape="linear")
+    factors = [learning_rate_factor(step, schedule, horizon=12) for step in range(14)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+
+
+def test_wsd_stays_at_the_peak_and_comes_down_at_the_end() -> None:
+    schedule = ScheduleConfig(warmup_steps=2, min_lr_ratio=0.0, shape="wsd", decay_fraction=0.4)
+    factors = [learning_rate_factor(step, schedule, horizon=10) for step in range(12)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+    # Where the way down would begin in the warm-up, it begins at its end.
+    assert learning_rate_factor(7, replace(schedule, warmup_steps=8), horizon=10) == 1.0
+    assert learning_rate_factor(9, replace(schedule, warmup_steps=8), horizon=10) == 0.5
+
+
+@pytest.mark.parametrize("fraction", [1e-17, 0.5, 1.0])
+@pytest.mark.parametrize("horizon", [10, math.inf])
+def test_wsd_takes_any_fraction_and_a_run_without_end(fraction: float, horizon: float) -> None:
+    schedule = ScheduleConfig(warmup_steps=2, shape="wsd", decay_fraction=fraction)
+    factors = [learning_rate_factor(step, schedule, horizon) for step in range(2, 10)]
+    assert factors[0] == 1.0 and all(0.1 <= factor <= 1.0 for factor in factors)
+    assert horizon == 10 or set(factors) == {1.0}
 
 
 def test_only_matrices_decay_and_every_parameter_is_in_one_group() -> None:
@@ -62,6 +88,9 @@ def test_a_step_equals_adamw_by_hand() -> None:
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "model.optimizer.betas=[0.9, 1.0]"),
         (lambda: ScheduleConfig(warmup_steps=-1), "model.schedule.warmup_steps=-1"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "model.schedule.min_lr_ratio=1.5"),
+        (lambda: ScheduleConfig(shape="cosin"), "model.schedule.shape='cosin' is unknown"),
+        (lambda: ScheduleConfig(shape="wsd", decay_fraction=0.0), "model.schedule.decay_fraction=0.0"),
+        (lambda: ScheduleConfig(decay_fraction=0.3), "decay_fraction=0.3 is for model.schedule.shape=wsd"),
     ],
 )
 def test_bad_settings_name_option_and_value(make: object, message: str) -> None:
