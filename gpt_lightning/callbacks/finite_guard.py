@@ -15,6 +15,7 @@ from typing_extensions import override
 from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.training.muon import MuonWithAdamW
 from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
@@ -178,6 +179,8 @@ def _skips_by_itself(optimizer: Optimizer, trainer: Trainer) -> bool:
     device = trainer.strategy.root_device.type
     if device not in DEVICES_THAT_SKIP or getattr(trainer.precision_plugin, "scaler", None) is not None:
         return False
+    if type(optimizer) is MuonWithAdamW:
+        return True
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (SGD, Adagrad, Adam, AdamW)
 

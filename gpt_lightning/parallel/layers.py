@@ -42,6 +42,7 @@ class ParallelLayer(nn.Module):
         super().__init__()
         self.mesh = mesh
         self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        self.parts: tuple[int, ...] | None = getattr(layer, "parts", None)
         self.shards = {
             name: Shard(dim, getattr(layer, self.size), mesh.tp_rank, mesh.tp_size)
             for name, dim in self.dims.items()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from typing_extensions import Self, override
@@ -42,6 +43,7 @@ from gpt_lightning.training.optim import (
     ScheduleConfig,
     build_optimizer,
     build_schedule,
+    learning_rates,
     raise_peak,
 )
 from gpt_lightning.training.own_checkpoints import forget_other_folders
@@ -62,7 +64,7 @@ class GPTLightningModule(LightningModule):
 
     Args:
         config: The architecture.
-        optimizer: AdamW's settings.
+        optimizer: AdamW's settings, and Muon's.
         schedule: The learning rate over time.
         activation_checkpointing: Recompute each block in the backward pass, not keep its activations.
         compile_backend: Train through torch.compile, block by block, with this backend; `none` turns it off.
@@ -112,7 +114,10 @@ class GPTLightningModule(LightningModule):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        self.optimizer = replace(self.optimizer, learning_rate=value)
+        if (former := self.optimizer.matrix_learning_rate) is not None:  # lr_find tries all groups alike
+            given_up = f"model.optimizer.matrix_learning_rate={former}"
+            rank_zero_warn(f"{given_up} gives way to learning_rate={value}")
+        self.optimizer = replace(self.optimizer, learning_rate=value, matrix_learning_rate=None)
         self.hparams["optimizer"] = plain_settings({"optimizer": self.optimizer}, "")["optimizer"]
         if self._trainer is not None:  # Lightning's LearningRateFinder sets it when the schedule is built
             raise_peak(self.trainer, value)
@@ -170,10 +175,9 @@ class GPTLightningModule(LightningModule):
             values = {
                 **self.step.loss(self.trainer, self.device),
                 "train/grad_norm": gradient_norm(self.trainer, self),
+                **learning_rates(optimizer),
                 "epoch": epochs_trained(self.trainer),
             }
-            if optimizer.param_groups:  # else Lightning's stand-in for one that a child class has not
-                values[f"lr-{type(optimizer).__name__}"] = optimizer.param_groups[0]["lr"]
             self.step_row.add(self.trainer, values, progress_bar={"train/loss"} & values.keys())
             if not self.step_row.is_shared:
                 self.step_row.write(self.trainer, self.trainer.global_step + 1)

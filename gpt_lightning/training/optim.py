@@ -1,6 +1,7 @@
-"""Builds AdamW, which decays matrices only, and a learning rate that warms up and comes down again."""
+"""Builds AdamW, or Muon beside it, and a learning rate that warms up and comes down again."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,28 +10,41 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.layers import ParallelLayer
+from gpt_lightning.training.muon import BlockMatrix, MuonWithAdamW
 
+NAMES = ("adamw", "muon")
+MOMENTUM = 0.95
 SHAPES = ("cosine", "linear", "wsd")
 DECAY_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter, 2019).
+    """AdamW (Loshchilov & Hutter, 2019), or Muon (Jordan et al., 2024) for the matrices of the blocks.
 
     Args:
         learning_rate: The peak, reached at the end of the warm-up.
         weight_decay: Decoupled decay of matrices (weights and embeddings); biases and layer norms have none.
-        betas: Decay rates of the running means of the gradient and of its square.
+        betas: Decay rates of AdamW's running means of the gradient and of its square.
+        name: adamw, or muon, which takes orthogonal updates for the linear layers of the blocks, and AdamW's
+            for embeddings, head, norms and biases.
+        matrix_learning_rate: The peak for what Muon updates, at the scale of AdamW's; learning_rate when left
+            out.
+        momentum: Decay rate of Muon's running mean of the gradient.
     """
 
     learning_rate: float = 6e-4
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    name: str = "adamw"
+    matrix_learning_rate: float | None = None
+    momentum: float = MOMENTUM
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -39,6 +53,17 @@ class OptimizerConfig:
             raise _error("optimizer.weight_decay", self.weight_decay, "is below 0; choose e.g. 0.1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise _error("optimizer.betas", list(self.betas), "are not in [0, 1); choose e.g. [0.9, 0.95]")
+        if self.name not in NAMES:
+            raise _error("optimizer.name", repr(self.name), f"is unknown; choose one of {', '.join(NAMES)}")
+        if not 0 <= self.momentum < 1:
+            raise _error("optimizer.momentum", self.momentum, "is not in [0, 1); choose e.g. 0.95")
+        if self.matrix_learning_rate is not None and not self.matrix_learning_rate > 0:
+            remedy = "is not above 0; choose e.g. 3e-3, or leave it out"
+            raise _error("optimizer.matrix_learning_rate", self.matrix_learning_rate, remedy)
+        for name, default in (("matrix_learning_rate", None), ("momentum", MOMENTUM)):
+            if self.name != "muon" and getattr(self, name) != default:
+                remedy = f"is for model.optimizer.name=muon, not {self.name}; leave it out"
+                raise _error(f"optimizer.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
@@ -94,35 +119,68 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, horizon: float) ->
     return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * (1 - progress)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Separates matrices, which decay, from the rest, which does not; a tied weight appears once."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Separates matrices, which decay, from the rest, which does not."""
+    parameters = [*parameters]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    groups = parameter_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> Optimizer:
+    matrices = block_matrices(model) if settings.name == "muon" else []
+    orthogonal = {matrix.weight for matrix in matrices}
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in orthogonal]
+    groups = parameter_groups(parameters, settings.weight_decay)
+    adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
     # Left to itself a fused step takes over fp16's unscaling, and Lightning then refuses to clip gradients,
     # with bf16 too. So the scaler unscales before the step, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False
-    optimizer.register_load_state_dict_pre_hook(partial(_keep_settings, n_groups=len(groups)))
+    adamw._step_supports_amp_scaling = False
+    optimizer: Optimizer = adamw
+    if settings.name == "muon":
+        matrix_learning_rate = settings.matrix_learning_rate or settings.learning_rate
+        optimizer = MuonWithAdamW(
+            adamw, matrices, matrix_learning_rate, settings.momentum, settings.weight_decay
+        )
+    keep_settings = partial(_keep_settings, n_groups=len(optimizer.param_groups))
+    optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizer
 
 
-def _keep_settings(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, n_groups: int
-) -> dict[str, Any]:
+def block_matrices(model: nn.Module) -> list[BlockMatrix]:
+    """Finds the weights of the linear layers in the model's blocks, which may be cut over the peers."""
+    found: dict[nn.Parameter, BlockMatrix] = {}
+    for name, layer in model.get_submodule("blocks").named_modules():
+        if not isinstance(layer, (nn.Linear, ParallelLayer)) or not layer.weight.requires_grad:
+            continue
+        if type(layer.weight) is not nn.Parameter or layer.weight.dim() != 2:
+            raise UserError(
+                f"model.optimizer.name=muon needs whole matrices, and blocks.{name}.weight is none (a "
+                f"{type(layer.weight).__name__} {list(layer.weight.shape)}); choose adamw, or a "
+                "trainer.strategy that leaves parameters as they are"
+            )
+        parts = getattr(layer, "parts", None) or (layer.weight.shape[0],)
+        found[layer.weight] = BlockMatrix(layer.weight, parts)
+    return [*found.values()]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Returns what is logged of the learning rates: the first group's, and that of Muon's matrices."""
+    if isinstance(optimizer, MuonWithAdamW):
+        return {"lr-AdamW": optimizer.param_groups[0]["lr"], "lr-Muon": optimizer.matrix_group["lr"]}
+    return {f"lr-{type(optimizer).__name__}": optimizer.param_groups[0]["lr"]}
+
+
+def _keep_settings(optimizer: Optimizer, saved: dict[str, Any], *, n_groups: int) -> dict[str, Any]:
     """Keeps this run's settings of the groups built here: PyTorch would restore those of the run that saved.
 
     What the schedule has made of the peak stays, as a share of it.
     """
     groups = [*saved["param_groups"]]
     for number, (own, group) in enumerate(zip(optimizer.param_groups[:n_groups], groups)):
-        groups[number] = {**group, "betas": own["betas"], "weight_decay": own["weight_decay"]}
+        kept = {name: own[name] for name in ("betas", "momentum", "weight_decay") if name in own}
+        groups[number] = {**group, **kept}
         if (peak := own.get("initial_lr")) is not None:
             share = peak / group["initial_lr"] if group.get("initial_lr") else 1.0
             groups[number].update(lr=group["lr"] * share, initial_lr=peak)
@@ -138,7 +196,7 @@ class Schedule(LambdaLR):
         self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:
     if settings.warmup_steps >= horizon:
         rank_zero_warn(
             f"model.schedule.warmup_steps={settings.warmup_steps} is not below the {horizon} steps "

@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import OptimizerConfig
 from gpt_lightning.training.trainer import GPTTrainer
 from tests.faults.trace import Poison
 
@@ -50,12 +51,14 @@ def fit(
     folder: Path,
     callbacks: list[pl.Callback],
     kind: type[pl.Trainer] = GPTTrainer,
+    optimizer: str = "adamw",
     **options: Any,
 ) -> pl.Trainer:
     settings = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 2, "cache_dir": str(folder / "cache")}
     datamodule = TextDataModule(train_files=[str(corpus)], **settings)  # type: ignore[arg-type]
     torch.manual_seed(1)
-    module = GPTLightningModule(GPTConfig(datamodule.vocab_size, 16, n_layers=1, n_heads=2, d_model=16))
+    config = GPTConfig(datamodule.vocab_size, 16, n_layers=1, n_heads=2, d_model=16)
+    module = GPTLightningModule(config, OptimizerConfig(name=optimizer))
     trainer = kind(
         accelerator="cpu",
         max_steps=STEPS,
@@ -69,9 +72,11 @@ def fit(
     return trainer
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_left_out_steps_change_nothing_and_are_told(
     what: str,
+    optimizer: str,
     corpus: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -84,7 +89,8 @@ def test_left_out_steps_change_nothing_and_are_told(
         states, guard = States(), FiniteGuard(max_skipped_steps=2)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "gpt_lightning"):
-            trainer = fit(corpus, tmp_path, [Poison([4, 7], what=what), guard, states], log_every_n_steps=5)
+            callbacks = [Poison([4, 7], what=what), guard, states]
+            trainer = fit(corpus, tmp_path, callbacks, optimizer=optimizer, log_every_n_steps=5)
         assert guard.skipped_steps == 2 and not hasattr(trainer.optimizers[0], "found_inf")
         assert_same(states.after[3], states.after[4])
         assert not torch.equal(states.after[4][0], states.after[5][0])
@@ -180,9 +186,14 @@ class ReadsByStep(pl.Callback):
         self.reads.found.clear()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate, optimizer", [(1, "adamw"), (2, "adamw"), (1, "muon")])
 def test_between_logging_steps_nothing_is_read(
-    accumulate: int, corpus: Path, tmp_path: Path, on_device: None, monkeypatch: pytest.MonkeyPatch
+    accumulate: int,
+    optimizer: str,
+    corpus: Path,
+    tmp_path: Path,
+    on_device: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reads = Reads()
     for name in ("tolist", "cpu", "numpy"):  # of a tensor on the host PyTorch dispatches nothing for them
@@ -194,6 +205,7 @@ def test_between_logging_steps_nothing_is_read(
             corpus,
             tmp_path,
             callbacks,
+            optimizer=optimizer,
             log_every_n_steps=4,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=1.0,

@@ -19,7 +19,12 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
+from gpt_lightning.training.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    learning_rate_factor,
+)
 
 pytestmark = pytest.mark.slow
 SEQ_LEN = 15
@@ -103,6 +108,44 @@ def test_fit_equals_a_plain_loop(corpus: Path, tmp_path: Path, accumulate: int, 
         optimizer.step()
     for name, tensor in module.model.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_fit_with_muon_equals_a_plain_loop_and_logs_both_rates(corpus: Path, tmp_path: Path) -> None:
+    settings = OptimizerConfig(0.01, name="muon", matrix_learning_rate=0.04)
+    schedule = ScheduleConfig(3, 0.1)
+
+    def module() -> GPTLightningModule:
+        return GPTLightningModule(build(corpus, tmp_path / "cache")[0].model.config, settings, schedule)
+
+    class Rates(pl.Callback):
+        def __init__(self) -> None:
+            self.logged: list[list[float]] = []
+            self.batches: list[Any] = []
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, _: int) -> None:
+            metrics = trainer.callback_metrics
+            self.batches.append(batch)
+            self.logged.append([float(metrics[name]) for name in ("lr-AdamW", "lr-Muon")])
+
+    torch.manual_seed(1)
+    fitted, rates = module(), Rates()
+    model, start = copy.deepcopy(fitted.model), copy.deepcopy(fitted.model.state_dict())
+    fit = trainer(tmp_path, max_steps=6, callbacks=[rates], limit_val_batches=0)
+    fit.fit(fitted, build(corpus, tmp_path / "cache")[1])
+    optimizer = build_optimizer(model, settings)
+    for step, batch in enumerate(rates.batches):
+        factor = learning_rate_factor(step, schedule, 6)
+        assert rates.logged[step] == pytest.approx([0.01 * factor, 0.04 * factor])
+        for group, peak in zip(optimizer.param_groups, (0.01, 0.01, 0.04)):
+            group["lr"] = peak * factor
+        optimizer.zero_grad()
+        model(batch.input_ids, batch.targets, document_ids=batch.document_ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    # Muon's bfloat16 makes much of the last bits of a gradient.
+    for name, tensor in fitted.model.state_dict().items():
+        expected, change = model.state_dict()[name], model.state_dict()[name] - start[name]
+        assert (tensor - expected).norm() < 0.1 * change.norm(), name
 
 
 class Gradients(pl.Callback):

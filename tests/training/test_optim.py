@@ -60,7 +60,7 @@ def test_wsd_takes_any_fraction_and_a_run_without_end(fraction: float, horizon: 
 
 def test_only_matrices_decay_and_every_parameter_is_in_one_group() -> None:
     model = GPTModel(GPTConfig(vocab_size=11, max_position_embeddings=8, n_layers=2, n_heads=2, d_model=8))
-    decayed, plain = parameter_groups(model, weight_decay=0.1)
+    decayed, plain = parameter_groups(model.parameters(), weight_decay=0.1)
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
@@ -86,6 +86,11 @@ def test_a_step_equals_adamw_by_hand() -> None:
         (lambda: OptimizerConfig(learning_rate=0.0), "model.optimizer.learning_rate=0.0"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "model.optimizer.weight_decay=-1.0"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "model.optimizer.betas=[0.9, 1.0]"),
+        (lambda: OptimizerConfig(name="muo"), "model.optimizer.name='muo' is unknown; choose one of"),
+        (lambda: OptimizerConfig(name="muon", momentum=1.0), "model.optimizer.momentum=1.0"),
+        (lambda: OptimizerConfig(momentum=0.9), "momentum=0.9 is for model.optimizer.name=muon"),
+        (lambda: OptimizerConfig(matrix_learning_rate=0.1), "matrix_learning_rate=0.1 is for"),
+        (lambda: OptimizerConfig(name="muon", matrix_learning_rate=0.0), "matrix_learning_rate=0.0 is not"),
         (lambda: ScheduleConfig(warmup_steps=-1), "model.schedule.warmup_steps=-1"),
         (lambda: ScheduleConfig(min_lr_ratio=1.5), "model.schedule.min_lr_ratio=1.5"),
         (lambda: ScheduleConfig(shape="cosin"), "model.schedule.shape='cosin' is unknown"),

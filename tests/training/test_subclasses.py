@@ -224,8 +224,9 @@ def test_the_module_is_called_as_its_model() -> None:
     assert torch.equal(module(ids, ids).loss, module.model(ids, ids).loss)
 
 
-def test_a_learning_rate_is_found_and_set(corpus: Path, tmp_path: Path) -> None:
-    module = GPTLightningModule(config(), schedule=SCHEDULE)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_learning_rate_is_found_and_set(name: str, corpus: Path, tmp_path: Path) -> None:
+    module = GPTLightningModule(config(), OptimizerConfig(name=name), SCHEDULE)
     fit = trainer(tmp_path)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     finder = Tuner(fit).lr_find(module, datamodule=text(corpus, tmp_path), num_training=30, min_lr=1e-5)
@@ -235,7 +236,14 @@ def test_a_learning_rate_is_found_and_set(corpus: Path, tmp_path: Path) -> None:
     assert module.learning_rate == found == module.optimizer.learning_rate
     assert module.hparams["optimizer"]["learning_rate"] == found
     fit.fit(module, text(corpus, tmp_path))
-    assert fit.optimizers[0].param_groups[0]["initial_lr"] == found
+    assert {group["initial_lr"] for group in fit.optimizers[0].param_groups} == {found}
+
+
+def test_a_rate_that_is_set_is_that_of_all_groups() -> None:
+    module = GPTLightningModule(config(), OptimizerConfig(name="muon", matrix_learning_rate=0.1))
+    with pytest.warns(UserWarning, match="matrix_learning_rate=0.1 gives way to learning_rate=0.02"):
+        module.learning_rate = 0.02
+    assert module.optimizer == OptimizerConfig(0.02, name="muon")
 
 
 class Rates(pl.Callback):

@@ -1,0 +1,126 @@
+"""Muon (Jordan et al., 2024): orthogonal updates for the matrices of the blocks, AdamW for everything else.
+
+The arithmetic is that of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"` and of torch.optim.AdamW.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from typing_extensions import override
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+EPS = 1e-7
+MOST_AT_ONCE = 2**24  # numbers that one call orthogonalises: beyond, nothing is won, and memory lost
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """Is the weight of a linear layer, whose rows repeat with the pattern `parts`: q, k and v, for one."""
+
+    weight: nn.Parameter
+    parts: tuple[int, ...]
+
+    def views(self, like_weight: Tensor) -> tuple[Tensor, ...]:
+        """Returns of a tensor in the weight's shape each matrix, [repetitions, rows, columns]."""
+        return like_weight.unflatten(0, (-1, sum(self.parts))).split(self.parts, dim=1)
+
+
+class MuonWithAdamW(Optimizer):
+    """Is one optimizer, as Lightning takes one: AdamW and the groups it has, and a last group of matrices.
+
+    Where `found_inf` is set and 1, a step changes nothing, as with fused AdamW, and the host need not know.
+    """
+
+    def __init__(
+        self, adamw: AdamW, matrices: Sequence[BlockMatrix], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        self._adamw = adamw
+        self._matrices = matrices
+        weights = [matrix.weight for matrix in matrices]
+        own = {"params": weights, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([*adamw.param_groups, own], {})
+        self.defaults = adamw.defaults  # of groups that somebody adds
+
+    @property
+    def matrix_group(self) -> dict[str, Any]:
+        return next(group for group in self.param_groups if "momentum" in group)
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        left_out: Tensor | None = getattr(self, "found_inf", None)
+        # These are other objects after a state was loaded.
+        self._adamw.param_groups = [group for group in self.param_groups if "momentum" not in group]
+        self._adamw.state = self.state
+        self._adamw.found_inf = left_out  # type: ignore[attr-defined]
+        self._adamw.step()
+        self._step_matrices(self.matrix_group, left_out)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any], left_out: Tensor | None) -> None:
+        lr, momentum, matrices = group["lr"], group["momentum"], []
+        pieces: list[Tensor] = []
+        for matrix in self._matrices:
+            if (gradient := matrix.weight.grad) is None:
+                continue
+            state = self.state[matrix.weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.weight)
+            buffer = state["momentum_buffer"]
+            _replace(buffer, buffer.lerp(gradient, 1 - momentum), left_out)
+            ahead = gradient.lerp(buffer, momentum).bfloat16()  # Nesterov's
+            matrices.append(matrix)
+            pieces += [piece.flatten(0, 1) for piece in matrix.views(ahead)]
+        updates = iter(orthogonalized(pieces))
+        for matrix in matrices:
+            new = matrix.weight * (1 - lr * group["weight_decay"])
+            for part, update in zip(matrix.views(new), updates):
+                part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(update.shape)))
+            _replace(matrix.weight, new, left_out)
+
+
+def _replace(target: Tensor, value: Tensor, left_out: Tensor | None) -> None:
+    target.copy_(value if left_out is None else torch.where(left_out > 0, target, value))
+
+
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the nearest (nearly) orthogonal matrices, those of one shape computed together.
+
+    One by one, small matrices would take the time of the calls.
+    """
+    results: dict[int, Tensor] = {}
+    for indices in _batches(matrices):
+        batch = _newton_schulz(torch.stack([matrices[index] for index in indices]))
+        results.update(zip(indices, batch))
+    return [results[index] for index in range(len(matrices))]
+
+
+def _batches(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(index)
+    for shape, indices in by_shape.items():
+        n = max(1, MOST_AT_ONCE // shape.numel())
+        yield from (indices[start : start + n] for start in range(0, len(indices), n))
+
+
+def _newton_schulz(batch: Tensor) -> Tensor:
+    """Brings the singular values of each matrix, [matrices, rows, columns] in bfloat16, near to 1."""
+    batch = batch / torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True).clamp(min=EPS)
+    is_tall = batch.shape[1] > batch.shape[2]
+    x = batch.mT if is_tall else batch
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = torch.bmm(x, x.mT)  # `@` would round a batch of one otherwise
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
