@@ -169,7 +169,8 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """Returns what is logged of the learning rates: the first group's, and that of Muon's matrices."""
     if isinstance(optimizer, MuonWithAdamW):
         return {"lr-AdamW": optimizer.param_groups[0]["lr"], "lr-Muon": optimizer.matrix_group["lr"]}
-    return {f"lr-{type(optimizer).__name__}": optimizer.param_groups[0]["lr"]}
+    # Lightning's stand-in for an optimizer that a child class has not is of no group.
+    return {f"lr-{type(optimizer).__name__}": group["lr"] for group in optimizer.param_groups[:1]}
 
 
 def _keep_settings(optimizer: Optimizer, saved: dict[str, Any], *, n_groups: int) -> dict[str, Any]:
