@@ -193,7 +193,7 @@ def _problems(checkpoint: Any) -> Iterator[str]:
                     yield f"holds {key}={short(weights)}, no weights; name another"
                 if is_ours:  # a child class's layers are its own business, when they are loaded
                     yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
-            groups = groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else None
+            groups = groups_of_ours(checkpoint[CONFIG_KEY], checkpoint[WEIGHTS]) if is_ours else []
             yield from problems_of_optimizers(checkpoint, groups)
         yield from _problems_of_notes(checkpoint)
         if "resume" in checkpoint:
@@ -300,7 +300,7 @@ def _problems_of_folder(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[s
             weights |= {name: weights[original] for name, original in tied.items()}
         case other:
             yield f"holds {TIED_KEY}={short(other)}; name another"
-    groups = None
+    groups = []
     if CONFIG_KEY in checkpoint and MODULE_KEY not in checkpoint:
         yield from problems_of_weights(GPTConfig(**checkpoint[CONFIG_KEY]), weights)
         groups = groups_of_ours(checkpoint[CONFIG_KEY], weights)

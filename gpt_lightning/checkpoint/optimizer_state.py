@@ -11,8 +11,10 @@ from gpt_lightning.checkpoint.values import FLOATS, is_number, numbers, problem_
 
 Groups = Sequence[Sequence[Tensor]]  # the parameters of an optimizer, group by group
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_MUON_GROUP = {"params", "lr", "initial_lr", "weight_decay", "momentum"}
 _LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
-_ADAM_NUMBERS = ("lr", "weight_decay", "eps")
+_MUON_NUMBERS = ("lr", "weight_decay")
+_ADAM_NUMBERS = (*_MUON_NUMBERS, "eps")
 _ADAM_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused")
 
 
@@ -26,17 +28,26 @@ def problem_of_optimizer(state: Any, groups: Groups | None, *, is_ours: bool = F
     return problem and f"holds a state of the optimizer that does not fit: {problem}"
 
 
-def problems_of_optimizers(checkpoint: Mapping[str, Any], groups: Groups | None) -> Iterator[str]:
+def problem_of_name(groups: Sequence[Mapping[str, Any]], own: str | None) -> str | None:
+    """Says where saved groups are those of another model.optimizer.name than a run's own."""
+    saved = optimizer_name(groups)
+    if own is None or saved in (own, None):
+        return None
+    remedy = f"go on with {saved}, or begin a run with its weights (init_from)"
+    return f"holds the state of model.optimizer.name={saved}, and this run has {own}; {remedy}"
+
+
+def problems_of_optimizers(checkpoint: Mapping[str, Any], choices: Sequence[Groups]) -> Iterator[str]:
     """Yields where a checkpoint's optimizers and schedules are not those that its model's own class builds.
 
-    `groups` are the parameters of the optimizer that it builds; without them the class is unknown.
+    `choices` are the parameters of the optimizers that it can build; without them the class is unknown.
     """
     if OPTIMIZERS not in checkpoint:
         return
     states = checkpoint[OPTIMIZERS]
     if not isinstance(states, list):
         yield f"holds {OPTIMIZERS}={short(states)}, no states of optimizers; name another"
-    own = _own_groups(states, groups)
+    own = _own_groups(states, choices)
     for state in states:
         if problem := problem_of_optimizer(state, own, is_ours=own is not None):
             yield f"{problem}; name another"
@@ -45,7 +56,7 @@ def problems_of_optimizers(checkpoint: Mapping[str, Any], groups: Groups | None)
 
 
 def problems_of_sizes(
-    checkpoint: Mapping[str, Any], sizes: Mapping[str, list[int]], groups: Groups | None
+    checkpoint: Mapping[str, Any], sizes: Mapping[str, list[int]], choices: Sequence[Groups]
 ) -> Iterator[str]:
     """Yields the same of a sharded checkpoint, whose state lacks the tensors, by their names and sizes."""
     states = checkpoint.get(OPTIMIZERS, [])
@@ -55,28 +66,30 @@ def problems_of_sizes(
         entries = state.get("state") if isinstance(state, dict) else None
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             yield f"holds {short(state)} as the state of an optimizer; name another"
-    own = _own_groups(states, groups)
+    own = _own_groups(states, choices)
     without = {**checkpoint, OPTIMIZERS: [{**state, "state": {}} for state in states]}
-    yield from problems_of_optimizers(without if OPTIMIZERS in checkpoint else {}, groups)
+    yield from problems_of_optimizers(without if OPTIMIZERS in checkpoint else {}, choices)
     for key in sizes:
         _, number, index, _ = key.split("/")
         if int(number) >= len(states) or int(index) not in states[int(number)]["state"]:
             yield f"holds {key}, for which its {OPTIMIZERS} have no place; name another"
-    if own is None or not sizes or not is_adam(states[0]["param_groups"][0]):
+    if own is None or not sizes or optimizer_name(saved := states[0]["param_groups"]) is None:
         return
+    kept = [(parameter, group) for group, of in zip(saved, own) for parameter in of]
     expected = {
         f"{OPTIMIZERS}/0/{index}/{name}": [] if name == "step" else list(parameter.shape)
-        for index, parameter in enumerate(parameter for group in own for parameter in group)
-        for name in MOMENTS
+        for index, (parameter, group) in enumerate(kept)
+        for name in _moments(group) or ()
     }
     for key in {**sizes, **expected}:
         if sizes.get(key) != expected.get(key):
             yield f"holds {key} of the size {sizes.get(key)} instead of {expected.get(key)}; name another"
 
 
-def _own_groups(states: Sequence[Any], groups: Groups | None) -> Groups | None:
-    """Returns the groups if it is for them that the state is, and a child class has not built another."""
-    return groups if groups is not None and len(states) == 1 and fits_groups(states[0], groups) else None
+def _own_groups(states: Sequence[Any], choices: Sequence[Groups]) -> Groups | None:
+    """Returns the groups that the state is for; none if a child class has built another optimizer."""
+    fitting = (groups for groups in choices if len(states) == 1 and fits_groups(states[0], groups))
+    return next(fitting, None)
 
 
 def problem_of_options(state: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]) -> str | None:
@@ -104,6 +117,27 @@ def fits_groups(state: Any, groups: Groups) -> bool:
 
 def is_adam(group: Mapping[str, Any]) -> bool:
     return "betas" in group and "amsgrad" in group
+
+
+def is_muon(group: Mapping[str, Any]) -> bool:
+    """Tells the group of matrices that our Muon has, and no other optimizer that knows a momentum."""
+    return "momentum" in group and group.keys() <= _MUON_GROUP
+
+
+def optimizer_name(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns the model.optimizer.name to which the groups belong, if they are of one."""
+    if not all(is_adam(group) or is_muon(group) for group in groups):
+        return None
+    return "muon" if any(map(is_muon, groups)) else "adamw"
+
+
+def _moments(group: Mapping[str, Any]) -> set[str] | None:
+    """Returns what the optimizer keeps of each parameter of such a group; None for those of others."""
+    if is_muon(group):
+        return {"momentum_buffer"}
+    if is_adam(group):
+        return MOMENTS | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+    return None
 
 
 def _problems(state: Any, groups: Groups | None, is_ours: bool) -> Iterator[str]:
@@ -145,16 +179,19 @@ def _problems_of_group(group: Any, number: int) -> Iterator[str]:
         case _:
             yield f"group {number} is {short(group)}"
             return
-    if not is_adam(group):
+    if _moments(group) is None:
         return
-    for name in _ADAM_NUMBERS:
+    for name in _MUON_NUMBERS if is_muon(group) else _ADAM_NUMBERS:
         if not is_number(group.get(name)) or group[name] < 0:
             yield f"{name} of group {number} is {short(group.get(name))}"
-    if not numbers(group["betas"], 2) or not all(0 <= beta < 1 for beta in group["betas"]):
+    if is_muon(group):
+        if not is_number(group["momentum"]) or not 0 <= group["momentum"] < 1:
+            yield f"momentum of group {number} is {short(group['momentum'])}"
+    elif not numbers(group["betas"], 2) or not all(0 <= beta < 1 for beta in group["betas"]):
         yield f"betas of group {number} are {short(group['betas'])}"
     if "initial_lr" in group and not (is_number(group["initial_lr"]) and group["initial_lr"] > 0):
         yield f"initial_lr of group {number} is {short(group['initial_lr'])}"
-    for name in _ADAM_FLAGS:
+    for name in _ADAM_FLAGS if is_adam(group) else ():
         if type(group.get(name)) not in (bool, type(None)):
             yield f"{name} of group {number} is {short(group[name])}"
 
@@ -165,8 +202,7 @@ def _problems_of_entry(
     if not isinstance(entry, dict) or not all(type(name) is str for name in entry):
         yield f"the entry of parameter {index} is {short(entry)}"
         return
-    is_adams = is_adam(group)
-    if is_adams and entry.keys() != (wanted := MOMENTS | ({"max_exp_avg_sq"} if group["amsgrad"] else set())):
+    if (wanted := _moments(group)) is not None and entry.keys() != wanted:
         yield f"parameter {index} has {short(sorted(entry))} instead of {sorted(wanted)}"
     for name, value in entry.items():
         what = f"{name} of parameter {index}"
@@ -175,7 +211,7 @@ def _problems_of_entry(
                 yield f"{what} is {problem}"
             elif value.is_neg() or value.is_conj() or value.requires_grad:
                 yield f"{what} is no ordinary tensor"
-        elif is_adams and name != "step":
+        elif wanted is not None and name != "step":
             yield f"{what} is {short(value)}"
         if name == "step" and not (is_number(value) and float(value) >= 0):
             yield f"{what} is {short(value)}"

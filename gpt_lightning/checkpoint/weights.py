@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_lightning.checkpoint.values import FLOATS
 from gpt_lightning.model.config import GPTConfig
@@ -67,9 +67,16 @@ def _problems_of_tensors(config: GPTConfig, state_dict: Mapping[str, Any]) -> It
         yield f"holds an lm_head that is not its token_embedding, to which {CONFIG_KEY} ties it; name another"
 
 
-def groups_of_ours(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[Tensor]]:
-    """Returns what GPTLightningModule's optimizer changes, without numbers: matrices, then all else."""
+def groups_of_ours(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[list[Tensor]]]:
+    """Returns what GPTLightningModule's AdamW changes, and what its Muon does, without numbers.
+
+    AdamW's groups are the matrices and all else; with Muon the matrices of the blocks are a last group.
+    """
     with torch.device("meta"), Uninitialized():
-        parameters = dict(GPTModel(GPTConfig(**config)).named_parameters())
-    typed = [own.detach().to(weights[MODEL_PREFIX + name].dtype) for name, own in parameters.items()]
-    return [[own for own in typed if own.dim() >= 2], [own for own in typed if own.dim() < 2]]
+        model = GPTModel(GPTConfig(**config))
+    linear = {layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)}
+    typed = {p: p.detach().to(weights[MODEL_PREFIX + name].dtype) for name, p in model.named_parameters()}
+    decaying = [p for p in typed if p.dim() >= 2]
+    plain = [own for p, own in typed.items() if p.dim() < 2]
+    others, matrices = ([typed[p] for p in decaying if (p in linear) == is_in] for is_in in (False, True))
+    return [[[typed[p] for p in decaying], plain], [others, plain, matrices]]

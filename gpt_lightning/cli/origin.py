@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import MODULE_KEY, SETTINGS
 from gpt_lightning.checkpoint.files import OPTIMIZERS
+from gpt_lightning.checkpoint.optimizer_state import problem_of_name
 from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_key, model_options
@@ -126,6 +127,17 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
                 "option out, or train anew"
             )
         settings[key] = value
+    if verb == "fit" and origin.init_from is None:
+        _refuse_another_optimizer(settings, checkpoint)
+
+
+def _refuse_another_optimizer(settings: Any, checkpoint: Checkpoint) -> None:
+    """Refuses one whose state would not fit, unless a child class may build what it likes."""
+    states = checkpoint.contents[OPTIMIZERS]
+    if model_key(settings) == "model" and len(states) == 1:
+        own = model_options(settings, "optimizer")["name"]
+        if (problem := problem_of_name(states[0]["param_groups"], own)) is not None:
+            raise UserError(f"ckpt_path={checkpoint.path} {problem}")
 
 
 def take_arguments(settings: Any, explicit: Any, checkpoint: Checkpoint, parser: ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from gpt_lightning.checkpoint.optimizer_state import problem_of_name
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import ParallelLayer
 from gpt_lightning.training.muon import BlockMatrix, MuonWithAdamW
@@ -143,6 +144,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> Optimizer:
         optimizer = MuonWithAdamW(
             adamw, matrices, matrix_learning_rate, settings.momentum, settings.weight_decay
         )
+    optimizer.register_load_state_dict_pre_hook(partial(_refuse_another, name=settings.name))
     keep_settings = partial(_keep_settings, n_groups=len(optimizer.param_groups))
     optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizer
@@ -171,6 +173,11 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
         return {"lr-AdamW": optimizer.param_groups[0]["lr"], "lr-Muon": optimizer.matrix_group["lr"]}
     # Lightning's stand-in for an optimizer that a child class has not is of no group.
     return {f"lr-{type(optimizer).__name__}": group["lr"] for group in optimizer.param_groups[:1]}
+
+
+def _refuse_another(optimizer: Optimizer, saved: dict[str, Any], *, name: str) -> None:
+    if (problem := problem_of_name(saved["param_groups"], name)) is not None:
+        raise UserError(f"the checkpoint {problem}")
 
 
 def _keep_settings(optimizer: Optimizer, saved: dict[str, Any], *, n_groups: int) -> dict[str, Any]:

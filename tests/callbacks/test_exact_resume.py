@@ -78,6 +78,7 @@ def fit(
     """Runs, writes the trace `folder/name`, and returns the hash of the final weights."""
     accumulate = options.pop("accumulate_grad_batches", 1)
     schedule = options.pop("schedule", ScheduleConfig(warmup_steps=3))
+    optimizer = options.pop("optimizer", OptimizerConfig(learning_rate=0.01))
     data = TextDataModule(
         train_files=str(corpus),
         tokenizer="bytes",
@@ -89,7 +90,7 @@ def fit(
     pl.seed_everything(1, verbose=False)
     module = GPTLightningModule(
         GPTConfig(data.vocab_size, SEQ_LEN, n_layers=1, n_heads=2, d_model=8, dropout=0.1),
-        OptimizerConfig(learning_rate=0.01),
+        optimizer,
         schedule,
     )
     if ckpt_path is not None:
@@ -131,6 +132,7 @@ PLANS = {
     "no validation": {"limit_val_batches": 0, "max_epochs": 2},
     "to a step": {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_steps": 6},
     "limited epochs": {"limit_train_batches": 3, "max_epochs": 3},
+    "with Muon": {"max_epochs": 2, "optimizer": OptimizerConfig(learning_rate=0.01, name="muon")},
 }
 
 

@@ -18,6 +18,9 @@ from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import step_of
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from tests.conftest import write_corpus
 
 OLD = Path(__file__).parents[1] / "old_files" / "file.ckpt"
@@ -312,6 +315,48 @@ def test_what_is_another_but_no_worse_passes(trained: dict[str, Any], tmp_path: 
     put(trained, ("optimizer_states", 0, "state"), {})
     write(trained, tmp_path / "x.ckpt")
     assert Checkpoint.open(tmp_path / "x.ckpt").step == 5
+
+
+@pytest.fixture
+def with_muon(trained: dict[str, Any]) -> dict[str, Any]:
+    """The same with the state of a run with Muon."""
+    model = GPTModel(GPTConfig(**trained["gpt_config"]))
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    schedule = build_schedule(optimizer, ScheduleConfig(2), horizon=10)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule.step()
+    states = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()]}
+    return {**trained, **states}
+
+
+OF_MUON = ("optimizer_states", 0, "param_groups", 2)
+MATRIX = (*ENTRIES, 13)
+MUON_CHANGES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    **{f"buffer: {name}": ((*MATRIX, "momentum_buffer"), value) for name, value in TENSORS.items()},
+    "buffer: float16": ((*MATRIX, "momentum_buffer"), Tensor.half),
+    "buffer: gone": ((*MATRIX, "momentum_buffer"), GONE),
+    "entry: none": (MATRIX, GONE),
+    "entry: AdamW's": (MATRIX, {name: torch.zeros(()) for name in ("step", "exp_avg", "exp_avg_sq")}),
+    "entry: one more": ((*MATRIX, "step"), torch.zeros(())),
+    "AdamW's: a buffer": ((*ENTRIES, 0, "momentum_buffer"), torch.zeros(1)),
+    **{f"momentum: {value}": ((*OF_MUON, "momentum"), value) for value in ("x", 1.0, -0.1, float("nan"))},
+    **{f"{name}: a word": ((*OF_MUON, name), "x") for name in ("lr", "weight_decay", "initial_lr")},
+    "no lr": ((*OF_MUON, "lr"), GONE),
+    "schedule: AdamW's": ((*SCHEDULE, "base_lrs"), [0.1, 0.1]),
+}
+
+
+@pytest.mark.parametrize("change", MUON_CHANGES)
+def test_a_state_of_muon_is_held_to_its_model(
+    change: str, with_muon: dict[str, Any], tmp_path: Path
+) -> None:
+    write(with_muon, tmp_path / "honest.ckpt")
+    assert Checkpoint.open(tmp_path / "honest.ckpt").step == 5
+    put(with_muon, *MUON_CHANGES[change])
+    torch.save(with_muon, tmp_path / "evil.ckpt")
+    complaint(tmp_path / "evil.ckpt")
 
 
 @pytest.mark.slow

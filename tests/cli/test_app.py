@@ -336,6 +336,18 @@ def test_a_place_that_cannot_be_written_is_named(
         assert "file/" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
 
 
+def test_another_optimizer_than_the_checkpoints_is_refused_and_nothing_written(
+    fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in fitted.rglob("*")}
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--model.optimizer.name", "muon"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and message.startswith(f"error: ckpt_path={fitted / 'last.ckpt'} ")
+    assert "model.optimizer.name=adamw, and this run has muon; go on with adamw, or begin a run" in message
+    assert {path: path.stat().st_mtime_ns for path in fitted.rglob("*")} == before
+
+
 def test_optimizer_options_win_over_the_checkpoint(fitted: Path, tmp_path: Path) -> None:
     options = ["--model.optimizer.learning_rate", "0.002", "--model.optimizer.weight_decay", "0.5"]
     main(["fit", "--config", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "7", *options])

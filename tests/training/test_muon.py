@@ -197,3 +197,15 @@ def test_frozen_matrices_and_matrices_in_pieces() -> None:
     model.blocks[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(37 * 15))
     with pytest.raises(UserError, match=r"needs whole matrices, and blocks.1.mlp.up_proj.weight is none"):
         build_optimizer(model, SETTINGS)
+
+
+@pytest.mark.parametrize("saved, own", [("adamw", "muon"), ("muon", "adamw")])
+def test_the_state_of_the_other_optimizer_is_refused(saved: str, own: str) -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, OptimizerConfig(name=saved))
+    give_gradients(model, 0)
+    optimizer.step()
+    other = build_optimizer(model, OptimizerConfig(name=own))
+    with pytest.raises(UserError, match=f"holds the state of model.optimizer.name={saved}, .* has {own};"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
