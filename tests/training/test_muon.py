@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -30,13 +31,14 @@ def small_model(**config: Any) -> GPTModel:
     return GPTModel(GPTConfig(**{**options, "d_ff": 37, **config}))
 
 
-def matrices_of(model: GPTModel, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+def matrices_of(model: GPTModel, tensors: dict[str, Tensor], parts: tuple[int, ...]) -> Iterator[Tensor]:
     """Of each block q, k, v, and the three other matrices, copied from where they lie."""
     for number in range(len(model.blocks)):
         names = ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj")
         qkv, *others = (tensors[f"blocks.{number}.{name}.weight"] for name in names)
-        heads = qkv.view(-1, 3, model.head_dim, qkv.shape[1])
-        yield from (heads[:, index].reshape(-1, qkv.shape[1]).clone() for index in range(3))
+        groups = qkv.view(-1, sum(parts), qkv.shape[1])
+        for end, rows in zip(accumulate(parts), parts):
+            yield groups[:, end - rows : end].reshape(-1, qkv.shape[1]).clone()
         yield from (other.clone() for other in others)
 
 
@@ -46,12 +48,23 @@ def give_gradients(model: nn.Module, step: int) -> None:
         parameter.grad = 10.0 ** -(step % 4) * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"d_model": 48, "d_ff": 16}, {"n_heads": 1, "d_model": 1, "d_ff": 2}])
-def test_steps_equal_those_of_torch(sizes: dict[str, int]) -> None:
+SIZES = [
+    ({}, None),
+    ({"d_model": 48, "d_ff": 16}, None),
+    ({"n_heads": 1, "d_model": 1, "d_ff": 2}, None),
+    ({"n_heads": 4, "d_model": 20}, (10, 5, 5)),  # two queries to a key and a value
+]
+
+
+@pytest.mark.parametrize("sizes, parts", SIZES)
+def test_steps_equal_those_of_torch(sizes: dict[str, int], parts: tuple[int, ...] | None) -> None:
     model = small_model(**sizes)
+    for block in model.blocks if parts else ():
+        block.attn.qkv_proj.parts = parts
+    parts = parts or 3 * (model.head_dim,)
     optimizer = build_optimizer(model, SETTINGS)
     start = dict(model.named_parameters())
-    ours = [nn.Parameter(matrix) for matrix in matrices_of(model, start)]
+    ours = [nn.Parameter(matrix) for matrix in matrices_of(model, start, parts)]
     matrices = torch.optim.Muon(ours, 0.05, 0.3, 0.9, adjust_lr_fn="match_rms_adamw")
     rest = copy.deepcopy(model)
     others = [p for n, p in rest.named_parameters() if "blocks" not in n or p.dim() == 1]
@@ -64,11 +77,11 @@ def test_steps_equal_those_of_torch(sizes: dict[str, int]) -> None:
         give_gradients(model, step)
         give_gradients(rest, step)
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        for parameter, gradient in zip(ours, matrices_of(model, gradients), strict=True):
+        for parameter, gradient in zip(ours, matrices_of(model, gradients, parts), strict=True):
             parameter.grad = gradient
         for each in (optimizer, matrices, adamw):
             each.step()
-        found = list(matrices_of(model, dict(model.named_parameters())))
+        found = list(matrices_of(model, dict(model.named_parameters()), parts))
         assert all(torch.equal(a, b) for a, b in zip(found, ours, strict=True))
         for name, parameter in rest.named_parameters():
             if any(parameter is other for other in others):
