@@ -6,7 +6,7 @@ have equal gradients on all peers.
 Shapes: B batch, T time, t = T / tp_size, D features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,27 @@ def all_reduce(x: Tensor, mesh: ParallelMesh, op: dist.ReduceOp.RedOpType = dist
     """Reduces elementwise over the tensor-parallel peers, in place."""
     dist.all_reduce(x, op=op, group=mesh.tp_group)
     return x
+
+
+def exchange(
+    to_peers: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[torch.Size]],
+    like: Tensor,
+    mesh: ParallelMesh,
+) -> list[list[Tensor]]:
+    """Sends each peer some tensors, in one message, and returns those of these shapes that each sends here.
+
+    All have the dtype and the device of `like`. They go as bytes: not every backend knows bfloat16.
+    """
+    flat = [tensor.flatten() for tensors in to_peers for tensor in tensors]
+    outgoing = torch.cat([like.new_empty(0), *flat]).view(torch.uint8)
+    sent = [like.itemsize * sum(tensor.numel() for tensor in tensors) for tensors in to_peers]
+    lengths = [[shape.numel() for shape in each] for each in shapes]
+    received = [like.itemsize * sum(each) for each in lengths]
+    arrived = outgoing.new_empty(sum(received))
+    dist.all_to_all_single(arrived, outgoing, received, sent, group=mesh.tp_group)
+    pieces = iter(arrived.view(like.dtype).split([length for each in lengths for length in each]))
+    return [[next(pieces).view(shape) for shape in each] for each in shapes]
 
 
 def start_gather(x: Tensor, mesh: ParallelMesh, cut: bool) -> Callable[[], Tensor]:

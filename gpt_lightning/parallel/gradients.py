@@ -18,7 +18,7 @@ from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
 
-WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "MuonWithAdamW", "Adafactor")
+WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
 
 
 def norm(gradients: Iterable[Tensor]) -> Tensor:

@@ -1,17 +1,22 @@
 """Muon (Jordan et al., 2024): orthogonal updates for the matrices of the blocks, AdamW for everything else.
 
 The arithmetic is that of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"` and of torch.optim.AdamW.
+A matrix that tensor-parallel peers have cut gets the update of the whole: that of a part would be another.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
+
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
+from gpt_lightning.parallel.whole import on_whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -21,14 +26,26 @@ MOST_AT_ONCE = 2**24  # numbers that one call orthogonalises: beyond, nothing is
 
 @dataclass(frozen=True)
 class BlockMatrix:
-    """Is the weight of a linear layer, whose rows repeat with the pattern `parts`: q, k and v, for one."""
+    """Is the weight of a linear layer, whose rows repeat with the pattern `parts`: q, k and v, for one.
+
+    Where peers have cut it, `shard` says how: `parts` are those of this peer's rows.
+    """
 
     weight: nn.Parameter
     parts: tuple[int, ...]
+    shard: Shard | None = None
 
     def views(self, like_weight: Tensor) -> tuple[Tensor, ...]:
         """Returns of a tensor in the weight's shape each matrix, [repetitions, rows, columns]."""
         return like_weight.unflatten(0, (-1, sum(self.parts))).split(self.parts, dim=1)
+
+    @property
+    def shards(self) -> list[Shard | None]:
+        """Returns how each matrix is cut."""
+        if self.shard is None or self.shard.dim == 1:
+            return [self.shard for _ in self.parts]
+        sizes = [self.shard.full_size * part // sum(self.parts) for part in self.parts]
+        return [replace(self.shard, full_size=size) for size in sizes]
 
 
 class MuonWithAdamW(Optimizer):
@@ -38,10 +55,16 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(
-        self, adamw: AdamW, matrices: Sequence[BlockMatrix], lr: float, momentum: float, weight_decay: float
+        self,
+        adamw: AdamW,
+        matrices: Sequence[BlockMatrix],
+        mesh: ParallelMesh | None,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
     ) -> None:
-        self._adamw = adamw
-        self._matrices = matrices
+        self._adamw, self._matrices, self._mesh = adamw, matrices, mesh
         weights = [matrix.weight for matrix in matrices]
         own = {"params": weights, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([*adamw.param_groups, own], {})
@@ -70,6 +93,7 @@ class MuonWithAdamW(Optimizer):
     def _step_matrices(self, group: dict[str, Any], left_out: Tensor | None) -> None:
         lr, momentum, matrices = group["lr"], group["momentum"], []
         pieces: list[Tensor] = []
+        shards: list[Shard | None] = []
         for matrix in self._matrices:
             if (gradient := matrix.weight.grad) is None:
                 continue
@@ -81,12 +105,23 @@ class MuonWithAdamW(Optimizer):
             ahead = gradient.lerp(buffer, momentum).bfloat16()  # Nesterov's
             matrices.append(matrix)
             pieces += [piece.flatten(0, 1) for piece in matrix.views(ahead)]
-        updates = iter(orthogonalized(pieces))
+            shards += matrix.shards
+        updates = iter(zip(self._updates(pieces, shards), shards))
         for matrix in matrices:
             new = matrix.weight * (1 - lr * group["weight_decay"])
-            for part, update in zip(matrix.views(new), updates):
-                part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(update.shape)))
+            for part, (update, shard) in zip(matrix.views(new), updates):
+                whole = update.shape if shard is None else shard.full_shape(update)
+                part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(whole)))
             _replace(matrix.weight, new, left_out)
+
+    def _updates(self, pieces: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
+        cut = {index: shard for index, shard in enumerate(shards) if shard is not None}
+        whole = [index for index in range(len(pieces)) if index not in cut]
+        found = dict(zip(whole, orthogonalized([pieces[index] for index in whole])))
+        if cut and self._mesh is not None:
+            parts = on_whole(orthogonalized, [pieces[index] for index in cut], [*cut.values()], self._mesh)
+            found.update(zip(cut, parts))
+        return [found[index] for index in range(len(pieces))]
 
 
 def _replace(target: Tensor, value: Tensor, left_out: Tensor | None) -> None:

@@ -140,9 +140,14 @@ def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> Optimizer:
     adamw._step_supports_amp_scaling = False
     optimizer: Optimizer = adamw
     if settings.name == "muon":
-        matrix_learning_rate = settings.matrix_learning_rate or settings.learning_rate
+        meshes = (layer.mesh for layer in model.modules() if isinstance(layer, ParallelLayer))
         optimizer = MuonWithAdamW(
-            adamw, matrices, matrix_learning_rate, settings.momentum, settings.weight_decay
+            adamw,
+            matrices,
+            next(meshes, None),
+            lr=settings.matrix_learning_rate or settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
         )
     optimizer.register_load_state_dict_pre_hook(partial(_refuse_another, name=settings.name))
     keep_settings = partial(_keep_settings, n_groups=len(optimizer.param_groups))
@@ -163,7 +168,8 @@ def block_matrices(model: nn.Module) -> list[BlockMatrix]:
                 "trainer.strategy that leaves parameters as they are"
             )
         parts = getattr(layer, "parts", None) or (layer.weight.shape[0],)
-        found[layer.weight] = BlockMatrix(layer.weight, parts)
+        shard = layer.shards["weight"] if isinstance(layer, ParallelLayer) else None
+        found[layer.weight] = BlockMatrix(layer.weight, parts, shard)
     return [*found.values()]
 
 

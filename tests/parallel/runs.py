@@ -35,6 +35,7 @@ class Run:
     strategy: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     stop_after: int | None = None  # of `steps`, which set the learning rate's schedule
     resume_from: str | None = None
@@ -94,7 +95,7 @@ def build(corpus: Path, run: Run) -> tuple[RecordingModule, TextDataModule]:
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 36, "d_ff": 60, **run.config}
     module = RecordingModule(
         GPTConfig(datamodule.vocab_size, settings["seq_len"], **sizes),
-        OptimizerConfig(learning_rate=0.003),
+        OptimizerConfig(**{"learning_rate": 0.003, **run.optimizer}),
         ScheduleConfig(warmup_steps=3),
         **run.module,
     )
