@@ -18,12 +18,13 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
-        self._speeds = [theta ** (-n / head_dim) for n in range(0, head_dim, 2)]
+        self.head_dim, self.theta = head_dim, theta
 
     def forward(self, positions: Tensor) -> Turn:
         """Returns what turns [B, T, H, K] by these positions, [T] or [B, T]."""
         # Not kept: a model may be built on the meta device, and used within and outside of inference mode.
-        speeds = torch.tensor(self._speeds, dtype=torch.float32, device=positions.device)
+        numbers = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
+        speeds = self.theta ** (-numbers / self.head_dim)
         angles = (positions.float()[..., None] * speeds)[..., None, :]  # [(B,) T, 1, K / 2]
         cos, sin = angles.cos(), angles.sin()
 
