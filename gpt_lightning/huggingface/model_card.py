@@ -103,7 +103,7 @@ def _as_list(entries: Mapping[str, str]) -> str:
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    return _in_a_line(", ".join(f"{name} {value}" for name, value in options.items()))
+    return _in_a_line(", ".join(f"{name} {value}" for name, value in options.items() if value is not None))
 
 
 def _file_names(files: Any) -> str:

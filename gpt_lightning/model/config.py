@@ -10,6 +10,7 @@ CHOICES = {
     "norm": ("layer", "rms"),
     "activation": ("gelu_tanh", "gelu", "swiglu"),
 }
+ROPE_THETA = 10_000.0
 SIZES = (
     *("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "n_kv_heads"),
     *("d_model", "d_head", "d_ff"),
@@ -56,7 +57,7 @@ class GPTConfig:
     n_kv_heads: int | None = None
     d_head: int | None = None
     positions: str = "learned"
-    rope_theta: float = 10_000.0
+    rope_theta: float = ROPE_THETA
     norm: str = "layer"
     qk_norm: bool = False
 
@@ -82,6 +83,11 @@ class GPTConfig:
             )
         if not 0.0 < self.rope_theta < math.inf:
             raise UserError(f"model.config.rope_theta={self.rope_theta} is not above 0; choose e.g. 10000")
+        if self.positions != "rope" and self.rope_theta != ROPE_THETA:
+            raise UserError(
+                f"model.config.rope_theta={self.rope_theta} is for model.config.positions=rope, not "
+                f"{self.positions}; leave it out"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         for name, choices in CHOICES.items():

@@ -21,6 +21,15 @@ from gpt_lightning.model.config import GPTConfig
         ({"dropout": 1.0}, "model.config.dropout=1.0 is not in [0, 1); "),
         ({"dropout": -0.1}, "model.config.dropout=-0.1 is not in [0, 1); "),
         ({"activation": "relu"}, "model.config.activation='relu' is unknown; choose one of gelu_tanh, gelu"),
+        ({"n_kv_heads": 5}, "model.config.n_kv_heads=5 does not divide model.config.n_heads=12; choose "),
+        ({"n_kv_heads": 24}, "model.config.n_kv_heads=24 does not divide model.config.n_heads=12; "),
+        ({"n_kv_heads": 0}, "model.config.n_kv_heads=0 is below 1; "),
+        ({"d_head": -2}, "model.config.d_head=-2 is below 1; "),
+        ({"positions": "rope", "d_head": 7}, "model.config.positions=rope turns pairs, and a head has"),
+        ({"positions": "alibi"}, "model.config.positions='alibi' is unknown; choose one of learned, rope"),
+        ({"norm": "batch"}, "model.config.norm='batch' is unknown; choose one of layer, rms"),
+        ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is not above 0; "),
+        ({"rope_theta": 5e5}, "model.config.rope_theta=500000.0 is for model.config.positions=rope, "),
         ({"layer_norm_eps": 0.0}, "model.config.layer_norm_eps=0.0 is not in (0, 1); "),
     ],
 )
@@ -41,3 +50,7 @@ def test_derived_sizes_follow_the_fields() -> None:
     assert GPTConfig(n_heads=3, d_model=36).head_dim == 12
     assert GPTConfig(n_heads=3, d_model=36).mlp_width == 144
     assert GPTConfig(n_heads=3, d_model=36, d_ff=50).mlp_width == 50
+    assert GPTConfig(d_model=96, activation="swiglu").mlp_width == 256
+    assert GPTConfig(n_heads=4, d_model=128, activation="swiglu").mlp_width == 344
+    assert GPTConfig(n_heads=5, d_model=36, d_head=8).head_dim == 8
+    assert (GPTConfig().kv_heads, GPTConfig(n_kv_heads=4).kv_heads) == (12, 4)
