@@ -100,19 +100,19 @@ class MuonWithAdamW(Optimizer):
             state = self.state[matrix.weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix.weight)
-            buffer = state["momentum_buffer"]
-            _replace(buffer, buffer.lerp(gradient, 1 - momentum), left_out)
-            ahead = gradient.lerp(buffer, momentum).bfloat16()  # Nesterov's
+            buffer = _to_change(state["momentum_buffer"], left_out)
+            ahead = gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum).bfloat16()  # Nesterov's
+            _changed(state["momentum_buffer"], buffer, left_out)
             matrices.append(matrix)
             pieces += [piece.flatten(0, 1) for piece in matrix.views(ahead)]
             shards += matrix.shards
         updates = iter(zip(self._updates(pieces, shards), shards))
         for matrix in matrices:
-            new = matrix.weight * (1 - lr * group["weight_decay"])
+            new = _to_change(matrix.weight, left_out).mul_(1 - lr * group["weight_decay"])
             for part, (update, shard) in zip(matrix.views(new), updates):
                 whole = update.shape if shard is None else shard.full_shape(update)
                 part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(whole)))
-            _replace(matrix.weight, new, left_out)
+            _changed(matrix.weight, new, left_out)
 
     def _updates(self, pieces: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
         cut = {index: shard for index, shard in enumerate(shards) if shard is not None}
@@ -124,8 +124,14 @@ class MuonWithAdamW(Optimizer):
         return [found[index] for index in range(len(pieces))]
 
 
-def _replace(target: Tensor, value: Tensor, left_out: Tensor | None) -> None:
-    target.copy_(value if left_out is None else torch.where(left_out > 0, target, value))
+def _to_change(tensor: Tensor, left_out: Tensor | None) -> Tensor:
+    """Returns the tensor itself, or a copy where only the device knows whether it is to change."""
+    return tensor if left_out is None else tensor.clone()
+
+
+def _changed(tensor: Tensor, new: Tensor, left_out: Tensor | None) -> None:
+    if left_out is not None:
+        tensor.copy_(torch.where(left_out > 0, tensor, new))
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
