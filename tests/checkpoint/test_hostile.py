@@ -16,7 +16,9 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import VERSION, VERSION_KEY
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
+from gpt_lightning.checkpoint.optimizer_state import problems_of_sizes
 from gpt_lightning.checkpoint.runs import step_of
+from gpt_lightning.checkpoint.weights import groups_of_ours
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
@@ -357,6 +359,22 @@ def test_a_state_of_muon_is_held_to_its_model(
     put(with_muon, *MUON_CHANGES[change])
     torch.save(with_muon, tmp_path / "evil.ckpt")
     complaint(tmp_path / "evil.ckpt")
+
+
+def test_the_sizes_of_a_sharded_state_of_muon_are_held_to_its_model(with_muon: dict[str, Any]) -> None:
+    groups = groups_of_ours(with_muon["gpt_config"], with_muon["state_dict"])
+    sizes = {
+        f"optimizer_states/0/{index}/{name}": list(value.shape)
+        for index, entry in with_muon["optimizer_states"][0]["state"].items()
+        for name, value in entry.items()
+    }
+    assert [*problems_of_sizes(with_muon, sizes, groups)] == []
+    key = "optimizer_states/0/13/momentum_buffer"
+    (problem,) = problems_of_sizes(with_muon, {**sizes, key: [1, 1]}, groups)
+    assert f"holds {key} of the size [1, 1] instead of" in problem
+    del sizes[key]
+    (problem,) = problems_of_sizes(with_muon, sizes, groups)
+    assert f"holds {key} of the size None instead of" in problem
 
 
 @pytest.mark.slow

@@ -105,10 +105,16 @@ def validation_lines(done: Said) -> list[float]:
     return [float(line.split("│")[2]) for line in done.out.splitlines() if "/loss" in line]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_sharded_run_is_resumed_and_consolidated(
-    program: Program, tiny_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    optimizer: str,
+    program: Program,
+    tiny_config: Config,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    config = str(tiny_config(model={"config": {**SIZES, "n_heads": 4}}))
+    model = {"config": {**SIZES, "n_heads": 4}, "optimizer": {"name": optimizer}}
+    config = str(tiny_config(model=model))
     program("fit", "--config", config, *strategy(2, 2, save_sharded=True), ranks=2)
     folder = tmp_path / "checkpoints" / "tiny"
     assert (folder / "last.ckpt").is_dir()
