@@ -69,9 +69,17 @@ def _known_in(error: BaseException) -> tuple[str, int] | None:
         # A logger that cannot write cannot either when it is closed, after the error that tells of it.
         known = known.__context__ if isinstance(known, OSError) else known.__cause__
     if known is None:
-        is_full = isinstance(error, OSError) and error.errno in FULL
-        return (f"{error}; make space", WRITE_FAILED) if is_full else None
+        return _exhausted(error.__cause__ or error)  # TensorBoardLogger raises a ValueError from a full disk
     return shorten(str(known)) if known.exit_code == MISTAKE else str(known), known.exit_code
+
+
+def _exhausted(error: BaseException) -> tuple[str, int] | None:
+    """Says what the machine has no more of, as a logger may find before the first step."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error}; make space", WRITE_FAILED
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return f"{error}; end other processes, or raise the limit (ulimit -u)", WRITE_FAILED
+    return None
 
 
 def shorten(message: str) -> str:

@@ -289,6 +289,8 @@ def raised(error: Exception, cause: Exception | None = None) -> Callable[[], Non
         (NonFiniteError("loss is nan"), None, "error: loss is nan", 3),
         (NonFiniteCheckpointError("w"), None, "error: w holds NaN", 3),
         (CheckpointWriteError("a.ckpt: no room"), None, "error: a.ckpt: no room", 5),
+        (ValueError("you tried to log"), OSError(28, "No space"), "error: [Errno 28] No space; make", 5),
+        (RuntimeError("can't start new thread"), None, "error: can't start new thread; end other", 5),
     ],
 )
 def test_a_known_error_is_one_line_and_a_code(
