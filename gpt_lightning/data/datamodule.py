@@ -318,9 +318,17 @@ class TextDataModule(LightningDataModule):
             remedy = "train anew, or leave data.tokenizer and the text as they were"
             raise UserError(f"{problem}, whose ids the model knows; {remedy}")
 
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        """Refuses to go on with another order, or with another part held out; tokenizers are compared."""
+        for name in ("seed", "val_fraction", "seq_len"):
+            if saved.get(name, own := getattr(self, name)) != own:
+                problem = f"data.{name}={own} contradicts the checkpoint, which has {saved[name]}"
+                raise UserError(f"{problem}; leave it as it was, or train anew")
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is None or self.trainer.state.fn == "fit":
+            self._check_settings(state_dict["settings"])
             self.trained_text.resume(state_dict)
         self._take_tokenizer(state_dict["tokenizer"])
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

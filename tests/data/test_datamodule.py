@@ -203,6 +203,17 @@ def test_state_carries_position_and_tokenizer(source: Path) -> None:
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("option, value", [("seed", 7), ("val_fraction", 0.3), ("seq_len", 5)])
+def test_a_run_goes_on_with_its_order_and_what_it_held_out(
+    option: str, value: Any, source: Path
+) -> None:
+    data = datamodule(source)
+    data.setup("fit")
+    datamodule(source, batch_size=2).load_state_dict(data.state_dict())
+    with pytest.raises(UserError, match=f"data.{option}={value} contradicts the checkpoint, which has"):
+        datamodule(source, **{option: value}).load_state_dict(data.state_dict())
+
+
 def test_a_token_that_no_tokenizer_gave_is_told_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to be spoilt " * 9)
     settings = {"train_files": str(tmp_path / "a.txt"), "tokenizer": "bytes", "seq_len": 8}
