@@ -41,7 +41,7 @@ def token_batch(batch: Any) -> TokenBatch:
     """Takes what any loader may give: a TokenBatch, inputs and targets, or a mapping that names them."""
     match batch:
         case TokenBatch():
-            return batch
+            return _checked(batch)
         case Mapping():
             found = ", ".join(map(str, batch))
             parts: list[Any] = [batch.get("input_ids"), batch.get("targets")]
@@ -54,7 +54,19 @@ def token_batch(batch: Any) -> TokenBatch:
             f"a batch holds {found}; give input_ids and targets, the token that follows each: a TokenBatch, "
             "a pair of tensors or a mapping, or write a training_step of your own"
         )
-    return TokenBatch(*parts)
+    return _checked(TokenBatch(*parts))
+
+
+def _checked(batch: TokenBatch) -> TokenBatch:
+    """Refuses what a loss would be taken of all the same, each token's of another one's target."""
+    shapes = {tuple(part.shape) for part in (batch.input_ids, batch.targets)}
+    kinds = {part.dtype for part in (batch.input_ids, batch.targets)}
+    if len(shapes) > 1 or batch.input_ids.dim() != 2 or not kinds <= {torch.int32, torch.int64}:
+        ids, targets = (f"{tuple(part.shape)} of {part.dtype}" for part in (batch.input_ids, batch.targets))
+        raise UserError(
+            f"a batch has input_ids {ids} and targets {targets}; give both as rows of as many torch.int64 ids"
+        )
+    return batch
 
 
 class StepBatch(NamedTuple):

@@ -128,6 +128,19 @@ class GPTLightningModule(LightningModule):
         output: GPTOutput = self.model(input_ids, targets, **options)
         return output
 
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuses text that the model cannot take: a GPU would only say that some index is out of range."""
+        config, data = self.model.config, self.trainer.datamodule
+        if stage == "predict" or not isinstance(data, TextDataModule):
+            return
+        if data.seq_len > config.max_position_embeddings:
+            rule = f"is over max_position_embeddings={config.max_position_embeddings} of the model's config"
+            raise UserError(f"data.seq_len={data.seq_len} {rule}; lower the one or raise the other")
+        if data.vocab_size > config.vocab_size:
+            problem = f"vocab_size={config.vocab_size} of the model's config is under the {data.vocab_size}"
+            raise UserError(f"{problem} ids of data.tokenizer={data.tokenizer}; give data.vocab_size")
+
     # Training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """A GPTLightningModule of one's own, and one in a script: what it may override, and who opens its file."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.loader import TokenBatch
+from gpt_lightning.data.loader import TokenBatch, token_batch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.config import GPTConfig
@@ -183,6 +184,9 @@ def test_a_validation_counts_nothing_of_the_one_before(tmp_path: Path) -> None:
     assert float(fit.callback_metrics["val/loss"]) == pytest.approx(nll / 64, abs=1e-5)
 
 
+IDS = torch.arange(18).view(2, 9)
+
+
 def pairs() -> TensorDataset:
     ids = torch.arange(8 * 9).view(8, 9) % 13
     return TensorDataset(ids[:, :-1], ids[:, 1:])
@@ -215,6 +219,35 @@ def test_a_batch_of_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:
     loader = DataLoader([{"input_ids": torch.zeros(8), "labels": torch.zeros(8)}])
     with pytest.raises(UserError, match="a batch holds input_ids, labels; give input_ids and targets"):
         trainer(tmp_path).fit(GPTLightningModule(config()), loader)
+
+
+@pytest.mark.parametrize(
+    "batch, problem",
+    [
+        ((IDS, IDS[:, 1:]), r"input_ids \(2, 9\) of torch.int64 and targets \(2, 8\) of"),
+        ((IDS[0], IDS[0]), r"input_ids \(9,\) of torch.int64"),
+        ((IDS, IDS.float()), r"targets \(2, 9\) of torch.float32"),
+        (TokenBatch(IDS.byte(), IDS), r"input_ids \(2, 9\) of torch.uint8"),
+    ],
+)
+def test_a_batch_whose_targets_are_not_those_of_its_ids_is_refused(batch: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        token_batch(batch)
+
+
+@pytest.mark.parametrize(
+    "size, problem",
+    [
+        ({"max_position_embeddings": 7}, "data.seq_len=8 is over max_position_embeddings=7 of the model"),
+        ({"vocab_size": 256}, "vocab_size=256 of the model's config is under the 257 ids of data.tok"),
+    ],
+)
+def test_a_model_that_cannot_take_the_text_is_refused(
+    size: dict[str, int], problem: str, corpus: Path, tmp_path: Path
+) -> None:
+    module = GPTLightningModule(replace(config(257), **size))
+    with pytest.raises(UserError, match=problem):
+        trainer(tmp_path).fit(module, text(corpus, tmp_path))
 
 
 def test_the_module_is_called_as_its_model() -> None:
