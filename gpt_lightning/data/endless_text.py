@@ -43,7 +43,9 @@ def with_little_endless_text(texts: Iterable[str]) -> Iterator[str]:
 
 def _is_endless(text: str, first: int) -> bool:
     window = text[first : first + _WINDOW]
-    return window.isalpha() or window.isnumeric()  # ends at the first character that is not, so is quick
+    # Each ends at the first character that is not of the kind, so is quick.
+    is_marks = not any(character.isalnum() or character.isspace() for character in window)
+    return window.isalpha() or window.isnumeric() or is_marks
 
 
 def _without(text: str, windows: list[int]) -> Iterator[str]:

@@ -48,9 +48,9 @@ def test_beyond_a_limit_endless_text_is_left_out_and_that_is_said(
     caplog.set_level(logging.INFO, logger="gpt_lightning")
     monkeypatch.setattr(endless_text, "_MOST", 2048)
     prose = "Words of a language, separated. " * 300
-    texts = [prose, bases(1500) + prose, prose + bases(5000) + "7" * 3000 + prose]
+    texts = [prose, bases(1500) + prose, prose + bases(5000) + "7" * 3000 + prose, ".(" * 1024]
     seen = "".join(with_little_endless_text(texts))
-    assert len("".join(texts)) - len(seen) == pytest.approx(1500 + 5000 + 3000 - 2048, abs=1500)
+    assert len("".join(texts)) - len(seen) == pytest.approx(1500 + 5000 + 3000 + 2048 - 2048, abs=1500)
     assert seen.count("Words of a language, separated.") == 4 * 300
     (line,) = [record.getMessage() for record in caplog.records]
     assert "characters of text without separators were left out of the training" in line
