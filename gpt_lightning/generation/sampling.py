@@ -71,6 +71,8 @@ class GenerationConfig:
             raise _error("repetition_penalty", self.repetition_penalty, "is not above 0; use 1 for none")
         if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
             raise _error("no_repeat_ngram_size", self.no_repeat_ngram_size, "is below 1; use null for any")
+        if isinstance(self.stop, str):
+            raise _error("stop", self.stop, "is one string; give a list of them")
         if "" in self.stop:
             raise _error("stop", self.stop, "holds an empty string, which would stop at once; remove it")
         if self.num_samples < 1:

@@ -202,6 +202,7 @@ def test_sampled_tokens_follow_the_distribution() -> None:
         ("repetition_penalty", 0.0, "is not above 0"),
         ("no_repeat_ngram_size", 0, "is below 1"),
         ("stop", ["\n", ""], "empty string"),
+        ("stop", "END", "is one string"),
         ("num_samples", 0, "is below 1"),
         ("context_stride", 0, "is below 1"),
         ("quantize", "int4", "is unknown"),
