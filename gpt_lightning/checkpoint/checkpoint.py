@@ -124,9 +124,9 @@ class Checkpoint:
         return Checkpoint(self.path, read_whole(self.path))
 
 
-def load_model(path: Path) -> tuple[GPTModel, TextTokenizer]:
+def load_model(path: Path | str) -> tuple[GPTModel, TextTokenizer]:
     """Returns a trained model, ready for inference, and its tokenizer: all that generation needs."""
-    checkpoint = Checkpoint.open(path, may_be_sharded=False)
+    checkpoint = Checkpoint.open(Path(path), may_be_sharded=False)
     with Uninitialized():
         model = GPTModel(checkpoint.config)
     model.load_state_dict(checkpoint.weights)

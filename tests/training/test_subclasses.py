@@ -466,7 +466,7 @@ def test_a_tokenizer_of_ones_own_is_saved_with_plain_loaders(corpus: Path, tmp_p
     module.tokenizer = text(corpus, tmp_path).text_tokenizer
     fit = trainer(tmp_path, callbacks=everything(tmp_path), val_check_interval=1)
     fit.fit(module, DataLoader(pairs(), batch_size=2), DataLoader(pairs(), batch_size=2))
-    assert load_model(tmp_path / "run" / "last.ckpt")[1].fingerprint == module.tokenizer.fingerprint
+    assert load_model(str(tmp_path / "run" / "last.ckpt"))[1].fingerprint == module.tokenizer.fingerprint
     again = GPTLightningModule.load_from_checkpoint(tmp_path / "run" / "last.ckpt")
     assert again.generate("a", max_new_tokens=3) == module.generate("a", max_new_tokens=3)
 
