@@ -40,6 +40,8 @@ def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: p
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     devices = settings["trainer"].get("devices", 1)
     options = {**SHRUNK, "data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
+    if "n_kv_heads" in settings["model"].get("config", {}):
+        options["model.config.n_kv_heads"] = "1"
     if "init_from" in settings:  # whose architecture and tokenizer it takes
         write_gpt2(tmp_path / "gpt2")
         options = {name: value for name, value in options.items() if name not in OF_THE_WEIGHTS}
