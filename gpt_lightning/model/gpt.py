@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt_lightning.kernels.attention import Attend, KVCache
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import FastLinear, in_compute_dtype
+from gpt_lightning.kernels.rms_norm import FastRMSNorm
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.rope import NoPositionEmbedding, NoRotary, Rotary, Turn
 
@@ -57,16 +58,9 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Computes in the dtype of its input; PyTorch has no fast way for weights of another."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 def norm(config: GPTConfig, size: int, *, rms: bool) -> nn.Module:
     if rms:
-        return RMSNorm(size, config.layer_norm_eps)
+        return FastRMSNorm(size, config.layer_norm_eps)
     return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias)
 
 
@@ -89,7 +83,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend, turn: Turn) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(2, (-1, self.group + 2, self.head_dim))  # [B, T, N, G + 2, K]
-        q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]  # q [B, T, H, K]
+        q, k, v = (part.flatten(2, 3) for part in qkv.split((self.group, 1, 1), dim=3))  # q [B, T, H, K]
         q, k = turn(self.q_norm(q)), turn(self.k_norm(k))
         y = attend(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.flatten(2))

@@ -14,6 +14,7 @@ from gpt_lightning.kernels.attention import Attend, Documents, dense_mask
 from gpt_lightning.kernels.cpu_attention import BLOCK, attention_in_blocks
 from gpt_lightning.kernels.cross_entropy import linear_cross_entropy
 from gpt_lightning.kernels.linear import FastLinear, in_compute_dtype
+from gpt_lightning.kernels.rms_norm import FastRMSNorm
 
 KERNELS = "gpt_lightning.kernels."
 Function = Callable[..., Tensor]
@@ -41,6 +42,26 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         layer = FastLinear(weight.shape[1], weight.shape[0], bias=bias is not None)
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     output: Tensor = torch.func.functional_call(layer, tensors, x)
+    return output
+
+
+def rms_norm_cases() -> Iterator[tuple[str, Case]]:
+    for shape in ((17, 5, 24), (13, 4, 3, 10)):
+        yield f"rms norm, {len(shape)} axes", Case(
+            lambda x, weight: fast_rms_norm(in_compute_dtype(x), weight),
+            lambda x, weight: rms_norm(in_compute_dtype(x), weight),
+            [shape, shape[-1:]],
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), 0.01)
+
+
+def fast_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.device("meta"):
+        layer = FastRMSNorm(len(weight), 0.01)
+    output: Tensor = torch.func.functional_call(layer, {"weight": weight}, x)
     return output
 
 
@@ -129,7 +150,7 @@ def cross_entropy_cases() -> Iterator[tuple[str, Case]]:
         )
 
 
-CASES = dict([*linear_cases(), *block_cases(), *document_cases(), *cross_entropy_cases()])
+CASES = dict([*linear_cases(), *rms_norm_cases(), *block_cases(), *document_cases(), *cross_entropy_cases()])
 OUR_GRADIENTS = [name for name in CASES if not name.startswith("documents")]
 
 
