@@ -142,6 +142,10 @@ def test_a_sharded_run_is_resumed_and_consolidated(
             strategy(4, 4),
             "model.config.n_heads=2 is not divisible by trainer.strategy.tensor_parallel_size=4",
         ),
+        (
+            [*strategy(4, 4), "--model.config.n_heads", "4", "--model.config.n_kv_heads", "2"],
+            "model.config.n_kv_heads=2 is not divisible by trainer.strategy.tensor_parallel_size=4",
+        ),
         ([*strategy(2, 2), "--model.config.d_ff", "61"], "model.config.d_ff=61 is not divisible"),
         (
             [*strategy(2, 2, sequence_parallel=True), "--data.seq_len", "15"],

@@ -25,6 +25,7 @@ from gpt_lightning.checkpoint.io import DurableCheckpointIO, SaveOptions
 from gpt_lightning.checkpoint.runs import newest_checkpoint
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
+from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
@@ -36,7 +37,10 @@ def half_precision() -> list[MixedPrecision]:
     return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**4, growth_interval=3))]
 
 
-PRECISIONS = {"float32": ({}, 2e-6), "float16": ({"plugins": half_precision}, 4.1e-4)}
+PRECISIONS = {
+    "float32": ({}, 2e-6),
+    "float16": ({"plugins": half_precision, "config": SHARED}, 4.1e-4),
+}
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
@@ -67,8 +71,10 @@ def test_a_run_goes_on_at_other_topologies(
 def saved(shared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same six steps saved by one process, by 2 x 2, and by 2 x 2 sharded."""
     folder = tmp_path_factory.mktemp("saved")
-    runs = {"one": Run(steps=6), "2x2": Run(2, 2, steps=6)}
-    runs["sharded"] = Run(2, 2, steps=6, strategy={"save_sharded": True})
+    # With biases and a table of positions, too.
+    options: dict[str, Any] = {"steps": 6, "config": {**SHARED, "positions": "learned", "bias": True}}
+    runs = {"one": Run(**options), "2x2": Run(2, 2, **options)}
+    runs["sharded"] = Run(2, 2, strategy={"save_sharded": True}, **options)
     paths = {name: folder / f"{name}.ckpt" for name in runs}
     for name, run in runs.items():
         run_everywhere(Run(**{**vars(run), "save_to": str(paths[name])}), shared_corpus)

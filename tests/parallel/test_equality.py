@@ -21,11 +21,12 @@ from tests.parallel.runs import (
     trainer_of,
     validate,
 )
-from tests.shapes import MIXED, MODERN
+from tests.shapes import MIXED, SHARED
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
 TOPOLOGIES = [(2, 1), (1, 2), (2, 2), (4, 1)]
+SHAPES: dict[str, dict[str, Any]] = {"gpt2": {}, "modern": SHARED}
 
 
 def assert_equal_runs(
@@ -38,12 +39,14 @@ def assert_equal_runs(
 ) -> None:
     """Gradients of later steps, at weights that differ by rounding already, may `drift` so many times as far.
 
-    So may those of norms of queries and keys, which add up what nearly cancels over heads and tokens.
+    So may their norms, and gradients of norms of queries and keys, which add up what nearly cancels over
+    heads and tokens.
     """
     first = ranks[0]
     assert len(first["losses"]) == len(one["losses"]) and one["losses"][-1] < one["losses"][0] - 0.5
     assert first["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
-    assert first["norms"] == pytest.approx(one["norms"], rel=relative)
+    assert first["norms"][0] == pytest.approx(one["norms"][0], rel=relative)
+    assert first["norms"] == pytest.approx(one["norms"], rel=relative * drift)
     for step, (gradients, expected) in enumerate(zip(first["gradients"], one["gradients"], strict=True)):
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -61,30 +64,46 @@ def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("tp, dp", TOPOLOGIES)
+def drift_of(options: dict[str, Any]) -> float:
+    return 100.0 if "qk_norm" in options.get("config", {}) else 1.0
+
+
+@pytest.mark.parametrize(
+    "tp, dp, shape", [(2, 1, "gpt2"), (1, 2, "gpt2"), (2, 2, "modern"), (4, 1, "modern")]
+)
 def test_training_with_clipping_and_accumulation(
-    tp: int, dp: int, shared_corpus: Path, one_process: OneProcess
+    tp: int, dp: int, shape: str, shared_corpus: Path, one_process: OneProcess
 ) -> None:
-    ranks = run_everywhere(Run(tp, dp), shared_corpus)
-    assert_equal_runs(ranks, one_process())
-    norms = one_process()["norms"]
-    assert min(norms) > 0.3, "nothing was clipped"
+    options = {"config": SHAPES[shape]}
+    ranks = run_everywhere(Run(tp, dp, **options), shared_corpus)
+    one = one_process(**options)
+    assert_equal_runs(ranks, one, drift=drift_of(options))
+    assert min(one["norms"]) > 0.3, "nothing was clipped"
 
 
-@pytest.mark.parametrize("tp, dp", [(2, 1), (2, 2), (4, 1)])
-def test_sequence_parallel_training(tp: int, dp: int, shared_corpus: Path, one_process: OneProcess) -> None:
-    options = {"seq_len": 16}
+@pytest.mark.parametrize("tp, dp, shape", [(2, 1, "gpt2"), (2, 2, "modern"), (4, 1, "gpt2")])
+def test_sequence_parallel_training(
+    tp: int, dp: int, shape: str, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    options = {"seq_len": 16, "config": SHAPES[shape]}
     ranks = run_everywhere(Run(tp, dp, strategy={"sequence_parallel": True}, **options), shared_corpus)
-    assert_equal_runs(ranks, one_process(**options))
+    assert_equal_runs(ranks, one_process(**options), drift=drift_of(options))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied, without biases": {"config": {"tie_embeddings": False, "bias": False}},
     "activation checkpointing": {"module": {"activation_checkpointing": True}},
     "document mask": {"data": {"document_mask": True}},
-    "grouped queries": {"config": {**MODERN, "n_kv_heads": 2, "d_head": 6}},
-    "rope with layer norms": {"config": MIXED},
-    "blocks compiled": {"module": {"compile_backend": "aot_eager"}, "steps": 6},
+    "grouped queries, document mask": {"config": SHARED, "data": {"document_mask": True}},
+    "rope with layer norms, activation checkpointing": {
+        "config": MIXED,
+        "module": {"activation_checkpointing": True},
+    },
+    "blocks compiled": {
+        "config": {**MIXED, "n_kv_heads": 2},
+        "module": {"compile_backend": "aot_eager"},
+        "steps": 6,
+    },
 }
 
 
@@ -94,8 +113,7 @@ def test_variants(name: str, sequence_parallel: bool, shared_corpus: Path, one_p
     options = {"seq_len": 16, **VARIANTS[name]}
     strategy = {"sequence_parallel": sequence_parallel}
     ranks = run_everywhere(Run(2, 1, strategy=strategy, **options), shared_corpus)
-    drift = 100.0 if "qk_norm" in options.get("config", {}) else 1.0
-    assert_equal_runs(ranks, one_process(**options), drift=drift)
+    assert_equal_runs(ranks, one_process(**options), drift=drift_of(options))
 
 
 def half_precision() -> list[MixedPrecision]:
@@ -104,24 +122,30 @@ def half_precision() -> list[MixedPrecision]:
     return [MixedPrecision("16-mixed", "cpu", scaler)]
 
 
+PRECISIONS = {
+    "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
+    "bf16-true": ({"trainer": {"precision": "bf16-true"}}, 2.2e-3),
+    "16-mixed": ({"plugins": half_precision}, 4.1e-4),
+}
+
+
 @pytest.mark.parametrize(
-    "options, loss",
+    "precision, shape, sequence_parallel",
     [
-        ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
-        ({"trainer": {"precision": "bf16-true"}}, 2.2e-3),
-        ({"plugins": half_precision}, 4.1e-4),
+        ("bf16-mixed", "gpt2", True),
+        ("bf16-mixed", "modern", False),
+        ("bf16-true", "gpt2", False),
+        ("bf16-true", "modern", True),
+        ("16-mixed", "gpt2", False),
+        ("16-mixed", "modern", True),
     ],
-    ids=["bf16-mixed", "bf16-true", "16-mixed"],
 )
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_lower_precision_differs_by_its_rounding(
-    options: dict[str, Any],
-    loss: float,
-    sequence_parallel: bool,
-    shared_corpus: Path,
-    one_process: OneProcess,
+    precision: str, shape: str, sequence_parallel: bool, shared_corpus: Path, one_process: OneProcess
 ) -> None:
-    options = {"seq_len": 16, **options}
+    extra, loss = PRECISIONS[precision]
+    exact = {"seq_len": 16, "config": SHAPES[shape]}
+    options = {**exact, **extra}
     one = one_process(**options)
     ranks = run_everywhere(
         Run(2, 2, strategy={"sequence_parallel": sequence_parallel}, **options), shared_corpus
@@ -130,7 +154,7 @@ def test_lower_precision_differs_by_its_rounding(
         assert rank["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
         assert rank["losses"] == ranks[0]["losses"] and rank["scales"] == one["scales"]
         assert_same_bits(rank["replicated"], ranks[0]["replicated"])
-    assert ranks[0]["losses"] != one_process(seq_len=16)["losses"], "the precision was not lowered"
+    assert ranks[0]["losses"] != one_process(**exact)["losses"], "the precision was not lowered"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

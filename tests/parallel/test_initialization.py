@@ -15,6 +15,7 @@ from gpt_lightning.parallel.plan import parallelize, resolve
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from tests.distributed import run_ranks
+from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -55,7 +56,7 @@ def dist_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tie_embeddings": False, "bias": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize("sizes", [{}, {**SHARED, "tie_embeddings": False}], ids=["gpt2", "modern, untied"])
 @pytest.mark.parametrize("meta", [False, True])
 def test_the_weights_are_those_of_one_process(meta: bool, sizes: dict[str, Any], tmp_path: Path) -> None:
     (one,) = run_ranks(initial, 1, 1, tmp_path, False, sizes)

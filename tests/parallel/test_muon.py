@@ -19,19 +19,21 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
 from tests.distributed import run_ranks
 from tests.parallel.runs import Run, run_everywhere
+from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
 
 
-def step_whole_and_cut(n_layers: int) -> list[int]:
+def step_whole_and_cut(n_layers: int, shape: dict[str, Any]) -> list[int]:
     """In a rank: the same gradients give the same bits; returns how many matrices this rank has computed."""
     dist.init_process_group("gloo")
     mesh = ParallelMesh("cpu", dist.get_world_size(), dist.get_world_size())
     modules, optimizers, computed = [], [], []
     for is_cut in (False, True):
         torch.manual_seed(1)
-        module = GPTLightningModule(GPTConfig(13, 7, n_layers=n_layers, n_heads=4, d_model=20, d_ff=36))
+        sizes = {"n_layers": n_layers, "n_heads": 4, "d_model": 20, "d_ff": 36, **shape}
+        module = GPTLightningModule(GPTConfig(13, 7, **sizes))
         module.model.blocks[0].extra = nn.Linear(6, 10)  # which no plan cuts
         if is_cut:
             parallelize(module, styles_of(module, mesh.tp_size), mesh)
@@ -62,15 +64,21 @@ def step_whole_and_cut(n_layers: int) -> list[int]:
     return computed
 
 
-@pytest.mark.parametrize("ranks, n_layers", [(2, 1), (2, 3), (4, 1)])
-def test_a_cut_matrix_steps_as_the_whole_and_is_computed_once(ranks: int, n_layers: int) -> None:
-    computed = run_ranks(step_whole_and_cut, ranks, n_layers)
+@pytest.mark.parametrize("ranks, n_layers, shape", [(2, 1, {}), (2, 3, SHARED), (4, 1, {})])
+def test_a_cut_matrix_steps_as_the_whole_and_is_computed_once(
+    ranks: int, n_layers: int, shape: dict[str, Any]
+) -> None:
+    computed = run_ranks(step_whole_and_cut, ranks, n_layers, shape)
+    matrices = (7 if shape else 6) * n_layers  # a gate, too
     for counts in zip(*computed):
         extra = [1] * ranks
-        assert list(counts) == extra or sum(counts) == 6 * n_layers and max(counts) - min(counts) <= 1
+        assert list(counts) == extra or sum(counts) == matrices and max(counts) - min(counts) <= 1
 
 
-MUON = {"optimizer": {"name": "muon", "learning_rate": 0.003, "matrix_learning_rate": 0.01}}
+MUON = {
+    "config": SHARED,
+    "optimizer": {"name": "muon", "learning_rate": 0.003, "matrix_learning_rate": 0.01},
+}
 
 
 # Gradients are rounded differently, and with them now and then a number of Muon's bfloat16: within 20 steps

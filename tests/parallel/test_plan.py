@@ -16,6 +16,7 @@ from gpt_lightning.parallel.shard import sharded_parameters
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from tests.distributed import run_ranks
+from tests.shapes import MIXED, MODERN
 
 
 class TwoLayers(pl.LightningModule):
@@ -97,6 +98,11 @@ def gpt(**sizes: Any) -> GPTLightningModule:
             2,
             ["model.config.n_heads=25", "tensor_parallel_size=2", "divides 25"],
         ),
+        (
+            {"n_kv_heads": 2},
+            4,
+            ["model.config.n_kv_heads=2", "tensor_parallel_size=4", "divides 2"],
+        ),
         ({"d_ff": 30}, 4, ["model.config.d_ff=30", "tensor_parallel_size=4"]),
         ({"vocab_size": 5}, 4, ["model.config.vocab_size=5", "too small"]),
     ],
@@ -148,9 +154,10 @@ def test_a_module_without_a_plan_is_told_so() -> None:
         styles_of(pl.LightningModule(), 2)
 
 
-def test_the_plan_of_a_gpt_covers_every_matrix() -> None:
+@pytest.mark.parametrize("shape", [{}, {**MODERN, "n_kv_heads": 2}, {**MIXED, "dropout": 0.1}])
+def test_the_plan_of_a_gpt_covers_every_parameter(shape: dict[str, Any]) -> None:
     for tie_embeddings in (True, False):
-        module = gpt(tie_embeddings=tie_embeddings)
+        module = gpt(tie_embeddings=tie_embeddings, **shape)
         cuts = resolve(module, module.tensor_parallel_plan(), 2)
         planned = {id(p) for name in cuts for p in module.get_submodule(name).parameters()}
         assert planned == {id(p) for p in module.parameters()}
