@@ -24,6 +24,7 @@ from tests.generation.models import (
     run_until,
     transformers_model,
 )
+from tests.shapes import SHAPES
 
 SAMPLED = GenerationConfig(max_new_tokens=12, temperature=1.2, top_k=40, top_p=0.95)
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False)
@@ -171,9 +172,10 @@ def test_stride_one_sees_the_last_tokens_that_fit_at_each_step() -> None:
         assert generate(model, [prompt], settings, eos_token_id=None)[0].token_ids == tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
-def test_cached_decoding_equals_uncached_at_every_stride(stride: int) -> None:
-    model = make_model(max_position_embeddings=8)
+def test_cached_decoding_equals_uncached_at_every_stride(stride: int, shape: str) -> None:
+    model = make_model(**SHAPES[shape], max_position_embeddings=8)
     settings = dataclasses.replace(SAMPLED, max_new_tokens=21, context_stride=stride)
     prompts = make_prompts(1, 8, 9, 30)
     cached = generate(model, prompts, settings, eos_token_id=None, batch_size=3)

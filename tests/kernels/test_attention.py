@@ -4,6 +4,7 @@ The dense mask and document by document are held to plain products, gradients to
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from gpt_lightning.kernels import attention
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from tests.shapes import GROUPED
 
 # Rows of one length that differ: one document; a boundary after the first token and one before the last;
 # boundaries on, just before and just after those of FlexAttention's blocks.
@@ -108,8 +110,9 @@ def test_blocks_are_those_of_pytorch() -> None:
             assert torch.equal(indices[tuple(place)][:n], expected_indices[tuple(place)][:n]), part
 
 
-def test_long_rows_equal_each_document_alone() -> None:
-    model = GPTModel(GPTConfig(50, 600, n_layers=2, n_heads=2, d_model=16)).eval()
+@pytest.mark.parametrize("shape", [{}, GROUPED])
+def test_long_rows_equal_each_document_alone(shape: dict[str, Any]) -> None:
+    model = GPTModel(GPTConfig(50, 600, n_layers=2, n_heads=2, d_model=16, **shape)).eval()
     rows = [[600], [1, 598, 1], [127, 2, 127, 344]]
     ids = torch.randint(50, (len(rows), 600), generator=torch.Generator().manual_seed(0))
     packed = model.hidden_states(ids, document_ids=ids_of(rows))

@@ -1,5 +1,7 @@
 """Cached hidden states equal those of the whole sequence, whatever the rows' lengths and places."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,14 +10,15 @@ from torch.testing import assert_close
 from gpt_lightning.kernels.attention import KVCache
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from tests.shapes import SHAPES
 
 CONFIG = GPTConfig(vocab_size=101, max_position_embeddings=23, n_layers=2, n_heads=3, d_model=36)
 
 
-@pytest.fixture(scope="module")
-def model() -> GPTModel:
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest) -> GPTModel:
     """Weights large enough that attention looks at particular tokens."""
-    model = GPTModel(CONFIG).eval()
+    model = GPTModel(dataclasses.replace(CONFIG, **SHAPES[request.param])).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -43,8 +43,11 @@ def test_packed_logits_equal_the_models(tie: bool, shape: dict[str, Any], n_rows
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_packed_text_equals_the_models(model: GPTModel, settings: GenerationConfig, batch_size: int) -> None:
+@pytest.mark.parametrize("batch_size, shape", [(1, {}), (3, {}), (3, GROUPED)])
+def test_packed_text_equals_the_models(
+    settings: GenerationConfig, batch_size: int, shape: dict[str, Any]
+) -> None:
+    model = make_model(**shape)
     prompts = make_prompts(3, 1, 20, 7, 16)
     copy = packed(model, quantize=None, n_rows=batch_size)
     expected = recomputed(model, prompts, settings, eos_token_id=7)
@@ -110,9 +113,10 @@ def test_int8_rows_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_int8_text_does_not_depend_on_the_batch(settings: GenerationConfig) -> None:
+@pytest.mark.parametrize("shape", [{}, GROUPED])
+def test_int8_text_does_not_depend_on_the_batch(settings: GenerationConfig, shape: dict[str, Any]) -> None:
     prompts = make_prompts(3, 1, 20, 7, 16, 2, 11)
-    copy = packed(make_model(max_position_embeddings=16), quantize="int8", n_rows=3)
+    copy = packed(make_model(max_position_embeddings=16, **shape), quantize="int8", n_rows=3)
     alone = generate(copy, prompts, settings, eos_token_id=7, batch_size=1)
     assert generate(copy, prompts, settings, eos_token_id=7, batch_size=3) == alone
     assert alone != generate(

@@ -101,7 +101,7 @@ def test_documents_of_any_length_are_not_compiled_anew(corpus: Path, tmp_path: P
 def test_flex_attention_is_compiled_once_for_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, save the backward pass, which FlexAttention has not on a CPU."""
     monkeypatch.setattr(attention, "document_mask", lambda positions, *rest: attention.block_mask(positions))
-    model = GPTModel(GPTConfig(50, 300, n_layers=3, n_heads=2, d_model=32)).eval()
+    model = GPTModel(GPTConfig(50, 300, n_layers=3, n_heads=2, d_model=32, **GROUPED)).eval()
     rows = [[[300], [1, 299]], [[150, 150], [299, 1]], [[1, 128, 171], [100, 100, 100]]]
     x = torch.randn(2, 300, 32)
 

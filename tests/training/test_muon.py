@@ -21,6 +21,7 @@ from gpt_lightning.training.optim import (
     build_schedule,
     learning_rates,
 )
+from tests.shapes import SHARED
 
 SETTINGS = OptimizerConfig(0.02, 0.3, (0.8, 0.9), "muon", matrix_learning_rate=0.05, momentum=0.9)
 
@@ -32,9 +33,10 @@ def small_model(**config: Any) -> GPTModel:
 
 
 def matrices_of(model: GPTModel, tensors: dict[str, Tensor], parts: tuple[int, ...]) -> Iterator[Tensor]:
-    """Of each block q, k, v, and the three other matrices, copied from where they lie."""
+    """Of each block q, k, v, and the three or four other matrices, copied from where they lie."""
     for number in range(len(model.blocks)):
-        names = ("attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj")
+        names = ["attn.qkv_proj", "attn.out_proj", "mlp.up_proj", "mlp.down_proj"]
+        names += ["mlp.gate_proj"] if model.config.activation == "swiglu" else []
         qkv, *others = (tensors[f"blocks.{number}.{name}.weight"] for name in names)
         groups = qkv.view(-1, sum(parts), qkv.shape[1])
         for end, rows in zip(accumulate(parts), parts):
@@ -49,19 +51,16 @@ def give_gradients(model: nn.Module, step: int) -> None:
 
 
 SIZES = [
-    ({}, None),
-    ({"d_model": 48, "d_ff": 16}, None),
-    ({"n_heads": 1, "d_model": 1, "d_ff": 2}, None),
-    ({"n_heads": 4, "d_model": 20}, (10, 5, 5)),  # two queries to a key and a value
+    ({}, 3 * (5,)),
+    ({"d_model": 48, "d_ff": 16}, 3 * (16,)),
+    ({"n_heads": 1, "d_model": 1, "d_ff": 2}, 3 * (1,)),
+    (SHARED, (12, 6, 6)),  # two queries to a key and a value
 ]
 
 
 @pytest.mark.parametrize("sizes, parts", SIZES)
-def test_steps_equal_those_of_torch(sizes: dict[str, int], parts: tuple[int, ...] | None) -> None:
+def test_steps_equal_those_of_torch(sizes: dict[str, Any], parts: tuple[int, ...]) -> None:
     model = small_model(**sizes)
-    for block in model.blocks if parts else ():
-        block.attn.qkv_proj.parts = parts
-    parts = parts or 3 * (model.head_dim,)
     optimizer = build_optimizer(model, SETTINGS)
     start = dict(model.named_parameters())
     ours = [nn.Parameter(matrix) for matrix in matrices_of(model, start, parts)]
@@ -116,13 +115,16 @@ def test_no_call_takes_more_numbers_than_it_may(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(a, b) for a, b in zip(orthogonalized(matrices), together))
 
 
-def test_every_parameter_is_in_one_group_and_both_rates_follow_the_schedule() -> None:
-    model = small_model(tie_embeddings=False)
+@pytest.mark.parametrize("shape, n_tables", [({}, 3), (SHARED, 2)])
+def test_every_parameter_is_in_one_group_and_both_rates_follow_the_schedule(
+    shape: dict[str, Any], n_tables: int
+) -> None:
+    model = small_model(tie_embeddings=False, **shape)
     optimizer = build_optimizer(model, SETTINGS)
     schedule = build_schedule(optimizer, ScheduleConfig(warmup_steps=2), horizon=10)
     tables, plain, matrices = (group["params"] for group in optimizer.param_groups)
     assert sorted(map(id, tables + plain + matrices)) == sorted(map(id, model.parameters()))
-    assert [p.dim() for p in tables] == [2, 2, 2] and {p.dim() for p in plain} == {1}
+    assert [p.dim() for p in tables] == n_tables * [2] and {p.dim() for p in plain} == {1}
     assert [id(p) for p in matrices] == [id(p) for p in model.blocks.parameters() if p.dim() == 2]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0, 0.3]
     assert learning_rates(optimizer) == {"lr-AdamW": 0.01, "lr-Muon": 0.025}
