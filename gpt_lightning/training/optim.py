@@ -202,12 +202,24 @@ def _keep_settings(optimizer: Optimizer, saved: dict[str, Any], *, n_groups: int
 
 
 class Schedule(LambdaLR):
-    """Has, also after it was restored, the peaks that the optimizer has."""
+    """Has, also after it was restored, the optimizer's peaks, and the shape and horizon of its own run."""
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        self.base_lrs = [group["initial_lr"] for group in groups]
+        shares = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        peaks, rates = state_dict["base_lrs"], state_dict.get("_last_lr")
+        if rates is None or rates == [peak * share for peak, share in zip(peaks, shares)]:
+            return
+        self._last_lr = [peak * share for peak, share in zip(self.base_lrs, shares)]
+        rank_zero_warn(
+            f"step {self.last_epoch}: the learning rate goes from the checkpoint's {rates[0]:.3g} to "
+            f"{self._last_lr[0]:.3g}, as this run's model.schedule and horizon have it"
+        )
+        for group, rate in zip(groups, self._last_lr):
+            group["lr"] = rate
 
 
 def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:

@@ -153,6 +153,20 @@ def test_a_resumed_run_has_its_own_settings_and_the_saved_moments() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("schedule", [ScheduleConfig(4, shape="wsd"), ScheduleConfig(4), ScheduleConfig(8)])
+def test_a_resumed_run_has_the_rates_of_its_own_schedule_at_once(schedule: ScheduleConfig) -> None:
+    saved, saved_schedule = trained(SAVED)
+    for _ in range(4):  # to step 6, where it comes down
+        saved_schedule.step()
+    optimizer = build_optimizer(torch.nn.Linear(2, 1), OptimizerConfig(learning_rate=0.04))
+    own = build_schedule(optimizer, schedule, horizon=20)
+    optimizer.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="step 6: the learning rate goes from the checkpoint's 0.00775 to"):
+        own.load_state_dict(saved_schedule.state_dict())
+    expected = 0.04 * learning_rate_factor(6, schedule, 20)
+    assert [group["lr"] for group in optimizer.param_groups] == own.get_last_lr() == [expected] * 2
+
+
 def test_a_group_that_somebody_added_goes_on_as_it_was_saved() -> None:
     saved, saved_schedule = trained(SAVED, extra=True)
     optimizer, schedule = trained(OptimizerConfig(learning_rate=0.04), extra=True)
