@@ -12,8 +12,11 @@ of them alone.
 Every contender trains on the same synthetic stream and must learn it, else it is refused: a dead optimizer is
 fast. MFU counts operations as PaLM's appendix B, with attention, and is a share of the rate of large bf16
 products measured in the same run; beside it that of the data sheet. B is the batch, "large" one as large as
-fits, and a case is compared with the peer's of the same name. The table is printed as it comes, and written
-to `--output` as it grows. The last line is the result as JSON.
+fits, and a case is compared with the peer's of the same name. "modern" gives the block of configs/modern.yaml
+with Muon, and GPT-2's with AdamW, the same seconds on torch's own source: their losses at equal time.
+
+The table is printed as it comes, each point of a curve when it is known, and written to `--output` as it
+grows. The last line is the result as JSON.
 """
 
 import argparse
@@ -32,10 +35,11 @@ HERE = Path(__file__).resolve().parent
 # In order of importance, with the most seconds that each may take.
 SECONDS = {
     "limits": 30,
+    "luxun": 240,
     "ours": 100,
     "nanogpt": 120,
+    "modern": 200,
     "checks": 60,
-    "luxun": 240,
     "350M": 90,
     "1.5B": 100,
     "not_compiled": 40,
@@ -53,12 +57,13 @@ def run_process(name: str, words: list[str], seconds: float, report: "Report") -
     command = [sys.executable, str(HERE / "gpu.py"), "--part", name, *words]
     path = [str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            errors="replace",
             env=environment,
             start_new_session=True,  # with its own children, to end all of them at once
         )
@@ -67,7 +72,7 @@ def run_process(name: str, words: list[str], seconds: float, report: "Report") -
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                if line.startswith("CASE "):
+                if line.startswith("CASE ") and line.endswith("\n"):  # else it ended in the middle of it
                     report.add(*json.loads(line.removeprefix("CASE ")))
             code = process.wait()
         finally:

@@ -1,12 +1,14 @@
 """What gpu.py measures, part by part; each part yields its cases, as a name and what measures it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -18,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from gpu_training import (
     FULL,
+    ROOT,
     TOY,
     Scale,
     fresh_memory,
     largest_that_fits,
+    recipe,
+    tell,
+    train_for,
     train_nanogpt,
     train_ours,
     train_transformers,
@@ -35,8 +41,8 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.attention import Attend, dense_mask
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.training.optim import OptimizerConfig
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 Figures = dict[str, Any]
 Cases = Iterator[tuple[str, Callable[[], Figures]]]
 
@@ -97,10 +103,10 @@ def checks(scale: Scale, options: Namespace) -> Cases:
         pairs = zip(*([y, *torch.autograd.grad((y * weights).sum(), (q, k, v))] for y in (actual, expected)))
         return {"way": type(attend.mask).__name__} | _difference(pairs)
 
-    def compiled() -> Figures:
+    def compiled(size: str) -> Figures:
         torch.manual_seed(0)
         with torch.device(device):
-            model = GPTModel(scale.config("124M"))
+            model = GPTModel(scale.config(size))
             ids = torch.randint(scale.vocab_size, (2, scale.seq_len))
             document_ids = torch.arange(scale.seq_len).expand_as(ids) // 300
         results = []
@@ -113,7 +119,8 @@ def checks(scale: Scale, options: Namespace) -> Cases:
         return _difference(zip(*results))
 
     yield "check of documents", documents
-    yield "check of compiled blocks", compiled
+    for size in ("124M", "135M"):
+        yield f"check of compiled blocks, {size}", partial(compiled, size)
 
 
 def _difference(pairs: Iterable[tuple[Tensor, Tensor]], allowed: float = 2e-3) -> Figures:
@@ -251,6 +258,24 @@ def generation(scale: Scale, options: Namespace) -> Cases:
         yield f"generation B{batch} transformers", partial(measure, theirs, batch)
 
 
+def modern(scale: Scale, options: Namespace) -> Cases:
+    """Today's block with Muon beside GPT-2's with AdamW: speed, and the loss when both had the same time.
+
+    The text is torch's own source, of which a run sees less than all: each loss is of text that is new to it.
+    """
+    seconds = 20.0 if scale is FULL else 1.0
+    for size, name, optimizer in (
+        ("124M", "124M AdamW", OptimizerConfig()),
+        ("135M", "135M modern, Muon", OptimizerConfig(**recipe("modern")["optimizer"])),
+    ):
+        told = partial(_tell_loss, name)
+        yield name, partial(train_for, scale, size, optimizer, seconds, options.folder, told)
+
+
+def _tell_loss(name: str, seconds: float, loss: float) -> None:
+    tell(f"{name}, {seconds:g} s", {"loss": loss})
+
+
 TOY_LUXUN = (
     "--data.tokenizer bytes --data.seq_len 64 --data.batch_size 2 --model.config.max_position_embeddings 64 "
     "--model.config.n_layers 1 --model.config.n_heads 2 --model.config.d_model 16 "
@@ -268,9 +293,13 @@ def luxun(scale: Scale, options: Namespace) -> Cases:
         source = json.dumps([str(Path(options.luxun).resolve())])
         words = ["--config", str(ROOT / "configs/luxun.yaml"), "--data.train_files", source]
         words += ["--data.cache_dir", str(root / "cache"), "--trainer.default_root_dir", str(root)]
-        words += ["--trainer.precision", "bf16-mixed", "--trainer.enable_progress_bar", "false"]
+        words += ["--trainer.precision", "bf16-mixed"]
         begin = time.perf_counter()
-        _program("fit", *words, *(TOY_LUXUN.split() if scale is TOY else ()))
+        for line in _program("fit", *words, *(TOY_LUXUN.split() if scale is TOY else ())):
+            if row := re.match(r"step ([\d,]+):.* val/loss", line):
+                values = re.findall(r"(val/\w+) ([\d.,]+)", line)
+                figures = {name: float(value.replace(",", "")) for name, value in values}
+                tell(f"luxun step {row[1]}", {**figures, "seconds": time.perf_counter() - begin})
         seconds = time.perf_counter() - begin
         curve = _scalars(folder, ("val/loss", "val/ppl", "val/bpb"))
         best = min(curve, key=lambda step: curve[step]["val/loss"])
@@ -280,7 +309,8 @@ def luxun(scale: Scale, options: Namespace) -> Cases:
         output = root / "predictions.jsonl"
         prompts = json.dumps(["我", "我要为"], ensure_ascii=False)
         words = ["--ckpt_path", str(folder / "last.ckpt"), "--data.prompts", prompts, "--output", str(output)]
-        _program("predict", *words, "--generation.max_new_tokens", "200" if scale is FULL else "8")
+        words += ["--generation.max_new_tokens", "200" if scale is FULL else "8"]
+        _ = [*_program("predict", *words)]
         rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         return {row["prompt"]: row["completion"] for row in rows}
 
@@ -289,11 +319,18 @@ def luxun(scale: Scale, options: Namespace) -> Cases:
         yield "luxun recites", recite
 
 
-def _program(*words: str) -> None:
+def _program(*words: str) -> Iterator[str]:
+    """Yields the program's lines as they come."""
     command = [sys.executable, "-m", "gpt_lightning", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{words[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    last: deque[str] = deque(maxlen=5)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **both) as process:
+        for line in process.stdout:
+            last.append(line)
+            yield line
+    if process.returncode:
+        raise RuntimeError(f"{words[0]} ended with {process.returncode}: {''.join(last).strip()[-300:]}")
 
 
 def _scalars(folder: Path, tags: tuple[str, ...]) -> dict[int, dict[str, float]]:
@@ -331,10 +368,11 @@ def _seconds(work: Callable[[], object], repeats: int, device: torch.device) -> 
 
 PARTS: dict[str, Callable[[Scale, Namespace], Cases]] = {
     "limits": limits,
+    "luxun": luxun,
     "ours": ours,
     "nanogpt": nanogpt,
+    "modern": modern,
     "checks": checks,
-    "luxun": luxun,
     "350M": medium,
     "1.5B": xl,
     "not_compiled": ours_not_compiled,
@@ -347,7 +385,7 @@ PARTS: dict[str, Callable[[Scale, Namespace], Cases]] = {
 
 
 def run_part(name: str, options: Namespace) -> None:
-    """A line of JSON a case; what went wrong is a case too."""
+    """Tells the cases one by one; what went wrong is a case too."""
     scale = TOY if options.toy else FULL
     warnings.simplefilter("ignore")
     if options.toy:
@@ -358,4 +396,4 @@ def run_part(name: str, options: Namespace) -> None:
             figures = measure()
         except Exception as error:
             figures = {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-        print("CASE " + json.dumps([case, figures]), flush=True)
+        tell(case, figures)

@@ -5,6 +5,7 @@ between two moments at which the device has nothing left to do.
 """
 
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from nanogpt_checkout import load_nanogpt
 from torch import Tensor, nn
@@ -30,6 +32,17 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 MEAN_DOCUMENT = 400
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Returns what configs/NAME.yaml says of the model."""
+    return yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["model"]
+
+
+def tell(case: str, figures: dict[str, Any]) -> None:
+    """Writes the line of JSON that gpu.py reads, at once: what was told, no time limit takes away."""
+    print("CASE " + json.dumps([case, figures]), flush=True)
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Scale:
     """What differs between the real benchmark and a trial of it."""
 
     device: str
-    sizes: dict[str, tuple[int, int, int]]  # layers, heads, width
+    sizes: dict[str, dict[str, Any]]
     vocab_size: int
     seq_len: int
     n_tokens: int
@@ -48,16 +61,17 @@ class Scale:
     falls_by: float  # nats that a contender's loss must fall by
 
     def config(self, size: str) -> GPTConfig:
-        n_layers, n_heads, d_model = self.sizes[size]
-        return GPTConfig(self.vocab_size, self.seq_len, n_layers, n_heads, d_model)
+        sizes = {"vocab_size": self.vocab_size, "max_position_embeddings": self.seq_len}
+        return GPTConfig(**{**self.sizes[size], **sizes})
 
 
 FULL = Scale(
     device="cuda",
     sizes={
-        "124M": (12, 12, 768),
-        "350M": (24, 16, 1024),
-        "1.5B": (48, 25, 1600),
+        "124M": {"n_layers": 12, "n_heads": 12, "d_model": 768},
+        "350M": {"n_layers": 24, "n_heads": 16, "d_model": 1024},
+        "1.5B": {"n_layers": 48, "n_heads": 25, "d_model": 1600},
+        "135M": recipe("modern")["config"],
     },
     vocab_size=50257,
     seq_len=1024,
@@ -70,7 +84,11 @@ FULL = Scale(
 )
 TOY = Scale(
     device="cpu",
-    sizes=dict.fromkeys(FULL.sizes, (2, 2, 32)),
+    sizes={
+        name: {**sizes, "n_layers": 2, "n_heads": 2, "d_model": 32}
+        | ({"n_kv_heads": 1, "d_ff": 96} if name == "135M" else {})
+        for name, sizes in FULL.sizes.items()
+    },
     vocab_size=509,
     seq_len=64,
     n_tokens=20_000,
@@ -169,36 +187,127 @@ def train_ours(
     callbacks: tuple[pl.Callback, ...] = (),
     log_every: int = 10,
 ) -> dict[str, Any]:
-    """As `fit` trains, with the callbacks and the logger that it has."""
+    watch = Stopwatch(scale.warm_up)
+    data = SyntheticText(scale, folder, batch_size=batch, document_mask=document_mask)
+    fit(
+        scale,
+        size,
+        data,
+        watch,
+        *callbacks,
+        compiled=compiled,
+        activation_checkpointing=activation_checkpointing,
+        log_every_n_steps=log_every,
+    )
+    figures = row(scale, size, batch, watch.seconds, float(watch.first), float(watch.last))
+    return figures | {"warm_up_seconds": watch.warm_up_seconds}  # compilation included
+
+
+def fit(
+    scale: Scale,
+    size: str,
+    data: TextDataModule,
+    watch: Stopwatch,
+    *callbacks: pl.Callback,
+    compiled: bool,
+    activation_checkpointing: bool = False,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    **options: Any,
+) -> None:
+    """Trains as the program's `fit` does, with the callbacks and the logger that it has."""
     fresh_memory()
     torch.manual_seed(0)
     with torch.device(scale.device):
         module = GPTLightningModule(
             scale.config(size),
-            OptimizerConfig(),
+            optimizer,
             ScheduleConfig(warmup_steps=5, min_lr_ratio=1.0),
             activation_checkpointing=activation_checkpointing,
             compile_backend=scale.backend if compiled else "none",
         )
-    watch = Stopwatch(scale.warm_up)
     with tempfile.TemporaryDirectory() as root:
         trainer = pl.Trainer(
             accelerator="gpu" if scale.device == "cuda" else "cpu",
             devices=1,
             precision="bf16-mixed",
             gradient_clip_val=1.0,
-            max_steps=scale.warm_up + scale.steps,
-            log_every_n_steps=log_every,
             logger=TensorBoardLogger(root),
             callbacks=[FiniteGuard(), Throughput(), watch, *callbacks],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=root,
+            **{"max_steps": scale.warm_up + scale.steps, "log_every_n_steps": 10, **options},
         )
-        trainer.fit(module, SyntheticText(scale, folder, batch_size=batch, document_mask=document_mask))
-    figures = row(scale, size, batch, watch.seconds, float(watch.first), float(watch.last))
-    return figures | {"warm_up_seconds": watch.warm_up_seconds}  # compilation included
+        trainer.fit(module, data)
+
+
+class Clock(Stopwatch):
+    """Ends a run so many seconds after its warm-up; tells at each quarter the mean loss since the last one.
+
+    It waits for the device at every tenth step alone.
+    """
+
+    def __init__(self, warm_up: int, time_limit: float, told: Callable[[float, float], None]) -> None:
+        super().__init__(warm_up)
+        self.time_limit, self.told = time_limit, told
+        self.steps, self.losses = 0, list[Tensor]()
+        self.curve: dict[float, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step <= self.warm_up:
+            return
+        self.losses.append(self.last)
+        moment = self.time_limit * (len(self.curve) + 1) / 4
+        if trainer.global_step % 10 == 0 and self.elapsed(pl_module) >= moment:
+            self.curve[moment] = float(torch.stack(self.losses).mean())
+            self.losses.clear()
+            self.told(moment, self.curve[moment])
+            self.steps = trainer.global_step - self.warm_up
+            trainer.should_stop = len(self.curve) == 4
+
+    def elapsed(self, pl_module: Any) -> float:
+        torch.get_device_module(pl_module.device).synchronize()
+        return time.perf_counter() + self.seconds
+
+
+def source_text(scale: Scale, folder: Path) -> TextDataModule:
+    """Torch's own source, real text that is wherever this runs, in tokens of its own."""
+    path = folder / "source.jsonl"
+    if not path.exists():
+        files = sorted(Path(torch.__file__).parent.rglob("*.py"))
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        lines = (json.dumps({"text": text}) + "\n" for text in (texts if scale is FULL else texts[:30]))
+        path.write_text("".join(lines), encoding="utf-8")
+    return TextDataModule(
+        train_files=str(path),
+        val_fraction=0,
+        tokenizer=f"bpe:{scale.vocab_size}",
+        cache_dir=str(folder / "cache"),
+        seq_len=scale.seq_len,
+        batch_size=scale.batches[0],
+    )
+
+
+def train_for(
+    scale: Scale,
+    size: str,
+    optimizer: OptimizerConfig,
+    seconds: float,
+    folder: Path,
+    told: Callable[[float, float], None],
+) -> dict[str, Any]:
+    """As `fit` trains for so many seconds, after the warm-up and with it the compilation."""
+    data, watch = source_text(scale, folder), Clock(scale.warm_up, seconds, told)
+    # Compiling takes longer than a trial does.
+    fit(scale, size, data, watch, compiled=scale is FULL, optimizer=optimizer, max_steps=1_000_000)
+    batch, last = scale.batches[0], watch.curve[seconds]
+    figures = row(scale, size, batch, watch.seconds, float(watch.first), last, watch.steps)
+    epochs = (scale.warm_up + watch.steps) * batch * scale.seq_len / data.split_counts("train")[0]
+    return figures | {"warm_up_seconds": watch.warm_up_seconds, "epochs": epochs, "curve": watch.curve}
 
 
 def train_nanogpt(scale: Scale, path: str, batch: int, folder: Path, *, compiled: bool) -> dict[str, Any]:
@@ -206,7 +315,8 @@ def train_nanogpt(scale: Scale, path: str, batch: int, folder: Path, *, compiled
     module = load_nanogpt(path)
     fresh_memory()
     torch.manual_seed(0)
-    sizes = dict(zip(("n_layer", "n_head", "n_embd"), scale.sizes["124M"]))
+    config = scale.config("124M")
+    sizes = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.d_model}
     # The vocabulary as it pads it: 50257 becomes 50304.
     padded = -(-scale.vocab_size // 64) * 64
     settings = module.GPTConfig(**sizes, block_size=scale.seq_len, vocab_size=padded, dropout=0.0, bias=True)
@@ -277,15 +387,18 @@ def own_loop(
     return row(scale, "124M", batch, seconds, float(losses[0]), float(losses[-1]))
 
 
-def row(scale: Scale, size: str, batch: int, seconds: float, first: float, last: float) -> dict[str, Any]:
+def row(
+    scale: Scale, size: str, batch: int, seconds: float, first: float, last: float, steps: int | None = None
+) -> dict[str, Any]:
     """Refuses a contender that did not learn: it may be fast because its optimizer does nothing."""
     if not last < first - scale.falls_by:
         raise ValueError(f"did not learn: loss {first:.3f} at first, {last:.3f} at last")
-    per_second = batch * scale.seq_len * scale.steps / seconds
+    steps = steps or scale.steps
+    per_second = batch * scale.seq_len * steps / seconds
     flops = training_flops_per_token(scale.config(size), scale.seq_len)
     return {
         "tokens_per_second": per_second,
-        "step_ms": 1e3 * seconds / scale.steps,
+        "step_ms": 1e3 * seconds / steps,
         "flops_per_second": per_second * flops,
         "peak_gib": peak_memory_gib(torch.device(scale.device)),
         "loss": [first, last],
