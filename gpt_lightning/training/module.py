@@ -154,6 +154,9 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        if self.automatic_optimization and not any(p.requires_grad for p in self.parameters()):
+            remedy = "set requires_grad=True for some of its parameters"
+            raise UserError(f"{type(self).__name__} has nothing to train, all of it is frozen; {remedy}")
         # An interrupted run may have left some of a step, and a callback that writes its row.
         self.step, self.step_row = OptimizerStep(), StepRow()
         if self.device.type == "cpu":

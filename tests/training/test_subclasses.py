@@ -250,6 +250,12 @@ def test_a_model_that_cannot_take_the_text_is_refused(
         trainer(tmp_path).fit(module, text(corpus, tmp_path))
 
 
+def test_a_model_of_which_all_is_frozen_is_refused(corpus: Path, tmp_path: Path) -> None:
+    module = GPTLightningModule(config()).requires_grad_(False)
+    with pytest.raises(UserError, match="has nothing to train, all of it is frozen; set requires_grad=True"):
+        trainer(tmp_path).fit(module, text(corpus, tmp_path))
+
+
 def test_the_module_is_called_as_its_model() -> None:
     module = GPTLightningModule(config())
     ids = torch.arange(6)[None]
