@@ -29,7 +29,7 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
-    if saver is not None and (last := saver.last_model_path or saver.best_model_path):
+    if saver is not None and os.path.exists(last := saver.last_model_path or saver.best_model_path):
         path = shlex.quote(os.path.relpath(last))
         kind = type(trainer.lightning_module)
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"

@@ -211,7 +211,9 @@ def test_a_second_fit_takes_a_folder_of_its_own(fitted: Path, tmp_path: Path) ->
     assert (fitted.with_name("tiny-2") / "last.ckpt").is_file()
 
 
-def test_a_resumed_fit_equals_the_uninterrupted_one(tiny_config: Config, tmp_path: Path) -> None:
+def test_a_resumed_fit_equals_the_uninterrupted_one(
+    tiny_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = {"max_steps": 12, "default_root_dir": str(tmp_path)}
     config = str(tiny_config(trainer=settings, checkpoint={"save_top_k": -1}))
     main(["fit", "--config", config, "--run_name", "whole"])
@@ -223,6 +225,10 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(tiny_config: Config, tmp_pat
     assert whole["TextDataModule"]["consumed_samples"] == resumed["TextDataModule"]["consumed_samples"] == 48
     for name, tensor in whole["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], tensor), name
+    capfd.readouterr()
+    main(["fit", "--config", config, "--run_name", "done", "--ckpt_path", str(folders[0] / "last.ckpt")])
+    assert not (tmp_path / "checkpoints" / "done" / "last.ckpt").exists(), "no step was left to take"
+    assert "predict --ckpt_path" not in capfd.readouterr().err
 
 
 def test_print_config_gives_a_file_that_runs(
