@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
 from tests.cli.conftest import Program, Said
+from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -105,15 +107,16 @@ def validation_lines(done: Said) -> list[float]:
     return [float(line.split("│")[2]) for line in done.out.splitlines() if "/loss" in line]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer, shape", [("adamw", {"n_heads": 4}), ("muon", SHARED)])
 def test_a_sharded_run_is_resumed_and_consolidated(
     optimizer: str,
+    shape: dict[str, Any],
     program: Program,
     tiny_config: Config,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    model = {"config": {**SIZES, "n_heads": 4}, "optimizer": {"name": optimizer}}
+    model = {"config": {**SIZES, **shape}, "optimizer": {"name": optimizer}}
     config = str(tiny_config(model=model))
     program("fit", "--config", config, *strategy(2, 2, save_sharded=True), ranks=2)
     folder = tmp_path / "checkpoints" / "tiny"
