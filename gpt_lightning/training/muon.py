@@ -67,8 +67,12 @@ class MuonWithAdamW(Optimizer):
         self._adamw, self._matrices, self._mesh = adamw, matrices, mesh
         weights = [matrix.weight for matrix in matrices]
         own = {"params": weights, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([*adamw.param_groups, own], {})
-        self.defaults = adamw.defaults  # of groups that somebody adds
+        super().__init__([*adamw.param_groups, own], {})  # no defaults: they would be taken for every group's
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        own = {} if "momentum" in param_group else self._adamw.defaults
+        super().add_param_group({**own, **param_group})
 
     @property
     def matrix_group(self) -> dict[str, Any]:
