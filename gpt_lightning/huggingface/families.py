@@ -8,11 +8,12 @@ from torch import Tensor
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.gpt2 import (
-    ATTENTION,
+    SCALES,
     config_from_gpt2,
     config_to_gpt2,
     from_gpt2_state_dict,
     to_gpt2_state_dict,
+    with_plain_scores,
 )
 from gpt_lightning.huggingface.llama import (
     config_from_llama,
@@ -30,7 +31,7 @@ class Family:
     """Holds transformers' names of a kind of model, and the translations both ways.
 
     `blocks` matches the name of a block's weight, and `own` are the options of its config.json that decide
-    what the network computes.
+    what the network computes. `plain` has our weights, in float32, take in what only theirs can be told.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Family:
     config_to: Callable[[GPTConfig], dict[str, Any]]
     weights_from: Callable[[Weights, GPTConfig], Weights]
     weights_to: Callable[[Weights, GPTConfig], Weights]
+    plain: Callable[[Weights, Any], Weights] = lambda weights, theirs: weights
 
 
 _MODERN = {"positions": "rope", "norm": "rms", "activation": "swiglu"}
@@ -71,11 +73,12 @@ GPT2 = Family(
     "GPT2Config",
     "GPT2LMHeadModel",
     r"(?:transformer\.)?h\.(\d+)\.",
-    frozenset({*config_to_gpt2(GPTConfig()), *ATTENTION}),
+    frozenset({*config_to_gpt2(GPTConfig()), *SCALES}),
     config_from_gpt2,
     config_to_gpt2,
     from_gpt2_state_dict,
     to_gpt2_state_dict,
+    with_plain_scores,
 )
 LLAMA, QWEN3 = _llama("llama", "Llama", qk_norm=False), _llama("qwen3", "Qwen3", qk_norm=True)
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3)}

@@ -7,6 +7,7 @@ Shapes: D d_model, H heads, K head_dim.
 """
 
 import logging
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ OPTIONS = {  # ours -> GPT-2's
     "layer_norm_eps": "layer_norm_epsilon",
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-ATTENTION = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}  # what ours does
+SCALES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")  # of scores, which weights can take in
 
 BLOCK_LAYERS = {  # ours -> GPT-2's
     "ln_1": "ln_1",
@@ -53,10 +54,6 @@ def config_from_gpt2(hf_config: "GPT2Config") -> GPTConfig:
     if (activation := hf_config.activation_function) not in ACTIVATION_FROM_GPT2:
         problem = f"activation_function={activation!r} of the Hugging Face model is not known to GPTModel"
         raise UserError(f"{problem}; import a model with one of {', '.join(ACTIVATION_FROM_GPT2)}")
-    for name, needed in ATTENTION.items():
-        if getattr(hf_config, name) is not needed:
-            problem = f"{name}={not needed} of the Hugging Face model changes its attention"
-            raise UserError(f"{problem}; import a model with {name}={needed}")
     dropouts = {name: getattr(hf_config, name) for name in DROPOUTS}
     dropout = float(hf_config.resid_pdrop)
     if len(set(dropouts.values())) > 1:
@@ -100,6 +97,24 @@ def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict
             theirs = _to_gpt2(our_name, state_dict[our_name], config)
         converted[name if name == "lm_head.weight" else f"transformer.{name}"] = theirs
     return converted
+
+
+def with_plain_scores(weights: dict[str, Tensor], hf_config: "GPT2Config") -> dict[str, Tensor]:
+    """Makes GPTModel's weights, of a model that scales its scores otherwise, ones that score as GPT-2's do.
+
+    The rows of the queries take the difference in; the model that is exported then is a plain GPT-2.
+    """
+    head_dim = hf_config.n_embd // hf_config.n_head
+    changed = dict(weights)
+    for index in range(hf_config.n_layer):
+        scale = 1.0 if hf_config.scale_attn_weights else math.sqrt(head_dim)
+        if hf_config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        for name in (f"blocks.{index}.attn.qkv_proj.{kind}" for kind in ("weight", "bias")):
+            if scale != 1.0:
+                q, k, v = weights[name].unflatten(0, (hf_config.n_head, 3, head_dim)).unbind(1)  # [H, K, ...]
+                changed[name] = torch.stack((q * scale, k, v), dim=1).flatten(0, 2)
+    return changed
 
 
 def _gpt2_names(config: GPTConfig) -> dict[str, str]:

@@ -56,8 +56,8 @@ def import_model(name: str, option: str) -> dict[str, Any]:
     """Returns the checkpoint of a run of no steps: architecture, weights, tokenizer; errors name `option`."""
     folder = _find(name, option)
     try:
-        family, config = _read_config(folder)
-        weights = _convert(_read_weights(folder), family, config)
+        family, theirs, config = _read_config(folder)
+        weights = family.plain(_convert(_read_weights(folder), family, config), theirs)
         tokenizer = _read_tokenizer(folder, config)
     except UserError as error:
         raise UserError(f"{option}={name}: {error}") from None
@@ -116,7 +116,8 @@ def _download(name: str, option: str) -> Path:
 # ---- what
 
 
-def _read_config(folder: Path) -> tuple[Family, GPTConfig]:
+def _read_config(folder: Path) -> tuple[Family, Any, GPTConfig]:
+    """Returns whose configuration it is, transformers' form of it, and ours."""
     import transformers
 
     if not (folder / CONFIG).is_file():
@@ -132,7 +133,8 @@ def _read_config(folder: Path) -> tuple[Family, GPTConfig]:
         known = family.own | config_class.attribute_map.keys()
         options = {key: value for key, value in stored.items() if key in known}
         ends = {"bos_token_id": None, "eos_token_id": None}
-        return family, family.config_from(config_class.from_dict({**options, **ends}))
+        theirs = config_class.from_dict({**options, **ends})
+        return family, theirs, family.config_from(theirs)
     except UserError:
         raise
     except Exception as error:  # huggingface_hub has error classes of its own

@@ -96,17 +96,9 @@ def test_different_dropouts_are_named_in_a_warning(caplog: pytest.LogCaptureFixt
     assert caplog.messages == ["resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1 become one dropout=0.2"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"activation_function": "relu"}, "activation_function='relu' .*; import a model with"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=False .*; import a model with"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True .*; import a model with"),
-    ],
-)
-def test_networks_that_differ_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config_from_gpt2(GPT2Config(**changes))
+def test_networks_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="activation_function='relu' .*; import a model with"):
+        config_from_gpt2(GPT2Config(activation_function="relu"))
 
 
 def test_a_head_of_its_own_is_not_dropped_for_a_tied_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
@@ -233,6 +233,37 @@ def test_a_tokenizer_is_read_as_transformers_reads_it(
     assert ours.eos_token_id == theirs.eos_token_id
     text = "The cat <|pad|>"
     assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
+
+
+PLAIN = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+SIBLINGS: dict[str, dict[str, Any]] = {
+    "by the layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "not by the width": {"scale_attn_weights": False},
+    "by the layer alone": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_a_sibling_that_scales_its_scores_becomes_a_plain_gpt2(
+    sibling: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {**SIBLINGS[sibling], "n_layer": 3, "scale": 0.6, "attn_implementation": "eager"}
+    write_gpt2(Path("theirs"), **options).to(dtype).save_pretrained("theirs")
+    theirs = GPT2LMHeadModel.from_pretrained("theirs", dtype=torch.float32, attn_implementation="eager")
+    ids = torch.randint(257, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits
+    plain = GPT2Config.from_dict({**theirs.config.to_dict(), **PLAIN})
+    untold = GPT2LMHeadModel(plain).eval()
+    untold.load_state_dict(theirs.state_dict())
+    assert not torch.allclose(untold(ids).logits, expected, atol=1e-2)
+    main(["import-hf", "theirs", "x.ckpt"])
+    assert_close(load_model(Path("x.ckpt"))[0](ids).logits, expected, atol=1e-5, rtol=1e-5)
+    main(["export-hf", "x.ckpt", "back"])
+    back = GPT2LMHeadModel.from_pretrained("back")
+    assert {name: getattr(back.config, name) for name in PLAIN} == PLAIN
+    assert_close(back(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- what is refused
