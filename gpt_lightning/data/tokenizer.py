@@ -22,7 +22,14 @@ from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token
 from gpt_lightning.data.endless_text import train_on_bounded_words
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
-from gpt_lightning.data.tokenizer_folder import byte_level, named_eos, read_tokenizer, same_ids, usual_eos
+from gpt_lightning.data.tokenizer_folder import (
+    byte_level,
+    lost_token,
+    named_eos,
+    read_tokenizer,
+    same_ids,
+    usual_eos,
+)
 from gpt_lightning.exit_codes import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -290,7 +297,10 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
 
 
 def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:
-    """Loads a folder of another form, or a name on the hub, with the token that it says ends a text."""
+    """Loads a folder of another form, or a name on the hub, with the token that ends a text there.
+
+    Where a tokenizer names none, as BERT's, it is the one that usually does: [SEP].
+    """
     from transformers import AutoTokenizer  # seconds to import, and seldom needed
 
     try:
@@ -301,7 +311,13 @@ def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:
         raise UserError(f"{option} cannot be loaded ({first_line(error)}); {remedy}") from None
     if not loaded.is_fast:
         raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
-    return loaded.backend_tokenizer, loaded.eos_token
+    tokenizer: Tokenizer = loaded.backend_tokenizer
+    if (token := lost_token(Path(name), tokenizer)) is not None:
+        raise UserError(
+            f"{option} is read as a {type(loaded).__name__}, which lacks {token!r} of its vocab.txt; add "
+            '"tokenizer_class": "BertTokenizer", or another, to its tokenizer_config.json'
+        )
+    return tokenizer, usual_eos(tokenizer) if loaded.eos_token is None else loaded.eos_token
 
 
 def hub_is_reachable() -> bool:

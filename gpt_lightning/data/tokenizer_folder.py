@@ -65,6 +65,15 @@ def usual_eos(tokenizer: Tokenizer) -> str | None:
     return next((token for token in _USUAL_EOS if tokenizer.token_to_id(token) is not None), None)
 
 
+def lost_token(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """Returns a token of vocab.txt that is not read, as of a GPT-2 that names no class of tokenizer."""
+    path = folder / "vocab.txt"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return None
+    words = path.read_text(encoding="utf-8").split()
+    return next((word for word in words if tokenizer.token_to_id(word) is None), None)
+
+
 def _agrees(folder: Path, tokenizer: Tokenizer) -> bool:
     """Tells whether all ids and special tokens that the other files name are those of tokenizer.json."""
     config = _options(folder / "tokenizer_config.json")

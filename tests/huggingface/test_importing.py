@@ -243,14 +243,13 @@ SIBLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_a_sibling_that_scales_its_scores_becomes_a_plain_gpt2(
-    sibling: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sibling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = {**SIBLINGS[sibling], "n_layer": 3, "scale": 0.6, "attn_implementation": "eager"}
-    write_gpt2(Path("theirs"), **options).to(dtype).save_pretrained("theirs")
+    write_gpt2(Path("theirs"), **options).half().save_pretrained("theirs")
     theirs = GPT2LMHeadModel.from_pretrained("theirs", dtype=torch.float32, attn_implementation="eager")
     ids = torch.randint(257, (2, 30), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits
@@ -266,7 +265,57 @@ def test_a_sibling_that_scales_its_scores_becomes_a_plain_gpt2(
     assert_close(back(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def write_chinese(folder: Path, **options: Any) -> None:
+    """A GPT-2 with BERT's tokenizer, in the files of uer/gpt2-chinese-cluecorpussmall, which name no end."""
+    special = {kind: f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    words = [*special.values(), *"这是很久之前的事情了。ab", "##a", "##b", "the", "cat", "##s"]
+    write_gpt2(folder, vocab_size=len(words), bos_token_id=None, eos_token_id=None)
+    for name in ("tokenizer.json", "generation_config.json"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    files = {
+        "vocab.txt": "\n".join(words) + "\n",
+        "config.json": json.dumps({**config, **options}),
+        "tokenizer_config.json": json.dumps({"do_lower_case": False, "max_len": 1024}),
+        "special_tokens_map.json": json.dumps({f"{kind}_token": word for kind, word in special.items()}),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def test_a_gpt2_with_berts_tokenizer_is_fine_tuned_and_exported(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[SEP] ends its documents, and stands around no text."""
+    monkeypatch.chdir(tmp_path)
+    write_chinese(Path("theirs"), tokenizer_class="BertTokenizer")
+    text = "这是很久之前的事情了。the cats ba"
+    Path("text.txt").write_text(60 * f"{text}\n", encoding="utf-8")
+    data = {"train_files": "text.txt", "tokenizer": None, "val_fraction": 0.2}
+    config = str(tiny_config(data=data, model={"config": {}}))
+    main(["import-hf", "theirs", "x.ckpt"])
+    main(["fit", "--config", config, "--init_from", "x.ckpt", "--run_name", "run", "--trainer.max_steps", "2"])
+    main(["export-hf", "checkpoints/run/last.ckpt", "back"])
+    theirs, back = (AutoTokenizer.from_pretrained(name) for name in ("theirs", "back"))
+    _, tokenizer = load_model(Path("checkpoints/run/last.ckpt"))
+    assert tokenizer.eos_token_ids == [theirs.sep_token_id] == [back.eos_token_id]
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text) == expected == back(text)["input_ids"]
+    assert theirs.unk_token_id not in expected
+    assert theirs.sep_token_id not in tokenizer.encode("the [SEP] cats")
+
+
 # ---- what is refused
+
+
+def test_a_vocabulary_that_transformers_takes_for_anothers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chinese(tmp_path / "theirs")
+    line = fails(["import-hf", str(tmp_path / "theirs"), str(tmp_path / "x.ckpt")], capsys)
+    assert "its tokenizer is read as a GPT2Tokenizer" in line
+    assert 'of its vocab.txt; add "tokenizer_class": "BertTokenizer"' in line
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
