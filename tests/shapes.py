@@ -10,7 +10,7 @@ MODERN: dict[str, Any] = {
     "qk_norm": True,
     "bias": False,
 }
-GROUPED = {**MODERN, "n_kv_heads": 1}
+GROUPED = {**MODERN, "n_kv_heads": 1, "bias": "qkv"}
 MIXED: dict[str, Any] = {"positions": "rope", "qk_norm": True, "d_head": 10}  # with layer norms, GELU, biases
 SHARED = {**MODERN, "n_heads": 8, "n_kv_heads": 4, "d_head": 6}  # by up to four tensor-parallel peers
 SHAPES = {"gpt2": {}, "grouped": GROUPED, "mixed": MIXED}

@@ -51,8 +51,8 @@ _MODERN = {"positions": "rope", "norm": "rms", "activation": "swiglu"}
 _ROPE = {"rope_theta", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types"}
 
 
-def _llama(model_type: str, name: str, *, qk_norm: bool) -> Family:
-    example = GPTConfig(8, qk_norm=qk_norm, **_MODERN)  # type: ignore[arg-type]
+def _llama(model_type: str, name: str, *, qk_norm: bool = False, bias: bool | str = False) -> Family:
+    example = GPTConfig(8, qk_norm=qk_norm, bias=bias, **_MODERN)  # type: ignore[arg-type]
     return Family(
         name,
         model_type,
@@ -80,8 +80,9 @@ GPT2 = Family(
     to_gpt2_state_dict,
     with_plain_scores,
 )
-LLAMA, QWEN3 = _llama("llama", "Llama", qk_norm=False), _llama("qwen3", "Qwen3", qk_norm=True)
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3)}
+LLAMA, MISTRAL = _llama("llama", "Llama"), _llama("mistral", "Mistral")  # what we write is a Llama
+QWEN2, QWEN3 = _llama("qwen2", "Qwen2", bias="qkv"), _llama("qwen3", "Qwen3", qk_norm=True)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family_of(config: GPTConfig) -> Family:
@@ -92,9 +93,11 @@ def family_of(config: GPTConfig) -> Family:
         family, unlike = GPT2, config.activation == "swiglu"
     else:
         needed, unlike = dict(_MODERN), False
-        family = QWEN3 if config.qk_norm else LLAMA
-        if config.qk_norm:
+        family = QWEN3 if config.qk_norm else QWEN2 if config.bias == "qkv" else LLAMA
+        if family is QWEN3:
             needed["bias"] = False
+        if family is QWEN2:
+            needed["head_dim"] = config.d_model // config.n_heads
     odd = [name for name, value in needed.items() if getattr(config, name) != value]
     odd += ["activation"] if unlike else []
     if odd:
@@ -102,6 +105,7 @@ def family_of(config: GPTConfig) -> Family:
         listing = ", ".join(f"model.config.{names.get(name, name)}={getattr(config, name)}" for name in odd)
         raise UserError(
             f"{listing} with positions={config.positions} is of no model that transformers knows; it has "
-            "GPT-2 (learned, layer, gelu), Llama and Qwen3 (rope, rms, swiglu, without and with qk_norm)"
+            "GPT-2 (learned, layer, gelu), and with rope, rms and swiglu Llama, Qwen2 (bias qkv) and Qwen3 "
+            "(qk_norm, no biases)"
         )
     return family

@@ -90,7 +90,7 @@ def to_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict
     """Makes GPT2LMHeadModel's weights of GPTModel's; GPT-2 has all biases, so missing ones become zeros."""
     converted = {}
     for our_name, name in _gpt2_names(config).items():
-        if our_name.endswith(".bias") and not config.bias:
+        if our_name.endswith(".bias") and our_name not in state_dict:
             weight = state_dict[our_name.removesuffix("bias") + "weight"]
             theirs = weight.new_zeros(weight.shape[0])
         else:

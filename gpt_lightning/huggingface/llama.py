@@ -1,7 +1,8 @@
-"""Translates the vocabulary of Llama and Qwen3 and ours, both ways: configuration and weights.
+"""Translates the vocabulary of Llama and its kin and ours, both ways: configuration and weights.
 
-Qwen3 is Llama with a norm of queries and keys. Beside the names one thing differs: theirs have projections of
-q, k and v, ours has one, which goes group by group.
+Qwen2 is Llama with biases of q, k and v, Qwen3 Llama with a norm of q and k; Mistral is Llama, where it has
+no window over the last positions. Beside the names one thing differs: theirs have projections of q, k and v,
+ours has one, which goes group by group.
 Shapes: D d_model, N heads of keys and values, G heads of queries that share one, K head_dim.
 """
 
@@ -42,31 +43,56 @@ KINDS = ("q", "k", "v")  # the order of a group's rows in our projection
 
 def config_from_llama(theirs: Any) -> GPTConfig:
     """Returns our configuration of the same network; raises UserError where ours cannot be the same."""
-    is_qwen = theirs.model_type == "qwen3"
+    kind = theirs.model_type
     if theirs.hidden_act != "silu":
         problem = f"hidden_act={theirs.hidden_act!r} of the Hugging Face model is not known to GPTModel"
         raise UserError(f"{problem}; import a model with silu")
     rope = theirs.rope_parameters
-    if (kind := rope.get("rope_type", "default")) != "default":
-        raise UserError(f"rope_type={kind!r} scales the positions, as GPTModel cannot; import another model")
-    if is_qwen and theirs.use_sliding_window:
-        raise UserError("use_sliding_window=True changes its attention; import a model without")
-    bias = theirs.attention_bias
-    if bias != (False if is_qwen else theirs.mlp_bias):
-        raise UserError(
-            f"attention_bias={bias} of the Hugging Face model is of its attention alone; import a model with "
-            "biases in all linear layers or in none"
-        )
-    options = {ours: getattr(theirs, name) for ours, name in OPTIONS.items()}
+    if (rope_type := rope.get("rope_type", "default")) != "default":
+        problem = f"rope_type={rope_type!r} scales the positions, as GPTModel cannot"
+        raise UserError(f"{problem}; import another model")
+    _refuse_window(theirs)
+    # Qwen2's names no head_dim.
+    options: dict[str, Any] = {ours: getattr(theirs, name, None) for ours, name in OPTIONS.items()}
     return GPTConfig(
         **options,
         positions="rope",
         rope_theta=float(rope["rope_theta"]),
         norm="rms",
-        qk_norm=is_qwen,
+        qk_norm=kind == "qwen3",
         activation="swiglu",
-        bias=bias,
+        bias=_bias_of(theirs),
     )
+
+
+def _refuse_window(theirs: Any) -> None:
+    """Raises where attention sees the last positions alone, and there are more."""
+    kind, window = theirs.model_type, getattr(theirs, "sliding_window", None)
+    if kind.startswith("qwen") and theirs.use_sliding_window:
+        raise UserError("use_sliding_window=True changes its attention; import a model without")
+    if kind == "mistral" and window is not None and window < theirs.max_position_embeddings:
+        raise UserError(
+            f"sliding_window={window} is below max_position_embeddings={theirs.max_position_embeddings}, and "
+            "changes its attention; import a model without, or set the second in config.json to the first"
+        )
+
+
+def _bias_of(theirs: Any) -> bool | str:
+    match theirs.model_type:
+        case "qwen2":
+            return "qkv"
+        case "mistral":
+            return False
+        case "qwen3":
+            others = False
+        case _:
+            others = theirs.mlp_bias
+    if (bias := theirs.attention_bias) != others:
+        raise UserError(
+            f"attention_bias={bias} of the Hugging Face model is of its attention alone; import a model with "
+            "biases in all linear layers or in none"
+        )
+    return bool(bias)
 
 
 def config_to_llama(config: GPTConfig) -> dict[str, Any]:
@@ -74,12 +100,16 @@ def config_to_llama(config: GPTConfig) -> dict[str, Any]:
     sizes = {"d_ff": config.mlp_width, "d_head": config.head_dim, "n_kv_heads": config.kv_heads}
     options = {theirs: sizes.get(ours, getattr(config, ours)) for ours, theirs in OPTIONS.items()}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    biases = {} if config.qk_norm else {"mlp_bias": config.bias}
-    return {**options, **biases, "hidden_act": "silu", "attention_bias": config.bias, "rope_parameters": rope}
+    if config.bias == "qkv":  # a Qwen2, which has no options for them, nor for other heads
+        del options["head_dim"]
+        biases = {}
+    else:
+        biases = {"attention_bias": config.bias} | ({} if config.qk_norm else {"mlp_bias": config.bias})
+    return {**options, **biases, "hidden_act": "silu", "rope_parameters": rope}
 
 
 def from_llama_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Makes GPTModel's weights of LlamaForCausalLM's or Qwen3ForCausalLM's."""
+    """Makes GPTModel's weights of LlamaForCausalLM's, or of its kin's."""
     theirs = dict(state_dict)
     if config.tie_embeddings and (table := theirs.get("model.embed_tokens.weight")) is not None:
         if not torch.equal(theirs.setdefault("lm_head.weight", table), table):
@@ -98,7 +128,7 @@ def from_llama_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> d
 
 
 def to_llama_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Makes the weights of LlamaForCausalLM or Qwen3ForCausalLM of GPTModel's."""
+    """Makes the weights of LlamaForCausalLM, or of its kin, of GPTModel's."""
     converted: dict[str, Tensor] = {}
     for ours, theirs in _names(config):
         parts = [state_dict[ours]] if len(theirs) == 1 else _ungrouped(state_dict[ours], config)
@@ -111,10 +141,11 @@ def _names(config: GPTConfig) -> Iterator[tuple[str, list[str]]]:
     yield "token_embedding.weight", ["model.embed_tokens.weight"]
     yield "ln_f.weight", ["model.norm.weight"]
     yield "lm_head.weight", ["lm_head.weight"]
-    linear_kinds = ("weight", "bias") if config.bias else ("weight",)
+    qkv_kinds = ("weight", "bias") if config.bias else ("weight",)
+    linear_kinds = ("weight", "bias") if config.bias is True else ("weight",)
     for index in range(config.n_layers):
         block, layer = f"blocks.{index}", f"model.layers.{index}"
-        for kind in linear_kinds:
+        for kind in qkv_kinds:
             own = [f"{layer}.self_attn.{part}_proj.{kind}" for part in KINDS]
             yield f"{block}.attn.qkv_proj.{kind}", own
         for ours, theirs in LAYERS.items():

@@ -38,7 +38,7 @@ class GPTConfig:
         norm: layer, or rms without mean and bias (Zhang & Sennrich, 2019).
         qk_norm: Whether each head's queries and keys pass an RMS norm.
         activation: gelu_tanh (GPT-2's approximation), gelu (exact) or swiglu (Shazeer, 2020).
-        bias: Whether linear layers and layer norms carry a bias.
+        bias: Whether linear layers and layer norms carry a bias; qkv: queries, keys and values alone do.
         tie_embeddings: Whether lm_head shares the token table's weight.
         layer_norm_eps: Added to the variance inside the norms.
     """
@@ -51,7 +51,7 @@ class GPTConfig:
     d_ff: int | None = None
     dropout: float = 0.0
     activation: str = "gelu_tanh"
-    bias: bool = True
+    bias: bool | str = True
     tie_embeddings: bool = True
     layer_norm_eps: float = 1e-5
     n_kv_heads: int | None = None
@@ -95,6 +95,8 @@ class GPTConfig:
                 raise UserError(
                     f"model.config.{name}={value!r} is unknown; choose one of {', '.join(choices)}"
                 )
+        if type(self.bias) is not bool and self.bias != "qkv":
+            raise UserError(f"model.config.bias={self.bias!r} is unknown; choose one of true, false, qkv")
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise UserError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")
 

@@ -1,8 +1,9 @@
-"""The whole network, top to bottom: GPT-2, Llama or Qwen3, exactly enough to load their weights.
+"""The whole network, top to bottom: GPT-2, Llama or Qwen, exactly enough to load their weights.
 
 Pre-norm blocks of attention and an MLP. GPT-2 (Radford et al., 2019): learned positions, layer norms, GELU, a
 head tied to the token table. Llama (Touvron et al., 2023): rotary positions, RMS norms, SwiGLU, grouped
-queries, no biases. Qwen3 (2025): Llama with a norm of queries and keys. Constructors choose between them.
+queries, no biases. Qwen2 (2024): Llama with biases of queries, keys and values; Qwen3 (2025): with a norm of
+queries and keys. Constructors choose between them.
 Shapes: B batch, T time, D d_model, H heads, N heads of keys and values, G = H / N, K head_dim, V vocabulary.
 """
 
@@ -61,7 +62,7 @@ class Embedding(nn.Embedding):
 def norm(config: GPTConfig, size: int, *, rms: bool) -> nn.Module:
     if rms:
         return FastRMSNorm(size, config.layer_norm_eps)
-    return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias)
+    return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias is True)
 
 
 class CausalSelfAttention(nn.Module):
@@ -75,9 +76,9 @@ class CausalSelfAttention(nn.Module):
         # The rows lie group by group (the q heads that share a k and a v, then these): a share of them is
         # whole groups.
         parts = (self.group * K, K, K)
-        self.qkv_proj = Linear(config.d_model, config.kv_heads * sum(parts), bias=config.bias, parts=parts)
-        width = config.n_heads * K
-        self.out_proj = Linear(width, config.d_model, bias=config.bias, std=_residual_std(config))
+        rows, width, bias = config.kv_heads * sum(parts), config.n_heads * K, config.bias is True
+        self.qkv_proj = Linear(config.d_model, rows, bias=bias or config.bias == "qkv", parts=parts)
+        self.out_proj = Linear(width, config.d_model, bias=bias, std=_residual_std(config))
         self.q_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
         self.k_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
 
@@ -94,8 +95,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
-        self.down_proj = Linear(config.mlp_width, config.d_model, bias=config.bias, std=_residual_std(config))
+        bias = config.bias is True
+        self.up_proj = Linear(config.d_model, config.mlp_width, bias=bias)
+        self.down_proj = Linear(config.mlp_width, config.d_model, bias=bias, std=_residual_std(config))
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,9 +109,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
-        self.up_proj = Linear(config.d_model, config.mlp_width, bias=config.bias)
-        self.down_proj = Linear(config.mlp_width, config.d_model, bias=config.bias, std=_residual_std(config))
+        bias = config.bias is True
+        self.gate_proj = Linear(config.d_model, config.mlp_width, bias=bias)
+        self.up_proj = Linear(config.d_model, config.mlp_width, bias=bias)
+        self.down_proj = Linear(config.mlp_width, config.d_model, bias=bias, std=_residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

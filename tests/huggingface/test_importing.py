@@ -295,7 +295,7 @@ def test_a_gpt2_with_berts_tokenizer_is_fine_tuned_and_exported(
     data = {"train_files": "text.txt", "tokenizer": None, "val_fraction": 0.2}
     config = str(tiny_config(data=data, model={"config": {}}))
     main(["import-hf", "theirs", "x.ckpt"])
-    main(["fit", "--config", config, "--init_from", "x.ckpt", "--run_name", "run", "--trainer.max_steps", "2"])
+    main(["fit", "--config", config, "--init_from", "x.ckpt", "--run_name=run", "--trainer.max_steps=2"])
     main(["export-hf", "checkpoints/run/last.ckpt", "back"])
     theirs, back = (AutoTokenizer.from_pretrained(name) for name in ("theirs", "back"))
     _, tokenizer = load_model(Path("checkpoints/run/last.ckpt"))

@@ -1,7 +1,8 @@
-"""Llama and Qwen3 against transformers': logits, gradients, greedy tokens, round trips; what is refused."""
+"""Llama and its kin against transformers': logits, gradients, greedy tokens, round trips; what is refused."""
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from gpt_lightning.model.gpt import GPTModel
 from tests.huggingface.gpt2_folders import word_tokenizer
 
 LLAMA: dict[str, Any] = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False}
-QWEN3 = {**LLAMA, "qk_norm": True}
+QWEN2, QWEN3 = {**LLAMA, "bias": "qkv"}, {**LLAMA, "qk_norm": True}
 VARIANTS = {
     "llama": {**LLAMA, "d_ff": 50},
     "llama: one key and value": {**LLAMA, "n_kv_heads": 1, "tie_embeddings": False},
     "llama: biases, long waves": {**LLAMA, "bias": True, "rope_theta": 5e5, "layer_norm_eps": 1e-6},
+    "qwen2": {**QWEN2, "n_heads": 6, "n_kv_heads": 2, "d_ff": 50},
     "qwen3": QWEN3,
     "qwen3: groups, wide heads": {**QWEN3, "n_heads": 6, "n_kv_heads": 2, "d_head": 10},
     "qwen3: not tied": {**QWEN3, "n_kv_heads": 1, "tie_embeddings": False},
@@ -55,6 +57,11 @@ def reference_of(model: GPTModel) -> tuple[Family, Any]:
     reference = getattr(transformers, family.architecture)(config).eval()
     reference.load_state_dict(family.weights_to(model.state_dict(), model.config))
     return family, reference
+
+
+def resolved(config: GPTConfig) -> dict[str, Any]:
+    sizes = {"n_kv_heads": config.kv_heads, "d_head": config.head_dim, "d_ff": config.mlp_width}
+    return {**asdict(config), **sizes}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -108,8 +115,7 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     loaded, _ = load_model(checkpoint.path)
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    resolved = {"n_kv_heads": model.config.kv_heads, "d_head": model.config.head_dim}
-    assert vars(checkpoint.config) == {**vars(model.config), **resolved, "d_ff": model.config.mlp_width}
+    assert resolved(checkpoint.config) == resolved(model.config)
     main(["export-hf", "ours.ckpt", "again"])
     again = AutoModelForCausalLM.from_pretrained("again", local_files_only=True)
     assert type(again).__name__ == family.architecture
@@ -117,6 +123,40 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(again.state_dict()[key], tensor), key
     ids = torch.arange(20)[None]
     assert_close(again.eval()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mistral_becomes_a_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_model(**LLAMA, n_kv_heads=1, d_head=10, tie_embeddings=False)
+    llama = reference_of(model)[1]
+    options = {**llama.config.to_dict(), "model_type": "mistral", "sliding_window": 48}
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig.from_dict(options)).eval()
+    theirs.load_state_dict(llama.state_dict())
+    theirs.save_pretrained("theirs")
+    word_tokenizer(V).save(Path("theirs"), max_length=48)
+    main(["import-hf", "theirs", "ours.ckpt"])
+    main(["export-hf", "ours.ckpt", "again"])
+    again = AutoModelForCausalLM.from_pretrained("again", local_files_only=True)
+    assert type(again) is transformers.LlamaForCausalLM
+    ids = torch.arange(48)[None]
+    expected = theirs(ids).logits
+    for logits in (load_model(Path("ours.ckpt"))[0](ids).logits, again(ids).logits):
+        assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 47}, {}])
+def test_a_mistral_that_sees_the_last_positions_alone_is_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its window is 4096 where nothing is said."""
+    reference_of(make_model(**LLAMA))[1].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    positions = 48 if options else 32_768
+    config |= {"model_type": "mistral", "max_position_embeddings": positions, **options}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    window = options.get("sliding_window", 4096)
+    with pytest.raises(UserError, match=f"sliding_window={window} is below max_"):
+        import_model(str(tmp_path), "X")
 
 
 def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
@@ -136,7 +176,7 @@ REFUSED = {
     "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "biases of attention": ({"attention_bias": True}, "attention_bias=True"),
     "a sliding window": ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window=True"),
-    "another kind": ({"model_type": "mamba"}, "'mamba'; import one of gpt2, llama, qwen3"),
+    "another kind": ({"model_type": "mamba"}, "'mamba'; import one of gpt2, llama, mistral, qwen2, qwen3"),
     "more layers": (
         {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
         "says 3 layers, and the weights are of 2",
@@ -180,6 +220,8 @@ def test_missing_and_unknown_weights_are_named(change: str, problem: str, tmp_pa
         ({**LLAMA, "norm": "layer"}, "model.config.norm=layer"),
         ({**LLAMA, "activation": "gelu"}, "model.config.activation=gelu"),
         ({**QWEN3, "bias": True}, "model.config.bias=True"),
+        ({**QWEN3, "bias": "qkv"}, "model.config.bias=qkv"),
+        ({**QWEN2, "d_head": 10}, "model.config.d_head=10"),
         ({"activation": "swiglu"}, "model.config.activation=swiglu"),
         ({"n_kv_heads": 1}, "model.config.n_kv_heads=1"),
         ({"qk_norm": True}, "model.config.qk_norm=True"),
@@ -193,7 +235,7 @@ def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "options, kind", [({**QWEN3, "n_kv_heads": 1}, "Qwen3ForCausalLM"), ({"qk_norm": True}, None)]
+    "options, kind", [({**QWEN2, "n_kv_heads": 1}, "Qwen2ForCausalLM"), ({"qk_norm": True}, None)]
 )
 def test_a_run_from_the_command_line(
     options: dict[str, Any],
@@ -222,4 +264,4 @@ def test_a_run_from_the_command_line(
     assert type(theirs).__name__ == kind
     ids = torch.arange(12)[None]
     assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
-    assert "A language model of Qwen3's architecture" in (tmp_path / "hf" / "README.md").read_text()
+    assert "A language model of Qwen2's architecture" in (tmp_path / "hf" / "README.md").read_text()

@@ -30,6 +30,8 @@ from gpt_lightning.model.config import GPTConfig
         ({"norm": "batch"}, "model.config.norm='batch' is unknown; choose one of layer, rms"),
         ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is not above 0; "),
         ({"rope_theta": 5e5}, "model.config.rope_theta=500000.0 is for model.config.positions=rope, "),
+        ({"bias": "all"}, "model.config.bias='all' is unknown; choose one of true, false, qkv"),
+        ({"bias": 1}, "model.config.bias=1 is unknown; choose one of true, false, qkv"),
         ({"layer_norm_eps": 0.0}, "model.config.layer_norm_eps=0.0 is not in (0, 1); "),
     ],
 )

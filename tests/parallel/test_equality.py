@@ -94,7 +94,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied, without biases": {"config": {"tie_embeddings": False, "bias": False}},
     "activation checkpointing": {"module": {"activation_checkpointing": True}},
     "document mask": {"data": {"document_mask": True}},
-    "grouped queries, document mask": {"config": SHARED, "data": {"document_mask": True}},
+    "grouped queries, biases of them alone, document mask": {
+        "config": {**SHARED, "bias": "qkv"},
+        "data": {"document_mask": True},
+    },
     "rope with layer norms, activation checkpointing": {
         "config": MIXED,
         "module": {"activation_checkpointing": True},

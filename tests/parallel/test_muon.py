@@ -64,7 +64,9 @@ def step_whole_and_cut(n_layers: int, shape: dict[str, Any]) -> list[int]:
     return computed
 
 
-@pytest.mark.parametrize("ranks, n_layers, shape", [(2, 1, {}), (2, 3, SHARED), (4, 1, {})])
+@pytest.mark.parametrize(
+    "ranks, n_layers, shape", [(2, 1, {}), (2, 3, {**SHARED, "bias": "qkv"}), (4, 1, {})]
+)
 def test_a_cut_matrix_steps_as_the_whole_and_is_computed_once(
     ranks: int, n_layers: int, shape: dict[str, Any]
 ) -> None:
