@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -276,8 +276,9 @@ def _problems_of_config(stored: Any) -> Iterator[str]:
         if name not in kinds:
             yield f"holds {CONFIG_KEY}.{name}, which is no option; name another"
         kind = kinds[name]
+        types = [get_origin(part) or part for part in get_args(kind) or (kind,)]
         # A whole number does for a float.
-        if type(value) not in (get_args(kind) or (kind,)) and not (kind is float and type(value) is int):
+        if type(value) not in types and not (kind is float and type(value) is int):
             yield f"holds {CONFIG_KEY}.{name}={short(value)}; name another"
     try:
         GPTConfig(**stored)

@@ -48,7 +48,8 @@ class Family:
 
 
 _MODERN = {"positions": "rope", "norm": "rms", "activation": "swiglu"}
-_ROPE = {"rope_theta", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types"}
+_ROPE = {"rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"}
+_WINDOW = {"sliding_window", "use_sliding_window", "layer_types"}
 
 
 def _llama(model_type: str, name: str, *, qk_norm: bool = False, bias: bool | str = False) -> Family:
@@ -59,7 +60,7 @@ def _llama(model_type: str, name: str, *, qk_norm: bool = False, bias: bool | st
         f"{name}Config",
         f"{name}ForCausalLM",
         r"model\.layers\.(\d+)\.",
-        frozenset({*config_to_llama(example), *_ROPE}),
+        frozenset({*config_to_llama(example), *_ROPE, *_WINDOW}),
         config_from_llama,
         config_to_llama,
         from_llama_state_dict,

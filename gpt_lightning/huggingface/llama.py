@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.config import ROPE_SCALING, GPTConfig
 
 OPTIONS = {  # ours -> theirs
     "vocab_size": "vocab_size",
@@ -47,22 +47,39 @@ def config_from_llama(theirs: Any) -> GPTConfig:
     if theirs.hidden_act != "silu":
         problem = f"hidden_act={theirs.hidden_act!r} of the Hugging Face model is not known to GPTModel"
         raise UserError(f"{problem}; import a model with silu")
-    rope = theirs.rope_parameters
-    if (rope_type := rope.get("rope_type", "default")) != "default":
-        problem = f"rope_type={rope_type!r} scales the positions, as GPTModel cannot"
-        raise UserError(f"{problem}; import another model")
     _refuse_window(theirs)
     # Qwen2's names no head_dim.
     options: dict[str, Any] = {ours: getattr(theirs, name, None) for ours, name in OPTIONS.items()}
     return GPTConfig(
         **options,
         positions="rope",
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=float(theirs.rope_parameters["rope_theta"]),
+        rope_scaling=_scaling_of(theirs),
         norm="rms",
         qk_norm=kind == "qwen3",
         activation="swiglu",
         bias=_bias_of(theirs),
     )
+
+
+def _scaling_of(theirs: Any) -> dict[str, int | float | str] | None:
+    """Returns what scales its positions, in our words, which are theirs."""
+    defaults = {"type": ..., "rope_theta": ..., "truncate": True, "partial_rotary_factor": 1.0}
+    rope = {
+        name: value
+        for name, value in theirs.rope_parameters.items()
+        if value is not None and defaults.get(name) not in (..., value)
+    }
+    if (kind := rope.get("rope_type", "default")) == "default":
+        return None
+    if kind not in ROPE_SCALING:
+        problem = f"rope_type={kind!r} scales the positions, as GPTModel cannot"
+        raise UserError(f"{problem}; import a model with one of {', '.join(ROPE_SCALING)}, or without")
+    needed, further = ROPE_SCALING[kind]
+    if odd := sorted(rope.keys() - {"rope_type", *needed, *further}):
+        problem = f"{odd[0]}={rope[odd[0]]} with rope_type={kind!r} scales the positions, as GPTModel cannot"
+        raise UserError(f"{problem}; import a model without")
+    return rope
 
 
 def _refuse_window(theirs: Any) -> None:
@@ -99,7 +116,7 @@ def config_to_llama(config: GPTConfig) -> dict[str, Any]:
     """Returns keyword arguments for transformers' configuration; special tokens are the caller's to add."""
     sizes = {"d_ff": config.mlp_width, "d_head": config.head_dim, "n_kv_heads": config.kv_heads}
     options = {theirs: sizes.get(ours, getattr(config, ours)) for ours, theirs in OPTIONS.items()}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     if config.bias == "qkv":  # a Qwen2, which has no options for them, nor for other heads
         del options["head_dim"]
         biases = {}

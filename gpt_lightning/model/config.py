@@ -1,7 +1,9 @@
 """The shape of a GPT: one frozen, checked dataclass that everything else derives its sizes from."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from gpt_lightning.exit_codes import UserError
 
@@ -11,6 +13,13 @@ CHOICES = {
     "activation": ("gelu_tanh", "gelu", "swiglu"),
 }
 ROPE_THETA = 10_000.0
+_POSITIONS = "original_max_position_embeddings"
+# Of each type the options that it needs, and those that it may have.
+ROPE_SCALING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", _POSITIONS, "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor", _POSITIONS), ("attention_factor", "beta_fast", "beta_slow")),
+}
 SIZES = (
     *("vocab_size", "max_position_embeddings", "n_layers", "n_heads", "n_kv_heads"),
     *("d_model", "d_head", "d_ff"),
@@ -35,6 +44,8 @@ class GPTConfig:
         dropout: Probability of dropping an activation in training.
         positions: learned, or rope: queries and keys turned by their positions (Su et al., 2021).
         rope_theta: Base of rope's wave lengths; greater ones for longer contexts.
+        rope_scaling: How rope serves more positions than a model was trained with, as Hugging Face writes it:
+            rope_type linear, llama3 or yarn, factor, and what else the type takes.
         norm: layer, or rms without mean and bias (Zhang & Sennrich, 2019).
         qk_norm: Whether each head's queries and keys pass an RMS norm.
         activation: gelu_tanh (GPT-2's approximation), gelu (exact) or swiglu (Shazeer, 2020).
@@ -60,6 +71,7 @@ class GPTConfig:
     rope_theta: float = ROPE_THETA
     norm: str = "layer"
     qk_norm: bool = False
+    rope_scaling: dict[str, int | float | str] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -88,6 +100,13 @@ class GPTConfig:
                 f"model.config.rope_theta={self.rope_theta} is for model.config.positions=rope, not "
                 f"{self.positions}; leave it out"
             )
+        if self.rope_scaling is not None:
+            if self.positions != "rope":
+                raise UserError(
+                    f"model.config.rope_scaling is for model.config.positions=rope, not {self.positions}; "
+                    "leave it out"
+                )
+            _check_rope_scaling(self.rope_scaling, self.rope_theta)
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         for name, choices in CHOICES.items():
@@ -114,3 +133,28 @@ class GPTConfig:
             return self.d_ff
         # Three matrices have as many weights as two then; a multiple of 8 can be cut over devices.
         return 8 * math.ceil(self.d_model / 3) if self.activation == "swiglu" else 4 * self.d_model
+
+
+def _check_rope_scaling(scaling: Mapping[str, int | float | str], theta: float) -> None:
+    option, kind = "model.config.rope_scaling", scaling.get("rope_type")
+    if kind not in tuple(ROPE_SCALING):
+        listing = ", ".join(ROPE_SCALING)
+        raise UserError(f"{option}.rope_type={kind!r} is unknown; choose one of {listing}")
+    needed, further = ROPE_SCALING[str(kind)]
+    values: dict[str, Any] = {name: value for name, value in scaling.items() if name != "rope_type"}
+    for name in needed:
+        if name not in values:
+            raise UserError(f"{option} lacks {name}, which {kind} needs; add it")
+    for name, value in values.items():
+        if name not in (*needed, *further):
+            raise UserError(f"{option}.{name} is no option of {kind}; leave it out")
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            raise UserError(f"{option}.{name}={value!r} is not a number above 0; give one")
+    if values["factor"] < 1:
+        raise UserError(f"{option}.factor={values['factor']} is below 1; choose e.g. 4")
+    values = {"beta_fast": 32, "beta_slow": 1, **values}
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if low in values and values[low] >= values[high]:
+            raise UserError(f"{option}.{low}={values[low]} is not below {high}={values[high]}; lower it")
+    if kind == "yarn" and theta <= 1:
+        raise UserError(f"model.config.rope_theta={theta} is not above 1, as yarn needs; choose e.g. 10000")

@@ -157,7 +157,7 @@ class GPTModel(nn.Module):
         self.rotary: nn.Module
         if config.positions == "rope":
             self.position_embedding = NoPositionEmbedding()
-            self.rotary = Rotary(config.head_dim, config.rope_theta)
+            self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
         else:
             self.position_embedding = Embedding(config.max_position_embeddings, config.d_model)
             self.rotary = NoRotary()

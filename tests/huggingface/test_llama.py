@@ -28,14 +28,31 @@ from tests.huggingface.gpt2_folders import word_tokenizer
 
 LLAMA: dict[str, Any] = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False}
 QWEN2, QWEN3 = {**LLAMA, "bias": "qkv"}, {**LLAMA, "qk_norm": True}
-VARIANTS = {
+# What is trained with so few positions is read beyond them.
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 24}
+FURTHER = {"attention_factor": 1.3, "beta_fast": 2.0, "beta_slow": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "d_ff": 50},
-    "llama: one key and value": {**LLAMA, "n_kv_heads": 1, "tie_embeddings": False},
+    "llama: one key and value, linear": {
+        **LLAMA,
+        "n_kv_heads": 1,
+        "tie_embeddings": False,
+        "rope_scaling": LINEAR,
+    },
     "llama: biases, long waves": {**LLAMA, "bias": True, "rope_theta": 5e5, "layer_norm_eps": 1e-6},
-    "qwen2": {**QWEN2, "n_heads": 6, "n_kv_heads": 2, "d_ff": 50},
+    "llama: llama3": {**LLAMA, "rope_scaling": LLAMA3},
+    "qwen2: groups, yarn": {**QWEN2, "n_heads": 6, "n_kv_heads": 2, "rope_scaling": YARN},
     "qwen3": QWEN3,
     "qwen3: groups, wide heads": {**QWEN3, "n_heads": 6, "n_kv_heads": 2, "d_head": 10},
-    "qwen3: not tied": {**QWEN3, "n_kv_heads": 1, "tie_embeddings": False},
+    "qwen3: not tied, yarn": {
+        **QWEN3,
+        "n_kv_heads": 1,
+        "tie_embeddings": False,
+        "rope_scaling": YARN | FURTHER,
+    },
 }
 V, T = 101, 40
 
@@ -121,6 +138,8 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert type(again).__name__ == family.architecture
     for key, tensor in reference.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
+    stored = [json.loads(Path(name, "config.json").read_text()) for name in ("theirs", "again")]
+    assert stored[0]["rope_parameters"] == stored[1]["rope_parameters"]
     ids = torch.arange(20)[None]
     assert_close(again.eval()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -168,11 +187,19 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "yarn": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-        "rope_type='yarn'",
+    "dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type='dynamic' scales the positions, as GPTModel cannot; import a model with one of linear",
     ),
-    "of old": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    "of old": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+    "DeepSeek's": (
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7}},
+        "mscale=0.7 with rope_type='yarn'",
+    ),
+    "no number": (
+        {"rope_parameters": {**YARN, "rope_theta": 1e4, "factor": -1.0}},
+        "rope_scaling.factor=-1.0",
+    ),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "biases of attention": ({"attention_bias": True}, "attention_bias=True"),
     "a sliding window": ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window=True"),
@@ -183,6 +210,18 @@ REFUSED = {
     ),
     "other heads": ({"num_key_value_heads": 1}, "self_attn.k_proj.weight is [36, 36], and by"),
 }
+
+
+def test_scaled_positions_are_read_as_they_were_once_written(tmp_path: Path) -> None:
+    reference_of(make_model(**LLAMA, rope_theta=5e5, rope_scaling=YARN))[1].save_pretrained(tmp_path)
+    word_tokenizer(V - 8).save(tmp_path, max_length=48)
+    before = import_model(str(tmp_path), "X")["gpt_config"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert import_model(str(tmp_path), "X")["gpt_config"] == before
+    assert before["rope_scaling"] == YARN
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -235,7 +274,11 @@ def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "options, kind", [({**QWEN2, "n_kv_heads": 1}, "Qwen2ForCausalLM"), ({"qk_norm": True}, None)]
+    "options, kind",
+    [
+        ({**QWEN2, "n_kv_heads": 1, "rope_scaling": LLAMA3}, "Qwen2ForCausalLM"),
+        ({"qk_norm": True}, None),
+    ],
 )
 def test_a_run_from_the_command_line(
     options: dict[str, Any],

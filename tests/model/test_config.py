@@ -6,6 +6,14 @@ import pytest
 
 from gpt_lightning.model.config import GPTConfig
 
+LINEAR = {"rope_type": "linear", "factor": 4}
+LLAMA3 = {"rope_type": "llama3", "original_max_position_embeddings": 64, "high_freq_factor": 4}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64}
+
+
+def scaled(**options: object) -> dict[str, object]:
+    return {"positions": "rope", "rope_scaling": {**LINEAR, **options}}
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -30,6 +38,18 @@ from gpt_lightning.model.config import GPTConfig
         ({"norm": "batch"}, "model.config.norm='batch' is unknown; choose one of layer, rms"),
         ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is not above 0; "),
         ({"rope_theta": 5e5}, "model.config.rope_theta=500000.0 is for model.config.positions=rope, "),
+        ({"rope_scaling": LINEAR}, "model.config.rope_scaling is for model.config.positions=rope, "),
+        (scaled(rope_type="ntk"), "model.config.rope_scaling.rope_type='ntk' is unknown; choose "),
+        (scaled(rope_type=None), "model.config.rope_scaling.rope_type=None is unknown; choose "),
+        (scaled(rope_type="yarn"), "model.config.rope_scaling lacks original_max_position_"),
+        (scaled(beta_fast=2), "model.config.rope_scaling.beta_fast is no option of linear; leave it out"),
+        (scaled(factor="4"), "model.config.rope_scaling.factor='4' is not a number above 0; give one"),
+        (scaled(factor=True), "model.config.rope_scaling.factor=True is not a number above 0; give one"),
+        (scaled(factor=10**400), "model.config.rope_scaling.factor=1000"),
+        (scaled(factor=0.5), "model.config.rope_scaling.factor=0.5 is below 1; choose "),
+        (scaled(**LLAMA3, low_freq_factor=4), "model.config.rope_scaling.low_freq_factor=4 is not below "),
+        (scaled(**YARN, beta_slow=32), "model.config.rope_scaling.beta_slow=32 is not below beta"),
+        ({**scaled(**YARN), "rope_theta": 1.0}, "model.config.rope_theta=1.0 is not above 1, as yarn"),
         ({"bias": "all"}, "model.config.bias='all' is unknown; choose one of true, false, qkv"),
         ({"bias": 1}, "model.config.bias=1 is unknown; choose one of true, false, qkv"),
         ({"layer_norm_eps": 0.0}, "model.config.layer_norm_eps=0.0 is not in (0, 1); "),
