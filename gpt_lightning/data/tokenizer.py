@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -287,6 +288,18 @@ def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str
     theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:])
     is_same = ours.eos_token_id == theirs.eos_token_id and same_ids(ours._tokenizer, theirs._tokenizer, texts)
     return ours if is_same else theirs
+
+
+def is_read_by_transformers(ours: TextTokenizer, model_type: str) -> bool:
+    """Tells whether AutoTokenizer takes it for what it is, saved beside a model of this type."""
+    with TemporaryDirectory() as name:
+        ours.save(name)
+        (Path(name) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        try:
+            theirs, _ = _from_transformers(name, "")
+        except UserError:
+            return False
+        return same_ids(Tokenizer.from_file(str(Path(name) / "tokenizer.json")), theirs, ())
 
 
 def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:

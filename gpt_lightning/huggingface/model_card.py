@@ -6,7 +6,7 @@ from typing import Any
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
-from gpt_lightning.huggingface.families import family_of
+from gpt_lightning.huggingface.families import Family
 
 HEADER = """---
 library_name: transformers
@@ -27,11 +27,10 @@ print(pipeline("text-generation", model="{name}")("The")[0]["generated_text"])
 """
 
 
-def model_card(checkpoint: Checkpoint, name: str) -> str:
+def model_card(checkpoint: Checkpoint, name: str, kind: Family) -> str:
     name = _in_a_line(name)
     head = "lm_head.weight" if checkpoint.config.tie_embeddings else None
     n_parameters = sum(weight.numel() for key, weight in checkpoint.weights.items() if key != head)
-    kind = family_of(checkpoint.config)
     architecture = f"A language model of {kind.name}'s architecture with {n_parameters:,} parameters"
     parts = (
         HEADER.format(model_type=kind.model_type),

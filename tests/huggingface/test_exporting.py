@@ -20,6 +20,7 @@ from gpt_lightning.checkpoint.contents import CONFIG_KEY
 from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface.families import GPT2
 from gpt_lightning.huggingface.model_card import model_card
 from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
 
@@ -279,7 +280,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 
 def test_the_card_of_an_imported_model_invents_nothing(checkpoint: Path) -> None:
-    card = model_card(Checkpoint.open(checkpoint), "back")
+    card = model_card(Checkpoint.open(checkpoint), "back", GPT2)
     assert "begun from: the weights of `theirs`" in card
     assert "training text: not known" in card and "training: none since" in card
     assert "Not known: the checkpoint was saved before any validation." in card
@@ -290,7 +291,7 @@ def test_the_card_of_a_stranger_stays_a_card(checkpoint: Path) -> None:
     data = {**contents["TextDataModule"], "text": {"train_files": [["a`b\n# c", "0"], 3], "val_files": "x"}}
     evil = {"TextDataModule": data, "begun_from": "x`\n\n# y", "last_validation": {"loss": "1", "step": None}}
     contents = {**contents, **evil, "hyper_parameters": 7, "global_step": 3}
-    card = model_card(Checkpoint(checkpoint, contents), "back\n# z")
+    card = model_card(Checkpoint(checkpoint, contents), "back\n# z", GPT2)
     headings = [line for line in card.splitlines() if line.startswith("#")]
     assert headings == ["# back # z", "## Data", "## Recipe", "## Final perplexity", "## Use"]
     assert "training text: `ab # c`" in card

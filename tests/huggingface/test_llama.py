@@ -13,21 +13,29 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.cli.main import main
+from gpt_lightning.data.tokenizer import train_bpe
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.huggingface.families import Family, family_of
+from gpt_lightning.huggingface.families import family_of
 from gpt_lightning.huggingface.importing import import_model
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import GPTModel
 from tests.huggingface.gpt2_folders import word_tokenizer
+from tests.huggingface.llama_folders import (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    V,
+    make_model,
+    qwen_tokenizer,
+    reference_of,
+    write_llama,
+)
 
-LLAMA: dict[str, Any] = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False}
-QWEN2, QWEN3 = {**LLAMA, "bias": "qkv"}, {**LLAMA, "qk_norm": True}
 # What is trained with so few positions is read beyond them.
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -54,26 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": YARN | FURTHER,
     },
 }
-V, T = 101, 40
-
-
-def make_model(**options: Any) -> GPTModel:
-    """Odd sizes, and weights so large that each of them matters."""
-    sizes: dict[str, Any] = {"max_position_embeddings": 48, "n_layers": 2, "n_heads": 3, "d_model": 36}
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = GPTModel(GPTConfig(V, **{**sizes, **options}))
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model.eval()
-
-
-def reference_of(model: GPTModel) -> tuple[Family, Any]:
-    family = family_of(model.config)
-    config = getattr(transformers, family.config_class)(**family.config_to(model.config))
-    reference = getattr(transformers, family.architecture)(config).eval()
-    reference.load_state_dict(family.weights_to(model.state_dict(), model.config))
-    return family, reference
+T = 40
 
 
 def resolved(config: GPTConfig) -> dict[str, Any]:
@@ -126,7 +115,8 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     family, reference = reference_of(model)
     reference.save_pretrained("theirs", max_shard_size="20kB")
     assert len([*Path("theirs").glob("*.safetensors")]) > 1
-    word_tokenizer(V - 8).save(Path("theirs"), max_length=48)
+    make_tokenizer = qwen_tokenizer if family.model_type == "qwen2" else word_tokenizer
+    make_tokenizer(V - 8).save(Path("theirs"), max_length=48)
     main(["import-hf", "theirs", "ours.ckpt"])
     checkpoint = Checkpoint.open(Path("ours.ckpt"))
     loaded, _ = load_model(checkpoint.path)
@@ -140,8 +130,35 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(again.state_dict()[key], tensor), key
     stored = [json.loads(Path(name, "config.json").read_text()) for name in ("theirs", "again")]
     assert stored[0]["rope_parameters"] == stored[1]["rope_parameters"]
+    texts = ["w3 w4", "it's 12"]
+    ids_of_texts = [AutoTokenizer.from_pretrained(name)(texts)["input_ids"] for name in ("theirs", "again")]
+    assert ids_of_texts[0] == ids_of_texts[1] and all(map(len, ids_of_texts[0]))
     ids = torch.arange(20)[None]
     assert_close(again.eval()(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_qwen2_with_another_tokenizer_is_written_as_a_llama(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers would read it as Qwen's own: other ids, without a word."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_bpe(["the cat's 1234 mats"], 270)
+    write_llama(Path("theirs"), qwen_tokenizer(270), **QWEN2, n_kv_heads=1)
+    contents = import_model("theirs", "X")
+    contents["TextDataModule"]["tokenizer"] = tokenizer.state
+    torch.save(contents, "ours.ckpt")
+    main(["export-hf", "ours.ckpt", "back"])
+    assert "it becomes a Llama with zeros for the biases that it lacks" in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained("back", local_files_only=True)
+    assert type(theirs) is transformers.LlamaForCausalLM
+    ids = torch.arange(40)[None]
+    assert_close(theirs(ids).logits, load_model(Path("ours.ckpt"))[0](ids).logits, atol=1e-5, rtol=1e-5)
+    text = "the 12 caf\u0065\u0301s"
+    assert AutoTokenizer.from_pretrained("back")(text)["input_ids"] == tokenizer.encode(text)
+    main(["import-hf", "back", "again.ckpt"])
+    model, read = load_model(Path("again.ckpt"))
+    assert read.encode(text) == tokenizer.encode(text)
+    assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mistral_becomes_a_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +293,7 @@ def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, 
 @pytest.mark.parametrize(
     "options, kind",
     [
-        ({**QWEN2, "n_kv_heads": 1, "rope_scaling": LLAMA3}, "Qwen2ForCausalLM"),
+        ({**QWEN3, "n_kv_heads": 1, "rope_scaling": LLAMA3}, "Qwen3ForCausalLM"),
         ({"qk_norm": True}, None),
     ],
 )
@@ -307,4 +324,4 @@ def test_a_run_from_the_command_line(
     assert type(theirs).__name__ == kind
     ids = torch.arange(12)[None]
     assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
-    assert "A language model of Qwen2's architecture" in (tmp_path / "hf" / "README.md").read_text()
+    assert "A language model of Qwen3's architecture" in (tmp_path / "hf" / "README.md").read_text()
