@@ -1,4 +1,4 @@
-"""What others run GPT-2s with runs an exported folder: lm_eval scores it, CTranslate2 writes its tokens."""
+"""What others run models with runs an exported folder: lm_eval scores it, CTranslate2 writes its tokens."""
 
 import json
 import math
@@ -12,9 +12,11 @@ import yaml
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
+from tests.huggingface.llama_folders import LLAMA, QWEN2, QWEN3, qwen_tokenizer, write_llama
 
 pytestmark = pytest.mark.slow
 DOCUMENTS = ["The cat sees a red house.", "A döner.\nOver the river, under it."]
@@ -29,9 +31,24 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, refuse)
 
 
-def exported(folder: Path, *options: Any, **sizes: Any) -> tuple[Path, Path]:
+SIZES = {"max_position_embeddings": 64, "tie_embeddings": False}
+SCALED = {"rope_type": "linear", "factor": 2.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {**LLAMA, **SIZES, "n_kv_heads": 1, "rope_theta": 5e5},
+    "llama, scaled": {**LLAMA, **SIZES, "bias": True, "rope_scaling": SCALED},
+    "qwen2": {**QWEN2, **SIZES, "n_kv_heads": 1},
+    "qwen3": {**QWEN3, **SIZES},
+}
+
+
+def exported(folder: Path, kind: str, tokenizer: TextTokenizer, **sizes: Any) -> tuple[Path, Path]:
     """A checkpoint, and its folder of Hugging Face's."""
-    write_gpt2(folder / "theirs", *options, **{"n_positions": 64, "tie_word_embeddings": False, **sizes})
+    if kind == "gpt2":
+        options = {"n_positions": 64, "tie_word_embeddings": False, **sizes}
+        write_gpt2(folder / "theirs", tokenizer, **options)
+    else:
+        write_llama(folder / "theirs", tokenizer, **MODELS[kind], **sizes)
     main(["import-hf", str(folder / "theirs"), str(folder / "x.ckpt")])
     main(["export-hf", str(folder / "x.ckpt"), str(folder / "back")])
     return folder / "x.ckpt", folder / "back"
@@ -59,12 +76,13 @@ def write_task(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_lm_eval_gives_the_perplexity_of_our_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lm_eval_gives_the_perplexity_of_our_model(kind: str, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
     from lm_eval.tasks import TaskManager
 
-    checkpoint, folder = exported(tmp_path)
+    checkpoint, folder = exported(tmp_path, kind, load_tokenizer("bytes"))
     write_task(tmp_path / "task")
     scores = lm_eval.simple_evaluate(
         model="hf",
@@ -89,16 +107,21 @@ def test_lm_eval_gives_the_perplexity_of_our_model(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("padded", [False, True])
-def test_ctranslate2_writes_the_same_greedy_tokens(padded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MODELS)
+def test_ctranslate2_writes_the_same_greedy_tokens(kind: str, padded: bool, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
     from transformers import AutoTokenizer
 
-    options: dict[str, Any] = {"vocab_size": 128, "scale": 0.8, "n_embd": 24} if padded else {}
-    checkpoint, folder = exported(tmp_path, *([word_tokenizer(101)] if padded else []), **options)
+    options: dict[str, Any] = {"vocab_size": 128} if padded else {}
+    if padded and kind == "gpt2":
+        options |= {"scale": 0.8, "n_embd": 24}
+    make_tokenizer = qwen_tokenizer if kind == "qwen2" else word_tokenizer
+    tokenizer = make_tokenizer(101) if padded else load_tokenizer("bytes")
+    checkpoint, folder = exported(tmp_path, kind, tokenizer, **options)
     ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "converted"))
     generator = ctranslate2.Generator(str(tmp_path / "converted"), device="cpu", compute_type="float32")
     theirs = AutoTokenizer.from_pretrained(folder)
-    prompt = theirs("w1 w2 w3")["input_ids"]
+    prompt = theirs("w1 w2")["input_ids"]
     (result,) = generator.generate_batch(
         [theirs.convert_ids_to_tokens(prompt)],
         max_length=40,
