@@ -97,7 +97,7 @@ def test_training_differs_by_the_rounding_of_bfloat16(
     strategy = {"sequence_parallel": sequence_parallel}
     ranks = run_everywhere(Run(tp, dp, strategy=strategy, **options), shared_corpus)
     assert one["losses"][-1] < one["losses"][0] - 0.5
-    assert ranks[0]["losses"][:2] == pytest.approx(one["losses"][:2], abs=2e-6)
+    assert ranks[0]["losses"][0] == pytest.approx(one["losses"][0], abs=2e-6)  # before any update
     assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=ROUNDING, rel=0)
     assert ranks[0]["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
     assert ranks[0]["norms"] == pytest.approx(one["norms"], rel=10 * ROUNDING)

@@ -206,13 +206,15 @@ def test_a_restored_optimizer_goes_on_bit_for_bit_with_its_own_settings() -> Non
 
 def test_an_added_group_is_adamws_and_no_default_is_said_of_all_groups() -> None:
     """Lightning's LearningRateMonitor looks into every group for what the defaults name."""
-    optimizer = build_optimizer(GPTModel(GPTConfig(8, 4, n_layers=1, n_heads=1, d_model=4)), OptimizerConfig(name="muon"))
+    model = GPTModel(GPTConfig(8, 4, n_layers=1, n_heads=1, d_model=4))
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
     added = torch.nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [added], "lr": 0.5})
     assert not {"betas", "momentum"} & optimizer.defaults.keys()
     added.grad = torch.ones(3)
     optimizer.step()
-    assert torch.allclose(added, torch.full((3,), 0.5 * 0.99), atol=0.01) and "exp_avg" in optimizer.state[added]
+    assert torch.allclose(added, torch.full((3,), 0.5 * 0.99), atol=0.01)
+    assert "exp_avg" in optimizer.state[added]
 
 
 def test_frozen_matrices_and_matrices_in_pieces() -> None:
