@@ -1,6 +1,7 @@
 """RMS norms that train on a CPU, in a third of the time of PyTorch's.
 
-PyTorch has a kernel of its own on GPUs alone; on a CPU it is a row of operations, each of which writes a tensor as large as its input for autograd to keep.
+PyTorch has a kernel of its own on GPUs alone; on a CPU it is a row of operations, each of which writes a
+tensor as large as its input for autograd to keep.
 Shapes: D the width that is normalised, last.
 """
 
