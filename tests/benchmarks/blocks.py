@@ -6,8 +6,8 @@ The modern block is that of Qwen3: rotary positions, RMS norms, SwiGLU, norms of
 `grouped` has a head of keys and values for every four of queries. A training step is forward, backward and
 AdamW of 6 layers of 512 (T 256, batch 8); decoding is greedy, of 12 layers of 768 with packed weights, after
 a prompt of 32 tokens. `long` is 6 layers of 512 on texts of 2,048 tokens: a training step of one, and
-decoding after 1,984 tokens, batch 4. The blocks take turns in one process, and medians are shown, as times that of
-GPT-2's block. The last line is the result as JSON: case -> block -> that ratio.
+decoding after 1,984 tokens, batch 4. The blocks take turns in one process, and medians are
+shown, as times that of GPT-2's block. The last line is the result as JSON: case -> block -> that ratio.
 """
 
 import argparse
