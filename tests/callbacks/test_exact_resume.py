@@ -133,6 +133,7 @@ PLANS = {
     "no validation": {"limit_val_batches": 0, "max_epochs": 2},
     "to a step": {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_steps": 6},
     "limited epochs": {"limit_train_batches": 3, "max_epochs": 3},
+    "with Muon": {"max_epochs": 2, "optimizer": OptimizerConfig(learning_rate=0.01, name="muon")},
     "with Muon and averaged weights": {
         "max_epochs": 2,
         "limit_val_batches": 0,  # one of averaged weights is in tests/faults/test_signals.py

@@ -36,17 +36,18 @@ def assert_equal_runs(
     loss: float = 2e-6,
     relative: float = 1e-5,
     drift: float = 1.0,
+    norms: float = 1.0,
 ) -> None:
     """Gradients of later steps, at weights that differ by rounding already, may `drift` so many times as far.
 
-    So may their norms, and gradients of norms of queries and keys, which add up what nearly cancels over
-    heads and tokens.
+    So may those of norms of queries and keys, which add up what nearly cancels over heads and tokens. All
+    gradients' norm of later steps may be off by `norms` times `relative`.
     """
     first = ranks[0]
     assert len(first["losses"]) == len(one["losses"]) and one["losses"][-1] < one["losses"][0] - 0.5
     assert first["losses"] == pytest.approx(one["losses"], abs=loss, rel=0)
     assert first["norms"][0] == pytest.approx(one["norms"][0], rel=relative)
-    assert first["norms"] == pytest.approx(one["norms"], rel=relative * drift)
+    assert first["norms"] == pytest.approx(one["norms"], rel=relative * norms)
     for step, (gradients, expected) in enumerate(zip(first["gradients"], one["gradients"], strict=True)):
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
@@ -68,8 +69,11 @@ def drift_of(options: dict[str, Any]) -> float:
     return 100.0 if "qk_norm" in options.get("config", {}) else 1.0
 
 
+MODERN_NORMS = 2.0  # 1.3e-5 was seen at 2 x 2, once in twenty steps
+
+
 @pytest.mark.parametrize(
-    "tp, dp, shape", [(2, 1, "gpt2"), (1, 2, "gpt2"), (2, 2, "modern"), (4, 1, "modern")]
+    "tp, dp, shape", [*((*sizes, "gpt2") for sizes in TOPOLOGIES), (2, 2, "modern"), (4, 1, "modern")]
 )
 def test_training_with_clipping_and_accumulation(
     tp: int, dp: int, shape: str, shared_corpus: Path, one_process: OneProcess
@@ -77,17 +81,21 @@ def test_training_with_clipping_and_accumulation(
     options = {"config": SHAPES[shape]}
     ranks = run_everywhere(Run(tp, dp, **options), shared_corpus)
     one = one_process(**options)
-    assert_equal_runs(ranks, one, drift=drift_of(options))
+    norms = 1.0 if shape == "gpt2" else MODERN_NORMS
+    assert_equal_runs(ranks, one, drift=drift_of(options), norms=norms)
     assert min(one["norms"]) > 0.3, "nothing was clipped"
 
 
-@pytest.mark.parametrize("tp, dp, shape", [(2, 1, "gpt2"), (2, 2, "modern"), (4, 1, "gpt2")])
+@pytest.mark.parametrize(
+    "tp, dp, shape", [(2, 1, "gpt2"), (2, 2, "gpt2"), (4, 1, "gpt2"), (2, 2, "modern")]
+)
 def test_sequence_parallel_training(
     tp: int, dp: int, shape: str, shared_corpus: Path, one_process: OneProcess
 ) -> None:
     options = {"seq_len": 16, "config": SHAPES[shape]}
     ranks = run_everywhere(Run(tp, dp, strategy={"sequence_parallel": True}, **options), shared_corpus)
-    assert_equal_runs(ranks, one_process(**options), drift=drift_of(options))
+    norms = 1.0 if shape == "gpt2" else MODERN_NORMS
+    assert_equal_runs(ranks, one_process(**options), drift=drift_of(options), norms=norms)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -102,7 +110,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": MIXED,
         "module": {"activation_checkpointing": True},
     },
-    "blocks compiled": {
+    "blocks compiled": {"module": {"compile_backend": "aot_eager"}, "steps": 6},
+    "rope and grouped queries, blocks compiled": {
         "config": {**MIXED, "n_kv_heads": 2},
         "module": {"compile_backend": "aot_eager"},
         "steps": 6,
@@ -135,11 +144,9 @@ PRECISIONS = {
 @pytest.mark.parametrize(
     "precision, shape, sequence_parallel",
     [
-        ("bf16-mixed", "gpt2", True),
+        *((precision, "gpt2", cut) for precision in PRECISIONS for cut in (False, True)),
         ("bf16-mixed", "modern", False),
-        ("bf16-true", "gpt2", False),
         ("bf16-true", "modern", True),
-        ("16-mixed", "gpt2", False),
         ("16-mixed", "modern", True),
     ],
 )
