@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which imports the compiler at once
 
 from gpt_lightning.kernels.cpu_attention import attention_in_blocks
-from gpt_lightning.kernels.device import can_compile_for_cuda
+from gpt_lightning.kernels.device import can_compile_for_cuda, trains_on_cpu
 from gpt_lightning.kernels.linear import onednn_multiplies
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Attend:
 
 def runs_in_blocks(q: Tensor) -> bool:
     """Tells where a CPU's blocks pay: in training, uncompiled, where oneDNN multiplies."""
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not trains_on_cpu(q):
         return False
     B, T, H, K = q.shape
     worthwhile = B * H * T * T * K >= _LEAST_WORK.get(q.dtype, math.inf)

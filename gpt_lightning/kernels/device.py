@@ -7,6 +7,7 @@ import sys
 from functools import cache
 
 import torch
+from torch import Tensor
 
 GIB = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -22,6 +23,11 @@ def peak_memory_gib(device: torch.device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # kibibytes on Linux
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Tells where our kernels for training may replace PyTorch's: on a CPU, uncompiled, with gradients."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @cache

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gpt_lightning.kernels.device import trains_on_cpu
+
 _LEAST_WORK = 2**25  # multiplications, below which the calls from Python cost more than they spare
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 
@@ -21,9 +23,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(x, weight, bias)
-        if x.numel() * weight.shape[0] < _LEAST_WORK:
+        if not trains_on_cpu(x) or x.numel() * weight.shape[0] < _LEAST_WORK:
             return F.linear(x, weight, bias)
         tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
         if torch.is_autocast_enabled("cpu") and all(tensor.dtype in _AUTOCAST for tensor in tensors):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gpt_lightning.kernels.device import trains_on_cpu
+
 
 class FastRMSNorm(nn.RMSNorm):
     """Computes in float32, and returns the dtype of its input, whatever that of its weight is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not trains_on_cpu(x):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         output: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return output
