@@ -158,8 +158,8 @@ def _names(config: GPTConfig) -> Iterator[tuple[str, list[str]]]:
     yield "token_embedding.weight", ["model.embed_tokens.weight"]
     yield "ln_f.weight", ["model.norm.weight"]
     yield "lm_head.weight", ["lm_head.weight"]
-    qkv_kinds = ("weight", "bias") if config.bias else ("weight",)
-    linear_kinds = ("weight", "bias") if config.bias is True else ("weight",)
+    qkv_kinds = ("weight", "bias") if config.has_qkv_bias else ("weight",)
+    linear_kinds = ("weight", "bias") if config.has_other_biases else ("weight",)
     for index in range(config.n_layers):
         block, layer = f"blocks.{index}", f"model.layers.{index}"
         for kind in qkv_kinds:

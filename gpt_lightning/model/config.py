@@ -128,6 +128,14 @@ class GPTConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias is True or self.bias == "qkv"
+
+    @property
+    def has_other_biases(self) -> bool:
+        return self.bias is True
+
+    @property
     def mlp_width(self) -> int:
         if self.d_ff is not None:
             return self.d_ff

@@ -62,7 +62,7 @@ class Embedding(nn.Embedding):
 def norm(config: GPTConfig, size: int, *, rms: bool) -> nn.Module:
     if rms:
         return FastRMSNorm(size, config.layer_norm_eps)
-    return nn.LayerNorm(size, config.layer_norm_eps, bias=config.bias is True)
+    return nn.LayerNorm(size, config.layer_norm_eps, bias=config.has_other_biases)
 
 
 class CausalSelfAttention(nn.Module):
@@ -76,8 +76,8 @@ class CausalSelfAttention(nn.Module):
         # The rows lie group by group (the q heads that share a k and a v, then these): a share of them is
         # whole groups.
         parts = (self.group * K, K, K)
-        rows, width, bias = config.kv_heads * sum(parts), config.n_heads * K, config.bias is True
-        self.qkv_proj = Linear(config.d_model, rows, bias=bias or config.bias == "qkv", parts=parts)
+        rows, width, bias = config.kv_heads * sum(parts), config.n_heads * K, config.has_other_biases
+        self.qkv_proj = Linear(config.d_model, rows, bias=config.has_qkv_bias, parts=parts)
         self.out_proj = Linear(width, config.d_model, bias=bias, std=_residual_std(config))
         self.q_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
         self.k_norm = norm(config, K, rms=True) if config.qk_norm else nn.Identity()
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        bias = config.bias is True
+        bias = config.has_other_biases
         self.up_proj = Linear(config.d_model, config.mlp_width, bias=bias)
         self.down_proj = Linear(config.mlp_width, config.d_model, bias=bias, std=_residual_std(config))
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
@@ -109,7 +109,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        bias = config.bias is True
+        bias = config.has_other_biases
         self.gate_proj = Linear(config.d_model, config.mlp_width, bias=bias)
         self.up_proj = Linear(config.d_model, config.mlp_width, bias=bias)
         self.down_proj = Linear(config.mlp_width, config.d_model, bias=bias, std=_residual_std(config))
