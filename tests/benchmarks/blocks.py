@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from recipes import MODERN
 
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -28,7 +29,6 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
 
-MODERN = {"positions": "rope", "norm": "rms", "activation": "swiglu", "qk_norm": True, "bias": False}
 BLOCKS = ("GPT-2", "modern", "grouped")
 V, HEAD_DIM, GROUP, N_NEW = 8192, 64, 4, 32
 
