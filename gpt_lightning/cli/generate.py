@@ -18,6 +18,7 @@ from gpt_lightning.cli.model_class import import_class
 from gpt_lightning.cli.parser import ALLOW_IMPORT, PlainParser
 from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
+from gpt_lightning.cli.short_names import in_full
 from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -26,7 +27,7 @@ _Precision = Literal["float32", "bfloat16"]
 
 
 def run_generate(words: list[str]) -> None:
-    options = _parser().parse_args(_with_joined_prompt(words))
+    options = _parser().parse_args(_with_joined_prompt(in_full(words)))
     if sys.stdout is None:
         raise UserError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))

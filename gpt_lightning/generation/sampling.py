@@ -24,8 +24,8 @@ class GenerationConfig:
     Args:
         max_new_tokens: Longest completion, in tokens.
         temperature: Divides the logits: below 1 safer, above 1 more varied; 0 takes the likeliest token.
-        top_k: Sample from the k likeliest tokens only; null for all of them.
-        top_p: Sample from the likeliest tokens that together hold this probability; 1 for all of them.
+        top_k: Sample from the k likeliest tokens only; null or 0 for all of them.
+        top_p: Sample from the likeliest tokens that together hold this probability; 1 or 0 for all of them.
         min_p: Drop tokens less likely than this fraction of the likeliest one's probability; 0 drops none.
         repetition_penalty: Above 1, tokens that prompt or completion already hold become less likely.
         no_repeat_ngram_size: So many tokens in a row never come twice in prompt and completion; null for any.
@@ -41,7 +41,7 @@ class GenerationConfig:
 
     max_new_tokens: int = 128
     temperature: float = 0.7
-    top_k: int | None = 50
+    top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -61,10 +61,10 @@ class GenerationConfig:
             raise _error("temperature", self.temperature, "is below 0 or infinite; use 0 (greedy) or 0.7")
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             raise _error("temperature", self.temperature, f"is below {MIN_TEMPERATURE}; use 0 for greedy")
-        if self.top_k is not None and self.top_k < 1:
-            raise _error("top_k", self.top_k, "is below 1; use null for no limit or e.g. 50")
-        if not 0.0 < self.top_p <= 1.0:
-            raise _error("top_p", self.top_p, "is not in (0, 1]; use 1 for no limit or e.g. 0.9")
+        if self.top_k is not None and self.top_k < 0:
+            raise _error("top_k", self.top_k, "is below 0; use null for no limit or e.g. 50")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise _error("top_p", self.top_p, "is not in [0, 1]; use 1 for no limit or e.g. 0.9")
         if not 0.0 <= self.min_p <= 1.0:
             raise _error("min_p", self.min_p, "is not in [0, 1]; use 0 for no limit or e.g. 0.05")
         if not 0.0 < self.repetition_penalty < math.inf:
@@ -103,9 +103,9 @@ class Sampler:
             self.processors.append(partial(penalize_repetition, penalty=settings.repetition_penalty))
         if settings.no_repeat_ngram_size is not None:
             self.processors.append(partial(forbid_repeated_ngrams, size=settings.no_repeat_ngram_size))
-        if settings.top_k is not None:
+        if settings.top_k:
             self.filters.append(partial(top_k_filter, k=settings.top_k))
-        if settings.top_p < 1.0:
+        if 0.0 < settings.top_p < 1.0:
             self.filters.append(partial(top_p_filter, p=settings.top_p))
         if settings.min_p > 0.0:
             self.filters.append(partial(min_p_filter, min_p=settings.min_p))

@@ -171,7 +171,7 @@ def test_lines_are_prompts_and_commands(checkpoint: Path, run: Run) -> None:
     text, messages, code = run("--generation.max_new_tokens", "3", stdin=lines.encode())
     assert code == 0
     assert messages.count("3 tokens in") == 2
-    assert "max_new_tokens 2\n" in messages and 'stop ["\\n"]\n' in messages and "top_k 50\n" in messages
+    assert "max_new_tokens 2\n" in messages and 'stop ["\\n"]\n' in messages and "top_p 1.0\n" in messages
     assert "seed 43\n" in messages
     assert "/usr" in text and "//usr" not in text
     alone, _, _ = run("--generation.max_new_tokens", "3", stdin=b"The\n")
@@ -222,7 +222,7 @@ def test_a_mistake_costs_a_line(checkpoint: Path, run: Run, line: str, message: 
         (["--device", "meta"], "error: device=meta is not there; choose "),
         (["--device", "toaster"], "error: device=toaster is unknown; choose "),
         (["--precision", "float8"], "error: precision=float8 does not fit; give float32, bfloat16"),
-        (["--generation.top_p", "2"], "error: generation.top_p=2.0 is not in (0, 1]"),
+        (["--generation.top_p", "2"], "error: generation.top_p=2.0 is not in [0, 1]"),
         (["--generation.top_n", "2"], "did you mean generation.top_p?"),
         (["--data.prompts", "x"], "did you mean prompt?"),
         (["--prompt", "a\udcff"], "error: prompt='a\\udcff' is not UTF-8"),

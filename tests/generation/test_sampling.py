@@ -188,6 +188,16 @@ def test_sampled_tokens_follow_the_distribution() -> None:
     assert chi_square < 31.3  # the 99.9% quantile at 11 degrees of freedom, the most there can be
 
 
+@pytest.mark.parametrize("off", [{"top_k": 0}, {"top_p": 0.0}, {"top_k": None, "top_p": 1.0}, {}])
+def test_filters_that_are_off_leave_the_whole_distribution(off: dict[str, Any]) -> None:
+    settings = GenerationConfig(temperature=1.0, **off)
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    left = logits
+    for keep in Sampler(settings).filters:
+        left = keep(left)
+    assert torch.equal(left, logits)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
@@ -195,9 +205,9 @@ def test_sampled_tokens_follow_the_distribution() -> None:
         ("temperature", -1.0, "is below 0"),
         ("temperature", float("nan"), "or infinite"),
         ("temperature", 1e-9, "use 0 for greedy"),
-        ("top_k", 0, "is below 1"),
-        ("top_p", 0.0, "is not in (0, 1]"),
-        ("top_p", 1.1, "is not in (0, 1]"),
+        ("top_k", -1, "is below 0"),
+        ("top_p", -0.1, "is not in [0, 1]"),
+        ("top_p", 1.1, "is not in [0, 1]"),
         ("min_p", -0.1, "is not in [0, 1]"),
         ("repetition_penalty", 0.0, "is not above 0"),
         ("no_repeat_ngram_size", 0, "is below 1"),
