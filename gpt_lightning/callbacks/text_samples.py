@@ -11,22 +11,27 @@ from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import loggers_may_fail
 
+N_PROMPTS = 2
+
 
 class TextSamples(Callback):
     """Continues a few prompts after each validation of a fit, by the `generation` settings.
 
     Args:
-        prompts: What to continue; an empty prompt starts a new document.
+        prompts: What to continue; an empty prompt starts a new document. Null: how held-out documents begin.
     """
 
-    def __init__(self, prompts: list[str] = [""]) -> None:
+    def __init__(self, prompts: list[str] | None = None) -> None:
         self.prompts = prompts
         self.latest: list[str] = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.datamodule, TextDataModule):
-            trainer.datamodule.hint_at_special_tokens(self.prompts)
+        data = trainer.datamodule
+        if self.prompts is None:
+            self.prompts = data.beginnings("val", N_PROMPTS) if isinstance(data, TextDataModule) else [""]
+        elif isinstance(data, TextDataModule):
+            data.hint_at_special_tokens(self.prompts)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,15 +15,16 @@ from rich.table import Column, Table
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.terminal import for_readers
+from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 
 
-def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> None:
+def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
-    for text in texts:
+    for text in samples.latest:
         print(for_readers(f"\n{text}\n", sys.stdout))
     folder = shlex.quote(str(run_folder.parent))
     say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
@@ -34,7 +35,8 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, texts: list[str]) -> N
         kind = type(trainer.lightning_module)
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
         own = "" if kind is GPTLightningModule else own
-        say(f"{_program()} predict --ckpt_path {path}{own} --data.prompts '[\"The \"]'")
+        prompt = next(filter(None, samples.prompts or []), "The ")
+        say(f"{_program()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}")
 
 
 def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
@@ -14,7 +15,13 @@ from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
-from gpt_lightning.data.prompts import PromptBatch, PromptShare, read_prompts, special_token_hint
+from gpt_lightning.data.prompts import (
+    PromptBatch,
+    PromptShare,
+    first_words,
+    read_prompts,
+    special_token_hint,
+)
 from gpt_lightning.data.token_cache import (
     Corpus,
     TokenSplit,
@@ -29,6 +36,7 @@ from gpt_lightning.exit_codes import UserError
 
 _log = logging.getLogger("gpt_lightning")
 
+OPENING = 64  # tokens in which a document's first words lie
 # What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
 SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
 
@@ -188,6 +196,14 @@ class TextDataModule(LightningDataModule):
         """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
         split = self._split(name)
         return (split.n_tokens, split.n_bytes) if split else (0, 0)
+
+    def beginnings(self, name: str, count: int) -> list[str]:
+        """Returns the first words of up to so many documents of a split, from all over it."""
+        if (split := self._split(name)) is None:
+            return []
+        chosen = np.unique(np.linspace(0, split.n_documents, count, endpoint=False).astype(int))
+        opening, decode = split.opening, self.text_tokenizer.decode
+        return [first_words(decode(opening(document, OPENING))) for document in chosen.tolist()]
 
     def _split(self, name: str) -> TokenSplit | None:
         """Finds a split; without test files the validation text is the test text."""

@@ -77,6 +77,15 @@ def encode_prompts(
     return [ids or [tokenizer.eos_token_id] for ids in encode(prompts)]
 
 
+def first_words(text: str, most: int = 24) -> str:
+    """Returns whole words of a text's beginning, up to so many characters; of one long word, that many."""
+    shown = text[:most]
+    if len(text) > most and not text[most].isspace():
+        start, space, _ = shown.rpartition(" ")
+        shown = start if start.strip() else shown
+    return shown.rstrip()
+
+
 def special_token_hint(prompts: list[str], tokenizer: TextTokenizer, option: str) -> str | None:
     """Says of prompts that are read as plain text that one holds the name of a special token."""
     names = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))

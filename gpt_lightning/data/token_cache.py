@@ -144,6 +144,14 @@ class TokenSplit:
             around_the_end = max(1, int(starts.max()) + seq_len - self.n_tokens)
             of_documents.check_sorted(np.array([0]), np.array([around_the_end]))
 
+    def opening(self, document: int, n_tokens: int) -> list[int]:
+        """Returns the first tokens of a document, up to so many."""
+        start, end = map(int, self.document_starts[document : document + 2])
+        end = min(end, start + n_tokens)
+        self.check(np.array([start + 1]), end - start - 1, documents=False)
+        found: list[int] = self.tokens[start:end].tolist()
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker maps the files itself; a pickled map would be a copy of the corpus.
         maps = ("tokens", "document_starts", "_checked")

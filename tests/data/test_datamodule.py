@@ -259,3 +259,14 @@ def test_what_a_worker_refuses_is_told_in_its_one_line(monkeypatch: pytest.Monke
     loader = batch_loader([1, 2], lambda: EpochBatches(range(2), 2), num_workers=1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="^data.cache_dir: UserError: is damaged; remove it$"):
         next(iter(loader))
+
+
+def test_beginnings_are_the_first_words_of_held_out_documents(tmp_path: Path) -> None:
+    texts = ["我要为我为忍心，我觉得我的心要生存在一处，但也许可以得到好。", "To be, or not to be, that is the question"]
+    (tmp_path / "a.txt").write_text("never held out, being the training text " * 9)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, "Ay."]))
+    data = datamodule(tmp_path / "a.txt", val_files=str(tmp_path / "b.jsonl"))
+    assert data.beginnings("val", 3) == ["我要为我为忍心，我觉得我的心要生存在一处，"[:21], "To be, or not to be,", "Ay."]
+    assert data.beginnings("val", 1) == data.beginnings("val", 3)[:1]
+    assert data.beginnings("val", 9) == data.beginnings("val", 3)
+    assert datamodule(tmp_path / "a.txt", val_fraction=0).beginnings("val", 2) == []
