@@ -6,6 +6,7 @@ Its subcommands are not used (`run=False`): they know no `prepare`, and let a ch
 import os
 import sys
 from contextlib import ExitStack
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from gpt_lightning.cli.ranks import (
     is_tensor_parallel,
     leaving_together,
 )
+from gpt_lightning.cli.recipes import give_way, name_of_run
 from gpt_lightning.cli.report import log_hyperparameters, show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
@@ -64,8 +66,7 @@ from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer
 
-DEFAULT_MAX_STEPS = 2000
-RUN_NAME_HELP = "Folder under checkpoints/; by default the config's name."
+RUN_NAME_HELP = "Folder under checkpoints/; by default the config's name, or the text's."
 INIT_FROM_HELP = "Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name."
 OUTPUT_HELP = "predictions.jsonl beside the checkpoint by default."
 
@@ -73,10 +74,13 @@ OUTPUT_HELP = "predictions.jsonl beside the checkpoint by default."
 class GPTLightningCLI(LightningCLI):
     """Makes the objects of one verb, whose options are all that its parser knows; `run_verb` then runs it.
 
-    `words` are the command line, the verb first; `ending` is closed when the program ends.
+    `words` are the command line, the verb first; the file `beneath` them holds what they do not say;
+    `ending` is closed when the program ends.
     """
 
-    def __init__(self, words: list[str], rank_guard: RankGuard, ending: ExitStack) -> None:
+    def __init__(
+        self, words: list[str], beneath: Path | None, rank_guard: RankGuard, ending: ExitStack
+    ) -> None:
         self.verb, *args = words
         self._shows_all = "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
@@ -93,7 +97,11 @@ class GPTLightningCLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False, "log_every_n_steps": 10},
             seed_everything_default=42,
             parser_class=TrainerParser,
-            parser_kwargs={"prog": f"gpt-lightning {self.verb}", "description": VERBS[self.verb]},
+            parser_kwargs={
+                "prog": f"gpt-lightning {self.verb}",
+                "description": VERBS[self.verb],
+                "default_config_files": [] if beneath is None else [escape(str(beneath))],
+            },
             auto_configure_optimizers=False,
             # Hyper-parameters with import paths in them are not to be stored, nor to be read.
             load_from_checkpoint_support=False,
@@ -133,6 +141,8 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
+        self._given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+        give_way(settings.trainer, self._given)
         check_paths(settings)
         if settings.get("weights_only") is False:
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
@@ -141,11 +151,11 @@ class GPTLightningCLI(LightningCLI):
         if (own := settings.checkpoint.dirpath) is not None:
             settings.checkpoint.dirpath = os.path.expanduser(own)  # as Lightning will
         if self.verb in ("fit", "prepare"):
-            _name_run(settings, root)
+            settings.run_name = name_of_run(settings)
+            run_folder(root, settings.run_name)
         self._origin = find_origin(self.verb, settings, root)
         if (checkpoint := self._origin.checkpoint) is not None:
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
-            self._given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
             take_settings(self.verb, settings, self._given, self._origin)
             if self.subclass_mode_model:
                 take_arguments(settings, self._given, checkpoint, parser)
@@ -159,9 +169,6 @@ class GPTLightningCLI(LightningCLI):
         """Makes the callbacks whose options are ours, and opens the run's folder."""
         trainer, origin = settings.trainer, self._origin
         check_options_under_launcher(trainer.devices, trainer.num_nodes)
-        if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
-            trainer.max_steps = DEFAULT_MAX_STEPS
-            say(f"no trainer.max_steps or max_epochs given: training for {DEFAULT_MAX_STEPS:,} steps")
         if 0 < trainer.max_steps < (done := self._restored.get("global_step", 0)):
             limit = f"trainer.max_steps={trainer.max_steps}"
             say(f"warning: the run is at step {done:,}, beyond {limit}; none is left")
@@ -335,18 +342,11 @@ class GPTLightningCLI(LightningCLI):
         data = self.config.data
         chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
         log_hyperparameters(self.trainer, {**self.model.hparams, "data": chosen})
-        tell_how_to_go_on(self.trainer, self._run_folder, self._samples.latest)
-
-
-def _name_run(settings: Any, root: Path) -> None:
-    if settings.run_name is None:
-        files = settings.config or []
-        settings.run_name = Path(str(files[-1])).stem if files else "run"
-    run_folder(root, settings.run_name)
+        tell_how_to_go_on(self.trainer, self._run_folder, self._samples)
 
 
 def run(words: list[str]) -> None:
     """Runs one command line, the verb first."""
     rank_guard = RankGuard()
     with leaving_together(rank_guard), ExitStack() as ending, files_in_utf8(), limited_imports(words) as rest:
-        GPTLightningCLI(complete_words(rest), rank_guard, ending).run_verb()
+        GPTLightningCLI(*complete_words(rest), rank_guard, ending).run_verb()

@@ -1,8 +1,9 @@
-"""Finds the configuration file that a verb runs with, before Lightning sees the command line."""
+"""Finds the configuration files that a verb runs with, before Lightning sees the command line."""
 
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,26 +17,36 @@ from gpt_lightning.checkpoint.runs import (
     step_of,
 )
 from gpt_lightning.cli.errors import say
-from gpt_lightning.cli.yaml_text import load_yaml
+from gpt_lightning.cli.recipes import FINE_TUNING, QUICKSTART, config_file, recipe, recipe_beneath
+from gpt_lightning.cli.short_names import in_full
+from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml
 from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.exit_codes import UserError
 
-QUICKSTART, FINE_TUNING = "quickstart.yaml", "finetune_gpt2.yaml"
 PROMPTS = "--data.prompts"
 TEXTS = (PROMPTS, "--samples.prompts", "--generation.stop", "--data.document_separator", "--data.text_key")
+CONFIG = ("--config", "-c")
 ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
 GROUPS = ("trainer", "model", "data", "generation", "checkpoint", "non_finite", "samples")
 YAML_NULL = ("null", "Null", "NULL", "~")
 
 
-def complete_words(words: list[str]) -> list[str]:
-    """Fills in the configuration file that the command line leaves to us.
+def complete_words(words: list[str]) -> tuple[list[str], Path | None]:
+    """Fills in the files that the command line leaves to us; returns the words, and the recipe beneath them.
 
-    `fit` and `prepare` alone run the quickstart, from given weights the fine-tuning; `fit`, `validate` and
-    `test` of a checkpoint run with the configuration that was saved with it. `predict` needs none.
+    The recipe holds all that is said nowhere: the quickstart's, or the fine-tuning's where a run begins with
+    given weights. `fit`, `validate` and `test` of a checkpoint run with the configuration that was saved with
+    it, which says everything.
     """
+    if words[0] == "predict":
+        renamed = [PROMPTS + word.removeprefix("--prompt") if _is_prompt(word) else word for word in words]
+        words = in_full(renamed)
     words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
+    words = _with_recipes(words)
     verb, values = words[0], _values(words)
+    for option, given_values in values.items():
+        for value in given_values if option != PROMPTS else ():  # a text of any form
+            _refuse_unbounded(option.removeprefix("--"), value)
     names = ("--init_from", "--ckpt_path", "--run_name")
     init_from, given, name = (_value(values, option) for option in names)
     if init_from is not None and verb not in ("fit", "prepare"):
@@ -44,18 +55,34 @@ def complete_words(words: list[str]) -> list[str]:
         raise UserError(
             f"init_from={init_from} begins a run, and ckpt_path={given} goes on with one; leave one out"
         )
-    files = [*values.get("--config", []), *values.get("-c", [])]
-    for file in files:
-        _check_config_file(Path(file))
+    contents = [_read_config(Path(file)) for option in CONFIG for file in values.get(option, [])]
     is_evaluation, is_help = verb not in ("fit", "prepare"), bool({"-h", "--help", "--help-all"} & {*words})
     if is_evaluation and name is not None and given in (None, "last") and not is_help:
         given = str(_newest_of_named(checkpoints_folder(_value(values, ROOT)), name))
         words += ["--ckpt_path", given]
-    if files or verb == "predict" or is_evaluation and is_help:
-        return words
-    if init_from is not None or verb == "prepare" or verb == "fit" and (given is None or is_help):
-        return _with_config(words, _shipped_config(QUICKSTART if init_from is None else FINE_TUNING))
+    needs_no_other = verb in ("predict", "prepare") or is_evaluation and is_help
+    begins = init_from is not None or verb == "fit" and (given is None or is_help)
+    if contents or needs_no_other or begins:
+        return words, recipe_beneath(contents, is_fine_tuning=init_from is not None)
     return _with_saved_config(words, values, given)
+
+
+def _is_prompt(word: str) -> bool:
+    """Tells the option by which `generate` takes its one prompt."""
+    return word.partition("=")[0] == "--prompt"
+
+
+def _with_recipes(words: list[str]) -> list[str]:
+    """Puts the files of recipes in the place of their names."""
+    found = []
+    for before, word in zip(["", *words], words):
+        option, equals, value = word.partition("=")
+        if before in CONFIG:
+            word = str(config_file(word))
+        elif option in CONFIG and equals:
+            word = f"{option}={config_file(value)}"
+        found.append(word)
+    return found
 
 
 def _newest_of_named(folder: Path, name: str) -> Path:
@@ -65,7 +92,9 @@ def _newest_of_named(folder: Path, name: str) -> Path:
     return newest
 
 
-def _with_saved_config(words: list[str], values: dict[str, list[str]], given: str | None) -> list[str]:
+def _with_saved_config(
+    words: list[str], values: dict[str, list[str]], given: str | None
+) -> tuple[list[str], Path | None]:
     """Adds the configuration that was saved with the checkpoint that is meant.
 
     The `last` of a fit is of the run that the words name, by its name or by its own folder; one that has none
@@ -83,25 +112,21 @@ def _with_saved_config(words: list[str], values: dict[str, list[str]], given: st
             newest = newest_checkpoint(folder, say)
         path = newest or where / "last.ckpt"
         if newest is None and _config_of(path, folder) is None:
-            return _with_config(words, _shipped_config(QUICKSTART))
+            return words, recipe(QUICKSTART)
     else:
         path = find_checkpoint(given, folder, say)
         if not path.exists():
-            return words
+            return words, recipe(QUICKSTART)  # the line that refuses it stands where it is opened
     if (config := _config_of(path, folder)) is None:
         if not is_fit or step_of(path) != 0:
             raise UserError(f"ckpt_path={path} has no {CONFIG_NAME} beside it; give --config FILE")
-        config = _shipped_config(FINE_TUNING)  # the checkpoint is an imported one
-    words = _with_config(words, config)
+        return [*words, "--ckpt_path", str(path)], recipe(FINE_TUNING)  # the checkpoint is an imported one
+    words = [words[0], "--config", config, *words[1:]]
     if is_fit and given == "last" and own is not None:
-        return words
+        return words, None
     if is_fit and given == "last" and name is not None:
-        return [*words, ROOT, root or "."]  # the configuration may name another folder, from before a move
-    return [*words, "--ckpt_path", str(path)]
-
-
-def _with_config(words: list[str], config: str) -> list[str]:
-    return [words[0], "--config", config, *words[1:]]
+        return [*words, ROOT, root or "."], None  # it may name another folder, from before a move
+    return [*words, "--ckpt_path", str(path)], None
 
 
 def _config_of(checkpoint: Path, folder: Path) -> str | None:
@@ -141,10 +166,8 @@ def _verbatim(before: str, word: str) -> str:
     return start + json.dumps([given], ensure_ascii=False)
 
 
-def _check_config_file(path: Path) -> None:
+def _read_config(path: Path) -> Any:
     """Refuses what YAML readers let pass or report without the file's name."""
-    if not path.is_file():
-        raise UserError(f"--config {path} is not a file; check the path, seen from {Path.cwd()}")
     try:
         given = load_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -157,6 +180,25 @@ def _check_config_file(path: Path) -> None:
         if not isinstance(given.get(group, {}), (dict, str)):  # as where all lines below it are comments
             problem = f"--config {path}: {group} holds no options"
             raise UserError(f"{problem}; indent some below it, or leave it out")
+    _refuse_unbounded(f"--config {path}", given)
+    return given
+
+
+def _refuse_unbounded(name: str, given: Any) -> None:
+    """Refuses texts that jsonargparse, looking for numbers and nulls in them, would follow without end."""
+    if isinstance(given, str):
+        try:
+            check_bounded(given)
+        except UnboundedError as error:
+            raise UserError(f"{name}={given[:60]!r}...: {error.problem}; write it out") from None
+        except yaml.YAMLError:
+            pass  # no YAML, but text
+    elif isinstance(given, dict):
+        for key, value in given.items():
+            _refuse_unbounded(f"{name}: {key}", value)
+    elif isinstance(given, list):
+        for value in given:
+            _refuse_unbounded(name, value)
 
 
 def _values(words: list[str]) -> dict[str, list[str]]:
@@ -180,10 +222,3 @@ def _value(values: dict[str, list[str]], option: str) -> str | None:
     for value in values.get(option, []):
         given = None if value in YAML_NULL else value
     return None if given is None else str(given)
-
-
-def _shipped_config(name: str) -> str:
-    """Finds it inside the package where that is installed, beside it in a clone."""
-    package = Path(__file__).parent.parent
-    candidates = (package / "configs" / name, package.parent / "configs" / name)
-    return str(next(path for path in candidates if path.is_file()))

@@ -22,6 +22,8 @@ VERBS = {
     "import-hf": "make a checkpoint of a Hugging Face GPT-2, by folder or hub name",
     "export-hf": "make a Hugging Face folder of a checkpoint",
 }
+# What other programs call them.
+ELSEWHERE = {"train": "fit", "pretrain": "fit", "finetune": "fit", "sample": "generate"}
 HELP = """usage: gpt-lightning VERB [--config FILE] [--option value ...]
 
 Train a GPT from your own text, and sample from it.
@@ -29,7 +31,7 @@ Train a GPT from your own text, and sample from it.
 {verbs}
 
   gpt-lightning fit
-  gpt-lightning fit --config configs/shakespeare.yaml --data.train_files '["novels/*.txt"]'
+  gpt-lightning fit --config shakespeare --data.train_files '["novels/*.txt"]'
   gpt-lightning predict --data.prompts '["Once upon a time"]'
 
 The options of a verb: gpt-lightning VERB --help
@@ -74,7 +76,8 @@ def _refuse(words: list[str]) -> None:
     else:
         reason = f"{words[0]!r} is no verb; choose one of {', '.join(VERBS)}"
         close = difflib.get_close_matches(words[0], VERBS, n=1)
-        reason += f"\ndid you mean {close[0]}?" if close else ""
+        meant = ELSEWHERE.get(words[0]) or next(iter(close), None)
+        reason += f"\ndid you mean {meant}?" if meant else ""
     print(printable(f"error: {reason}"), file=sys.stderr)
     sys.exit(MISTAKE)
 

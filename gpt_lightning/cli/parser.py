@@ -20,6 +20,24 @@ UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|u
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
+# What options are called in other programs, by their last names here.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "block_size": "seq_len",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+    "max_iters": "max_steps",
+    "num_steps": "max_steps",
+    "epochs": "max_epochs",
+    "eval_interval": "val_check_interval",
+    "grad_clip": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "micro_batch_size": "batch_size",
+    "train_data": "train_files",
+    "tokenizer_name": "tokenizer",
+    "out_dir": "default_root_dir",
+    "max_tokens": "max_new_tokens",
+}
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 # What options can need of the large ones: the rest of them also starts programs and downloads code.
 _OF_TRAINERS = "accelerators callbacks loggers plugins profilers strategies".split()
@@ -77,8 +95,12 @@ class PlainParser(ArgumentParser):
         if not UNKNOWN.search(message):
             return []
         known = [action.dest for action in self._actions]
-        for name in re.findall(r"--([\w.]+)", message) + QUOTED.findall(message):
-            if name not in known:
+        for given in re.findall(r"--([\w.-]+)", message) + QUOTED.findall(message):
+            name = given.replace("-", "_")
+            if given not in known:
+                last = name.rpartition(".")[2]
+                if meant := [key for key in known if key.rpartition(".")[2] == ELSEWHERE.get(last, last)]:
+                    return [f"did you mean {meant[0]}?"]
                 if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
                     return [f"did you mean {close[0]}?"]
                 # The right word under another group: `model.config.n_layers` for `model.n_layers`.
@@ -95,8 +117,10 @@ class PlainParser(ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Gives one or two lines to an option."""
         lines = [self.format_usage(), f"{self.description}\n"]
+        defaults = self.get_defaults(skip_validation=True)
         for group in self._action_groups:
-            lines.extend(_option_lines([action for action in group._group_actions if self._is_shown(action)]))
+            shown = [action for action in group._group_actions if self._is_shown(action)]
+            lines.extend(_option_lines(shown, defaults))
         return "\n".join(lines).rstrip() + "\n"
 
     def _is_shown(self, action: argparse.Action) -> bool:
@@ -120,11 +144,12 @@ def bound_values() -> None:
     set_loader("yaml", read_bounded, exceptions=(yaml.YAMLError,))
 
 
-def _option_lines(actions: list[argparse.Action]) -> list[str]:
+def _option_lines(actions: list[argparse.Action], defaults: Any) -> list[str]:
     lines = []
     for action in actions:
         name = action.option_strings[-1 if action.dest in ("help", "config") else 0]
-        default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
+        value = defaults.get(action.dest)
+        default = "" if value is None else f" [{value}]"
         help = " ".join(str(action.help).replace("``", "").split())
         first = re.split(r"(?<=[a-z)])\. | Default: ", help)[0].rstrip(".").replace("%%", "%")
         lines.append(option_line(name, first + default))

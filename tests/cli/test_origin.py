@@ -104,13 +104,13 @@ def test_the_same_line_begins_a_run_and_goes_on_with_it(
 
 def test_without_a_configuration_given_weights_are_fine_tuned(config: str) -> None:
     for words in (["--init_from", "theirs"], ["--ckpt_path", "x.ckpt"]):
-        verb, option, file, *rest = complete_words(["fit", *words])
-        assert (verb, option, rest[:2]) == ("fit", "--config", words)
-        assert Path(file).name == "finetune_gpt2.yaml"
+        (verb, *rest), beneath = complete_words(["fit", *words])
+        assert (verb, rest[:2]) == ("fit", words)
+        assert beneath is not None and beneath.stem == "finetune_gpt2"
     # The newest one may be an imported one, of which the fine-tuning's own name of weights must not win.
     Path("checkpoints").mkdir()
     Path("x.ckpt").rename("checkpoints/x.ckpt")
-    assert complete_words(["fit", "--ckpt_path", "last"])[-2:] == ["--ckpt_path", "checkpoints/x.ckpt"]
+    assert complete_words(["fit", "--ckpt_path", "last"])[0][-2:] == ["--ckpt_path", "checkpoints/x.ckpt"]
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

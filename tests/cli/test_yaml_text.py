@@ -49,7 +49,8 @@ def test_honest_texts_are_read() -> None:
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in (("deep", DEEP), ("laughs", LAUGHS)):
+    quoted = yaml.safe_dump({"model": {"optimizer": {"matrix_learning_rate": LAUGHS}}})
+    for name, text in (("deep", DEEP), ("laughs", LAUGHS), ("quoted", quoted)):
         Path(f"{name}.yaml").write_text(text)
 
 
@@ -61,8 +62,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model", "deep.yaml"], "'deep.yaml' - it is nested deeper"),
         (["--data", "laughs.yaml"], "'laughs.yaml' - its aliases repeat"),
         (["--trainer.callbacks", "laughs.yaml"], "trainer.callbacks="),
-        (["--generation.stop", "[" * 3000 + "]" * 3000], "generation.stop=[[["),
+        (["--generation.stop", "[" * 3000 + "]" * 3000], "generation.stop='[[["),
         (["--samples.prompts", LAUGHS], "samples.prompts"),
+        # An option that may be null is looked into by a reader of its own.
+        ([f"--model.optimizer.matrix_learning_rate={LAUGHS}"], "matrix_learning_rate="),
+        (["--config", "quoted.yaml"], "--config quoted.yaml: model: optimizer: matrix_learning_rate="),
     ],
 )
 def test_it_is_one_line_wherever_it_stands(
