@@ -88,25 +88,26 @@ FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2
 
 def family_of(config: GPTConfig) -> Family:
     """Returns the family that computes what this network does; raises UserError if none does."""
+    needed: dict[str, Any] = dict(_MODERN)
+    family = QWEN3 if config.qk_norm else QWEN2 if config.bias == "qkv" else LLAMA
     if config.positions == "learned":
-        needed: dict[str, Any] = {"norm": "layer", "qk_norm": False, "kv_heads": config.n_heads}
-        needed["head_dim"] = config.d_model // config.n_heads
-        family, unlike = GPT2, config.activation == "swiglu"
-    else:
-        needed, unlike = dict(_MODERN), False
-        family = QWEN3 if config.qk_norm else QWEN2 if config.bias == "qkv" else LLAMA
-        if family is QWEN3:
-            needed["bias"] = False
-        if family is QWEN2:
-            needed["head_dim"] = config.d_model // config.n_heads
+        family = GPT2
+        needed = {"norm": "layer", "qk_norm": False, "kv_heads": config.n_heads}
+    if family is QWEN3:
+        needed["bias"] = False
+    if family in (GPT2, QWEN2):  # whose heads share d_model evenly
+        needed["head_dim"] = config.d_model / config.n_heads
     odd = [name for name, value in needed.items() if getattr(config, name) != value]
-    odd += ["activation"] if unlike else []
+    if family is GPT2 and config.activation == "swiglu":
+        odd.append("activation")
+    if family is LLAMA and config.d_model % config.n_heads:  # whatever the width of a head
+        odd.append("d_model")
     if odd:
         names = {"kv_heads": "n_kv_heads", "head_dim": "d_head"}
         listing = ", ".join(f"model.config.{names.get(name, name)}={getattr(config, name)}" for name in odd)
         raise UserError(
             f"{listing} with positions={config.positions} is of no model that transformers knows; it has "
-            "GPT-2 (learned, layer, gelu), and with rope, rms and swiglu Llama, Qwen2 (bias qkv) and Qwen3 "
-            "(qk_norm, no biases)"
+            "GPT-2 (learned, layer, gelu), and with rope, rms and swiglu Llama (d_model a multiple of "
+            "n_heads), Qwen2 (bias qkv) and Qwen3 (qk_norm, no biases)"
         )
     return family

@@ -278,10 +278,13 @@ def test_missing_and_unknown_weights_are_named(change: str, problem: str, tmp_pa
         ({**QWEN3, "bias": True}, "model.config.bias=True"),
         ({**QWEN3, "bias": "qkv"}, "model.config.bias=qkv"),
         ({**QWEN2, "d_head": 10}, "model.config.d_head=10"),
+        ({**QWEN2, "d_model": 38, "d_head": 12}, "model.config.d_head=12"),
+        ({**LLAMA, "d_model": 38, "d_head": 12}, "model.config.d_model=38"),
         ({"activation": "swiglu"}, "model.config.activation=swiglu"),
         ({"n_kv_heads": 1}, "model.config.n_kv_heads=1"),
         ({"qk_norm": True}, "model.config.qk_norm=True"),
         ({"d_head": 8}, "model.config.d_head=8"),
+        ({"d_model": 38, "d_head": 12}, "model.config.d_head=12"),
     ],
 )
 def test_what_no_model_of_theirs_computes_is_refused_by_name(options: dict[str, Any], odd: str) -> None:
