@@ -67,7 +67,7 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import GPTTrainer
 
 RUN_NAME_HELP = "Folder under checkpoints/; by default the config's name, or the text's."
-INIT_FROM_HELP = "Begin a fit with the weights and tokenizer of a checkpoint, or a GPT-2 folder or hub name."
+INIT_FROM_HELP = "Begin a fit with the weights and tokenizer of a checkpoint, a folder or a hub name."
 OUTPUT_HELP = "predictions.jsonl beside the checkpoint by default."
 
 

@@ -19,7 +19,7 @@ VERBS = {
     "generate": "print text as it is written; interactive without a prompt",
     "prepare": "tokenize the texts into the cache, without training",
     "consolidate": "make one file of a sharded checkpoint",
-    "import-hf": "make a checkpoint of a Hugging Face GPT-2, by folder or hub name",
+    "import-hf": "make a checkpoint of a Hugging Face model, by folder or hub name",
     "export-hf": "make a Hugging Face folder of a checkpoint",
 }
 # What other programs call them.

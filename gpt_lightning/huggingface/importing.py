@@ -1,4 +1,4 @@
-"""Reads a GPT-2, Llama or Qwen3 of Hugging Face's, by hub name or folder, as the contents of a checkpoint.
+"""Reads a GPT-2, Llama or Qwen of Hugging Face's, by hub name or folder, as the contents of a checkpoint.
 
 Everything is read as data: a .bin file with `weights_only`, and no code that a folder carries.
 """
