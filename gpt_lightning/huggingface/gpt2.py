@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.huggingface.names import complete
 from gpt_lightning.model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -74,15 +75,8 @@ def from_gpt2_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> di
     """Makes GPTModel's weights of GPT2LMHeadModel's, or of GPT2Model's, which OpenAI's are published as."""
     theirs = {name.removeprefix("transformer."): weight for name, weight in state_dict.items()}
     theirs = {name: weight for name, weight in theirs.items() if not MASK_BUFFER.fullmatch(name)}
-    if config.tie_embeddings and "wte.weight" in theirs:
-        if not torch.equal(theirs.setdefault("lm_head.weight", theirs["wte.weight"]), theirs["wte.weight"]):
-            problem = "tie_word_embeddings=True, but lm_head.weight differs from wte.weight"
-            raise UserError(f"{problem}; set it to false in config.json")
     names = _gpt2_names(config)
-    if missing := sorted(set(names.values()) - theirs.keys()):
-        raise UserError(f"the GPT-2 weights lack {_some(missing)}; give the configuration they belong to")
-    if unknown := sorted(theirs.keys() - set(names.values())):
-        raise UserError(f"the GPT-2 weights hold {_some(unknown)}, unknown here; import a plain GPT-2")
+    theirs = complete(theirs, names.values(), "wte.weight", config)
     return {our_name: _from_gpt2(our_name, theirs[name], config) for our_name, name in names.items()}
 
 
@@ -148,7 +142,3 @@ def _to_gpt2(our_name: str, weight: Tensor, config: GPTConfig) -> Tensor:
     if our_name.endswith("_proj.weight"):
         weight = weight.t()
     return weight.contiguous()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

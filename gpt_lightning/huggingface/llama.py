@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.huggingface.names import complete
 from gpt_lightning.model.config import ROPE_SCALING, GPTConfig
 
 OPTIONS = {  # ours -> theirs
@@ -127,17 +128,9 @@ def config_to_llama(config: GPTConfig) -> dict[str, Any]:
 
 def from_llama_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Makes GPTModel's weights of LlamaForCausalLM's, or of its kin's."""
-    theirs = dict(state_dict)
-    if config.tie_embeddings and (table := theirs.get("model.embed_tokens.weight")) is not None:
-        if not torch.equal(theirs.setdefault("lm_head.weight", table), table):
-            problem = "tie_word_embeddings=True, but lm_head.weight differs from model.embed_tokens.weight"
-            raise UserError(f"{problem}; set it to false in config.json")
     names = dict(_names(config))
-    expected = {name for own in names.values() for name in own}
-    for problem, odd in (("lack", expected - theirs.keys()), ("hold unknown", theirs.keys() - expected)):
-        if odd:
-            some = ", ".join(sorted(odd)[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-            raise UserError(f"the weights {problem} {some}; give the configuration they belong to")
+    expected = (name for own in names.values() for name in own)
+    theirs = complete(state_dict, expected, "model.embed_tokens.weight", config)
     return {
         ours: _grouped([theirs[name] for name in own], config) if len(own) > 1 else theirs[own[0]]
         for ours, own in names.items()

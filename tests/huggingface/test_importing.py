@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "outside": (point_outside, "lists no files beside it"),
     "lost weight": (
         lambda folder: change_weights(folder, lambda tensors: tensors.pop(EMBEDDING)),
-        "the GPT-2 weights lack",
+        "the weights lack",
     ),
     "nan": (lambda folder: change_weights(folder, hold_nan), "ln_f.bias holds NaN or infinity"),
     "type of numbers": (
