@@ -1,11 +1,13 @@
 """Translates the vocabulary of Llama and its kin and ours, both ways: configuration and weights.
 
 Qwen2 is Llama with biases of q, k and v, Qwen3 Llama with a norm of q and k; Mistral is Llama, where it has
-no window over the last positions. Beside the names one thing differs: theirs have projections of q, k and v,
-ours has one, which goes group by group.
+no window over the last positions. Beside the names two things differ: theirs have projections of q, k and v,
+ours has one, which goes group by group; files of old carry the speeds of their rotary positions, which follow
+from the configuration.
 Shapes: D d_model, N heads of keys and values, G heads of queries that share one, K head_dim.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +41,7 @@ LAYERS = {  # ours -> theirs, within a block
     "mlp.up_proj": "mlp.up_proj",
     "mlp.down_proj": "mlp.down_proj",
 }
+SPEEDS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 KINDS = ("q", "k", "v")  # the order of a group's rows in our projection
 
 
@@ -128,9 +131,10 @@ def config_to_llama(config: GPTConfig) -> dict[str, Any]:
 
 def from_llama_state_dict(state_dict: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Makes GPTModel's weights of LlamaForCausalLM's, or of its kin's."""
+    theirs = {name: weight for name, weight in state_dict.items() if not SPEEDS.fullmatch(name)}
     names = dict(_names(config))
     expected = (name for own in names.values() for name in own)
-    theirs = complete(state_dict, expected, "model.embed_tokens.weight", config)
+    theirs = complete(theirs, expected, "model.embed_tokens.weight", config)
     return {
         ours: _grouped([theirs[name] for name in own], config) if len(own) > 1 else theirs[own[0]]
         for ours, own in names.items()

@@ -254,6 +254,18 @@ def test_what_computes_something_else_is_refused(name: str, tmp_path: Path) -> N
     assert message in str(error.value) and str(error.value).startswith(f"X={tmp_path}: ")
 
 
+def test_the_speeds_that_files_of_old_carry_are_no_weights(tmp_path: Path) -> None:
+    """As those of Llama 2 do, in every layer."""
+    _, reference = reference_of(make_model(**LLAMA))
+    reference.save_pretrained(tmp_path)
+    word_tokenizer(V - 8).save(tmp_path, max_length=48)
+    before = import_model(str(tmp_path), "X")["state_dict"]
+    speeds = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(6) for n in range(2)}
+    save_file({**dict(reference.named_parameters()), **speeds}, tmp_path / "model.safetensors")
+    after = import_model(str(tmp_path), "X")["state_dict"]
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
 @pytest.mark.parametrize("change, problem", [("gone", "lack"), ("more", "hold unknown")])
 def test_missing_and_unknown_weights_are_named(change: str, problem: str, tmp_path: Path) -> None:
     _, reference = reference_of(make_model(**LLAMA, tie_embeddings=False))
