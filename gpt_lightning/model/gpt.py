@@ -151,7 +151,6 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
-        self.head_dim = config.head_dim
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding: nn.Module
         self.rotary: nn.Module
@@ -196,8 +195,8 @@ class GPTModel(nn.Module):
         self, input_ids: Tensor, *, document_ids: Tensor | None = None, kv_cache: KVCache | None = None
     ) -> Tensor:
         """Returns the residual stream after the last norm, [B, T, D], which `lm_head` reads."""
-        dropout_p = self.config.dropout if self.training else 0.0
-        attend = Attend(input_ids, document_ids, kv_cache, head_dim=self.head_dim, dropout_p=dropout_p)
+        head_dim, dropout_p = self.config.head_dim, self.config.dropout if self.training else 0.0
+        attend = Attend(input_ids, document_ids, kv_cache, head_dim=head_dim, dropout_p=dropout_p)
         x = self.token_embedding(input_ids) + self.position_embedding(attend.positions)
         x = self.dropout(in_compute_dtype(x) if self.training else x)
         turn = self.rotary(attend.positions)
