@@ -82,7 +82,7 @@ def test_its_heads_can_be_cut(path: Path) -> None:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     strategy = settings["trainer"].get("strategy", {"init_args": {}})
     size = strategy["init_args"].get("tensor_parallel_size", 1)
-    assert settings["model"]["config"].get("n_heads", 1) % size == 0
+    assert GPTConfig(**settings["model"]["config"]).kv_heads % size == 0
     assert settings["trainer"].get("devices", 1) % size == 0
 
 
