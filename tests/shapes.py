@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# For any number of heads; two share their keys and values where that number is even.
+# All but SHARED are for any number of heads; those of GROUPED share their keys and values.
 MODERN: dict[str, Any] = {
     "positions": "rope",
     "norm": "rms",
