@@ -88,25 +88,6 @@ class GPTConfig:
                 f"model.config.n_kv_heads={self.n_kv_heads} does not divide model.config.n_heads="
                 f"{self.n_heads}; choose one that does"
             )
-        if self.positions == "rope" and self.head_dim % 2:
-            raise UserError(
-                f"model.config.positions=rope turns pairs, and a head has a width of {self.head_dim}; choose "
-                "an even model.config.d_head"
-            )
-        if not 0.0 < self.rope_theta < math.inf:
-            raise UserError(f"model.config.rope_theta={self.rope_theta} is not above 0; choose e.g. 10000")
-        if self.positions != "rope" and self.rope_theta != ROPE_THETA:
-            raise UserError(
-                f"model.config.rope_theta={self.rope_theta} is for model.config.positions=rope, not "
-                f"{self.positions}; leave it out"
-            )
-        if self.rope_scaling is not None:
-            if self.positions != "rope":
-                raise UserError(
-                    f"model.config.rope_scaling is for model.config.positions=rope, not {self.positions}; "
-                    "leave it out"
-                )
-            _check_rope_scaling(self.rope_scaling, self.rope_theta)
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.config.dropout={self.dropout} is not in [0, 1); choose e.g. 0.1")
         for name, choices in CHOICES.items():
@@ -118,6 +99,7 @@ class GPTConfig:
             raise UserError(f"model.config.bias={self.bias!r} is unknown; choose one of true, false, qkv")
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise UserError(f"model.config.layer_norm_eps={self.layer_norm_eps} is not in (0, 1); use 1e-5")
+        _check_rope(self)
 
     @property
     def head_dim(self) -> int:
@@ -141,6 +123,24 @@ class GPTConfig:
             return self.d_ff
         # Three matrices have as many weights as two then; a multiple of 8 can be cut over devices.
         return 8 * math.ceil(self.d_model / 3) if self.activation == "swiglu" else 4 * self.d_model
+
+
+def _check_rope(config: GPTConfig) -> None:
+    if config.positions != "rope":
+        for name, default in (("rope_theta", ROPE_THETA), ("rope_scaling", None)):
+            if (value := getattr(config, name)) != default:
+                rule = f"is for model.config.positions=rope, not {config.positions}"
+                raise UserError(f"model.config.{name}={value} {rule}; leave it out")
+        return
+    if config.head_dim % 2:
+        raise UserError(
+            f"model.config.positions=rope turns pairs, and a head has a width of {config.head_dim}; choose "
+            "an even model.config.d_head"
+        )
+    if not 0.0 < config.rope_theta < math.inf:
+        raise UserError(f"model.config.rope_theta={config.rope_theta} is not above 0; choose e.g. 10000")
+    if config.rope_scaling is not None:
+        _check_rope_scaling(config.rope_scaling, config.rope_theta)
 
 
 def _check_rope_scaling(scaling: Mapping[str, int | float | str], theta: float) -> None:

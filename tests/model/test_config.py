@@ -38,7 +38,10 @@ def scaled(**options: object) -> dict[str, object]:
         ({"norm": "batch"}, "model.config.norm='batch' is unknown; choose one of layer, rms"),
         ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is not above 0; "),
         ({"rope_theta": 5e5}, "model.config.rope_theta=500000.0 is for model.config.positions=rope, "),
-        ({"rope_scaling": LINEAR}, "model.config.rope_scaling is for model.config.positions=rope, "),
+        (
+            {"rope_scaling": LINEAR},
+            "model.config.rope_scaling={'rope_type': 'linear', 'factor': 4} is for model.config.positions=",
+        ),
         (scaled(rope_type="ntk"), "model.config.rope_scaling.rope_type='ntk' is unknown; choose "),
         (scaled(rope_type=None), "model.config.rope_scaling.rope_type=None is unknown; choose "),
         (scaled(rope_type="yarn"), "model.config.rope_scaling lacks original_max_position_"),
