@@ -8,6 +8,12 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY, VALIDATION_KEY
 from gpt_lightning.huggingface.families import Family
 
+# Options that are for one choice of another alone, and idle with others.
+ONLY_WITH = {
+    "rope_theta": ("positions", "rope"),
+    "momentum": ("name", "muon"),
+    "decay_fraction": ("shape", "wsd"),
+}
 HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -102,7 +108,9 @@ def _as_list(entries: Mapping[str, str]) -> str:
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    return _in_a_line(", ".join(f"{name} {value}" for name, value in options.items() if value is not None))
+    idle = {name for name, (choice, value) in ONLY_WITH.items() if options.get(choice) != value}
+    said = {name: value for name, value in options.items() if value is not None and name not in idle}
+    return _in_a_line(", ".join(f"{name} {value}" for name, value in said.items()))
 
 
 def _file_names(files: Any) -> str:

@@ -283,6 +283,7 @@ def test_the_card_of_an_imported_model_invents_nothing(checkpoint: Path) -> None
     card = model_card(Checkpoint.open(checkpoint), "back", GPT2)
     assert "begun from: the weights of `theirs`" in card
     assert "training text: not known" in card and "training: none since" in card
+    assert "positions learned" in card and "rope_theta" not in card
     assert "Not known: the checkpoint was saved before any validation." in card
 
 

@@ -339,4 +339,8 @@ def test_a_run_from_the_command_line(
     assert type(theirs).__name__ == kind
     ids = torch.arange(12)[None]
     assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
-    assert "A language model of Qwen3's architecture" in (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "A language model of Qwen3's architecture" in card and "rope_theta 10000.0" in card
+    # Of Muon and of WSD, which the run had not.
+    assert "name adamw" in card and "momentum" not in card
+    assert "shape cosine" in card and "decay_fraction" not in card
