@@ -1,1 +1,1 @@
-"""Translates other people's names for the same weights: a file a `model_type`."""
+"""Translates other people's names for the same weights: a file a kind of network."""

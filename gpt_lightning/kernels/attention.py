@@ -5,7 +5,7 @@ Documents packed into one row, each a run of equal ids, see only themselves, wit
 - On a CPU, in long rows: causal attention document by document; in short ones the calls would cost more.
 - Else a mask [B, 1, T, T]. FlexAttention knows no dropout and, on a CPU, no backward pass.
 FlexAttention is imported where it is used: its compiler takes as long to import as PyTorch itself.
-Keys and values may have fewer heads than queries: each then serves as many of theirs that follow one another.
+Keys and values may have fewer heads than queries: each then serves H / N of theirs, which lie side by side.
 Shapes: B batch, T time, H heads, N heads of keys and values, K head_dim, S cached tokens.
 """
 
