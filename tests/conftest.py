@@ -10,6 +10,7 @@ import yaml
 
 # Imported before any test captures stderr: Lightning's log handlers keep the stream that they find.
 import gpt_lightning.cli.app  # noqa: F401
+from tests.shapes import by_gpt2s_recipe
 
 WORDS = "the cat dog house garden sees likes finds a red small old new river and with under over".split()
 
@@ -79,6 +80,7 @@ def tiny_config(tmp_path: Path, corpus: Path) -> Callable[..., Path]:
         }
         for name, section in sections.items():
             settings[name] = {**settings.get(name, {}), **section}  # type: ignore[dict-item]
+        settings["model"] = by_gpt2s_recipe(settings["model"])  # type: ignore[arg-type]
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         return path

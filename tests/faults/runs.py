@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from tests.conftest import write_corpus
+from tests.shapes import by_gpt2s_recipe
 
 MAX_STEPS = 40
 WIDTH = {"d_model": 32, "dropout": 0.1}
@@ -44,6 +45,7 @@ def write_run(folder: Path, name: str, **sections: dict[str, Any]) -> list[str]:
     }
     for section, options in sections.items():
         config[section] = {**config.get(section, {}), **options}
+    config["model"] = by_gpt2s_recipe(config["model"])
     config["trainer"]["callbacks"] = [callback("Trace", path=trace), *config["trainer"].get("callbacks", [])]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
