@@ -1,4 +1,4 @@
-"""The README's commands are those that are run."""
+"""The commands of the README, and of the pages that it links, are those that are run."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from gpt_lightning.cli.main import VERBS, WITHOUT_TRAINER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -30,12 +31,18 @@ def test_continuous_integration_installs_what_the_readme_installs() -> None:
 
 
 def program_commands() -> list[str]:
-    joined = README.replace("\\\n", " ")
-    return re.findall(r"(?:python -m gpt_lightning|gpt-lightning) ([a-z]+[^\n`#&]*)", joined)
+    joined = PAGES.replace("\\\n", " ")
+    return re.findall(r"(?:-m gpt_lightning|gpt-lightning) ([a-z]+[^\n`#&]*)", joined)
 
 
-def test_the_readme_shows_every_verb() -> None:
+def test_the_pages_show_every_verb() -> None:
     assert {command.split()[0] for command in program_commands()} == set(VERBS)
+
+
+def test_the_readme_is_read_in_five_minutes_and_links_every_page() -> None:
+    assert len(README.splitlines()) < 170
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", README))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
 
 
 @pytest.mark.parametrize("command", program_commands())
