@@ -46,7 +46,7 @@ from gpt_lightning.training.optim import (
     learning_rates,
     raise_peak,
 )
-from gpt_lightning.training.own_checkpoints import forget_other_folders
+from gpt_lightning.training.own_checkpoints import forget_other_folders, leave_averages_behind
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
@@ -342,6 +342,7 @@ class GPTLightningModule(LightningModule):
         if self._trainer is not None:
             warn_of_inexact_resume(self.trainer)
             forget_other_folders(self.trainer, checkpoint)
+            leave_averages_behind(self.trainer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

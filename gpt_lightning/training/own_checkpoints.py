@@ -1,15 +1,16 @@
-"""Has all that save checkpoints in a Trainer know those of their own folder alone, whatever a file says."""
+"""Takes from a checkpoint, before a run goes on from it, what is another run's: other folders, averages."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from gpt_lightning.checkpoint.callback_states import problem_of_saver
-from gpt_lightning.checkpoint.files import is_own
+from gpt_lightning.checkpoint.callback_states import AVERAGING_KEY, TRAINED_KEY, problem_of_saver
+from gpt_lightning.checkpoint.files import WEIGHTS, is_own
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
@@ -22,6 +23,22 @@ def forget_other_folders(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         is_here = "://" not in str(saver.dirpath)  # else on a server, of whose names nothing is known
         if is_here and saver.state_key in states:
             states[saver.state_key] = of_own_folder(saver, states[saver.state_key])
+
+
+def leave_averages_behind(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Has a run that averages no weights go on from those that were trained.
+
+    A checkpoint has the averages in their place, for which the optimizer's state is not.
+    """
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    if trainer.state.fn != TrainerFn.FITTING or averages or TRAINED_KEY not in checkpoint:
+        return
+    rank_zero_warn(
+        "the checkpoint's run averaged its weights, and this one does not: it goes on from those that were "
+        "trained, and the averages stay behind; to go on with them, add the callback to trainer.callbacks"
+    )
+    checkpoint[WEIGHTS] = checkpoint.pop(TRAINED_KEY)
+    checkpoint.pop(AVERAGING_KEY, None)
 
 
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -193,6 +193,16 @@ def test_a_last_step_is_validated_if_this_run_asks_for_it_and_no_step_follows(
         assert read_trace(tmp_path / name) == rows, name
 
 
+def test_a_run_that_averages_no_more_goes_on_from_what_was_trained(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "limit_val_batches": 0}
+    whole = fit(corpus, tmp_path, "whole", **options)  # which averages do not change
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "averaging")))
+    assert fit(corpus, tmp_path, "averaging", saver, averaged=True, **options) != whole
+    with pytest.warns(UserWarning, match="the averages stay behind"):
+        resumed = fit(corpus, tmp_path, "resumed", ckpt_path=tmp_path / "batch_end-2.ckpt", **options)
+    assert resumed == whole
+
+
 def test_a_checkpoint_of_which_a_part_alone_would_be_restored_is_refused(
     corpus: Path, tmp_path: Path
 ) -> None:
