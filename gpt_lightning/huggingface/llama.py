@@ -91,6 +91,9 @@ def _refuse_window(theirs: Any) -> None:
     kind, window = theirs.model_type, getattr(theirs, "sliding_window", None)
     if kind.startswith("qwen") and theirs.use_sliding_window:
         raise UserError("use_sliding_window=True changes its attention; import a model without")
+    layers = theirs.layer_types if kind.startswith("qwen") else []
+    if set(layers) - {"full_attention"}:  # which transformers reads whatever use_sliding_window says
+        raise UserError(f"layer_types={layers} changes its attention; import a model without windows")
     if kind == "mistral" and window is not None and window < theirs.max_position_embeddings:
         raise UserError(
             f"sliding_window={window} is below max_position_embeddings={theirs.max_position_embeddings}, and "

@@ -220,6 +220,10 @@ REFUSED = {
     "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "biases of attention": ({"attention_bias": True}, "attention_bias=True"),
     "a sliding window": ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window=True"),
+    "windows by the layer": (
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16},
+        "layer_types=['full_attention', 'sliding_attention'] changes its attention",
+    ),
     "another kind": ({"model_type": "mamba"}, "'mamba'; import one of gpt2, llama, mistral, qwen2, qwen3"),
     "more layers": (
         {"num_hidden_layers": 3, "layer_types": 3 * ["full_attention"]},
