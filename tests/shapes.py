@@ -25,7 +25,7 @@ SHAPES = {"gpt2": {}, "grouped": GROUPED, "mixed": MIXED}
 
 
 def by_gpt2s_recipe(model: dict[str, Any]) -> dict[str, Any]:
-    """Adds GPT-2's shape and recipe where a configuration's model says nothing: else it is the quickstart's."""
+    """Adds GPT-2's shape and recipe where a configuration's model is silent: else it has the quickstart's."""
     return {
         **model,
         "config": {**GPT2, **model.get("config", {})},

@@ -37,6 +37,7 @@ from gpt_lightning.cli.checks import (
     check_options,
     check_paths,
     check_whole_weights,
+    refused_arguments,
     tell_of_no_export,
     warn_of_untrained_positions,
 )
@@ -213,7 +214,8 @@ class GPTLightningCLI(LightningCLI):
             return
         on_meta = (build_without_memory, GPTLightningModule, True)
         instantiators = [on_meta] if is_tensor_parallel(self.config) else None
-        self.config_init = self.parser.instantiate(self.config, instantiators=instantiators)
+        with refused_arguments():
+            self.config_init = self.parser.instantiate(self.config, instantiators=instantiators)
         self.datamodule, self.model = self.config_init.data, self.config_init.model
         self.model.generation = self.config_init.generation
         self.trainer = self.instantiate_trainer()

@@ -1,7 +1,9 @@
 """Refuses what the options alone show to be wrong."""
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +53,19 @@ def check_whole_weights(callbacks: Iterable[Callback]) -> None:
                 f"trainer.callbacks: {type(callback).__name__} averages whole weights, and trainer.strategy="
                 "TensorParallelDDPStrategy cuts them; leave out the one or the other"
             )
+
+
+@contextmanager
+def refused_arguments() -> Iterator[None]:
+    """Says in one line what a class that the options name has against the arguments that they give it."""
+    try:
+        yield
+    except ValueError as error:
+        named = re.search(r"class_path='([\w.]+)'", str(error))
+        if named is None or error.__cause__ is None or not str(error).startswith("Does not validate"):
+            raise
+        refusal = f"{named[1]} does not take its arguments: {error.__cause__}"
+        raise UserError(f"{refusal}; change them, or leave the class out") from error
 
 
 def check_options(verb: str, settings: Any) -> None:

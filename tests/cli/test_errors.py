@@ -1,5 +1,6 @@
 """Checks that bad input gives one clear line and exit code 2, and that nothing is written."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,18 @@ def test_a_callback_that_is_added_to_itself(
     message = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and not (tmp_path / "checkpoints").exists()
     assert "trainer.callbacks: " in message and "EarlyStopping" in message and "name each once" in message
+
+
+def test_a_callback_that_does_not_take_its_arguments(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    averaging = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 2}}
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tiny_config()), "--trainer.callbacks", json.dumps([averaging])])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and not (tmp_path / "checkpoints").exists()
+    assert "EMAWeightAveraging does not take its arguments: Invalid decay value 2.0" in message
 
 
 def test_misspelt_key_in_the_file(
