@@ -6,16 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 
-from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
-from gpt_lightning.checkpoint.runs import checkpoints_folder, find_checkpoint
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
-from gpt_lightning.cli.model_class import import_class
-from gpt_lightning.cli.parser import ALLOW_IMPORT, PlainParser
+from gpt_lightning.cli.model_options import add_model_options, choose_device, open_model
+from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.cli.printer import TextWriter
 from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
 from gpt_lightning.cli.short_names import in_full
@@ -23,15 +21,13 @@ from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 
-_Precision = Literal["float32", "bfloat16"]
-
 
 def run_generate(words: list[str]) -> None:
     options = _parser().parse_args(_with_joined_prompt(in_full(words)))
     if sys.stdout is None:
         raise UserError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
-    device = _device(options.device)
+    device = choose_device(options.device)
     with handling(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED)), _ending_without_readers():
         # The newline that ends the last line of any text is not the prompt's.
         prompt = options.prompt if options.prompt != "-" else _without_newline(_stdin().read())
@@ -45,12 +41,7 @@ def run_generate(words: list[str]) -> None:
 def _parser() -> PlainParser:
     parser = PlainParser(prog="gpt-lightning generate", description=VERBS["generate"])
     parser.add_argument("--prompt", type=str, help="The text to continue; - reads it from standard input.")
-    parser.add_argument("--ckpt_path", type=str, help="The checkpoint; the newest one by default.")
-    parser.add_argument("--model", type=str, help="The class that saved it, if it is one of your own.")
-    parser.add_argument(ALLOW_IMPORT, type=str, action="append", help="The package to import it from.")
-    parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")
-    parser.add_argument("--device", type=str, help="cpu, cuda, cuda:1 or mps; the fastest there by default.")
-    parser.add_argument("--precision", type=_Precision, default="float32", help="Of weights and arithmetic.")
+    add_model_options(parser)
     help = "Read the name of a special token in a prompt, as <|endoftext|>, as that token."
     parser.add_argument("--parse_special_tokens", type=bool, default=False, help=help)
     parser.add_class_arguments(GenerationConfig, "generation")
@@ -68,32 +59,11 @@ def _with_joined_prompt(words: list[str]) -> list[str]:
     return joined
 
 
-def _device(name: str | None) -> torch.device:
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
-    if name is None:
-        return torch.device(there[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name} is unknown; choose {', '.join(there)}") from None
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise UserError(f"device={name} is not there; choose {', '.join(there)}, or leave it out")
-    return device
-
-
 def _writer(options: Any, device: torch.device) -> TextWriter:
-    path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), say)
-    if options.model is None:
-        model, tokenizer = load_model(path)
-    else:
-        module = import_class(options.model, options.allow_import or ()).load_from_checkpoint(path, "cpu")
-        model, tokenizer = module.model.eval(), Checkpoint.open(path).tokenizer
-    say(f"checkpoint: {path}")
+    model, tokenizer = open_model(options, device)
     output = sys.stdout
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(errors="replace")  # of characters that the terminal does not have
-    model = model.to(device, getattr(torch, options.precision))
     return TextWriter(model, tokenizer, output, options.parse_special_tokens)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.files import write
-from gpt_lightning.cli import generate as cli_generate
+from gpt_lightning.cli.model_options import choose_device
 from gpt_lightning.cli.repl import with_setting
 from gpt_lightning.data.tokenizer import TextTokenizer, train_bpe
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -412,7 +412,7 @@ def test_a_reader_that_leaves_ends_it_quietly(checkpoint: Path) -> None:
 
 def test_the_fastest_device_there_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert cli_generate._device(None) == torch.device("cuda")
-    assert cli_generate._device("cuda:1") == torch.device("cuda:1")
+    assert choose_device(None) == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="device=cuda:2 is not there"):
-        cli_generate._device("cuda:2")
+        choose_device("cuda:2")
