@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"model", "data.tokenizer"},
     "parallel": {"kernels", "checkpoint.atomic", "checkpoint.files", "checkpoint.folder"},
     "generation": {"model", "kernels", "checkpoint.atomic"},
+    "evaluation": {"model", "generation", "checkpoint", "data.tokenizer", "data.documents"},
     "huggingface": {"checkpoint", "model", "data.tokenizer"},
 }
 for room in ("training", "callbacks", "cli"):  # each may import all rooms before it

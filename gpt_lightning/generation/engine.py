@@ -147,7 +147,7 @@ class Engine:
 
     def run(self) -> Iterator[Step]:
         """Takes steps until no request is left, the model in evaluation mode until the iterator is closed."""
-        with _evaluating(self._model):
+        with evaluating(self._model):
             while self._rows or self._waiting:
                 yield from self.step()
 
@@ -255,7 +255,7 @@ def generate(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Turns dropout off; each module's mode is put back afterwards, since they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     try:

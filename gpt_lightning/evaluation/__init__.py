@@ -1,0 +1,1 @@
+"""Questions in, shares of right answers out."""
