@@ -17,6 +17,7 @@ VERBS = {
     "test": "the same on the test files",
     "predict": "continue prompts with a trained model",
     "generate": "print text as it is written; interactive without a prompt",
+    "evaluate": "answer multiple-choice questions, of files or of lm-eval's tasks",
     "prepare": "tokenize the texts into the cache, without training",
     "consolidate": "make one file of a sharded checkpoint",
     "import-hf": "make a checkpoint of a Hugging Face model, by folder or hub name",
@@ -39,6 +40,7 @@ The options of a verb: gpt-lightning VERB --help
 # The verbs that need no Trainer, and start without waiting for Lightning: their file and function.
 WITHOUT_TRAINER = {
     "generate": ("generate", "run_generate"),
+    "evaluate": ("evaluate", "run_evaluate"),
     "consolidate": ("convert", "run_consolidate"),
     "import-hf": ("convert", "run_import"),
     "export-hf": ("convert", "run_export"),
