@@ -23,10 +23,10 @@ from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.own_checkpoints import forget_other_folders, of_own_folder, savers
 from gpt_lightning.training.trainer import (
     can_stop_early,
+    counted_as,
     is_end_of_epoch,
     is_inside_a_step,
     loggers_may_fail,
-    saving,
     validates,
 )
 
@@ -240,7 +240,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _finish(self, trainer: Trainer) -> None:
         """Waits until the last checkpoint is whole, and lets the loggers know; raises if it failed."""
-        with saving(trainer):
+        with counted_as(trainer, "checkpoint"):
             if self._writer is not None:
                 self._writer.finish()
             if self._untold is not None:

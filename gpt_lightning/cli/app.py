@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from gpt_lightning.callbacks.evaluation import Evaluation
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.given_arguments import GivenArguments
@@ -123,6 +124,7 @@ class GPTLightningCLI(LightningCLI):
         parser.add_argument("--init_from", type=str | None, default=None, help=INIT_FROM_HELP)
         # Only fit makes these callbacks, though a configuration is given to other verbs too.
         of_fit = {"checkpoint": RunCheckpoint, "non_finite": FiniteGuard, "samples": TextSamples}
+        of_fit |= {"evaluate": Evaluation}
         for group, callback in of_fit.items():
             parser.add_class_arguments(callback, group, instantiate=False, sub_configs=True)
         parser.add_class_arguments(GenerationConfig, "generation")
@@ -177,6 +179,7 @@ class GPTLightningCLI(LightningCLI):
             warn_of_untrained_positions(settings)
             tell_of_no_export(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
+        self._evaluation = Evaluation(**settings.evaluate)
         self._saver = RunCheckpoint(**settings.checkpoint)
         self._run_folder = self._open_folder(root / settings.run_name, settings)
         settings.run_name = self._run_folder.name
@@ -282,7 +285,7 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        callbacks = [self._guard, ExactResume(), Throughput(), self._samples]
+        callbacks = [self._guard, ExactResume(), Throughput(), self._samples, self._evaluation]
         checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
         if checkpoint is not None and init_from is not None:
             callbacks.insert(0, InitialWeights(init_from, checkpoint.contents))

@@ -68,7 +68,7 @@ class GPTTrainer(Trainer):
     ) -> None:
         """Saves until training may go on, whether the checkpoint is written or only copied."""
         torch.get_device_module(self.strategy.root_device).synchronize()  # steps are to be counted as such
-        with saving(self):
+        with counted_as(self, "checkpoint"):
             for callback in self.callbacks:
                 if isinstance(callback, SaveCallback):
                     callback.on_save_start(self)
@@ -76,10 +76,10 @@ class GPTTrainer(Trainer):
 
 
 @contextmanager
-def saving(trainer: Trainer) -> Generator[None, None, None]:
-    """Counts the time inside as that of a checkpoint, where the Trainer measures it."""
+def counted_as(trainer: Trainer, part: str) -> Generator[None, None, None]:
+    """Counts the time inside as that of a part of the run, where the Trainer measures it."""
     clock = trainer.clock if isinstance(trainer, GPTTrainer) else Stopwatch()
-    former = clock.turn_to("checkpoint")
+    former = clock.turn_to(part)
     yield
     clock.turn_to(former)
 
