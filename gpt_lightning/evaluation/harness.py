@@ -1,12 +1,16 @@
 """Lends a model to lm-eval, whose tasks then ask it for log-probabilities."""
 
+import io
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gpt_lightning.data.tokenizer import first_line
-from gpt_lightning.evaluation.multiple_choice import Result
+from gpt_lightning.evaluation.multiple_choice import Result, standard_error
 from gpt_lightning.evaluation.scoring import Pair, Scorer, encode_pairs
 from gpt_lightning.exit_codes import UserError
 
@@ -20,16 +24,26 @@ class HarnessTasks:
         self._limit = limit
         self._tasks = _load(names)
 
+    @property
+    def names(self) -> list[str]:
+        return [*self._tasks["tasks"], *self._tasks.get("groups", {})]
+
     def prepare(self, scorer: Scorer) -> None:
-        """Does nothing: lm-eval makes its questions when it asks them."""
+        """Has lm-eval make its questions once; raises UserError for one that the model cannot take."""
+        for task in self._tasks["tasks"].values():
+            with _without_bars():
+                task.build_all_requests(limit=self._limit, rank=0, world_size=1)
+            requests = [each for each in task.instances if each.request_type == "loglikelihood"]
+            for pair, request in zip(_pairs(scorer, requests), requests):
+                scorer.check(pair, f"tasks={request.task_name}, item {request.doc_id}")
 
     def evaluate(self, scorer: Scorer) -> list[Result]:
         from lm_eval.evaluator import evaluate
 
-        found = evaluate(_Answers(scorer), self._tasks, limit=self._limit, bootstrap_iters=0)
+        with _without_bars():
+            found = evaluate(_Answers(scorer), self._tasks, limit=self._limit, bootstrap_iters=0)
         assert found is not None
-        names = [*self._tasks["tasks"], *self._tasks.get("groups", {})]
-        return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
+        return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in self.names]
 
 
 class _Answers:
@@ -41,8 +55,7 @@ class _Answers:
         self._scorer = scorer
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        pairs = encode_pairs(self._scorer.tokenizer, [request.args for request in requests])
-        return self._scores(pairs, requests)
+        return [(*score,) for score in self._scorer.score(_pairs(self._scorer, requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Scores whole texts, each window of which is read once, after the last token of the one before."""
@@ -60,19 +73,20 @@ class _Answers:
                 pairs.append(Pair(*make_disjoint_window(window)))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for number, (log_probability, _) in zip(owners, self._scores(pairs, [requests[n] for n in owners])):
-            sums[number] += log_probability
+        for number, score in zip(owners, self._scorer.score(pairs)):
+            sums[number] += score.log_probability
         return sums
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        raise UserError(
-            f"tasks={requests[0].task_name} has the model write texts; choose tasks that score given ones"
-        )
 
-    def _scores(self, pairs: Sequence[Pair], requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        for pair, request in zip(pairs, requests):
-            self._scorer.check(pair, f"tasks={request.task_name}, item {request.doc_id}")
-        return [(score.log_probability, score.is_greedy) for score in self._scorer.score(pairs)]
+def _pairs(scorer: Scorer, requests: Sequence[Any]) -> list[Pair]:
+    return encode_pairs(scorer.tokenizer, [request.args for request in requests])
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides lm-eval's own progress bars, which cannot be turned off."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def _load(names: Sequence[str]) -> Any:
@@ -111,20 +125,24 @@ def _result(name: str, found: dict[str, Any], samples: Sequence[dict[str, Any]])
     errors: dict[str, float] = {}
     for key, value in found.items():
         metric, comma, of_filter = key.partition(",")
-        if comma and isinstance(value, (int, float)):
-            kind = metrics if not metric.endswith("_stderr") else errors
-            metric = metric.removesuffix("_stderr")
-            kind[metric if of_filter == "none" else f"{metric}_{of_filter}"] = float(value)
+        if not comma or not isinstance(value, (int, float)) or metric.endswith("_stderr"):
+            continue
+        shown = metric if of_filter == "none" else f"{metric}_{of_filter}"
+        metrics[shown] = float(value)
+        values = [sample.get(metric) for sample in samples if sample["filter"] == of_filter]
+        numbers = [float(each) for each in values if isinstance(each, (int, float))]
+        if numbers and len(numbers) == len(values) and math.isclose(fmean(numbers), value):
+            errors[shown] = standard_error(numbers)
     return Result(name, metrics, errors, [_row(name, sample) for sample in samples])
 
 
 def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    metrics = {name: sample[name] for name in sample["metrics"]}
+    responses = sample["filtered_resps"]
     return {
         "task": task,
         "item": sample["doc_id"],
         "arguments": sample["arguments"],
         "answer": sample["target"],
-        "log_probabilities": [resp for resp in sample["filtered_resps"]],
-        **metrics,
+        "log_probabilities": [round(each[0] if isinstance(each, tuple) else each, 6) for each in responses],
+        **{name: sample[name] for name in sample["metrics"]},
     }

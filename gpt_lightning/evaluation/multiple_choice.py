@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from gpt_lightning.evaluation.items import Item, read_items
@@ -24,9 +25,13 @@ class ItemTask:
     """Is a user's own file of questions; its name is the file's."""
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
-        self.name = path.stem
+        self._name = path.stem
         self._items = read_items(path)[:limit]
         self._pairs: list[Pair] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [self._name]
 
     def prepare(self, scorer: Scorer) -> None:
         """Encodes the questions; raises UserError for one that the model cannot take."""
@@ -39,12 +44,13 @@ class ItemTask:
     def evaluate(self, scorer: Scorer) -> Result:
         scores = iter(scorer.score(self._pairs))
         rows = [
-            _row(self.name, item, [next(scores).log_probability for _ in item.choices])
+            _row(self._name, item, [next(scores).log_probability for _ in item.choices])
             for item in self._items
         ]
         figures = {name: [float(row[name]) for row in rows] for name in ("acc", "acc_norm")}
-        metrics = {name: sum(values) / len(values) for name, values in figures.items()}
-        return Result(self.name, metrics, {n: _error(values) for n, values in figures.items()}, rows)
+        metrics = {name: fmean(values) for name, values in figures.items()}
+        errors = {name: standard_error(values) for name, values in figures.items()}
+        return Result(self._name, metrics, errors, rows)
 
 
 def _row(task: str, item: Item, log_probabilities: Sequence[float]) -> dict[str, Any]:
@@ -68,9 +74,6 @@ def _greatest(values: Iterable[float]) -> int:
     return listed.index(max(listed))
 
 
-def _error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
     """Returns the standard error of the mean; NaN of one value, which does not show any."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return math.nan
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -17,14 +17,15 @@ def open_tasks(names: Sequence[str] | str, limit: int | None = None) -> list[Tas
     listed = [stripped for name in listed if (stripped := name.strip())]
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} is below 1; raise it, or leave it out for all questions")
-    files = [Path(name).expanduser() for name in listed if name.endswith(".jsonl")]
-    for number, path in enumerate(files):
-        if path.stem in (alike := [other.stem for other in files[:number]]):
-            other = files[alike.index(path.stem)]
-            raise UserError(f"tasks={path} and {other} would share the name {path.stem}; rename one")
-    of_harness = [name for name in listed if not name.endswith(".jsonl")]
-    tasks: list[Task] = [ItemTask(path, limit) for path in files]
-    return [*tasks, HarnessTasks(of_harness, limit)] if of_harness else tasks
+    own = [name for name in listed if name.endswith(".jsonl")]
+    tasks: list[Task] = [ItemTask(Path(name).expanduser(), limit) for name in own]
+    if of_harness := [name for name in listed if name not in own]:
+        tasks.append(HarnessTasks(of_harness, limit))
+    names = [name for task in tasks for name in task.names]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"tasks={','.join(listed)} has two tasks of the name {name}; rename one file")
+    return tasks
 
 
 def prepare(tasks: Sequence[Task], scorer: Scorer) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model
-from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer
+from gpt_lightning.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from tests.huggingface.gpt2_folders import word_tokenizer, write_gpt2
@@ -103,6 +103,75 @@ def test_lm_eval_gives_the_perplexity_of_our_model(kind: str, tmp_path: Path) ->
         n_words += len(text.split())
     assert scores["byte_perplexity,none"] == pytest.approx(math.exp(nll / n_bytes), rel=1e-5)
     assert scores["word_perplexity,none"] == pytest.approx(math.exp(nll / n_words), rel=1e-5)
+
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"question": "The cat sees a", "choices": ["red house.", "house", "green dog"], "answer": 1},
+    {"question": "A space ends this: ", "choices": ["yes", "no"], "answer": 0},
+    {"question": "A döner.\n\nAnswer:", "choices": ["A", "B", "C", "D"], "answer": 3},
+    {"question": "", "choices": ["Nothing comes before.", "从前有一个国王。"], "answer": 1},
+    {"question": "从前有一个国王，" * 9, "choices": ["王", "国王后面还有很多别的字"], "answer": 0},
+    {"question": "Over the river. " * 20 + "Then \n", "choices": [" two", "under it, "], "answer": 0},
+]
+
+
+def write_questions(folder: Path) -> Path:
+    """The questions as a file of ours, and as a task of lm_eval's over that file, beside the documents'."""
+    write_task(folder)
+    with (folder / "own.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"text": "Longer than a window. " * 9}))
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    files = {"data_files": {"test": str(path)}, "cache_dir": str(folder / "cache")}
+    task = {
+        "task": "own_questions",
+        "dataset_path": "json",
+        "dataset_kwargs": files,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / "questions.yaml").write_text(yaml.safe_dump(task))
+    return path
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("kind, words", [("gpt2", False), ("llama", False), ("gpt2", True)])
+def test_evaluate_gives_each_item_the_scores_of_lm_eval(kind: str, words: bool, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = train_bpe([row["question"] for row in QUESTIONS], 330) if words else load_tokenizer("bytes")
+    checkpoint, folder = exported(tmp_path, kind, tokenizer)
+    questions = write_questions(tmp_path / "task")
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "device": "cpu", "dtype": "float32"},
+        tasks=["own_questions", "own_text"],
+        task_manager=TaskManager(include_path=str(tmp_path / "task"), include_defaults=False),
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    tasks = (str(questions.with_name(name)) for name in ("mine.jsonl", "questions.yaml", "own.yaml"))
+    output = tmp_path / "items.jsonl"
+    words_of_verb = ["evaluate", "--ckpt_path", str(checkpoint), "--output", str(output), "--device", "cpu"]
+    main([*words_of_verb, "--tasks", ",".join(tasks), "--batch_tokens", "150"])
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    samples = theirs["samples"]["own_questions"]
+    n = len(samples)
+    assert n == len(QUESTIONS) and len(rows) == 2 * n + len(DOCUMENTS) + 1
+    for of_file, of_task, sample in zip(rows, rows[n:], samples):
+        expected = [log_probability for log_probability, _ in sample["filtered_resps"]]
+        for row in (of_file, of_task):
+            assert row["log_probabilities"] == pytest.approx(expected, abs=1e-4)
+            assert (row["acc"], row["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+    for row, sample in zip(rows[2 * n :], theirs["samples"]["own_text"]):
+        assert row["log_probabilities"] == pytest.approx(sample["filtered_resps"], abs=1e-4)
+    assert 0 < sum(row["acc_norm"] for row in rows[:n]) < n
 
 
 @pytest.mark.usefixtures("offline")
