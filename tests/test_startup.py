@@ -48,9 +48,17 @@ def test_what_the_program_can_do_is_told_without_any_package(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_generate_imports_neither_lightning_nor_the_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "--prompt", "The", "--generation.max_new_tokens", "1"], ["evaluate", "--tasks", "a.jsonl"]],
+    ids=["generate", "evaluate"],
+)
+def test_what_runs_a_model_alone_imports_neither_lightning_nor_the_compiler(
+    words: list[str], tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
-    modules = imported(["generate", "--prompt", "The", "--generation.max_new_tokens", "1"], tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"question": "The", "choices": ["cat", "dog"], "answer": 0}')
+    modules = imported(words, tmp_path)
     assert "gpt_lightning.generation.engine" in modules
     heavy = ("lightning", "torchmetrics", "scipy", "rich", "torch._dynamo", "torch._inductor", "sympy")
     assert not among(modules, (*NEVER_TO_GENERATE, *heavy))
