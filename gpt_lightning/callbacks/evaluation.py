@@ -1,6 +1,8 @@
 """Asks the model questions while it trains, and logs how many it answers rightly."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from gpt_lightning.data.loader import rank_and_ranks
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.evaluation.multiple_choice import Result
 from gpt_lightning.evaluation.scoring import Scorer
 from gpt_lightning.evaluation.tasks import evaluate, open_tasks, prepare
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import counted_as, loggers_may_fail
@@ -48,24 +52,25 @@ class Evaluation(Callback):
         self._scorer: Scorer | None = None  # where there is something to ask
         self._seen_step = self._asked_step = 0
 
+    def prepare(self, model: GPTModel, tokenizer: TextTokenizer) -> None:
+        """Finds what the model cannot be asked, before a run begins; its weights need not be there yet."""
+        self._scorer = Scorer(model, tokenizer, self.batch_tokens)
+        prepare(self.tasks, self._scorer)
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.tasks:
             return
         assert isinstance(pl_module, GPTLightningModule)
-        if pl_module.own_tokenizer is None:
+        if (tokenizer := pl_module.own_tokenizer) is None:
             raise UserError("evaluate.tasks: there is no tokenizer to read with; set module.tokenizer")
+        if self._scorer is None or self._scorer.model is not pl_module.model:
+            self.prepare(pl_module.model, tokenizer)
+            assert self._scorer is not None
         rank, ranks = rank_and_ranks(trainer)
         peers = trainer.world_size // ranks  # tensor-parallel ones, of which the first speaks for all
-        self._scorer = Scorer(
-            pl_module.model,
-            pl_module.own_tokenizer,
-            self.batch_tokens,
-            rank,
-            ranks,
-            lambda share: gathered(share)[::peers],
-        )
-        prepare(self.tasks, self._scorer)
+        gather = partial(_gather, peers=peers)
+        self._scorer = replace(self._scorer, rank=rank, ranks=ranks, gather=gather)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,8 +101,9 @@ class Evaluation(Callback):
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Has all ranks answer together, and all know what came of it."""
         self._asked_step = trainer.global_step
-        if self._scorer is None:
+        if not self.tasks:
             return
+        assert self._scorer is not None
         torch.get_device_module(pl_module.device).synchronize()  # steps are to be counted as such
         with counted_as(trainer, "validation"), isolate_rng(include_cuda=False):
             # In eager mode, since each length of a text would be compiled.
@@ -115,7 +121,14 @@ class Evaluation(Callback):
         tensors = {name: torch.tensor(value) for name, value in numbers.items()}
         trainer.callback_metrics.update(tensors)
         trainer.logged_metrics.update(tensors)
+        if trainer.progress_bar_callback is not None:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            trainer.progress_bar_callback.print(f"step {trainer.global_step:,}: {figures}")
         with loggers_may_fail(trainer):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, trainer.global_step)
                 logger.save()
+
+
+def _gather(share: Any, peers: int) -> list[Any]:
+    return gathered(share)[::peers]

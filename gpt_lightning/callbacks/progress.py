@@ -52,6 +52,11 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self._enabled = True
 
     @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a line of another callback's above the bar."""
+        self._say(" ".join(map(str, args)))
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         self._say(

@@ -37,6 +37,7 @@ from gpt_lightning.cli.checks import (
     check_monitors,
     check_options,
     check_paths,
+    check_task_files,
     check_whole_weights,
     refused_arguments,
     tell_of_no_export,
@@ -84,7 +85,7 @@ class GPTLightningCLI(LightningCLI):
         self, words: list[str], beneath: Path | None, rank_guard: RankGuard, ending: ExitStack
     ) -> None:
         self.verb, *args = words
-        self._shows_all = "--help-all" in args
+        self._words, self._shows_all = args, "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
         self._given: Any = {}  # what the words and the files say, without defaults
@@ -179,6 +180,7 @@ class GPTLightningCLI(LightningCLI):
             warn_of_untrained_positions(settings)
             tell_of_no_export(settings)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
+        check_task_files(settings.evaluate.tasks, self._words)
         self._evaluation = Evaluation(**settings.evaluate)
         self._saver = RunCheckpoint(**settings.checkpoint)
         self._run_folder = self._open_folder(root / settings.run_name, settings)
@@ -335,8 +337,10 @@ class GPTLightningCLI(LightningCLI):
             repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
             documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
             say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
-        if self.verb == "fit" and not self.datamodule.keeps_text("val"):
-            check_monitors(self.trainer.callbacks)
+        if self.verb == "fit":
+            self._evaluation.prepare(self.model.model, self.datamodule.text_tokenizer)
+            if not self.datamodule.keeps_text("val"):
+                check_monitors(self.trainer.callbacks)
         if self.verb in ("validate", "test"):
             if warning := self.datamodule.trained_text.warning(saved, self.verb):
                 say(f"warning: {warning}")

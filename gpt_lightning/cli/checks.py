@@ -21,7 +21,7 @@ from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 LARGEST_SEED = 2**32 - 1  # NumPy's
 PATHS = (
     "trainer.default_root_dir checkpoint.dirpath data.cache_dir data.tokenizer data.prompts_file ckpt_path "
-    "init_from output"
+    "init_from output evaluate.tasks"
 ).split()
 
 
@@ -35,6 +35,15 @@ def check_paths(settings: Any) -> None:
             raise UserError(f"{option}='' names nothing; give a name, or leave it out")
         if "\0" in str(settings.get(option)):
             raise UserError(f"{option}={settings.get(option)!r} holds a null character; leave it out")
+
+
+def check_task_files(tasks: list[str] | str, words: list[str]) -> None:
+    """Refuses a description of a task that a file of options names: it can hold code, and none may run so."""
+    listed = tasks.split(",") if isinstance(tasks, str) else tasks
+    for name in listed:
+        if name.strip().endswith((".yaml", ".yml")) and not any(name in word for word in words):
+            problem = "can hold code, and so only the command line may name it"
+            raise UserError(f"evaluate.tasks={name} {problem}; add --evaluate.tasks {name}")
 
 
 def check_monitors(callbacks: Iterable[Callback]) -> None:
