@@ -3,12 +3,14 @@
 import json
 import math
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import load_model
@@ -172,6 +174,45 @@ def test_evaluate_gives_each_item_the_scores_of_lm_eval(kind: str, words: bool, 
     for row, sample in zip(rows[2 * n :], theirs["samples"]["own_text"]):
         assert row["log_probabilities"] == pytest.approx(sample["filtered_resps"], abs=1e-4)
     assert 0 < sum(row["acc_norm"] for row in rows[:n]) < n
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_run_with_tasks_of_lm_eval_is_the_run_without(tiny_config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    questions = write_questions(tmp_path / "task")
+    short = [row for row in QUESTIONS if max(map(len, row["choices"])) < 8]
+    questions.write_text("\n".join(map(json.dumps, short)), encoding="utf-8")
+    # Lines of other questions stand before each, drawn at random.
+    task = yaml.safe_load((tmp_path / "task" / "questions.yaml").read_text())
+    task |= {"num_fewshot": 1, "fewshot_split": "test"}
+    (tmp_path / "task" / "questions.yaml").write_text(yaml.safe_dump(task))
+    sizes = {"max_position_embeddings": 16, "n_layers": 2, "n_heads": 2, "d_model": 16, "dropout": 0.2}
+    config = tiny_config(model={"config": sizes}, data={"tokenizer": "bytes"})
+    tasks = f"{tmp_path}/task/questions.yaml,{tmp_path}/task/own.yaml"
+    main(["fit", "--config", str(config), "--run_name", "plain"])
+    main(["fit", "--config", str(config), "--run_name", "asked", "--evaluate.tasks", tasks])
+    plain, asked = (
+        torch.load(tmp_path / "checkpoints" / name / "last.ckpt", weights_only=True)
+        for name in ("plain", "asked")
+    )
+    for name, tensor in plain["state_dict"].items():
+        assert torch.equal(asked["state_dict"][name], tensor)
+    assert torch.equal(*(run["resume"]["random_states"][0]["torch"] for run in (plain, asked)))
+    events = EventAccumulator(str(tmp_path / "checkpoints" / "asked" / "logs"))
+    events.Reload()
+    for name in ("own_questions/acc", "own_questions/acc_norm", "own_text/byte_perplexity"):
+        assert [event.step for event in events.Scalars(f"eval/{name}")] == [3, 6]
+
+
+def test_tasks_of_lm_eval_need_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as exit:
+        main(["evaluate", "--tasks", "hellaswag"])
+    assert exit.value.code == 2
+    assert "pip install 'gpt_lightning[ecosystem]'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("offline")
