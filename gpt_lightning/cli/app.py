@@ -23,6 +23,7 @@ from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.given_arguments import GivenArguments
 from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
+from gpt_lightning.callbacks.overview import Overview
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.rank_guard import RankGuard
@@ -45,6 +46,7 @@ from gpt_lightning.cli.checks import (
 )
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
+from gpt_lightning.cli.hyperparameters import compared_options
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_class import DEFAULT_CLASS, names_a_class
 from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_settings
@@ -58,7 +60,7 @@ from gpt_lightning.cli.ranks import (
     leaving_together,
 )
 from gpt_lightning.cli.recipes import give_way, name_of_run
-from gpt_lightning.cli.report import log_hyperparameters, show_held_out, tell_how_to_go_on
+from gpt_lightning.cli.report import show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
@@ -287,7 +289,9 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
-        callbacks = [self._guard, ExactResume(), Throughput(), self._samples, self._evaluation]
+        compared = compared_options(self.config, self.parser.get_defaults(), self.model.n_parameters)
+        overview = Overview(compared if settings["enable_autolog_hparams"] else {})
+        callbacks = [self._guard, ExactResume(), Throughput(), overview, self._samples, self._evaluation]
         checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
         if checkpoint is not None and init_from is not None:
             callbacks.insert(0, InitialWeights(init_from, checkpoint.contents))
@@ -348,9 +352,6 @@ class GPTLightningCLI(LightningCLI):
             say("no data.test_files: what follows is measured on the validation text")
 
     def _report_fit(self) -> None:
-        data = self.config.data
-        chosen = {name: data[name] for name in ("tokenizer", "seq_len", "batch_size", "document_mask")}
-        log_hyperparameters(self.trainer, {**self.model.hparams, "data": chosen})
         tell_how_to_go_on(self.trainer, self._run_folder, self._samples)
 
 

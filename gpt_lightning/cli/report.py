@@ -1,4 +1,4 @@
-"""Says and logs what a run has come to, when it ends."""
+"""Says what a run has come to, when it ends."""
 
 import os
 import shlex
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -50,16 +49,6 @@ def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:
             if not name.endswith("/share"):
                 table.add_row(name if share is None else f"{name} ({part_of_text(share)})", str(value))
         Console().print(table)
-
-
-def log_hyperparameters(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Fills TensorBoard's table of runs: what was chosen, and the loss that came of it."""
-    known = trainer.callback_metrics
-    results = {name: float(known[name]) for name in ("val/loss", "val/share") if name in known}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and "val/loss" in results:
-            logger.log_hyperparams(dict(settings), results, trainer.global_step)
-            logger.save()
 
 
 def _program() -> str:
