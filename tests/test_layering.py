@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"model", "kernels", "checkpoint.atomic"},
     "evaluation": {"model", "generation", "checkpoint", "data.tokenizer", "data.documents"},
     "huggingface": {"checkpoint", "model", "data.tokenizer"},
+    "sweep": {"checkpoint"},
 }
 for room in ("training", "callbacks", "cli"):  # each may import all rooms before it
     MAY_IMPORT[room] = set(MAY_IMPORT)

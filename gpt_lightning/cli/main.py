@@ -19,6 +19,7 @@ VERBS = {
     "generate": "print text as it is written; interactive without a prompt",
     "evaluate": "answer multiple-choice questions, of files or of lm-eval's tasks",
     "prepare": "tokenize the texts into the cache, without training",
+    "sweep": "fit with several values of options, and say which are the best",
     "consolidate": "make one file of a sharded checkpoint",
     "import-hf": "make a checkpoint of a Hugging Face model, by folder or hub name",
     "export-hf": "make a Hugging Face folder of a checkpoint",
@@ -37,10 +38,11 @@ Train a GPT from your own text, and sample from it.
 
 The options of a verb: gpt-lightning VERB --help
 """
-# The verbs that need no Trainer, and start without waiting for Lightning: their file and function.
+# The verbs that need no Trainer of their own: their file and function.
 WITHOUT_TRAINER = {
     "generate": ("generate", "run_generate"),
     "evaluate": ("evaluate", "run_evaluate"),
+    "sweep": ("sweep", "run_sweep"),
     "consolidate": ("convert", "run_consolidate"),
     "import-hf": ("convert", "run_import"),
     "export-hf": ("convert", "run_export"),

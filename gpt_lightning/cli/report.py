@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.parser import ALLOW_IMPORT
+from gpt_lightning.cli.program import called_as
 from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -35,7 +35,7 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
         own = "" if kind is GPTLightningModule else own
         prompt = next(filter(None, samples.prompts or []), "The ")
-        say(f"{_program()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}")
+        say(f"{called_as()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}")
 
 
 def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:
@@ -49,11 +49,3 @@ def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:
             if not name.endswith("/share"):
                 table.add_row(name if share is None else f"{name} ({part_of_text(share)})", str(value))
         Console().print(table)
-
-
-def _program() -> str:
-    """Says how this program was called, so that the line works when it is pasted."""
-    if Path(sys.argv[0]).name == "gpt-lightning":
-        return sys.argv[0]
-    on_path = shutil.which("python") == sys.executable
-    return f"{'python' if on_path else shlex.quote(os.path.relpath(sys.executable))} -m gpt_lightning"
