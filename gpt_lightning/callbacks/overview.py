@@ -11,7 +11,7 @@ from gpt_lightning.training.trainer import loggers_may_fail
 Value = str | int | float
 RESULTS = ("val/loss", "val/bpb", "throughput/tokens_per_second")
 # The page "Custom Scalars"; a curve is found by a pattern.
-_CURVES = {
+_CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"loss": ("train/loss$", "val/loss$"), "bits per byte": ("val/bpb$",)},
     "throughput": {
         "tokens per second": ("throughput/tokens_per_second$",),

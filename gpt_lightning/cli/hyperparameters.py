@@ -67,7 +67,11 @@ def _said(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_dataclasses() -> dict[str, Any]:
-    groups = {"config": GPTConfig(), "optimizer": OptimizerConfig(), "schedule": ScheduleConfig()}
+    groups: dict[str, Any] = {
+        "config": GPTConfig(),
+        "optimizer": OptimizerConfig(),
+        "schedule": ScheduleConfig(),
+    }
     return {
         f"model.{group}.{name}": value
         for group, defaults in groups.items()

@@ -1,10 +1,11 @@
 """Runs `sweep`: reads its words, tries those of the first trial, and shows at the end which was the best."""
 
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def run_sweep(words: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sweep starts its trials itself; call it once, without torchrun")
     check_installed()
-    with limited_imports(fit_words) as rest, files_in_utf8():
+    with limited_imports(fit_words) as rest, files_in_utf8(), _without_news():
         settings = _checked(rest, varied)
     root = checkpoints_folder(settings.trainer.default_root_dir)
     name = options.run_name or f"{settings.run_name}-sweep"
@@ -86,6 +87,16 @@ def run_sweep(words: list[str]) -> None:
     finally:
         release(lock)
     _show(sweep, told_apart(found))
+
+
+@contextmanager
+def _without_news() -> Iterator[None]:
+    """Leaves out what Lightning tells of a run, which here is none."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _parser() -> PlainParser:

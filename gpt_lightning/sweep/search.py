@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gpt_lightning.checkpoint.atomic import written_file
 from gpt_lightning.exit_codes import MISTAKE, NON_FINITE, UserError
 from gpt_lightning.sweep.process import Curve, Signals
-from gpt_lightning.sweep.space import Choice, Varied, short_names
+from gpt_lightning.sweep.space import Choice, Varied, short_names, spread_evenly
 
 if TYPE_CHECKING:
     import optuna
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 WORDS, TRIALS = "sweep.json", "trials.db"
 FINISHED, GIVEN_UP, DIVERGED, REFUSED, FAILED = "finished", "given up", "diverged", "refused", "failed"
 REPEATED = "repeated"
-_RANDOM_TRIALS = 4  # before the model of the losses proposes
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Sweep:
     def words_of(self, values: dict[str, str]) -> list[str]:
         """Returns the words of a fit with these values."""
         return [*self.words, *(f"--{name}={value}" for name, value in values.items())]
+
+    @property
+    def n_spread(self) -> int:
+        """Counts the trials before those whose values follow from what has come of others."""
+        return 4 + 2 * len(self.varied)
 
     @property
     def grid(self) -> list[dict[str, str]]:
@@ -151,14 +155,14 @@ def _next_trial(
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     number = under_way[0].number if under_way else len(study.get_trials(deepcopy=False)) - len(waiting)
     # Of each trial's own seed, so that a sweep that goes on does not draw again what it began with.
-    study.sampler = TPESampler(seed=number, n_startup_trials=_RANDOM_TRIALS)
+    study.sampler = TPESampler(seed=number, n_startup_trials=sweep.n_spread)
     if under_way:
         study_id = storage.get_study_id_from_name(study.study_name)
         return Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
     if number >= n_trials:
         return None
-    if sweep.grid and not waiting:
-        study.enqueue_trial(sweep.grid[number])
+    if not waiting and (sweep.grid or number < sweep.n_spread):
+        study.enqueue_trial(sweep.grid[number] if sweep.grid else spread_evenly(sweep.varied, number))
     return study.ask()
 
 
@@ -209,14 +213,15 @@ def _judged(code: int, was_ended: bool, log: Path) -> tuple[str, str]:
     if code == 0:
         return FINISHED, ""
     state = {MISTAKE: REFUSED, NON_FINITE: DIVERGED}.get(code, FAILED)
-    return state, f"exit code {code}: {_last_line(log)}"
+    said = _last_line(log)
+    return state, said if state != FAILED else f"exit code {code}: {said}"
 
 
 def _last_line(log: Path) -> str:
     """Returns what a program said last, or the last that it called an error."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [""])[-1][:200]
+    return (errors or lines or [""])[-1].removeprefix("error: ")
 
 
 def _twin(study: "optuna.Study", number: int, values: dict[str, str]) -> "optuna.trial.FrozenTrial | None":

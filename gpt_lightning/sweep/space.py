@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,16 @@ class Range:
     def examples(self) -> tuple[str, ...]:
         return self._text(self.low), self._text(self.high)
 
+    def at(self, share: float) -> float:
+        """Returns the number that lies at this share of the way from the one end to the other, below 1."""
+        if self.is_whole and not self.is_log:
+            return int(self.low) + math.floor(share * (self.high - self.low + 1))
+        if not self.is_log:
+            return self.low + share * (self.high - self.low)
+        number = math.exp(math.log(self.low) + share * math.log(self.high / self.low))
+        number = min(max(number, self.low), self.high)
+        return round(number) if self.is_whole else number
+
     def suggest(self, trial: "Trial") -> str:
         if self.is_whole:
             return str(trial.suggest_int(self.name, int(self.low), int(self.high), log=self.is_log))
@@ -57,6 +67,9 @@ class Choice:
     def examples(self) -> tuple[str, ...]:
         return self.values
 
+    def at(self, share: float) -> str:
+        return self.values[int(share * len(self.values))]
+
     def suggest(self, trial: "Trial") -> str:
         return str(trial.suggest_categorical(self.name, self.values))
 
@@ -74,6 +87,19 @@ def read_varied(texts: Iterable[str]) -> tuple[Varied, ...]:
         if count > 1:
             raise UserError(f"--vary {name} is given {count} times; give its values once")
     return varied
+
+
+def spread_evenly(varied: Sequence[Varied], number: int) -> dict[str, float | str]:
+    """Returns the values of trial `number` of those that come before any is known to be good.
+
+    The first is in the middle, and each next one where most room is (Roberts' sequence R_d, 2018): values
+    drawn at random would leave much of each range, and some of the choices, untried.
+    """
+    ratio = 2.0
+    for _ in range(50):  # the root of x^(d+1) = x + 1, the golden ratio of d dimensions
+        ratio = (1 + ratio) ** (1 / (len(varied) + 1))
+    shares = [(0.5 + number / ratio**dimension) % 1 for dimension in range(1, len(varied) + 1)]
+    return {each.name: each.at(share) for each, share in zip(varied, shares)}
 
 
 def short_names(varied: Iterable[Varied]) -> dict[str, str]:

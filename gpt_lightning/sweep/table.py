@@ -1,5 +1,6 @@
 """Shows what has come of the trials: a table, and the losses over each option as a plot."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.sweep.search import FINISHED, Outcome
 from gpt_lightning.sweep.space import Choice, Range, Varied, short_names
+
+_LONGEST_NOTE = 70  # characters; the trial's log has the rest
 
 
 def table(found: Sequence[Outcome], varied: Sequence[Varied]) -> str:
@@ -16,7 +19,9 @@ def table(found: Sequence[Outcome], varied: Sequence[Varied]) -> str:
     for each in found:
         loss = "" if each.loss is None else f"{each.loss:.4f}"
         step = "" if each.step is None else f"{each.step:,}"
-        state = "" if each.state == FINISHED else "  ".join(part for part in (each.state, each.note) if part)
+        state = "" if each.state == FINISHED else each.state
+        if each.note:
+            state += f": {textwrap.shorten(each.note, _LONGEST_NOTE, placeholder='...')}"
         rows.append([str(each.number + 1), loss, step, *(each.values.get(name, "") for name in names), state])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
@@ -26,7 +31,7 @@ def table(found: Sequence[Outcome], varied: Sequence[Varied]) -> str:
 def save_plot(found: Sequence[Outcome], varied: Sequence[Varied], paths: Sequence[Path]) -> None:
     """Draws the losses over each option, each other choice in a colour of its own; a path's ending decides.
 
-    Lines join the trials that came to their end.
+    Lines join the trials that came to their end, where there is one range and one choice at most.
     """
     try:
         import altair as alt
@@ -50,9 +55,10 @@ def save_plot(found: Sequence[Outcome], varied: Sequence[Varied], paths: Sequenc
             color=color,
             tooltip=["trial:Q", "loss:Q", "state:N", *shown],
         )
-        shape = alt.Shape("state:N", title=None)
-        lines = base.mark_line(opacity=0.5).transform_filter(f"datum.state == '{FINISHED}'")
-        charts.append(lines + base.mark_point(filled=True, size=70).encode(shape=shape))
+        chart = base.mark_point(filled=True, size=70).encode(shape=alt.Shape("state:N", title=None))
+        if isinstance(each, Range) and len(others) == len(varied) - 1 <= 1:  # a curve for each choice
+            chart += base.mark_line(opacity=0.5).transform_filter(f"datum.state == '{FINISHED}'")
+        charts.append(chart.properties(width=300 if isinstance(each, Range) else alt.Step(60)))
     chart = alt.hconcat(*charts).resolve_scale(color="independent", y="shared")
     for path in paths:
         options = {"inline": True} if path.suffix == ".html" else {"ppi": 144}
@@ -64,7 +70,7 @@ def _axis(alt: Any, varied: Varied, number: int) -> Any:
     if isinstance(varied, Range):
         scale = alt.Scale(type="log" if varied.is_log else "linear", zero=False, nice=False, padding=10)
         return alt.X(f"{name}:Q", title=varied.name, scale=scale)
-    return alt.X(f"{name}:O", title=varied.name, sort=list(varied.values))
+    return alt.X(f"{name}:O", title=varied.name, sort=list(varied.values), axis=alt.Axis(labelAngle=0))
 
 
 def _row(outcome: Outcome, varied: Sequence[Varied]) -> dict[str, Any]:

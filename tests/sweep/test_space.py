@@ -2,11 +2,12 @@
 
 import math
 
-import optuna
 import pytest
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.sweep.space import Choice, Range, read_varied, short_names
+from gpt_lightning.sweep.space import Choice, Range, read_varied, short_names, spread_evenly
+
+optuna = pytest.importorskip("optuna")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,23 @@ def test_what_is_tried_lies_in_the_range_evenly_in_the_logarithm() -> None:
         below = sum(value < math.sqrt(low * high) for value in values)  # the middle of the logarithm
         assert 150 < below < 250
     assert max(len(text.strip("0.").partition("e")[0]) for text, _ in drawn) <= 4
+
+
+def test_the_first_values_leave_no_part_of_the_space_out() -> None:
+    varied = read_varied(["rate=1e-4..1e-1", "n=2,4", "size=1..8"])
+    tried = [spread_evenly(varied, number) for number in range(8)]
+    assert tried[0]["rate"] == pytest.approx(math.sqrt(1e-5)) and tried[0]["size"] == 5
+    logs = sorted(math.log10(float(each["rate"])) for each in tried)
+    gaps = [after - before for before, after in zip([-4, *logs], [*logs, -1])]
+    assert max(gaps) < 3 * 2 / 8  # evenly spread they would be a ninth of the way; random ones leave a third
+    assert [each["n"] for each in tried].count("2") in (3, 4, 5)
+    assert len({each["size"] for each in tried}) >= 6
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for values in tried:
+        study.enqueue_trial(values)
+        trial = study.ask()
+        assert [each.suggest(trial) for each in varied[1:]] == [values["n"], str(values["size"])]
+        assert float(varied[0].suggest(trial)) == pytest.approx(values["rate"], rel=1e-3)
 
 
 def test_short_names_tell_options_apart() -> None:
