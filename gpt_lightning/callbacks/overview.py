@@ -9,6 +9,8 @@ from typing_extensions import override
 from gpt_lightning.training.trainer import loggers_may_fail
 
 Value = str | int | float
+# The table begins with what differs, and shows five columns until it is asked for others.
+FIRST_COLUMNS = ("learning_rate", "n_layers", "d_model", "batch_size", "seq_len")
 RESULTS = ("val/loss", "val/bpb", "throughput/tokens_per_second")
 # The page "Custom Scalars"; a curve is found by a pattern.
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -71,10 +73,16 @@ def _add_row(logger: TensorBoardLogger, row: Mapping[str, Value]) -> None:
 
     Lightning's own way would draw the results as points of those curves.
     """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams  # slow to import
 
     if row:
         columns, begun, _ = hparams(dict(row), dict.fromkeys(RESULTS, 0.0))
+        plugin_data = columns.value[0].metadata.plugin_data
+        table = HParamsPluginData.FromString(plugin_data.content)
+        for column in table.experiment.hparam_infos:
+            column.differs = column.name in FIRST_COLUMNS
+        plugin_data.content = table.SerializeToString()
         logger.experiment.file_writer.add_summary(columns)
         logger.experiment.file_writer.add_summary(begun)
         logger.hparams.update(row)  # of which it makes hparams.yaml

@@ -33,11 +33,15 @@ def tensorboard_context(folder: Path) -> TBContext:
     return TBContext(data_provider=provider, multiplexer=multiplexer, flags=None)
 
 
+def shown_experiment(context: backend_context.Context) -> Any:
+    metadata = context.hparams_metadata(RequestContext(), "")
+    return context.experiment_from_metadata(RequestContext(), "", True, metadata, [])
+
+
 def table(folder: Path) -> list[dict[str, Any]]:
     """The rows of TensorBoard's table HParams, by its own backend."""
     request, context = RequestContext(), backend_context.Context(tensorboard_context(folder))
-    metadata = context.hparams_metadata(request, "")
-    experiment = context.experiment_from_metadata(request, "", True, metadata, [])
+    experiment = shown_experiment(context)
     columns = [api_pb2.ColParams(metric=each.name) for each in experiment.metric_infos]
     statuses = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS]
     asked = api_pb2.ListSessionGroupsRequest(
@@ -72,6 +76,15 @@ def test_a_run_that_goes_on_has_a_row_from_its_start_and_no_second(tmp_path: Pat
     rows = sorted(table(tmp_path), key=lambda row: float(row["val/loss"]))
     results = [dict(zip(RESULTS, (loss, loss / 2, 99.0))) for loss in (2.0, 3.0)]
     assert rows == [ROW | each for each in results]
+
+
+def test_the_table_begins_with_what_is_varied_most(tmp_path: Path) -> None:
+    row = {"activation": "gelu", "batch_size": 8, "d_model": 64, "bias": "False", **ROW, "seq_len": 64}
+    start(TensorBoardLogger(tmp_path, name="logs", version=""), row)
+    experiment = shown_experiment(backend_context.Context(tensorboard_context(tmp_path)))
+    names = [column.name for column in experiment.hparam_infos]
+    assert names[:5] == ["batch_size", "d_model", "learning_rate", "n_layers", "seq_len"]
+    assert {*names} == {*row}
 
 
 def test_tensorboards_page_begins_with_both_losses_in_one_plot(tmp_path: Path) -> None:
