@@ -176,26 +176,23 @@ def _check_settings(settings: Any) -> None:
 
 def _show(sweep: Sweep, found: list[Outcome]) -> None:
     """Prints the table and the best command, and writes plot and report into the sweep's folder."""
-    print(table(found, sweep.varied))
-    plots = [sweep.folder / "losses.html", sweep.folder / "losses.png"]
-    measured = [each for each in found if each.loss is not None]
-    if measured:
-        try:
-            save_plot(found, sweep.varied, plots)
-            say(f"plot: {plots[0]} (and {plots[1].name})")
-        except UserError as error:
-            say(f"no plot: {error}")
-        _compare([sweep.run_folder(each.number) for each in measured], sweep.folder / "report.html")
-    finished = [each for each in found if each.state == FINISHED]
-    if not finished:
-        raise UserError(f"no trial came to its end; see {sweep.folder}/trial*.log")
-    best = finished[0]
-    last = shlex.quote(os.path.relpath(sweep.run_folder(best.number) / LAST))
-    say("to watch the curves, to write with the best model, and to train it again:")
-    say(f"tensorboard --logdir {shlex.quote(os.path.relpath(sweep.folder.parent))}")
-    say(f"{called_as()} generate --ckpt_path {last}")
-    command = [*sweep.words_of(best.values), "--run_name", f"{sweep.folder.name}-best"]
-    say(f"{called_as()} fit {shlex.join(command)}")
+    print(table(found, sweep.varied), flush=True)
+    try:
+        if measured := [each for each in found if each.loss is not None]:
+            _plot(sweep, measured)
+            _compare([sweep.run_folder(each.number) for each in measured], sweep.folder / "report.html")
+    finally:
+        _tell_best(sweep, [each for each in found if each.state == FINISHED])
+
+
+def _plot(sweep: Sweep, found: list[Outcome]) -> None:
+    paths = [sweep.folder / "losses.html", sweep.folder / "losses.png"]
+    try:
+        save_plot(found, sweep.varied, paths)
+    except UserError as error:
+        say(f"no plot: {error}")
+    else:
+        say(f"plot: {paths[0]} (and {paths[1].name})")
 
 
 def _compare(folders: list[Path], output: Path) -> None:
@@ -211,3 +208,15 @@ def _compare(folders: list[Path], output: Path) -> None:
         say(f"no report: {error}")
     else:
         say(f"report: {output}")
+
+
+def _tell_best(sweep: Sweep, finished: list[Outcome]) -> None:
+    if not finished:
+        raise UserError(f"no trial came to its end; see {sweep.folder}/trial*.log")
+    best = finished[0]
+    last = shlex.quote(os.path.relpath(sweep.run_folder(best.number) / LAST))
+    command = [*sweep.words_of(best.values), "--run_name", f"{sweep.folder.name}-best"]
+    say("to watch the curves, to write with the best model, and to train it again:")
+    say(f"tensorboard --logdir {shlex.quote(os.path.relpath(sweep.folder.parent))}")
+    say(f"{called_as()} generate --ckpt_path {last}")
+    say(f"{called_as()} fit {shlex.join(command)}")

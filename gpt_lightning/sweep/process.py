@@ -86,10 +86,14 @@ class Signals:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         was_ended = False
-        while (code := _wait(self._process, POLL_SECONDS)) is None:
-            if not was_ended and self._received is None and look():
-                self._process.send_signal(signal.SIGTERM)
-                was_ended = True
+        try:
+            while (code := _wait(self._process, POLL_SECONDS)) is None:
+                if not was_ended and self._received is None and look():
+                    self._process.send_signal(signal.SIGTERM)
+                    was_ended = True
+        except BaseException:
+            self._process.terminate()  # else it would train on, and nobody would look
+            raise
         self._process = None
         self.check()
         by_signal = {-number for name in _SIGNALS if (number := getattr(signal, name, None)) is not None}
