@@ -18,6 +18,7 @@ from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import import_model
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 OURS = {"config", "optimizer", "schedule", "activation_checkpointing", "compile_backend"}
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
@@ -128,7 +129,21 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
             )
         settings[key] = value
     if verb == "fit" and origin.init_from is None:
+        _take_recipe(settings, explicit, checkpoint)
         _refuse_another_optimizer(settings, checkpoint)
+
+
+def _take_recipe(settings: Any, explicit: Any, checkpoint: Checkpoint) -> None:
+    """Takes over how the run was optimized, where that is not said: a file of before may know no Muon."""
+    saved = checkpoint.contents.get("hyper_parameters", {})
+    for group, kind in (("optimizer", OptimizerConfig), ("schedule", ScheduleConfig)):
+        own, of_run = model_options(settings, group), saved.get(group)
+        if not isinstance(of_run, dict):
+            continue
+        for name, value in asdict(kind(**of_run)).items():
+            key = f"{model_key(settings)}.{group}.{name}"
+            if name in own and key not in explicit:
+                settings[key] = value
 
 
 def _refuse_another_optimizer(settings: Any, checkpoint: Checkpoint) -> None:

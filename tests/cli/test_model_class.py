@@ -71,7 +71,7 @@ def test_a_class_trains_resumes_and_is_judged_and_writes(
     assert config["class_path"] == "my_package.MyModule" and config["init_args"]["rank"] == 3
     assert config["init_args"]["config"]["n_layers"] == 2
     assert "val/loss" in said.err
-    assert f"last.ckpt {' '.join(MINE)} --data.prompts" in said.err  # the line to go on with
+    assert f"last.ckpt {' '.join(MINE)} --prompt" in said.err  # the line to go on with
 
     allowed = ("--allow_import", "my_package")
     said = program("validate", "--ckpt_path", str(last), *allowed)
