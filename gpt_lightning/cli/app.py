@@ -44,6 +44,8 @@ from gpt_lightning.cli.checks import (
     tell_of_no_export,
     warn_of_untrained_positions,
 )
+from gpt_lightning.cli.closing import log_hyperparameters, show_held_out, tell_how_to_go_on
+from gpt_lightning.cli.closing import show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
@@ -60,7 +62,6 @@ from gpt_lightning.cli.ranks import (
     leaving_together,
 )
 from gpt_lightning.cli.recipes import give_way, name_of_run
-from gpt_lightning.cli.report import show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
