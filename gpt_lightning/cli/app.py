@@ -44,7 +44,6 @@ from gpt_lightning.cli.checks import (
     tell_of_no_export,
     warn_of_untrained_positions,
 )
-from gpt_lightning.cli.closing import log_hyperparameters, show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.closing import show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank

@@ -1,0 +1,198 @@
+"""Describes the charts of runs, which Vega draws: in a browser or as a picture."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import altair as alt
+
+from gpt_lightning.report.run import Point, Run
+from gpt_lightning.report.scripts import vega_lite_version
+
+MOST_POINTS = 1000  # of a curve; of each stretch of a longer one its lowest and highest
+PARTS = ("data", "step", "validation", "checkpoint", "other")
+COLORS = "#3b82f6 #f97316 #10b981 #e11d48 #8b5cf6 #ca8a04 #06b6d4 #84cc16 #ec4899 #64748b".split()
+FONT = "system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
+
+
+class Chart(NamedTuple):
+    """Holds what Vega-Lite draws, with its data; `name` is that of a file, too."""
+
+    name: str
+    title: str
+    spec: dict[str, Any]
+
+
+class _Curve(NamedTuple):
+    name: str  # of its colour
+    kind: str  # of its dashes
+    points: list[Point]
+
+
+def look(*, dark: bool) -> dict[str, Any]:
+    """Returns the colours and fonts of all charts on a light or a dark page."""
+    text, faint = ("#d4d4d8", "#3f3f46") if dark else ("#3f3f46", "#e4e4e7")
+    axis = {"gridColor": faint, "domainColor": faint, "tickColor": faint, "labelColor": text}
+    return {
+        "background": None,
+        "font": FONT,
+        "axis": {**axis, "titleColor": text, "labelFontSize": 12, "titleFontSize": 12},
+        "legend": {"labelColor": text, "orient": "top", "labelFontSize": 12, "labelLimit": 260, "title": None},
+        "title": {"color": text},
+        "rule": {"color": text},
+        "range": {"category": COLORS},
+        "view": {"stroke": None},
+    }
+
+
+def charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """Lists the charts for which there is something to show."""
+    return [
+        chart
+        for chart in (
+            _losses(runs),
+            _one_tag(runs, "train/grad_norm", "gradient-norm", "Gradient norm"),
+            _rates(runs),
+            _one_tag(runs, "throughput/tokens_per_second", "throughput", "Tokens per second"),
+            _shares(runs[0]) if len(runs) == 1 else None,
+        )
+        if chart is not None
+    ]
+
+
+def _losses(runs: Sequence[Run]) -> Chart | None:
+    kinds = ("train", "val")
+    tags = [(run, kind, f"{kind}/loss") for run in runs for kind in kinds]
+    curves = [_Curve(run.name, kind, run.curves.get(tag, [])) for run, kind, tag in tags]
+    return _lines("loss", "Loss", _by_colour(curves, runs), unit="nats a token", log=True)
+
+
+def _rates(runs: Sequence[Run]) -> Chart | None:
+    curves = [
+        _Curve(run.name, tag.removeprefix("lr-"), points)
+        for run in runs
+        for tag, points in run.curves.items()
+        if tag.startswith("lr-")
+    ]
+    return _lines("learning-rate", "Learning rate", _by_colour(curves, runs))
+
+
+def _by_colour(curves: list[_Curve], runs: Sequence[Run]) -> list[_Curve]:
+    """Has the curves of one run differ by their colours, since nothing else does."""
+    return [curve._replace(name=curve.kind, kind="") for curve in curves] if len(runs) == 1 else curves
+
+
+def _one_tag(runs: Sequence[Run], tag: str, name: str, title: str) -> Chart | None:
+    return _lines(name, title, [_Curve(run.name, "", run.curves.get(tag, [])) for run in runs])
+
+
+def _lines(
+    name: str, title: str, curves: list[_Curve], *, unit: str = "", log: bool = False
+) -> Chart | None:
+    """Draws curves over the steps.
+
+    What is under the pointer is told; the wheel zooms where Ctrl or Alt is held, and dragging moves.
+    """
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return None
+    rows = [
+        {"step": step, "value": value, "name": curve.name, "kind": curve.kind, "curve": f"c{number}"}
+        for number, curve in enumerate(curves)
+        for step, value, _ in thinned(curve.points)
+    ]
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    legend = alt.Legend() if len(names) > 1 else None
+    base = alt.Chart().encode(
+        x=_steps(),
+        y=alt.Y("value:Q", title=unit or None, scale=_scale(log=log), axis=alt.Axis(tickCount=6)),
+        color=alt.Color("name:N", sort=names, legend=legend),
+    )
+    lines = base.mark_line(strokeWidth=1.8)
+    if any(curve.kind for curve in curves):
+        lines = lines.encode(strokeDash=alt.StrokeDash("kind:N", sort=["val", "train"]))
+    nearest = alt.selection_point(
+        nearest=True, on="pointerover", clear="pointerout", fields=["step"], empty=False
+    )
+    view = alt.selection_interval(bind="scales", zoom="wheel![event.ctrlKey || event.altKey]")
+    dots = base.mark_point(filled=True, size=45).encode(opacity=_only(nearest, 1)).add_params(view)
+    told = [
+        alt.Tooltip(f"c{number}:Q", title=" ".join(filter(None, (curve.name, curve.kind))), format=".4~g")
+        for number, curve in enumerate(curves)
+    ]
+    rule = alt.Chart().transform_pivot("curve", value="value", groupby=["step"]).mark_rule(strokeWidth=1)
+    rule = rule.encode(x=_steps(), opacity=_only(nearest, 0.4), tooltip=[_step_told(), *told])
+    chart = alt.layer(lines, dots, rule.add_params(nearest), data=alt.NamedData(name="points"))
+    return _drawn(name, title, chart, rows)
+
+
+def _steps() -> alt.X:
+    return alt.X("step:Q", title="step", scale=_scale(), axis=alt.Axis(tickCount=8, grid=False))
+
+
+def _scale(*, log: bool = False) -> alt.Scale:
+    return alt.Scale(type="log", nice=False) if log else alt.Scale(type="linear", nice=False, zero=False)
+
+
+def _step_told() -> alt.Tooltip:
+    return alt.Tooltip("step:Q", format=",")
+
+
+def _only(selected: alt.Parameter, opacity: float) -> Any:
+    return alt.when(selected).then(alt.value(opacity)).otherwise(alt.value(0))
+
+
+def _shares(run: Run) -> Chart | None:
+    """Draws what part of the time went where, over the steps, as areas that add up to 1."""
+    rows = [
+        {"step": step, "share": value, "part": part, "order": number}
+        for number, part in enumerate(PARTS)
+        for step, value, _ in thinned(run.curves.get(f"throughput/{part}_share", []))
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.NamedData(name="points"))
+        .mark_area()
+        .encode(
+            x=_steps(),
+            y=alt.Y("share:Q", title=None, stack="normalize", axis=alt.Axis(format="%")),
+            color=alt.Color("part:N", sort=list(PARTS)),
+            order="order:O",
+            tooltip=[_step_told(), "part:N", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+    return _drawn("time", "Where the time went", chart, rows)
+
+
+def _drawn(name: str, title: str, chart: Any, rows: list[dict[str, Any]]) -> Chart:
+    spec = chart.properties(width="container", height=280).to_dict()
+    # Beside the description, which Altair checks value by value.
+    return Chart(name, title, {**spec, "datasets": {"points": rows}})
+
+
+def thinned(points: list[Point]) -> list[Point]:
+    """Leaves of a long curve the lowest and highest point of each stretch, so that no peak is lost."""
+    if len(points) <= MOST_POINTS:
+        return points
+    return [*_extremes(points, -(-2 * len(points) // MOST_POINTS))]
+
+
+def _extremes(points: list[Point], stretch: int) -> Iterator[Point]:
+    for start in range(0, len(points), stretch):
+        part = points[start : start + stretch]
+        yield from sorted({min(part, key=_value), max(part, key=_value)})
+
+
+def _value(point: Point) -> float:
+    return point.value
+
+
+def pictures(charts: Iterable[Chart]) -> Iterator[tuple[str, bytes]]:
+    """Yields the name of each chart and its PNG, as wide as a slide."""
+    import vl_convert  # slow to import
+
+    version = vega_lite_version()
+    config = {**look(dark=False), "background": "white", "title": {"fontSize": 18, "anchor": "start"}}
+    for chart in charts:
+        spec = {**chart.spec, "width": 900, "height": 420, "title": chart.title, "config": config}
+        yield chart.name, vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)

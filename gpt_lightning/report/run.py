@@ -1,0 +1,143 @@
+"""Reads what a run has left in its folder: TensorBoard's events, and its configuration."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from gpt_lightning.exit_codes import UserError
+
+CONFIG_NAME = "config.yaml"
+FACTS = "run/facts"  # the text in the events that says what no curve does
+SAMPLES = "samples/"
+EVENTS = "events.out.tfevents.*"
+
+
+class Point(NamedTuple):
+    """Holds a logged value; `time` is in seconds since 1970."""
+
+    step: int
+    value: float
+    time: float
+
+
+class Text(NamedTuple):
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Holds the curves and texts of a run by their tags, and its options by their whole names."""
+
+    name: str
+    folder: Path
+    curves: dict[str, list[Point]]
+    texts: dict[str, list[Text]]
+    options: dict[str, Any]
+
+    def last(self, tag: str) -> float | None:
+        points = self.curves.get(tag)
+        return points[-1].value if points else None
+
+    def lowest(self, tag: str) -> Point | None:
+        return min(self.curves.get(tag, ()), key=lambda point: point.value, default=None)
+
+    @property
+    def n_steps(self) -> int:
+        return max((points[-1].step for points in self.curves.values()), default=0)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Is what the run has noted of itself; nothing for one of an earlier version."""
+        return _json_object(texts[-1].text) if (texts := self.texts.get(FACTS)) else {}
+
+    @cached_property
+    def samples(self) -> dict[int, list[str]]:
+        """Lists the texts that were written at each step, the latest step first."""
+        found: defaultdict[int, list[str]] = defaultdict(list)
+        for tag in sorted(tag for tag in self.texts if tag.startswith(SAMPLES)):
+            for step, text in self.texts[tag]:
+                found[step].append(text)
+        return {step: found[step] for step in sorted(found, reverse=True)}
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Reads the runs, each under a name that no other has."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names)
+    ]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
+
+    curves: defaultdict[str, list[Point]] = defaultdict(list)
+    texts: defaultdict[str, list[Text]] = defaultdict(list)
+    for place in _places(folder):
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found = (Point(event.step, event.value, event.wall_time) for event in events.Scalars(tag))
+            curves[tag] += (point for point in found if math.isfinite(point.value))
+        for tag in events.Tags()["tensors"]:
+            if events.SummaryMetadata(tag).plugin_data.plugin_name == "text":
+                shown = tag.removesuffix("/text_summary")
+                texts[shown] += (Text(event.step, _text_of(event)) for event in events.Tensors(tag))
+    ordered = {tag: sorted(points) for tag, points in curves.items() if points}
+    return Run(name, folder, ordered, dict(texts), _read_options(folder / CONFIG_NAME))
+
+
+def _places(folder: Path) -> list[Path]:
+    """Finds the folders with events of one run; refuses a folder of several."""
+    if not folder.is_dir():
+        raise UserError(f"RUN={folder} is no folder; name a run under checkpoints/, or its folder")
+    places = sorted({path.parent for path in folder.rglob(EVENTS)})
+    if not places:
+        raise UserError(f"RUN={folder} holds no events of TensorBoard; name the folder of a run that logged")
+    if len(places) > 1 and not (folder / CONFIG_NAME).is_file():
+        names = ", ".join(str(place.relative_to(folder)) for place in places[:3])
+        raise UserError(f"RUN={folder} holds several runs ({names}, ...); name one or more of them")
+    return places
+
+
+def _text_of(event: Any) -> str:
+    """Returns a text as it was before it became a block of code, by four spaces before each line."""
+    shown = b"\n".join(event.tensor_proto.string_val).decode("utf-8", "replace")
+    return "\n".join(line.removeprefix("    ") for line in shown.split("\n"))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    """Reads a configuration into one level: `model.config.n_layers`; of one that cannot be read, nothing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            return {}  # what it stands for could be repeated without end
+        return dict(_flat(yaml.load(text, Loader=loader)))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
