@@ -27,7 +27,7 @@ def run_evaluate(words: list[str]) -> None:
         raise UserError(f"tasks={options.tasks} names none; give files of questions, such as mine.jsonl")
     if options.batch_tokens < 1:
         raise UserError(f"batch_tokens={options.batch_tokens} is below 1; raise it")
-    model, tokenizer = open_model(options, device)
+    _, model, tokenizer = open_model(options, device)
     scorer = Scorer(model, tokenizer, options.batch_tokens)
     prepare(tasks, scorer)
     results = evaluate(tasks, scorer)

@@ -6,7 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -14,12 +15,16 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_options import add_model_options, choose_device, open_model
 from gpt_lightning.cli.parser import PlainParser
-from gpt_lightning.cli.printer import TextWriter
+from gpt_lightning.cli.printer import TextWriter, Written
 from gpt_lightning.cli.repl import HELP, Repl, check_shown, handling
 from gpt_lightning.cli.short_names import in_full
 from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.surprise import score_tokens
+from gpt_lightning.report.tokens import TokenText, shown_tokens, write_tokens
+
+PAGE_NAME = "generated.html"
 
 
 def run_generate(words: list[str]) -> None:
@@ -27,15 +32,19 @@ def run_generate(words: list[str]) -> None:
     if sys.stdout is None:
         raise UserError("standard output is closed, where the text would go; leave it open")
     settings = check_shown(GenerationConfig(**options.generation.as_dict()))
+    _check_page(options)
     device = choose_device(options.device)
     with handling(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED)), _ending_without_readers():
         # The newline that ends the last line of any text is not the prompt's.
         prompt = options.prompt if options.prompt != "-" else _without_newline(_stdin().read())
         if prompt is not None:
             prompt = as_utf8(prompt, f"prompt={prompt!r}", "convert it")
-            _writer(options, device).write(prompt, settings)
+            path, writer = _writer(options, device)
+            written = writer.write(prompt, settings)
+            if options.show == "html":
+                _write_page(options, path, writer, written, settings)
         else:
-            _read_prompts(_writer(options, device), settings)
+            _read_prompts(_writer(options, device)[1], settings)
 
 
 def _parser() -> PlainParser:
@@ -44,8 +53,33 @@ def _parser() -> PlainParser:
     add_model_options(parser)
     help = "Read the name of a special token in a prompt, as <|endoftext|>, as that token."
     parser.add_argument("--parse_special_tokens", type=bool, default=False, help=help)
+    help = "html: write a page, too, with each token coloured by how surprising it is."
+    parser.add_argument("--show", type=Literal["text", "html"], default="text", help=help)
+    help = f"The page of --show html; {PAGE_NAME} beside the checkpoint by default."
+    parser.add_argument("--output", type=str, help=help)
     parser.add_class_arguments(GenerationConfig, "generation")
     return parser
+
+
+def _check_page(options: Any) -> None:
+    if options.show == "html" and options.prompt is None:
+        raise UserError("show=html writes a page of one prompt; give --prompt TEXT")
+    if options.output is not None and options.show != "html":
+        raise UserError(f"output={options.output} is the page of --show html; add that, or leave it out")
+
+
+def _write_page(
+    options: Any, path: Path, writer: TextWriter, written: Written, settings: GenerationConfig
+) -> None:
+    """Writes how likely the model, alone, finds each token of the prompt and of what it has drawn."""
+    texts = []
+    for sample in written.samples:
+        token_ids = written.prompt + sample
+        scored = score_tokens(written.model, token_ids, context_stride=settings.context_stride)
+        texts.append(TokenText(shown_tokens(scored, writer.tokenizer), len(written.prompt)))
+    output = Path(options.output) if options.output is not None else path.parent / PAGE_NAME
+    write_tokens(texts, f"checkpoint: {path}", output)
+    say(f"page: {output}")
 
 
 def _with_joined_prompt(words: list[str]) -> list[str]:
@@ -59,12 +93,12 @@ def _with_joined_prompt(words: list[str]) -> list[str]:
     return joined
 
 
-def _writer(options: Any, device: torch.device) -> TextWriter:
-    model, tokenizer = open_model(options, device)
+def _writer(options: Any, device: torch.device) -> tuple[Path, TextWriter]:
+    path, model, tokenizer = open_model(options, device)
     output = sys.stdout
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(errors="replace")  # of characters that the terminal does not have
-    return TextWriter(model, tokenizer, output, options.parse_special_tokens)
+    return path, TextWriter(model, tokenizer, output, options.parse_special_tokens)
 
 
 def _read_prompts(writer: TextWriter, settings: GenerationConfig) -> None:

@@ -1,5 +1,6 @@
 """Opens the model that a verb without a Trainer is to run, on a device, by the options they share."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def open_model(options: Any, device: torch.device) -> tuple[GPTModel, TextTokenizer]:
+def open_model(options: Any, device: torch.device) -> tuple[Path, GPTModel, TextTokenizer]:
     path = find_checkpoint(options.ckpt_path, checkpoints_folder(options.default_root_dir), say)
     if options.model is None:
         model, tokenizer = load_model(path)
@@ -47,4 +48,4 @@ def open_model(options: Any, device: torch.device) -> tuple[GPTModel, TextTokeni
         module = import_class(options.model, options.allow_import or ()).load_from_checkpoint(path, "cpu")
         model, tokenizer = module.model.eval(), Checkpoint.open(path).tokenizer
     say(f"checkpoint: {path}")
-    return model.to(device, getattr(torch, options.precision)), tokenizer
+    return path, model.to(device, getattr(torch, options.precision)), tokenizer

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
@@ -31,12 +31,20 @@ class _Sample:
     """Tells how a completion that is drawn stands."""
 
     text: TextStream
-    n_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     ended_by: str = ""  # nothing yet
 
     def end(self, reason: str) -> None:
         self.text.end()
         self.ended_by = _ENDED_BY[reason]
+
+
+class Written(NamedTuple):
+    """Holds the tokens of a prompt and of what was drawn to follow it, and the model that drew them."""
+
+    model: GPTModel
+    prompt: list[int]
+    samples: list[list[int]]
 
 
 class TextWriter:
@@ -45,25 +53,25 @@ class TextWriter:
     def __init__(
         self, model: GPTModel, tokenizer: TextTokenizer, output: TextIO, parse_special_tokens: bool = False
     ) -> None:
-        self._tokenizer, self._output = tokenizer, output
+        self.tokenizer, self._output = tokenizer, output
         self._parse_special_tokens = parse_special_tokens
         self._packed = lru_cache(maxsize=1)(partial(packed, model))  # the same one for the next prompt
 
     def write(
         self, prompt: str, settings: GenerationConfig, is_interrupted: Callable[[], bool] = lambda: False
-    ) -> None:
+    ) -> Written:
         """Writes all samples, the first as it is drawn and each other one when those before it end.
 
         The texts are those of `predict` for this prompt alone.
         """
         model = self._packed(quantize=settings.quantize, n_rows=min(_ROWS, settings.num_samples))
         start = time.perf_counter()
-        engine = Engine(model, settings, eos_token_id=self._tokenizer.eos_token_ids, batch_size=_ROWS)
-        (token_ids,) = encode_prompts([prompt], self._tokenizer, self._parse_special_tokens)
-        hint = special_token_hint([prompt], self._tokenizer, "--parse_special_tokens")
+        engine = Engine(model, settings, eos_token_id=self.tokenizer.eos_token_ids, batch_size=_ROWS)
+        (token_ids,) = encode_prompts([prompt], self.tokenizer, self._parse_special_tokens)
+        hint = special_token_hint([prompt], self.tokenizer, "--parse_special_tokens")
         if hint and not self._parse_special_tokens:
             say(hint)
-        samples = [_Sample(TextStream(self._tokenizer, settings.stop)) for _ in range(settings.num_samples)]
+        samples = [_Sample(TextStream(self.tokenizer, settings.stop)) for _ in range(settings.num_samples)]
         for number, sample in enumerate(samples):
             engine.add(Request(token_ids, sample=number, ends_with=sample.text.add))
         steps = engine.run()
@@ -73,12 +81,13 @@ class TextWriter:
             if sample.ended_by == _ENDED_BY["interrupt"]:
                 break
             if len(samples) > 1:
-                what = f"{_tokens(sample.n_tokens)}; ended by {sample.ended_by}"
+                what = f"{_tokens(len(sample.token_ids))}; ended by {sample.ended_by}"
                 say(f"sample {number + 1} of {len(samples)}: {what}")
-        seconds, count = time.perf_counter() - start, sum(sample.n_tokens for sample in samples)
+        seconds, count = time.perf_counter() - start, sum(len(sample.token_ids) for sample in samples)
         rate = f": {count / seconds:,.0f} tokens/s" if count and seconds else ""
         reason = f"; ended by {samples[0].ended_by}" if len(samples) == 1 else ""
         say(f"{_tokens(count)} in {seconds:.1f} s{rate}{reason}")
+        return Written(model, token_ids, [sample.token_ids for sample in samples])
 
     def _write_on(
         self, number: int, samples: list[_Sample], steps: Iterator[Step], is_interrupted: Callable[[], bool]
@@ -94,7 +103,7 @@ class TextWriter:
             else:
                 request, token_id, _, completion = next(steps)
                 drawn = samples[request.sample]
-                drawn.n_tokens += token_id is not None
+                drawn.token_ids += [] if token_id is None else [token_id]
                 if completion is not None:
                     drawn.end(completion.finish_reason)
         self._show(sample.text.text[n_written:] + "\n")

@@ -29,7 +29,7 @@ TEXT              continue it; an empty line starts a new document
 Ctrl-C            end the text that is being written"""
 
 COMMANDS = ("set", "settings", "again", "help", "quit")
-Write = Callable[[str, GenerationConfig, Callable[[], bool]], None]
+Write = Callable[[str, GenerationConfig, Callable[[], bool]], object]
 
 
 class Repl:

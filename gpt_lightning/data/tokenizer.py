@@ -137,6 +137,12 @@ class TextTokenizer:
             stream.step(self._tokenizer, certain) or "" for certain in fallback.add(index)
         ).replace("\ufffd", "")
 
+    def name_of(self, token_id: int) -> str:
+        """Writes one token for people: its text, a byte of an unfinished character as \\xe6, or its name."""
+        found = self._token_bytes.get(token_id) if self._decoder_types == {"ByteLevel"} else None
+        name = self._tokenizer.id_to_token(token_id) or ""
+        return found.decode("utf-8", "backslashreplace") if found else name.replace("\u2581", " ")
+
     @cached_property
     def _decoder_types(self) -> set[str]:
         """Names the parts of the decoder that change what a token says."""

@@ -31,12 +31,13 @@ class _Curve(NamedTuple):
 def look(*, dark: bool) -> dict[str, Any]:
     """Returns the colours and fonts of all charts on a light or a dark page."""
     text, faint = ("#d4d4d8", "#3f3f46") if dark else ("#3f3f46", "#e4e4e7")
+    legend = {"labelColor": text, "labelFontSize": 12, "labelLimit": 260, "orient": "top", "title": None}
     axis = {"gridColor": faint, "domainColor": faint, "tickColor": faint, "labelColor": text}
     return {
         "background": None,
         "font": FONT,
         "axis": {**axis, "titleColor": text, "labelFontSize": 12, "titleFontSize": 12},
-        "legend": {"labelColor": text, "orient": "top", "labelFontSize": 12, "labelLimit": 260, "title": None},
+        "legend": legend,
         "title": {"color": text},
         "rule": {"color": text},
         "range": {"category": COLORS},

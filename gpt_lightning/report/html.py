@@ -1,5 +1,6 @@
 """Fills the pages of this room; whatever stands in a text is shown, and never acts."""
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters.update(shown=shown, percent=percent, quoted=quoted, marked=marked)
     return environment
 
 
@@ -37,3 +38,19 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value)) or "[]"
     return str(value)
+
+
+def percent(logprob: float) -> str:
+    """Writes the probability whose logarithm this is."""
+    share = 100 * math.exp(min(0.0, logprob))
+    return f"{share:.3g} %" if share >= 0.001 else "under 0.001 %"
+
+
+def quoted(text: str) -> str:
+    """Writes a token or a few so that its blanks and line breaks are seen."""
+    return text.replace("\n", "\u23ce").replace("\t", "\u21e5").replace(" ", "\u00b7")
+
+
+def marked(text: str) -> str:
+    """Writes a token within its text: line breaks and tabs, which no colour would show, get a sign."""
+    return text.replace("\n", "\u23ce\n").replace("\t", "\u21e5\t")
