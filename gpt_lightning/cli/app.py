@@ -29,6 +29,7 @@ from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
+from gpt_lightning.callbacks.run_facts import RunFacts
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
@@ -87,7 +88,7 @@ class GPTLightningCLI(LightningCLI):
         self, words: list[str], beneath: Path | None, rank_guard: RankGuard, ending: ExitStack
     ) -> None:
         self.verb, *args = words
-        self._words, self._shows_all = args, "--help-all" in args
+        self._words, self._shows_all = words, "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
         self._origin = Origin()
         self._given: Any = {}  # what the words and the files say, without defaults
@@ -300,6 +301,7 @@ class GPTLightningCLI(LightningCLI):
             callbacks.append(self._saver)
         if not settings["fast_dev_run"]:
             callbacks.append(RunConfig(self.parser, self.config, self._run_folder))
+            callbacks.append(RunFacts(self._words, self.parser, self.config))
         return callbacks
 
     def _prediction_writer(self) -> PredictionWriter:

@@ -22,7 +22,8 @@ from gpt_lightning.data.prompts import as_utf8
 from gpt_lightning.exit_codes import MISTAKE, TERMINATED, UserError
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.surprise import score_tokens
-from gpt_lightning.report.tokens import TokenText, shown_tokens, write_tokens
+from gpt_lightning.report.tokens import TokenText, write_tokens
+from gpt_lightning.training.scored_text import shown_tokens
 
 PAGE_NAME = "generated.html"
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.training.notes import FACTS, HELD_OUT
+from gpt_lightning.training.scored_text import ShownToken, from_plain
 
 CONFIG_NAME = "config.yaml"
-FACTS = "run/facts"  # the text in the events that says what no curve does
 SAMPLES = "samples/"
 EVENTS = "events.out.tfevents.*"
 
@@ -56,7 +57,19 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Is what the run has noted of itself; nothing for one of an earlier version."""
-        return _json_object(texts[-1].text) if (texts := self.texts.get(FACTS)) else {}
+        found = self._noted(FACTS)
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def held_out(self) -> list[ShownToken]:
+        """Lists the tokens of some held-out text as the model found them at the end; maybe none."""
+        return from_plain(self._noted(HELD_OUT))
+
+    def _noted(self, tag: str) -> Any:
+        try:
+            return json.loads(texts[-1].text) if (texts := self.texts.get(tag)) else None
+        except (ValueError, RecursionError):
+            return None
 
     @cached_property
     def samples(self) -> dict[int, list[str]]:
@@ -113,14 +126,6 @@ def _text_of(event: Any) -> str:
     """Returns a text as it was before it became a block of code, by four spaces before each line."""
     shown = b"\n".join(event.tensor_proto.string_val).decode("utf-8", "replace")
     return "\n".join(line.removeprefix("    ") for line in shown.split("\n"))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_options(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
 from gpt_lightning.generation.surprise import ScoredToken
-from gpt_lightning.report.tokens import TokenText, as_plain, from_plain, shown_tokens, write_tokens
+from gpt_lightning.report.tokens import TokenText, write_tokens
+from gpt_lightning.training.scored_text import as_plain, from_plain, shown_tokens
 from tests.report.pages import Page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\" onclick='x' &lt; {{ 7*7 }}"

@@ -1,0 +1,25 @@
+"""Keeps beside the curves, as texts in TensorBoard's events, what a report shows of a run."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+FACTS = "run/facts"  # with what, of what text and where it is trained
+HELD_OUT = "run/held_out"  # a beginning of held-out text, token by token
+
+
+def note(trainer: "Trainer", tag: str, value: Any) -> None:
+    """Writes plain data, which TensorBoard shows as a block of code."""
+    from lightning.pytorch.loggers import TensorBoardLogger  # slow to import, and reports read the tags alone
+
+    from gpt_lightning.training.trainer import loggers_may_fail
+
+    text = json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, dict) else None)
+    block = "\n".join("    " + line for line in text.splitlines())
+    with loggers_may_fail(trainer):
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(tag, block, trainer.global_step)
+                logger.save()

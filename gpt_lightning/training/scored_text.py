@@ -1,0 +1,63 @@
+"""Puts scored tokens into text, and that into plain lists for a file and back."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.generation.surprise import ScoredToken
+
+
+class ShownToken(NamedTuple):
+    """Holds a token as text: `text` is what it adds, `name` what it is called alone."""
+
+    text: str
+    name: str
+    logprob: float | None
+    others: list[tuple[str, float]]
+
+    @property
+    def bits(self) -> float:
+        return 0.0 if self.logprob is None else max(0.0, -self.logprob / math.log(2))
+
+
+def shown_tokens(scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> list[ShownToken]:
+    """Puts tokens into text: of those that make one character together the last one shows it."""
+    piece = tokenizer.pieces()
+    return [
+        ShownToken(
+            piece(token_id),
+            tokenizer.name_of(token_id),
+            logprob,
+            [(tokenizer.name_of(other), value) for other, value in others],
+        )
+        for token_id, logprob, others in scored
+    ]
+
+
+def as_plain(tokens: Sequence[ShownToken]) -> list[Any]:
+    """Makes lists of them for a file, which `from_plain` reads."""
+    return [
+        [text, name, _rounded(logprob), [[other, _rounded(value)] for other, value in others]]
+        for text, name, logprob, others in tokens
+    ]
+
+
+def from_plain(rows: Any) -> list[ShownToken]:
+    """Reads what `as_plain` made; of anything else, nothing."""
+    try:
+        return [
+            ShownToken(
+                str(text),
+                str(name),
+                None if logprob is None else float(logprob),
+                [(str(other), float(value)) for other, value in others],
+            )
+            for text, name, logprob, others in rows
+        ]
+    except (TypeError, ValueError):
+        return []
+
+
+def _rounded(logprob: float | None) -> float | None:
+    return None if logprob is None else round(logprob, 4)
