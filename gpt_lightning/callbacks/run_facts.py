@@ -27,6 +27,7 @@ from gpt_lightning.training.notes import FACTS, HELD_OUT, note
 from gpt_lightning.training.scored_text import as_plain, shown_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy")
+OF_A_START = ("config", "ckpt_path", "weights_only")  # no options of what is trained
 HELD_OUT_TOKENS = 256  # are shown at most
 MOST_DOCUMENTS = 10_000_000  # in which the longest is looked for
 _WHOLE_ENOUGH = 128  # tokens, for a document to be shown
@@ -48,7 +49,7 @@ class RunFacts(Callback):
             return
         facts: dict[str, Any] = {
             "command": self._words,
-            "changed": yaml.safe_load(self._parser.dump(self._config, skip_default=True)),
+            "changed": self._changed(),
             "environment": environment(trainer, pl_module.device),
             "parameters": parameters_by_part(pl_module.model.config),
         }
@@ -56,6 +57,10 @@ class RunFacts(Callback):
             facts["corpus"] = {name: _counts(split) for name, split in data.prepare().items()}
             facts["vocabulary"] = data.vocab_size
         note(trainer, FACTS, facts)
+
+    def _changed(self) -> dict[str, Any]:
+        found = yaml.safe_load(self._parser.dump(self._config, skip_default=True)) or {}
+        return {name: value for name, value in found.items() if name not in OF_A_START}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,7 +45,7 @@ from gpt_lightning.cli.checks import (
     tell_of_no_export,
     warn_of_untrained_positions,
 )
-from gpt_lightning.cli.closing import show_held_out, tell_how_to_go_on
+from gpt_lightning.cli.closing import leave_report, show_held_out, tell_how_to_go_on
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say, shorten, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
@@ -354,6 +354,7 @@ class GPTLightningCLI(LightningCLI):
             say("no data.test_files: what follows is measured on the validation text")
 
     def _report_fit(self) -> None:
+        leave_report(self._run_folder)
         tell_how_to_go_on(self.trainer, self._run_folder, self._samples)
 
 

@@ -14,9 +14,11 @@ from rich.table import Column, Table
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.callbacks.text_samples import TextSamples
-from gpt_lightning.cli.errors import say
+from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.program import called_as
+from gpt_lightning.report.page import REPORT_NAME, write_report
+from gpt_lightning.report.run import EVENTS
 from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -49,3 +51,15 @@ def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:
             if not name.endswith("/share"):
                 table.add_row(name if share is None else f"{name} ({part_of_text(share)})", str(value))
         Console().print(table)
+
+
+def leave_report(run_folder: Path) -> None:
+    """Writes the run's page into its folder, where there are events for one; no fault in it ends the run."""
+    if not any(run_folder.rglob(EVENTS)):
+        return
+    try:
+        write_report([run_folder], run_folder / REPORT_NAME)
+    except Exception as error:  # the run itself has ended well
+        say(f"warning: the report could not be written ({shorten(str(error) or repr(error))})")
+    else:
+        say(f"report: {run_folder / REPORT_NAME}")

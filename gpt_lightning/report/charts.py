@@ -7,9 +7,9 @@ import altair as alt
 
 from gpt_lightning.report.run import Point, Run
 from gpt_lightning.report.scripts import vega_lite_version
+from gpt_lightning.report.tables import PARTS
 
 MOST_POINTS = 1000  # of a curve; of each stretch of a longer one its lowest and highest
-PARTS = ("data", "step", "validation", "checkpoint", "other")
 COLORS = "#3b82f6 #f97316 #10b981 #e11d48 #8b5cf6 #ca8a04 #06b6d4 #84cc16 #ec4899 #64748b".split()
 FONT = "system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
 

@@ -1,30 +1,43 @@
 """Writes the report of one run, or of several side by side, as one page that needs no network."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_lightning.checkpoint.atomic import written_file
+from gpt_lightning.report import tables
 from gpt_lightning.report.html import render
-from gpt_lightning.report.run import read_runs
+from gpt_lightning.report.run import Run, read_runs
+from gpt_lightning.report.tokens import TokenText
+
+REPORT_NAME = "report.html"  # in the run's folder
 
 
 def write_report(folders: Sequence[Path], output: Path) -> None:
     """Writes the page on the runs whose folders these are."""
-    from gpt_lightning.report.charts import charts_of, look  # slow to import
-    from gpt_lightning.report.scripts import chart_script
-
-    runs = read_runs([*folders])
-    charts = charts_of(runs)
-    page = render(
-        "report.html",
-        runs=runs,
-        charts=charts,
-        looks={"light": look(dark=False), "dark": look(dark=True)},
-        script=chart_script() if charts else "",
-    )
+    page = _page(read_runs([*folders]))
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_file(output) as file:
         file.write(page.encode())
+
+
+def _page(runs: list[Run]) -> str:
+    from gpt_lightning.report.charts import charts_of, look  # slow to import
+    from gpt_lightning.report.scripts import chart_script
+
+    charts = charts_of(runs)
+    command = runs[0].facts.get("command")
+    return render(
+        "report.html",
+        runs=runs,
+        tables=tables,
+        held_out=TokenText(runs[0].held_out),
+        command=shlex.join(map(str, command)) if isinstance(command, list) else command,
+        charts=charts,
+        specs={chart.name: chart.spec for chart in charts},
+        looks={"light": look(dark=False), "dark": look(dark=True)},
+        script=chart_script() if charts else "",
+    )
 
 
 def write_pictures(folders: Sequence[Path], output: Path) -> list[Path]:

@@ -15,7 +15,7 @@
     }
     const config = looks[dark.matches ? "dark" : "light"];
     const actions = {export: true, source: false, compiled: false, editor: false};
-    const name = figure.dataset.name;
+    const name = figure.dataset.chart;
     return vegaEmbed(figure.querySelector("div"), spec, {config, actions, renderer: "svg", downloadFileName: name});
   };
   const figures = [...document.querySelectorAll("figure")];

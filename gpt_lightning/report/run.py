@@ -135,14 +135,15 @@ def _read_options(path: Path) -> dict[str, Any]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
             return {}  # what it stands for could be repeated without end
-        return dict(_flat(yaml.load(text, Loader=loader)))
+        return dict(flat(yaml.load(text, Loader=loader)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
 
 
-def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields options by their whole names, as on the command line."""
     for name, value in options.items() if isinstance(options, dict) else ():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

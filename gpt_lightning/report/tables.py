@@ -1,0 +1,157 @@
+"""Puts what is known of runs into tables: figures, differences, text, model, machine."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gpt_lightning.report.run import Run, flat
+
+PARTS = ("data", "step", "validation", "checkpoint", "other")
+MEASURED = ("train/", "val/", "test/", "eval/")
+RUN_NAMES = ("run_name", "ckpt_path", "config")  # differ without making a difference
+
+
+class Table(NamedTuple):
+    """Holds rows under a head, which may be empty; `best` is the number of the row to stand out."""
+
+    head: list[str]
+    rows: list[list[Any]]
+    best: int | None = None
+
+
+def tiles(run: Run) -> list[tuple[str, Any]]:
+    """Lists the few numbers that one looks for first."""
+    loss, bpb = run.lowest("val/loss"), run.lowest("val/bpb")
+    found = [
+        ("lowest val loss", loss and loss.value),
+        ("bits per byte", bpb and bpb.value),
+        ("steps", run.n_steps or None),
+        ("parameters", _total(run.facts.get("parameters"))),
+        ("tokens per second", _median(run, "throughput/tokens_per_second")),
+        ("time", duration(seconds) if (seconds := _seconds(run)) else None),
+    ]
+    return [(name, value) for name, value in found if value is not None]
+
+
+def figures(run: Run) -> Table:
+    """Lists the last value of what was measured, and the lowest of what should be low."""
+    rows = []
+    for tag in sorted(run.curves):
+        if tag.startswith(MEASURED) and not tag.endswith(("/share", "/grad_norm")):
+            lowest = run.lowest(tag) if tag.startswith("val/") else None
+            where = (lowest.value, lowest.step) if lowest else (None, None)
+            rows.append([tag, run.last(tag), *where])
+    for tag in ("tokens_per_second", "mfu", "peak_memory_gib", "step_seconds"):
+        if (value := _median(run, f"throughput/{tag}")) is not None:
+            rows.append([f"throughput/{tag}, median", value, None, None])
+    return Table(["", "last", "lowest", "at step"], rows)
+
+
+def time_spent(run: Run) -> Table:
+    """Adds up the time by parts; the numbers of a logged row are of the time since the one before it."""
+    totals = dict.fromkeys(PARTS, 0.0)
+    shares = {part: run.curves.get(f"throughput/{part}_share", []) for part in PARTS}
+    before = 0
+    for number, point in enumerate(run.curves.get("throughput/step_seconds", [])):
+        parts = {part: points[number].value for part, points in shares.items() if number < len(points)}
+        steady = 1 - parts.get("validation", 0.0) - parts.get("checkpoint", 0.0)
+        whole = (point.step - before) * point.value / steady if steady > 0 else 0.0
+        before = point.step
+        for part, share in parts.items():
+            totals[part] += whole * share
+    whole = sum(totals.values())
+    found = totals.items() if whole else ()
+    rows = [[part, duration(seconds), f"{100 * seconds / whole:.1f} %"] for part, seconds in found]
+    return Table(["", "time", "share"], rows)
+
+
+def changed(run: Run) -> Table:
+    return Table([], [[name, value] for name, value in flat(run.facts.get("changed"))])
+
+
+def corpus(run: Run) -> Table:
+    """Lists the counts of each split."""
+    head = ["", "documents", "tokens", "of all", "bytes a token", "longest, tokens", "also in train"]
+    found = run.facts.get("corpus")
+    splits = {name: counts for name, counts in _items(found) if isinstance(counts, dict)}
+    whole = sum(_number(counts.get("tokens")) or 0 for counts in splits.values())
+    rows = []
+    for name, counts in splits.items():
+        tokens, n_bytes = _number(counts.get("tokens")) or 0, _number(counts.get("bytes")) or 0
+        share = f"{100 * tokens / whole:.1f} %" if whole else None
+        density = n_bytes / tokens if tokens else None
+        known = [counts.get(key) for key in ("longest", "repeated")]
+        rows.append([name, counts.get("documents"), counts.get("tokens"), share, density, *known])
+    return Table(head, rows)
+
+
+def parameters(run: Run) -> Table:
+    parts = {name: count for name, count in _items(run.facts.get("parameters")) if _number(count)}
+    whole = _total(parts) or 1
+    rows = [[name.replace("_", " "), count, f"{100 * count / whole:.1f} %"] for name, count in parts.items()]
+    return Table(["", "parameters", "share"], rows)
+
+
+def environment(run: Run) -> Table:
+    return Table([], [[name, value] for name, value in _items(run.facts.get("environment"))])
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """Lists the runs by their lowest loss, with the options in which they differ.
+
+    Where all have bits per byte, these decide: they compare runs of different tokenizers.
+    """
+    tag = "val/bpb" if all(run.lowest("val/bpb") for run in runs) else "val/loss"
+    options = differing_options(runs)
+    head = ["run", "lowest val loss", "bits per byte", "last val loss", "steps", "tokens per second", "time"]
+    ranked = sorted(runs, key=lambda run: point.value if (point := run.lowest(tag)) else float("inf"))
+    rows: list[list[Any]] = []
+    for run in ranked:
+        loss, bpb = run.lowest("val/loss"), run.lowest("val/bpb")
+        results = [loss and loss.value, bpb and bpb.value, run.last("val/loss"), run.n_steps]
+        rate, seconds = _median(run, "throughput/tokens_per_second"), duration(_seconds(run))
+        chosen = [run.options.get(name) for name in options]
+        rows.append([run.name, *results, rate, seconds, *chosen])
+    return Table([*head, *options], rows, best=0 if ranked and ranked[0].lowest(tag) else None)
+
+
+def differing_options(runs: Sequence[Run]) -> list[str]:
+    """Names the options that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    missing = object()
+    return [
+        name
+        for name in names
+        if name not in RUN_NAMES
+        and any(run.options.get(name, missing) != runs[0].options.get(name, missing) for run in runs)
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as 1:02:03, or 2:03 below an hour."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def _seconds(run: Run) -> float:
+    """Returns the time from the first value to the last, with the pauses of a run that was resumed."""
+    times = [point.time for points in run.curves.values() for point in (points[0], points[-1])]
+    return max(times) - min(times) if times else 0.0
+
+
+def _median(run: Run, tag: str) -> float | None:
+    points = run.curves.get(tag)
+    return statistics.median(point.value for point in points) if points else None
+
+
+def _items(found: Any) -> list[tuple[str, Any]]:
+    return [*found.items()] if isinstance(found, dict) else []
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _total(parts: Any) -> int | None:
+    return sum(_number(count) or 0 for _, count in _items(parts)) or None
