@@ -18,6 +18,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attributes)))
         self._open.append(tag)
+        if tag in ("td", "th"):
+            self.text += " "
         if tag == "script":
             self.scripts.append("")
 

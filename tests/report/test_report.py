@@ -1,0 +1,184 @@
+"""A report says what the events and the configuration say, whoever wrote them."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.report import tables
+from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
+from gpt_lightning.report.page import write_report
+from gpt_lightning.report.run import Point, Run, read_run, read_runs
+from tests.report.pages import Page
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\" {{ 7*7 }}"
+SHARES = {"data": 0.1, "step": 0.5, "validation": 0.2, "checkpoint": 0.1, "other": 0.1}
+
+
+def write_run(folder: Path, losses: dict[int, float], *, bpb: float | None = None, **options: object) -> Path:
+    """A run as a version without notes has left it: validated at these steps, in 0.5 s a step."""
+    with SummaryWriter(str(folder / "logs")) as writer:
+        for step, loss in losses.items():
+            writer.add_scalar("train/loss", loss + 0.1, step)
+            writer.add_scalar("val/loss", loss, step)
+            writer.add_scalar("lr-AdamW", 0.003, step)
+            writer.add_scalar("throughput/step_seconds", 0.5, step)
+            for part, share in SHARES.items():
+                writer.add_scalar(f"throughput/{part}_share", share, step)
+            if bpb is not None:
+                writer.add_scalar("val/bpb", bpb, step)
+            writer.add_text("samples/0", f"    step {step}\n    {HOSTILE}\n    我在年青时候", step)
+    config = yaml.safe_dump({"run_name": folder.name, **options})
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    return folder
+
+
+def test_curves_samples_and_options_are_read(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", {10: 3.0, 20: 2.0}, model={"config": {"n_layers": 2}}), "a")
+    assert [(step, value) for step, value, _ in run.curves["val/loss"]] == [(10, 3.0), (20, 2.0)]
+    assert run.samples == {20: [f"step 20\n{HOSTILE}\n我在年青时候"], 10: [f"step 10\n{HOSTILE}\n我在年青时候"]}
+    assert run.options["model.config.n_layers"] == 2 and run.n_steps == 20
+    assert run.facts == {} and run.held_out == []
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0, 20: 2.5, 30: 2.0})
+    with SummaryWriter(str(folder / "logs"), purge_step=21, filename_suffix=".1") as writer:
+        writer.add_scalar("val/loss", 1.5, 30)
+    run = read_run(folder, "a")
+    assert [(step, value) for step, value, _ in run.curves["val/loss"]] == [(10, 3.0), (20, 2.5), (30, 1.5)]
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0, 20: math.nan, 30: math.inf})
+    assert [point.step for point in read_run(folder, "a").curves["val/loss"]] == [10]
+    write_report([folder], tmp_path / "report.html")
+    json.loads(Page(tmp_path / "report.html").scripts[0], parse_constant=pytest.fail)
+
+
+def test_a_folder_of_several_runs_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, {10: 3.0})
+    with pytest.raises(UserError, match="holds several runs .*; name one or more"):
+        read_run(tmp_path, "both")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place / "a", {10: 3.0}) for place in ("here", "there")]
+    assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
+
+
+def test_long_curves_keep_their_peaks() -> None:
+    points = [Point(step, float(step == 77_777), 0.0) for step in range(100_000)]
+    left = thinned(points)
+    assert len(left) <= MOST_POINTS and points[77_777] in left and left == sorted(left)
+    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
+
+
+def test_the_time_is_added_up_by_its_parts(tmp_path: Path) -> None:
+    # 20 steps of 0.5 s are 10 s, which are 0.7 of all time.
+    rows = tables.time_spent(read_run(write_run(tmp_path / "a", {10: 3.0, 20: 2.0}), "a")).rows
+    seconds = {part: share * 10 / 0.7 for part, share in SHARES.items()}
+    assert [row[:2] for row in rows] == [[part, tables.duration(seconds[part])] for part in tables.PARTS]
+    assert [row[2] for row in rows] == [f"{100 * share:.1f} %" for share in SHARES.values()]
+
+
+def test_the_best_run_comes_first_by_bits_per_byte(tmp_path: Path) -> None:
+    data = {"seq_len": 128}
+    folders = [
+        write_run(tmp_path / "bytes", {10: 1.5, 20: 1.6}, bpb=2.2, data={**data, "tokenizer": "bytes"}),
+        write_run(tmp_path / "bpe", {10: 4.5, 20: 4.0}, bpb=1.9, data={**data, "tokenizer": "bpe"}),
+    ]
+    runs = read_runs(folders)
+    assert tables.differing_options(runs) == ["data.tokenizer"]
+    table = tables.comparison(runs)
+    assert [row[0] for row in table.rows] == ["bpe", "bytes"] and table.best == 0
+    assert [row[-1] for row in table.rows] == ["bpe", "bytes"] and table.head[-1] == "data.tokenizer"
+    assert [row[1] for row in table.rows] == [4.0, 1.5]
+    without = [write_run(tmp_path / name, {10: loss}) for name, loss in (("c", 4.0), ("d", 3.0))]
+    assert [row[0] for row in tables.comparison(read_runs(without)).rows] == ["d", "c"]
+
+
+def test_train_and_val_share_a_chart(tmp_path: Path) -> None:
+    charts = charts_of(read_runs([write_run(tmp_path / "a", {10: 3.0, 20: 2.0})]))
+    rows = charts[0].spec["datasets"]["points"]
+    found = [(row["name"], row["step"]) for row in rows]
+    assert found == [("train", 10), ("train", 20), ("val", 10), ("val", 20)]
+    assert [chart.name for chart in charts] == ["loss", "learning-rate", "time"]
+
+
+@pytest.mark.parametrize("n_runs", [1, 2])
+def test_nothing_that_a_run_holds_acts_or_is_fetched(tmp_path: Path, n_runs: int) -> None:
+    names = ["<img src=x>.[0]", "b"][:n_runs]
+    folders = [write_run(tmp_path / name, {10: 3.0, 20: 2.0}, data={"x": HOSTILE}) for name in names]
+    with SummaryWriter(str(folders[0] / "logs"), filename_suffix=".1") as writer:
+        facts = {"environment": {HOSTILE: HOSTILE}, "command": [HOSTILE]}
+        writer.add_text("run/facts", "    " + json.dumps(facts))
+        writer.add_text("run/held_out", "    " + json.dumps([[HOSTILE, HOSTILE, -1.0, [[HOSTILE, -2.0]]]]))
+    write_report(folders, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.fetches() == [] and page.handlers() == [] and len(page.scripts) == 4
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert HOSTILE in page.text and "我在年青时候" in page.text
+    policy = next(each["content"] for tag, each in page.elements if tag == "meta" and "http-equiv" in each)
+    assert policy is not None and policy.startswith("default-src 'none'")
+    assert set(json.loads(page.scripts[0])) == {chart.name for chart in charts_of(read_runs(folders))}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "[]",
+        "{",
+        '{"changed": 3, "corpus": [1], "parameters": {"a": "b"}, "environment": "x", "command": 7}',
+        '{"corpus": {"train": 3, "val": {"tokens": "many"}}, "parameters": {"a": true}, "vocabulary": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_notes_of_any_kind_are_survived(tmp_path: Path, facts: str) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0})
+    with SummaryWriter(str(folder / "logs"), filename_suffix=".1") as writer:
+        for tag in ("run/facts", "run/held_out"):
+            writer.add_text(tag, facts)
+    write_report([folder], tmp_path / "report.html")
+    assert "lowest val loss" in Page(tmp_path / "report.html").text
+
+
+@pytest.mark.parametrize("config", ["a: &a [1]\nb: *a", "a: [", "[1]", "\x00", "{" * 5000])
+def test_a_configuration_that_cannot_be_read_is_left_out(tmp_path: Path, config: str) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0})
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    assert read_run(folder, "a").options == {}
+
+
+def test_the_script_is_put_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt_lightning.report.scripts import chart_script
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda snippet, version: f"{snippet} {version}")
+    script = chart_script()
+    assert re.fullmatch(r"window\.vegaEmbed = vegaEmbed; v6_\d+", script)
+    monkeypatch.setattr("vl_convert.javascript_bundle", pytest.fail)
+    assert chart_script() == script
+
+
+def test_without_a_cache_folder_the_script_is_made_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt_lightning.report.scripts import chart_script
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda snippet, version: "made")
+    assert chart_script() == "made"
+
+
+def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
+    run = Run("a", tmp_path, {}, {}, {})
+    assert charts_of([run]) == [] and tables.tiles(run) == [] and tables.figures(run).rows == []
+    assert tables.comparison([run, run]).best is None
