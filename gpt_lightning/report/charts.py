@@ -102,7 +102,7 @@ def _lines(
         for step, value, _ in thinned(curve.points)
     ]
     names = list(dict.fromkeys(curve.name for curve in curves))
-    legend = alt.Legend() if len(names) > 1 else None
+    legend = _legend(150) if len(names) > 1 else None
     base = alt.Chart().encode(
         x=_steps(),
         y=alt.Y("value:Q", title=unit or None, scale=_scale(log=log), axis=alt.Axis(tickCount=6)),
@@ -128,6 +128,11 @@ def _lines(
 
 def _steps() -> alt.X:
     return alt.X("step:Q", title="step", scale=_scale(), axis=alt.Axis(tickCount=8, grid=False))
+
+
+def _legend(width: int) -> alt.Legend:
+    """Has as many columns of this width as the chart has room for."""
+    return alt.Legend(columns=alt.ExprRef(f"max(1, floor(width / {width}))"))
 
 
 def _scale(*, log: bool = False) -> alt.Scale:
@@ -157,7 +162,7 @@ def _shares(run: Run) -> Chart | None:
         .encode(
             x=_steps(),
             y=alt.Y("share:Q", title=None, stack="normalize", axis=alt.Axis(format="%")),
-            color=alt.Color("part:N", sort=list(PARTS)),
+            color=alt.Color("part:N", sort=list(PARTS), legend=_legend(100)),
             order="order:O",
             tooltip=[_step_told(), "part:N", alt.Tooltip("share:Q", format=".1%")],
         )

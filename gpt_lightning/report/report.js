@@ -16,7 +16,9 @@
     const config = looks[dark.matches ? "dark" : "light"];
     const actions = {export: true, source: false, compiled: false, editor: false};
     const name = figure.dataset.chart;
-    return vegaEmbed(figure.querySelector("div"), spec, {config, actions, renderer: "svg", downloadFileName: name});
+    const tooltip = {theme: dark.matches ? "dark" : "light"};
+    const options = {config, actions, tooltip, renderer: "svg", downloadFileName: name};
+    return vegaEmbed(figure.querySelector("div"), spec, options);
   };
   const figures = [...document.querySelectorAll("figure")];
   figures.forEach((figure) => {

@@ -29,7 +29,7 @@ class TokenText(NamedTuple):
         numbers = [n for n, token in enumerate(self.tokens) if token.logprob is not None]
         numbers = sorted(numbers, key=lambda n: self.tokens[n].bits, reverse=True)[:MOST_SURPRISING]
         before = (self.tokens[max(0, n - 24) : n] for n in numbers)
-        texts = ("".join(token.text for token in some)[-40:] for some in before)
+        texts = ("".join(token.text for token in some)[-16:] for some in before)
         return [*zip(texts, (self.tokens[n] for n in numbers))]
 
 
