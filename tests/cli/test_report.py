@@ -2,13 +2,19 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpt_lightning.checkpoint import load_model
+from gpt_lightning.cli.closing import leave_report
+from gpt_lightning.report.run import read_run
 from tests.cli.conftest import Program
 from tests.report.pages import Page
+from tests.report.test_report import write_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -30,6 +36,17 @@ def test_a_fit_leaves_its_report_and_old_runs_get_one(
     assert "step 6" in text and "梦" in text and HOSTILE in text
     assert re.search(r"data\.tokenizer bpe:300", text) and re.search(r"train \d+ [\d,]+ \d\d\.\d %", text)
     assert page.fetches() == [] and page.handlers() == [] and len(page.scripts) == 4
+
+    # The notes are true of what was trained.
+    run = read_run(folder, "tiny")
+    model, tokenizer = load_model(folder / "last.ckpt")
+    assert sum(run.facts["parameters"].values()) == sum(each.numel() for each in model.parameters())
+    assert sum(split["documents"] for split in run.facts["corpus"].values()) == 40
+    assert run.facts["changed"]["data"]["tokenizer"] == "bpe:300" and "ckpt_path" not in run.facts["changed"]
+    ids = [tokenizer.eos_token_id, *tokenizer.encode("".join(token.text for token in run.held_out))]
+    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    expected = [float(logprobs[place, ids[place + 1]]) for place in range(8)]
+    assert [token.logprob for token in run.held_out[:8]] == pytest.approx(expected, abs=1e-3)
 
     # Another run; and both side by side, of the one only what every version has left.
     program("fit", "--config", config, "--run_name", "other", "--model.optimizer.learning_rate", "0.003")
@@ -62,3 +79,21 @@ def test_what_is_no_run_is_refused_in_a_line(
         program("report", *words)
     assert end.value.code == 2 and re.search(line, capfd.readouterr().err)
     assert not [*tmp_path.rglob("*.html")]
+
+
+def test_a_fault_in_the_report_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", {10: 3.0})
+    (folder / "report.html").mkdir()  # in whose place no file can be put
+    leave_report(folder)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the report could not be written (") and said.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "altair", None)
+    leave_report(folder)
+    assert "altair" in capsys.readouterr().err
+
+
+def test_a_run_without_events_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_report(tmp_path)
+    assert capsys.readouterr().err == "" and not [*tmp_path.iterdir()]
