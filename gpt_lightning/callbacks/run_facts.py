@@ -23,7 +23,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.notes import FACTS, HELD_OUT, note
+from gpt_lightning.training.notes import FACTS, HELD_OUT, note, part_of
 from gpt_lightning.training.scored_text import as_plain, shown_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy")
@@ -116,14 +116,8 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
         model = GPTModel(config)
     parts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        parts[_part_of(name)] += parameter.numel()
+        parts[part_of(name)] += parameter.numel()
     return dict(parts)
-
-
-def _part_of(name: str) -> str:
-    """Names the part of the model that a parameter belongs to: its first name, or that within a block."""
-    words = [word for word in name.split(".") if word != "blocks" and not word.isdecimal()]
-    return "norms" if words[0].startswith("ln_") or words[1].endswith("_norm") else words[0]
 
 
 def _counts(split: TokenSplit) -> dict[str, Any]:

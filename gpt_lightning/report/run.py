@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.training.notes import FACTS, HELD_OUT
+from gpt_lightning.training.notes import FACTS, HELD_OUT, part_of
 from gpt_lightning.training.scored_text import ShownToken, from_plain
 
-CONFIG_NAME = "config.yaml"
+CONFIG_NAME, LAST = "config.yaml", "last.ckpt"
 SAMPLES = "samples/"
 EVENTS = "events.out.tfevents.*"
 
@@ -65,6 +65,12 @@ class Run:
         """Lists the tokens of some held-out text as the model found them at the end; maybe none."""
         return from_plain(self._noted(HELD_OUT))
 
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """Counts them by part, in the last checkpoint where the run has not noted it."""
+        noted = self.facts.get("parameters")
+        return noted if isinstance(noted, dict) else _counted(self.folder / LAST)
+
     def _noted(self, tag: str) -> Any:
         try:
             return json.loads(texts[-1].text) if (texts := self.texts.get(tag)) else None
@@ -107,6 +113,25 @@ def read_run(folder: Path, name: str) -> Run:
                 texts[shown] += (Text(event.step, _text_of(event)) for event in events.Tensors(tag))
     ordered = {tag: sorted(points) for tag, points in curves.items() if points}
     return Run(name, folder, ordered, dict(texts), _read_options(folder / CONFIG_NAME))
+
+
+def _counted(checkpoint: Path) -> dict[str, Any]:
+    """Counts the parameters that a checkpoint holds in one file, by part; of any other, none."""
+    import torch  # slow to import, and noted runs need none of this
+
+    from gpt_lightning.checkpoint.contents import load_plain
+
+    parts: Counter[str] = Counter()
+    try:
+        weights = load_plain(checkpoint)["state_dict"]
+        # A tied head lies where the token table lies.
+        tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(weights.items())}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {}
+    for name, tensor in reversed(tensors.values()):
+        if isinstance(tensor, torch.Tensor):
+            parts[part_of(str(name).removeprefix("model."))] += tensor.numel()
+    return dict(parts)
 
 
 def _places(folder: Path) -> list[Path]:

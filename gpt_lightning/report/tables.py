@@ -26,7 +26,7 @@ def tiles(run: Run) -> list[tuple[str, Any]]:
         ("lowest val loss", loss and loss.value),
         ("bits per byte", bpb and bpb.value),
         ("steps", run.n_steps or None),
-        ("parameters", _total(run.facts.get("parameters"))),
+        ("parameters", _total(run.parameters)),
         ("tokens per second", _median(run, "throughput/tokens_per_second")),
         ("time", duration(seconds) if (seconds := _seconds(run)) else None),
     ]
@@ -86,7 +86,7 @@ def corpus(run: Run) -> Table:
 
 
 def parameters(run: Run) -> Table:
-    parts = {name: count for name, count in _items(run.facts.get("parameters")) if _number(count)}
+    parts = {name: count for name, count in run.parameters.items() if _number(count)}
     whole = _total(parts) or 1
     rows = [[name.replace("_", " "), count, f"{100 * count / whole:.1f} %"] for name, count in parts.items()]
     return Table(["", "parameters", "share"], rows)

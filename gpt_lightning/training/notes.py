@@ -23,3 +23,10 @@ def note(trainer: "Trainer", tag: str, value: Any) -> None:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(tag, block, trainer.global_step)
                 logger.save()
+
+
+def part_of(name: str) -> str:
+    """Names the part of the model that a parameter belongs to: its first name, or that within a block."""
+    words = [word for word in name.split(".") if word != "blocks" and not word.isdecimal()] or [name]
+    is_norm = words[0].startswith("ln_") or words[-2:][0].endswith("_norm")
+    return "norms" if is_norm else words[0]

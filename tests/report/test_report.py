@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from gpt_lightning.callbacks.run_facts import parameters_by_part
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.report import tables
 from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
 from gpt_lightning.report.page import write_report
@@ -182,3 +186,15 @@ def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
     run = Run("a", tmp_path, {}, {}, {})
     assert charts_of([run]) == [] and tables.tiles(run) == [] and tables.figures(run).rows == []
     assert tables.comparison([run, run]).best is None
+
+
+def test_the_parts_of_an_old_runs_model_are_read_from_its_checkpoint(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0})
+    assert read_run(folder, "a").parameters == {}
+    config = GPTConfig(vocab_size=11, max_position_embeddings=5, n_layers=2, n_heads=2, d_model=4)
+    weights = {f"model.{name}": tensor for name, tensor in GPTModel(config).state_dict().items()}
+    torch.save({"state_dict": weights}, folder / "last.ckpt")
+    assert read_run(folder, "a").parameters == parameters_by_part(config)
+    for contents in ([1], {"state_dict": {"model.x": 3}}, {"state_dict": {1: torch.ones(3)}}):
+        torch.save(contents, folder / "last.ckpt")
+        assert set(read_run(folder, "a").parameters) <= {"1"}
