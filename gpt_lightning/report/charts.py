@@ -51,8 +51,11 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         chart
         for chart in (
             _losses(runs),
+            _prefixed(runs, "eval/", "evaluation", "Evaluation"),
+            # Of one run it has the shape of the loss; several may have different tokenizers.
+            _one_tag(runs, "val/bpb", "bits-per-byte", "Bits per byte") if len(runs) > 1 else None,
             _one_tag(runs, "train/grad_norm", "gradient-norm", "Gradient norm"),
-            _rates(runs),
+            _prefixed(runs, "lr-", "learning-rate", "Learning rate"),
             _one_tag(runs, "throughput/tokens_per_second", "throughput", "Tokens per second"),
             _shares(runs[0]) if len(runs) == 1 else None,
         )
@@ -67,14 +70,15 @@ def _losses(runs: Sequence[Run]) -> Chart | None:
     return _lines("loss", "Loss", _by_colour(curves, runs), unit="nats a token", log=True)
 
 
-def _rates(runs: Sequence[Run]) -> Chart | None:
+def _prefixed(runs: Sequence[Run], prefix: str, name: str, title: str) -> Chart | None:
+    """Draws all values whose names begin alike, such as the rates lr-AdamW and lr-Muon."""
     curves = [
-        _Curve(run.name, tag.removeprefix("lr-"), points)
+        _Curve(run.name, tag.removeprefix(prefix), points)
         for run in runs
         for tag, points in run.curves.items()
-        if tag.startswith("lr-")
+        if tag.startswith(prefix)
     ]
-    return _lines("learning-rate", "Learning rate", _by_colour(curves, runs))
+    return _lines(name, title, _by_colour(curves, runs))
 
 
 def _by_colour(curves: list[_Curve], runs: Sequence[Run]) -> list[_Curve]:

@@ -116,6 +116,17 @@ def test_train_and_val_share_a_chart(tmp_path: Path) -> None:
     assert [chart.name for chart in charts] == ["loss", "learning-rate", "time"]
 
 
+def test_tasks_and_bits_per_byte_have_charts(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, {10: 3.0, 20: 2.0}, bpb=1.9) for name in ("a", "b")]
+    for folder in folders:
+        with SummaryWriter(str(folder / "logs"), filename_suffix=".1") as writer:
+            writer.add_scalar("eval/mine/acc", 0.5, 20)
+    charts = {chart.name: chart for chart in charts_of(read_runs(folders))}
+    rows = charts["evaluation"].spec["datasets"]["points"]
+    assert [(row["name"], row["kind"], row["value"]) for row in rows] == [(n, "mine/acc", 0.5) for n in "ab"]
+    assert "bits-per-byte" in charts and "time" not in charts
+
+
 @pytest.mark.parametrize("n_runs", [1, 2])
 def test_nothing_that_a_run_holds_acts_or_is_fetched(tmp_path: Path, n_runs: int) -> None:
     names = ["<img src=x>.[0]", "b"][:n_runs]
