@@ -45,7 +45,7 @@ class RunFacts(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero:
             return
         facts: dict[str, Any] = {
             "command": self._words,
@@ -66,7 +66,7 @@ class RunFacts(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         data = trainer.datamodule
-        if trainer.fast_dev_run or not isinstance(data, TextDataModule) or "val" not in data.prepare():
+        if not isinstance(data, TextDataModule) or "val" not in data.prepare():
             return
         tokenizer = data.text_tokenizer
         room = min(HELD_OUT_TOKENS, data.seq_len - 1)

@@ -100,43 +100,49 @@ def _lines(
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    rows = [
-        {"step": step, "value": value, "name": curve.name, "kind": curve.kind, "curve": f"c{number}"}
-        for number, curve in enumerate(curves)
-        for step, value, _ in thinned(curve.points)
-    ]
     names = list(dict.fromkeys(curve.name for curve in curves))
-    legend = _legend(150) if len(names) > 1 else None
     base = alt.Chart().encode(
         x=_steps(),
         y=alt.Y("value:Q", title=unit or None, scale=_scale(log=log), axis=alt.Axis(tickCount=6)),
-        color=alt.Color("name:N", sort=names, legend=legend),
+        color=alt.Color("name:N", sort=names, legend=alt.Legend() if len(names) > 1 else None),
     )
-    lines = base.mark_line(strokeWidth=1.8)
+    lines = base.mark_line(strokeWidth=1.8, clip=True)
     if any(curve.kind for curve in curves):
         lines = lines.encode(strokeDash=alt.StrokeDash("kind:N", sort=["val", "train"]))
-    nearest = alt.selection_point(
+    view = alt.selection_interval(bind="scales", zoom="wheel![event.ctrlKey || event.altKey]")
+    step = alt.selection_point(
         nearest=True, on="pointerover", clear="pointerout", fields=["step"], empty=False
     )
-    view = alt.selection_interval(bind="scales", zoom="wheel![event.ctrlKey || event.altKey]")
-    dots = base.mark_point(filled=True, size=45).encode(opacity=_only(nearest, 1)).add_params(view)
+    # No line shows a value that stands alone.
+    seen = alt.when(step).then(alt.value(1)).when("datum.alone").then(alt.value(1)).otherwise(alt.value(0))
+    dots = base.mark_point(filled=True, size=45, clip=True).encode(opacity=seen).add_params(view)
+    rule = _values_at(step, curves)
+    return _drawn(name, title, alt.layer(lines, dots, rule, data=alt.NamedData(name="points")), _rows(curves))
+
+
+def _values_at(step: alt.Parameter, curves: list[_Curve]) -> alt.Chart:
+    """Draws a rule at the step under the pointer, and tells the values of all curves there."""
     told = [
         alt.Tooltip(f"c{number}:Q", title=" ".join(filter(None, (curve.name, curve.kind))), format=".4~g")
         for number, curve in enumerate(curves)
     ]
+    seen = alt.when(step).then(alt.value(0.4)).otherwise(alt.value(0))
     rule = alt.Chart().transform_pivot("curve", value="value", groupby=["step"]).mark_rule(strokeWidth=1)
-    rule = rule.encode(x=_steps(), opacity=_only(nearest, 0.4), tooltip=[_step_told(), *told])
-    chart = alt.layer(lines, dots, rule.add_params(nearest), data=alt.NamedData(name="points"))
-    return _drawn(name, title, chart, rows)
+    return rule.encode(x=_steps(), opacity=seen, tooltip=[_step_told(), *told]).add_params(step)
+
+
+def _rows(curves: list[_Curve]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, (name, kind, points) in enumerate(curves):
+        of_all = {"name": name, "kind": kind, "curve": f"c{number}", "alone": len(points) == 1}
+        # Events hold float32, of which more digits are noise.
+        seen = ((step, float(f"{value:.6g}")) for step, value, _ in thinned(points))
+        rows += ({"step": step, "value": value, **of_all} for step, value in seen)
+    return rows
 
 
 def _steps() -> alt.X:
     return alt.X("step:Q", title="step", scale=_scale(), axis=alt.Axis(tickCount=8, grid=False))
-
-
-def _legend(width: int) -> alt.Legend:
-    """Has as many columns of this width as the chart has room for."""
-    return alt.Legend(columns=alt.ExprRef(f"max(1, floor(width / {width}))"))
 
 
 def _scale(*, log: bool = False) -> alt.Scale:
@@ -145,10 +151,6 @@ def _scale(*, log: bool = False) -> alt.Scale:
 
 def _step_told() -> alt.Tooltip:
     return alt.Tooltip("step:Q", format=",")
-
-
-def _only(selected: alt.Parameter, opacity: float) -> Any:
-    return alt.when(selected).then(alt.value(opacity)).otherwise(alt.value(0))
 
 
 def _shares(run: Run) -> Chart | None:
@@ -166,7 +168,7 @@ def _shares(run: Run) -> Chart | None:
         .encode(
             x=_steps(),
             y=alt.Y("share:Q", title=None, stack="normalize", axis=alt.Axis(format="%")),
-            color=alt.Color("part:N", sort=list(PARTS), legend=_legend(100)),
+            color=alt.Color("part:N", sort=list(PARTS)),
             order="order:O",
             tooltip=[_step_told(), "part:N", alt.Tooltip("share:Q", format=".1%")],
         )
@@ -203,6 +205,7 @@ def pictures(charts: Iterable[Chart]) -> Iterator[tuple[str, bytes]]:
 
     version = vega_lite_version()
     config = {**look(dark=False), "background": "white", "title": {"fontSize": 18, "anchor": "start"}}
+    config["legend"]["columns"] = 5
     for chart in charts:
         spec = {**chart.spec, "width": 900, "height": 420, "title": chart.title, "config": config}
         yield chart.name, vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)

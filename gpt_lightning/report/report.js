@@ -12,8 +12,12 @@
           encoding[box.name].scale = box.checked ? {type: "log", nice: false} : {nice: false, zero: false};
         }
       }
+      if (box.checked) {
+        spec.transform = [...(spec.transform ?? []), {filter: `datum.${box.value} > 0`}];
+      }
     }
-    const config = looks[dark.matches ? "dark" : "light"];
+    const config = structuredClone(looks[dark.matches ? "dark" : "light"]);
+    config.legend.columns = Math.max(1, Math.floor(figure.clientWidth / 130));
     const actions = {export: true, source: false, compiled: false, editor: false};
     const name = figure.dataset.chart;
     const tooltip = {theme: dark.matches ? "dark" : "light"};
