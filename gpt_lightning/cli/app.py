@@ -128,7 +128,7 @@ class GPTLightningCLI(LightningCLI):
         parser.add_argument("--init_from", type=str | None, default=None, help=INIT_FROM_HELP)
         # Only fit makes these callbacks, though a configuration is given to other verbs too.
         of_fit = {"checkpoint": RunCheckpoint, "non_finite": FiniteGuard, "samples": TextSamples}
-        of_fit |= {"evaluate": Evaluation}
+        of_fit |= {"evaluate": Evaluation, "progress": StepProgressBar}  # the last all make, but prepare
         for group, callback in of_fit.items():
             parser.add_class_arguments(callback, group, instantiate=False, sub_configs=True)
         parser.add_class_arguments(GenerationConfig, "generation")
@@ -249,7 +249,7 @@ class GPTLightningCLI(LightningCLI):
         shows_progress = any(isinstance(callback, ProgressBar) for callback in callbacks)
         callbacks.append(self._rank_guard)  # before those that talk to other ranks when a run fails
         if not shows_progress and settings["enable_progress_bar"] is not False:
-            callbacks.append(StepProgressBar())
+            callbacks.append(StepProgressBar(**self.config.progress))
         writer = DurableCheckpointIO()
         settings["plugins"].append(writer)
         self._rank_guard.before_exit = writer.wait

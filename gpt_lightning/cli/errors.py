@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lightning_utilities.core.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, WRITE_FAILED
@@ -108,17 +109,31 @@ def _plain_type(kind: str) -> str:
 def quiet() -> None:
     """Leaves out adverts and warnings of what is meant to be so; what the package reports goes to stderr."""
     logging.getLogger("gpt_lightning").setLevel(logging.INFO)
-    logging.getLogger("gpt_lightning").handlers = [logging.StreamHandler()]
-    for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_make_printable)
-    warnings.showwarning = _show_warning
+    handler = _ToStderr()
+    handler.addFilter(_make_printable)
+    for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric", "torch"):
+        logging.getLogger(name).handlers = [handler]
+    show_warnings_in_a_line()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    adverts = ("💡", "TPU available", "HPU available")
+    # A fit says itself what it runs on, and its configuration has the seed.
+    adverts = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
+
+
+def show_warnings_in_a_line() -> None:
+    """Leaves out where in the program a warning comes from, which says nothing to who uses it."""
+    warnings.showwarning = _show_warning
+
+
+class _ToStderr(logging.Handler):
+    """Writes to what stderr is at the time: beside a progress bar, that is above it."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
@@ -134,8 +149,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    text = warnings.formatwarning(message, category, filename, lineno, line)
-    print(printable(text), end="", file=file or sys.stderr)
+    text = " ".join(str(message).split())
+    print(printable(text if text.startswith("warning: ") else f"warning: {text}"), file=file or sys.stderr)
 
 
 def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
