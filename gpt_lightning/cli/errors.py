@@ -27,6 +27,8 @@ NOISE = (
     r".*torch.distributed is disabled, unavailable or uninitialized.*",
     r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
 )
+# And what is no news: a fit says itself what it runs on, and its configuration has the seed.
+ADVERTS = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
 
 
 def this_rank() -> int:
@@ -110,6 +112,7 @@ def quiet() -> None:
     """Leaves out adverts and warnings of what is meant to be so; what the package reports goes to stderr."""
     logging.getLogger("gpt_lightning").setLevel(logging.INFO)
     handler = _ToStderr()
+    handler.addFilter(lambda record: not record.getMessage().startswith(ADVERTS))
     handler.addFilter(_make_printable)
     for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric", "torch"):
         logging.getLogger(name).handlers = [handler]
@@ -117,10 +120,6 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    # A fit says itself what it runs on, and its configuration has the seed.
-    adverts = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(adverts))
 
 
 def show_warnings_in_a_line() -> None:
