@@ -4,8 +4,8 @@ MISTAKE = 2  # an option, a file or a prompt that cannot be used
 NON_FINITE = 3  # a loss, a gradient or a weight became NaN or infinite
 LOST_RANK = 4  # another process of the run was killed or stopped
 WRITE_FAILED = 5  # a checkpoint or a curve could not be written
-INTERRUPTED = 130  # SIGINT, after a checkpoint
-TERMINATED = 143  # SIGTERM or SIGUSR1, after a checkpoint
+INTERRUPTED = 130  # SIGINT, once steps are trained after a checkpoint
+TERMINATED = 143  # SIGTERM or SIGUSR1, likewise
 
 
 class UserError(ValueError):

@@ -15,11 +15,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED, WRITE_FAILED
+from gpt_lightning.callbacks.start_signals import EXIT_CODES, StartSignals
+from gpt_lightning.exit_codes import INTERRUPTED, WRITE_FAILED
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of, validation_is_due
-
-EXIT_CODES = {"SIGTERM": TERMINATED, "SIGUSR1": TERMINATED, "SIGINT": INTERRUPTED}
 
 
 class Stopped(Exception):
@@ -36,13 +35,17 @@ class OrderlyStop(Callback):
     Inside a validation it ends at once, unless the weights are not those that were trained: a callback that
     averages them puts others in meanwhile, and the stop waits until it has taken them out again.
 
+    It hears signals once training begins, and where there are several ranks from the setup on: they end
+    together before the first step too, with nothing saved.
+
     A GPTTrainer has no handlers of Lightning's, which save nothing, end with code 0, and hang when one rank
     alone is signalled.
     """
 
     def __init__(self) -> None:
         self._exit_code = 0
-        self._seen_step = 0
+        self._seen_step = self._rank = 0
+        self._has_begun = False
         self._trained: float | None = None  # the norm of the weights when the validation came up
         self._savers: list[RunCheckpoint] = []
         self._group: dist.ProcessGroup | None = None
@@ -58,10 +61,14 @@ class OrderlyStop(Callback):
                 "gpt_lightning.training.trainer.GPTTrainer"
             )
         self._savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
+        self._rank, self._has_begun = trainer.global_rank, False
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
             self._group = dist.new_group(backend="gloo", timeout=timeout_of(trainer))
-        if threading.current_thread() is threading.main_thread():
+            self._take_signals()
+
+    def _take_signals(self) -> None:
+        if not self._former_handlers and threading.current_thread() is threading.main_thread():
             for name in EXIT_CODES:
                 if (number := getattr(signal, name, None)) is not None:
                     self._former_handlers[number] = signal.signal(number, self._note)
@@ -72,14 +79,21 @@ class OrderlyStop(Callback):
         if name == "SIGINT" and self._exit_code == INTERRUPTED:
             raise KeyboardInterrupt
         self._exit_code = EXIT_CODES[name]
-        # Not through sys.stderr, in whose writing the signal may have come.
         saved = ", with a checkpoint" if self._savers else ""
+        when = f"after this step{saved}" if self._has_begun else "before the first step"
+        # Not through sys.stderr, in whose writing the signal may have come.
         with suppress(OSError):  # nobody may be reading
-            os.write(2, f"{name}: ending after this step{saved}\n".encode())
+            os.write(2, f"{name}: ending {when}\n".encode() * (self._rank == 0))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        if (stop := self._stop(trainer)) is not None:
+            raise stop
+        self._take_signals()
+        for handler in self._former_handlers.values():
+            if isinstance(handler, StartSignals):
+                handler.has_trained = True
+        self._seen_step, self._has_begun = trainer.global_step, True
 
     @override
     def on_train_batch_end(
@@ -118,8 +132,10 @@ class OrderlyStop(Callback):
         code = self._greatest(self._exit_code or (WRITE_FAILED if error is not None else 0))
         if not code:
             return None
+        if not self._has_begun and code != WRITE_FAILED:
+            return Stopped("stopped by a signal before the first step; nothing is saved", code)
         saved = ""
-        for saver in self._savers if trainer.global_step else ():
+        for saver in self._savers if trainer.global_step and self._has_begun else ():
             saver.save_now(trainer)
             saved = f"; go on with --ckpt_path {saver.last_model_path}"
         reason = f"since curves cannot be written ({error})" if code == WRITE_FAILED else "by a signal"

@@ -3,11 +3,12 @@
 import difflib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 from gpt_lightning import __version__
+from gpt_lightning.callbacks.start_signals import StartSignals
 from gpt_lightning.callbacks.terminal import printable, steady_streams
 from gpt_lightning.exit_codes import MISTAKE
 
@@ -64,16 +65,27 @@ def _run(words: list[str]) -> None:
         print(f"gpt_lightning {__version__}")
     elif words[0] not in VERBS:
         _refuse(words)
+    elif words[0] in WITHOUT_TRAINER:
+        file, name = WITHOUT_TRAINER[words[0]]
+        _run_verb(words[1:], file, name)
     else:
-        from gpt_lightning.cli.errors import one_line_errors, quiet, show_fault
+        with StartSignals(words[0]) as signals:
+            _run_verb(words, "app", "run", signals.check)
 
-        file, name = WITHOUT_TRAINER.get(words[0], ("app", "run"))
-        with one_line_errors(is_run=file == "app"):
-            with without_collector():
-                function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
-            quiet()
-            sys.excepthook = show_fault
-            function(words if file == "app" else words[1:])
+
+def _run_verb(
+    words: list[str], file: str, name: str, after_imports: Callable[[], None] = lambda: None
+) -> None:
+    from gpt_lightning.cli.errors import one_line_errors, quiet, show_fault, show_warnings_in_a_line
+
+    show_warnings_in_a_line()
+    with one_line_errors(is_run=file == "app"):
+        with without_collector():
+            function = getattr(import_module(f"gpt_lightning.cli.{file}"), name)
+        after_imports()
+        quiet()
+        sys.excepthook = show_fault
+        function(words)
 
 
 def _refuse(words: list[str]) -> None:

@@ -109,6 +109,17 @@ def test_a_signal_before_the_first_step_is_done_is_heeded_after_it(tmp_path: Pat
     assert process.exit_codes() == [143], process.output()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_before_training_ends_them_all(rank: int, tmp_path: Path) -> None:
+    stop = [callback("SignalAt", moment="validation 0", name="SIGTERM", rank=rank)]
+    trainer = {**TOPOLOGIES["ddp 2"][2], "num_sanity_val_steps": 2, "callbacks": stop}
+    process = Process(write_run(tmp_path, "run", trainer=trainer), tmp_path, ranks=2)
+    assert process.exit_codes() == [143, 143], process.output()
+    assert process.output().count("stopped by a signal before the first step; nothing is saved") == 1
+    assert process.output().count("SIGTERM: ending before the first step") == (rank == 0)
+    assert not [*tmp_path.rglob("*.ckpt*")]
+
+
 def test_a_job_that_goes_on_has_all_of_its_time_limit_again(tmp_path: Path) -> None:
     words = write_run(tmp_path, "run", trainer={"max_steps": -1, "max_epochs": -1, "limit_val_batches": 0})
     steps = [0]

@@ -1,0 +1,126 @@
+"""A signal while no step is trained ends the program at once: one line, the code, nothing half-written."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.callbacks.start_signals import EXIT_CODES, EndedBySignal, StartSignals
+from gpt_lightning.training.module import GPTLightningModule
+
+Config = Callable[..., Path]
+CODES = [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)]
+
+
+def send(name: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: os.kill(os.getpid(), getattr(signal, name))
+
+
+def ends(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, list[str]]:
+    """The code, and what was said; signals are heard as before."""
+    before = [signal.getsignal(getattr(signal, name)) for name in EXIT_CODES]
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert [signal.getsignal(getattr(signal, name)) for name in EXIT_CODES] == before
+    return exit.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def first_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("RANK", raising=False)
+    yield
+
+
+@pytest.mark.parametrize("name, code", CODES)
+def test_while_the_program_is_imported(
+    name: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    first_rank: None,
+) -> None:
+    monkeypatch.setattr("gpt_lightning.cli.main.import_module", send(name))
+    line = f"{name}: ended before the first step; nothing is saved"
+    assert ends(["fit"], capsys) == (code, [line])
+    assert ends(["predict"], capsys) == (code, [f"{name}: predict ended"])
+    monkeypatch.setenv("RANK", "1")
+    assert ends(["fit"], capsys) == (code, [])
+
+
+def test_an_import_that_takes_the_signal_for_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first_rank: None
+) -> None:
+    def import_module(name: str) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            return sys
+
+    monkeypatch.setattr("gpt_lightning.cli.main.import_module", import_module)
+    monkeypatch.setattr(sys, "run", lambda words: pytest.fail("it went on"), raising=False)
+    assert ends(["fit"], capsys)[0] == 143
+
+
+@pytest.mark.parametrize("verb", ["fit", "prepare"])
+@pytest.mark.parametrize("name, code", CODES[1:])
+def test_while_text_is_tokenized(
+    verb: str,
+    name: str,
+    code: int,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    first_rank: None,
+) -> None:
+    config = tiny_config()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("gpt_lightning.data.cache_folder.write_digests", send(name))
+    ended, said = ends([verb, "--config", str(config)], capsys)
+    assert ended == code and sorted(tmp_path.rglob("*")) == before
+    what = "prepare ended" if verb == "prepare" else "ended before the first step; nothing is saved"
+    assert said[-1] == f"{name}: {what}" and len([line for line in said if name in line]) == 1
+
+
+def test_in_the_validation_before_training_and_after_training(
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    first_rank: None,
+) -> None:
+    words = ["fit", "--config", str(tiny_config())]
+    with monkeypatch.context() as patched:
+        patched.setattr(GPTLightningModule, "validation_step", send("SIGTERM"))
+        code, said = ends(words, capsys)
+    assert code == 143 and said[-1] == "SIGTERM: ended before the first step; nothing is saved"
+    assert not [*tmp_path.rglob("*.ckpt*")]
+    monkeypatch.setattr("gpt_lightning.cli.app.tell_how_to_go_on", send("SIGTERM"))
+    code, said = ends(words, capsys)
+    assert code == 143 and said[-1] == "SIGTERM: ended after training"
+    assert len([*tmp_path.rglob("last.ckpt")]) == 1
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As a shell has it for what it runs in the background."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StartSignals("fit"):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_an_error_of_the_way_out_hides_nothing(capsys: pytest.CaptureFixture[str], first_rank: None) -> None:
+    with pytest.raises(SystemExit) as exit, StartSignals("validate"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except EndedBySignal:
+            raise RuntimeError("while it ends")
+    assert exit.value.code == 143 and capsys.readouterr().err == "SIGTERM: validate ended\n"
