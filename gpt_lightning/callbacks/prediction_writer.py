@@ -77,7 +77,8 @@ class PredictionWriter(CompletionCallback):
             _log.info(f"beginning anew, not with what an earlier run had finished: {'; '.join(differences)}")
         if finished:
             total = len(trainer.datamodule.all_prompts) * num_samples
-            _log.info(f"resuming: {len(self._finished):,} of {total:,} completions were finished")
+            were = "completions were" if total != 1 else "completion was"
+            _log.info(f"resuming: {len(self._finished):,} of {total:,} {were} finished")
 
     @override
     def on_completion(self, row: dict[str, Any]) -> None:

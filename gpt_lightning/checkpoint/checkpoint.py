@@ -19,6 +19,7 @@ from gpt_lightning.checkpoint.contents import (
     with_config_of_child_class,
 )
 from gpt_lightning.checkpoint.files import REST, WEIGHTS, is_sharded, write
+from gpt_lightning.checkpoint.runs import named_checkpoint
 from gpt_lightning.checkpoint.weights import MODEL_PREFIX
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
@@ -125,8 +126,11 @@ class Checkpoint:
 
 
 def load_model(path: Path | str) -> tuple[GPTModel, TextTokenizer]:
-    """Returns a trained model, ready for inference, and its tokenizer: all that generation needs."""
-    checkpoint = Checkpoint.open(Path(path), may_be_sharded=False)
+    """Returns a trained model, ready for inference, and its tokenizer: all that generation needs.
+
+    Of a folder it takes the newest checkpoint.
+    """
+    checkpoint = Checkpoint.open(named_checkpoint(Path(path)), may_be_sharded=False)
     with Uninitialized():
         model = GPTModel(checkpoint.config)
     model.load_state_dict(checkpoint.weights)

@@ -168,7 +168,7 @@ def no_file(path: Path) -> UserError:
             f"gpt-lightning consolidate --ckpt_path {path} --output FILE"
         )
     if path.is_dir():
-        return UserError(f"ckpt_path={path} is a folder and no whole sharded checkpoint; name another")
+        return UserError(f"ckpt_path={path} is a folder without a whole checkpoint; name another")
     others = ", ".join(sorted(other.name for other in path.parent.glob("*.ckpt")))
     listing = f"; {path.parent} holds {others}" if others else ""
     return UserError(f"ckpt_path={path} is not a file; name a .ckpt file{listing}")

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from gpt_lightning.checkpoint.atomic import release, take_lock, tidy
 from gpt_lightning.checkpoint.contents import load_plain
-from gpt_lightning.checkpoint.files import is_sharded, verify
+from gpt_lightning.checkpoint.files import is_sharded, no_file, verify
 from gpt_lightning.exit_codes import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -45,13 +45,22 @@ def run_folder(root: Path, run_name: str) -> Path:
 def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: None) -> Path:
     """Returns the checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
     if given is not None and given != "last":
-        return Path(given)
+        return named_checkpoint(Path(given), warn)
     newest = newest_checkpoint(folder, warn)
     if newest is None:
         raise UserError(
             f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; "
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
+    return newest
+
+
+def named_checkpoint(path: Path, warn: Warn = lambda line: None) -> Path:
+    """Returns a file or a sharded checkpoint as it is; of any other folder the newest whole one."""
+    if not path.is_dir() or is_sharded(path):
+        return path
+    if (newest := newest_checkpoint(path, warn)) is None:
+        raise no_file(path)
     return newest
 
 
@@ -101,8 +110,9 @@ def _newest_of(paths: list[Path], warn: Warn) -> Path | None:
                 warn(f"skipped: {complaint.removesuffix('; name another')}")
             return path
     if complaints:
-        others = f" (nor are {len(complaints) - 1} others)" if len(complaints) > 1 else ""
-        raise UserError(f"no checkpoint is whole: {complaints[0]}{others}")
+        first, *others = complaints
+        more = f" (nor are {len(others)} others)" if len(others) > 1 else " (nor is another)" * len(others)
+        raise UserError(f"no checkpoint is whole: {first}{more}")
     return None
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gpt_lightning.checkpoint.checkpoint import consolidate
 from gpt_lightning.checkpoint.files import write
+from gpt_lightning.checkpoint.runs import named_checkpoint
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
@@ -17,7 +18,7 @@ def run_consolidate(words: list[str]) -> None:
     parser.add_argument("--ckpt_path", type=str, required=True, help="The folder that `save_sharded` wrote.")
     parser.add_argument("--output", type=str, required=True, help="The file to write.")
     options = parser.parse_args(words)
-    consolidate(Path(options.ckpt_path), Path(options.output))
+    consolidate(named_checkpoint(Path(options.ckpt_path), say), Path(options.output))
     say(f"checkpoint: {options.output}")
 
 
@@ -36,7 +37,7 @@ def run_import(words: list[str]) -> None:
 def run_export(words: list[str]) -> None:
     places = {"CKPT": "A checkpoint, also a sharded one.", "FOLDER": "The folder to make."}
     checkpoint, folder = _two_words("export-hf", words, places)
-    export_model(Path(checkpoint), Path(folder))
+    export_model(named_checkpoint(Path(checkpoint), say), Path(folder))
     say(f"model: {folder}")
 
 

@@ -9,9 +9,9 @@ from jsonargparse import ArgumentParser
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import MODULE_KEY, SETTINGS
-from gpt_lightning.checkpoint.files import OPTIMIZERS
+from gpt_lightning.checkpoint.files import OPTIMIZERS, is_sharded
 from gpt_lightning.checkpoint.optimizer_state import problem_of_name
-from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
+from gpt_lightning.checkpoint.runs import find_checkpoint, named_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_key, model_options
 from gpt_lightning.cli.parser import ALLOW_IMPORT
@@ -75,7 +75,8 @@ def _tell_of_another_class(settings: Any, checkpoint: Checkpoint) -> None:
 def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
     """Returns the checkpoint to go on from, and whether the run is begun again."""
     if settings.ckpt_path != "last":
-        return (Path(settings.ckpt_path) if settings.ckpt_path is not None else None), False
+        path = settings.ckpt_path
+        return (None if path is None else named_checkpoint(Path(path), say)), False
     own = settings.checkpoint.dirpath
     newest = newest_of_run(folder, say) if own is None else newest_checkpoint(Path(own), say)
     if newest is None:
@@ -100,7 +101,9 @@ def _is_untrained(checkpoint: Checkpoint) -> bool:
 def _open_initial(init_from: str, settings: Any) -> Checkpoint:
     """Opens a checkpoint, or imports a model as one."""
     path = Path(os.path.expanduser(init_from))
-    if not path.is_file() and path.suffix != ".ckpt":
+    if path.is_dir() and not (path / "config.json").exists():  # no model of Hugging Face's
+        path = newest_checkpoint(path, say) or path
+    if not path.is_file() and not is_sharded(path) and path.suffix != ".ckpt":
         return Checkpoint(path, import_model(init_from, "init_from"))
     try:
         return Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))

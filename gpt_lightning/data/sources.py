@@ -68,7 +68,8 @@ def _kinds(files: set[Path]) -> str:
     counts = Counter(map(_ending, files))
     most = sorted(counts, key=lambda ending: (-counts[ending], ending))[:_MOST_ENDINGS]
     others = len(files) - sum(counts[ending] for ending in most)
-    return ", ".join([f"{counts[ending]} {ending}" for ending in most] + [f"{others} others"] * bool(others))
+    rest = {0: [], 1: ["1 other"]}.get(others, [f"{others} others"])
+    return ", ".join([f"{counts[ending]} {ending}" for ending in most] + rest)
 
 
 def _ending(path: Path) -> str:

@@ -269,7 +269,8 @@ def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
     for name, of_split in repeated.items():
         if of_split.all():
             problem = f"data.drop_repeated=true leaves nothing of {name}"
-            raise UserError(f"{problem}: its {len(of_split)} documents are all in train; give other text")
+            its = "its 1 document is" if len(of_split) == 1 else f"its {len(of_split):,} documents are all"
+            raise UserError(f"{problem}: {its} in train; give other text")
     return repeated
 
 

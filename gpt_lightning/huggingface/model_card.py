@@ -72,10 +72,11 @@ def _recipe(checkpoint: Checkpoint) -> dict[str, str]:
     }
     if not checkpoint.step:
         return recipe | {"training": "none since"}
+    steps = f"{checkpoint.step:,} optimizer step{'s' if checkpoint.step > 1 else ''}"
     return recipe | {
         "optimizer": _options(_mapping(chosen.get("optimizer"))),
         "learning rate over time": _options(_mapping(chosen.get("schedule"))),
-        "training": f"{checkpoint.step:,} optimizer steps{_tokens_seen(checkpoint)}",
+        "training": f"{steps}{_tokens_seen(checkpoint)}",
     }
 
 

@@ -225,8 +225,8 @@ class Schedule(LambdaLR):
 def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, horizon: float) -> LambdaLR:
     if settings.warmup_steps >= horizon:
         rank_zero_warn(
-            f"model.schedule.warmup_steps={settings.warmup_steps} is not below the {horizon} steps "
-            "of this run: the learning rate never reaches its peak"
+            f"model.schedule.warmup_steps={settings.warmup_steps} is not below the {horizon} "
+            f"step{'s' if horizon != 1 else ''} of this run: the learning rate never reaches its peak"
         )
     return Schedule(optimizer, lambda step: learning_rate_factor(step, settings, horizon))
 

@@ -15,11 +15,13 @@ from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.runs import (
     NUMBERED,
     find_checkpoint,
+    named_checkpoint,
     newest_checkpoint,
     newest_of_run,
     open_run_folder,
     run_folder,
 )
+from gpt_lightning.exit_codes import UserError
 
 fork = multiprocessing.get_context("fork")
 
@@ -179,7 +181,7 @@ def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
     for name in ("last.ckpt", "step000002.ckpt"):
         flip(save(tmp_path / "run" / name, 2))
     for find in (newest_of_run, lambda folder: find_checkpoint("last", folder)):
-        with pytest.raises(ValueError, match="no checkpoint is whole.*last.ckpt.*nor are 1 others"):
+        with pytest.raises(ValueError, match="no checkpoint is whole.*last.ckpt.*nor is another"):
             find(tmp_path / "run")
 
 
@@ -258,3 +260,19 @@ def test_a_name_with_the_signs_of_globs_means_itself(name: str, tmp_path: Path) 
 def test_a_name_that_means_something_else_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^run_name=.*; leave "):
         run_folder(tmp_path, name)
+
+
+def test_a_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "run"
+    save(run / "step000002.ckpt", 2, age_seconds=9)
+    save(run / "last.ckpt", 4)
+    assert named_checkpoint(run) == named_checkpoint(tmp_path) == find_checkpoint(str(run), tmp_path)
+    assert named_checkpoint(run) == run / "last.ckpt"
+    assert named_checkpoint(run / "step000002.ckpt") == run / "step000002.ckpt"
+    flip(run / "last.ckpt")
+    warnings: list[str] = []
+    assert named_checkpoint(run, warnings.append) == run / "step000002.ckpt" and len(warnings) == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty is a folder without a whole checkpoint"):
+        named_checkpoint(tmp_path / "empty")
+    assert named_checkpoint(tmp_path / "missing.ckpt") == tmp_path / "missing.ckpt"

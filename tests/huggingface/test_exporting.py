@@ -250,7 +250,7 @@ def test_what_is_no_checkpoint_is_refused(checkpoint: Path, capsys: pytest.Captu
     for name, message in (
         ("none.ckpt", "is not a file"),
         ("torn.ckpt", "cannot be read as a checkpoint"),
-        ("theirs", "is a folder and no whole sharded checkpoint"),
+        ("theirs", "is a folder without a whole checkpoint"),
         ("other.ckpt", "was not written by gpt_lightning"),
     ):
         capsys.readouterr()
