@@ -13,9 +13,13 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+from gpt_lightning.exit_codes import UserError
+
 # What a killed process leaves of a checkpoint, or formerly left of a try whether a folder can be written.
 LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
 LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class NameNotSyncedError(OSError):
@@ -49,6 +53,24 @@ def written_folder(folder: Path) -> Generator[Path, None, None]:
         put_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(option: str, remedy: str = "name another place") -> Generator[None, None, None]:
+    """Surrounds what is written where an option says, and refuses the place by its name.
+
+    A full disk is no mistake of the option's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno in NO_SPACE:
+            raise
+        in_the_way = f": {cause.filename}" if cause.errno in (errno.EEXIST, errno.ENOTDIR) else ""
+        raise UserError(f"{option} cannot be written ({cause.strerror}{in_the_way}); {remedy}") from error
 
 
 def unfinished_folder(folder: Path) -> Path:

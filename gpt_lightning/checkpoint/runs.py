@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from gpt_lightning.checkpoint.atomic import release, take_lock, tidy
+from gpt_lightning.checkpoint.atomic import naming, release, take_lock, tidy
 from gpt_lightning.checkpoint.contents import load_plain
 from gpt_lightning.checkpoint.files import is_sharded, no_file, verify
 from gpt_lightning.exit_codes import UserError
@@ -170,6 +170,11 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
     A run goes on from the newest checkpoint of `folder` in `folder`. What killed saves left in it is removed.
     A run that `begins_again` was killed before its first checkpoint.
     """
+    with naming(f"trainer.default_root_dir: {folder.parent}"):
+        return _first_open(folder, resumed_from, begins_again)
+
+
+def _first_open(folder: Path, resumed_from: Path | None, begins_again: bool) -> OpenRun:
     if _lies_in(folder, resumed_from):
         run = _opened_or_refused(folder, f"run_name={folder.name}", "another --run_name")
         if _goes_on_in(folder, resumed_from):  # asked now, when nobody else adds checkpoints
@@ -189,7 +194,8 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
 
 def open_named_folder(folder: Path, resumed_from: Path | None, option: str) -> OpenRun:
     """Opens just this folder; raises if another process has it open, or it has another run's checkpoints."""
-    run = _opened_or_refused(folder, option, "another folder")
+    with naming(option):
+        run = _opened_or_refused(folder, option, "another folder")
     if _checkpoints_below(folder) and not _goes_on_in(folder, resumed_from):
         run.close()
         raise UserError(f"{option} holds checkpoints that this run would overwrite; give another folder")

@@ -32,6 +32,7 @@ from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.run_facts import RunFacts
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
@@ -312,9 +313,10 @@ class GPTLightningCLI(LightningCLI):
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):
             raise UserError(f"output={given!r} is no file; name one, such as predictions.jsonl")
         output = Path(given) if given else checkpoint.path.parent / "predictions.jsonl"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if this_rank() == 0:
-            self._ending.callback(lock_output(output))
+        with naming(f"output={output}", "give another --output"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if this_rank() == 0:
+                self._ending.callback(lock_output(output))
         return PredictionWriter(output, sys.stdout, checkpoint)
 
     # Verbs

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.checkpoint import consolidate
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.runs import named_checkpoint
@@ -18,7 +19,8 @@ def run_consolidate(words: list[str]) -> None:
     parser.add_argument("--ckpt_path", type=str, required=True, help="The folder that `save_sharded` wrote.")
     parser.add_argument("--output", type=str, required=True, help="The file to write.")
     options = parser.parse_args(words)
-    consolidate(named_checkpoint(Path(options.ckpt_path), say), Path(options.output))
+    with naming(f"output={options.output}"):
+        consolidate(named_checkpoint(Path(options.ckpt_path), say), Path(options.output))
     say(f"checkpoint: {options.output}")
 
 
@@ -30,7 +32,9 @@ def run_import(words: list[str]) -> None:
     name, output = _two_words("import-hf", words, places)
     if Path(output).exists():
         raise UserError(f"OUT={output} exists already; name another file, or remove it")
-    write(import_model(name, "NAME_OR_FOLDER"), Path(output))
+    contents = import_model(name, "NAME_OR_FOLDER")
+    with naming(f"OUT={output}"):
+        write(contents, Path(output))
     say(f"checkpoint: {output}")
 
 

@@ -1,6 +1,5 @@
 """Says what goes on beside the output, and how the program ends: in one line and a code where it is known."""
 
-import errno
 import logging
 import os
 import re
@@ -16,9 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from gpt_lightning.callbacks.terminal import printable
+from gpt_lightning.checkpoint.atomic import NO_SPACE
 from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, WRITE_FAILED
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOISE = (
     r".*does not have many workers.*",
     r".*exists and is not empty.*",
@@ -27,8 +26,12 @@ NOISE = (
     r".*torch.distributed is disabled, unavailable or uninitialized.*",
     r".*It is recommended to use .self.log.* when logging on epoch level in distributed setting.*",
 )
-# And what is no news: a fit says itself what it runs on, and its configuration has the seed.
-ADVERTS = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to")
+# And what is no news: a fit says itself what it runs on, its configuration has the seed, and each verb says
+# which checkpoint it takes.
+ADVERTS = (
+    *("💡", "GPU available", "TPU available", "HPU available", "Seed set to"),
+    *("Restoring states from", "Restored all states from", "Loaded model weights from"),
+)
 
 
 def this_rank() -> int:
@@ -78,7 +81,7 @@ def _known_in(error: BaseException) -> tuple[str, int] | None:
 
 def _exhausted(error: BaseException) -> tuple[str, int] | None:
     """Says what the machine has no more of, as a logger may find before the first step."""
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return f"{error}; make space", WRITE_FAILED
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return f"{error}; end other processes, or raise the limit (ulimit -u)", WRITE_FAILED
@@ -114,12 +117,18 @@ def quiet() -> None:
     handler = _ToStderr()
     handler.addFilter(lambda record: not record.getMessage().startswith(ADVERTS))
     handler.addFilter(_make_printable)
-    for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric", "torch"):
+    for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric", *_loggers_of_torch()):
         logging.getLogger(name).handlers = [handler]
     show_warnings_in_a_line()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _loggers_of_torch() -> list[str]:
+    """Lists those that write themselves, unless somebody asks for them in all detail."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    return [] if "TORCH_LOGS" in os.environ else [name for name in names if logging.getLogger(name).handlers]
 
 
 def show_warnings_in_a_line() -> None:
@@ -136,7 +145,9 @@ class _ToStderr(logging.Handler):
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), ()
+    text = record.getMessage()
+    is_torchs = record.name.partition(".")[0] == "torch" and record.levelno >= logging.WARNING
+    record.msg, record.args = printable(_warning(text) if is_torchs else text), ()
     return True
 
 
@@ -148,8 +159,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    text = " ".join(str(message).split())
-    print(printable(text if text.startswith("warning: ") else f"warning: {text}"), file=file or sys.stderr)
+    print(printable(_warning(str(message))), file=file or sys.stderr)
+
+
+def _warning(text: str) -> str:
+    """Makes a line of it, without the place in torch's sources."""
+    text = re.sub(r"\(Triggered internally at [^)]*\)", "", text)
+    return f"warning: {' '.join(text.split()).removeprefix('warning: ')}"
 
 
 def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from gpt_lightning.checkpoint.atomic import written_file, written_folder
+from gpt_lightning.checkpoint.atomic import naming, written_file, written_folder
 from gpt_lightning.data.block_digests import SUFFIX, is_damaged, write_digests
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_docs_fingerprint
-from gpt_lightning.exit_codes import UserError
 
 _FORMAT = 1
 _META = "meta.json"
@@ -40,12 +39,11 @@ def built_folder(
     key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir).absolute() / f"{kind}-{key}"
     made = [parent for parent in folder.parents if not parent.exists()]
-    try:
+    with naming(f"data.cache_dir={cache_dir}", "choose a writable folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"data.cache_dir={cache_dir} cannot be made ({error.strerror})"
-        raise UserError(f"{problem}; choose a writable folder") from None
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        lock.acquire()
+    try:
         if (reason := _stale_reason(folder, sources)) is not None:
             _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
             try:
@@ -59,6 +57,8 @@ def built_folder(
         else:
             check_sources([source["hash"] for source in _read_meta(folder)["sources"]])
         yield folder, _read_meta(folder)["built"]
+    finally:
+        lock.release()
 
 
 def _leave_no_trace(folder: Path, made: list[Path]) -> None:

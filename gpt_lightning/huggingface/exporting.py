@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint.atomic import written_folder
+from gpt_lightning.checkpoint.atomic import naming, written_folder
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.files import write_error
 from gpt_lightning.data.tokenizer import TextTokenizer, is_read_by_transformers
@@ -35,7 +35,7 @@ def export_model(path: Path, folder: Path) -> None:
     card = model_card(checkpoint, place.name, family_of(config))
     target = place / place.name if exists else place
     try:
-        with written_folder(target) as temporary:
+        with naming(f"FOLDER={folder}"), written_folder(target) as temporary:
             _write_model(config, weights, checkpoint.tokenizer, temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
         if exists:  # is filled, config.json last: somebody may stand in it

@@ -1,19 +1,23 @@
 """Checks that bad input gives one clear line and exit code 2, and that nothing is written."""
 
+import errno
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError
-from gpt_lightning.cli.errors import one_line_errors
+from gpt_lightning.cli.errors import one_line_errors, quiet
 from gpt_lightning.exit_codes import UserError
 
 Config = Callable[..., Path]
@@ -345,3 +349,37 @@ def test_an_interrupt_ends_with_its_code() -> None:
 def test_a_fault_passes(error: Exception) -> None:
     with pytest.raises(type(error)), one_line_errors():
         raise error
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("--trainer.default_root_dir", "trainer.default_root_dir: {place}/checkpoints"),
+        ("--checkpoint.dirpath", "checkpoint.dirpath={place}"),
+        ("--data.cache_dir", "data.cache_dir={place}"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_by_its_option(
+    option: str, said: str, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = ["fit", "--config", str(tiny_config()), option, place := str(tmp_path / "file" / "x")]
+    message = fails(words, capsys, tmp_path)
+    assert message.startswith(f"error: {said.format(place=place)} cannot be written (Not a directory: {place}")
+    with pytest.raises(UserError, match="^theirs$"), naming("mine"):
+        try:
+            raise OSError(errno.EACCES, "no")
+        except OSError as error:
+            raise UserError("theirs") from error
+    with pytest.raises(OSError, match="full"), naming("mine"):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_warning_is_a_line_without_the_place_in_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # to be given back
+    quiet()
+    for number, warn in enumerate((warnings.warn, rank_zero_warn, logging.getLogger("torch").warning)):
+        warn(f"it is\n  slow {number} (Triggered internally at /pytorch/a.cpp:49.)")
+    assert capsys.readouterr().err == "".join(f"warning: it is slow {number}\n" for number in range(3))

@@ -289,5 +289,5 @@ def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
 def test_cache_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     source = write_documents(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"data.cache_dir=.*file/x cannot be made \(.*\); choose"):
+    with pytest.raises(ValueError, match=r"data.cache_dir=.*file/x cannot be written \(.*\); choose"):
         prepare_tokens(corpus(source), BYTES, str(tmp_path / "file" / "x"))

@@ -112,8 +112,15 @@ def test_a_read_only_disk_is_refused_before_training(small_disk: Path, tmp_path:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     words = write_run(tmp_path, "run", trainer={"default_root_dir": str(small_disk)})
     code, output = run(words, tmp_path)
-    assert code == 2 and "Read-only" in output.splitlines()[-1] and "Traceback" not in output
+    assert code == 2 and "Traceback" not in output
+    problem = f"{small_disk}/checkpoints cannot be written (Read-only file system)"
+    line = f"error: trainer.default_root_dir: {problem}; name another place"
+    assert output.splitlines()[-1] == line
     assert not (tmp_path / "run.0").exists()
+    words = write_run(tmp_path, "run", data={"cache_dir": str(small_disk)})
+    code, output = run(words, tmp_path)
+    assert code == 2 and f"error: data.cache_dir={small_disk} cannot be written" in output.splitlines()[-1]
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("kind", ["elsewhere", "full"])
