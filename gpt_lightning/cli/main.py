@@ -63,6 +63,8 @@ def _run(words: list[str]) -> None:
         print(HELP.format(verbs="\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())), end="")
     elif words[0] == "--version":
         print(f"gpt_lightning {__version__}")
+    elif words[0].partition("=")[0] == "--print_shtab":
+        _run_verb([*words[0].split("=")[1:], *words[1:]], "completion", "print_completion")
     elif words[0] not in VERBS:
         _refuse(words)
     elif words[0] in WITHOUT_TRAINER:

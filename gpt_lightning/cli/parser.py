@@ -55,6 +55,18 @@ TRUSTED_PARTS = [
 LAUNCHERS = [f"{part}.launchers" for part in TRUSTED_PARTS if part.endswith(".strategies")]
 
 
+# Stands alone for the words of a verb whose parser is wanted, and no run.
+PARSER_ONLY = "--parser-only"
+
+
+class ParserMade(Exception):
+    """Brings a verb's parser to who asked for it with PARSER_ONLY."""
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
 class PlainParser(ArgumentParser):
     """Refuses abbreviated options: `--model.config.n_layer` would quietly set n_layers."""
 
@@ -67,6 +79,8 @@ class PlainParser(ArgumentParser):
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] == [PARSER_ONLY]:
+            raise ParserMade(self)
         try:
             return super().parse_args(*args, **kwargs)
         except RecursionError:
