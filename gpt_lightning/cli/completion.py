@@ -1,4 +1,4 @@
-"""Prints the script by which a shell completes verbs and options; shtab makes it of the verbs' own parsers."""
+"""Prints the script by which a shell completes verbs and options; shtab makes it of the verbs' parsers."""
 
 import argparse
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ def print_completion(words: list[str]) -> None:
     program = argparse.ArgumentParser("gpt-lightning")
     verbs = program.add_subparsers()
     for verb, text in VERBS.items():
-        # Of plain options: jsonargparse's own script, which follows every class that one may name, has 200 MB.
+        # Of plain options: jsonargparse's own script, which follows every class one may name, has 200 MB.
         own = verbs.add_parser(verb, help=text, add_help=False)
         for action in parser_of(verb)._actions:
             if names := [name for name in action.option_strings if name.startswith("--")]:
@@ -58,7 +58,7 @@ def parser_of(verb: str) -> ArgumentParser:
             file, name = WITHOUT_TRAINER[verb]
             getattr(import_module(f"gpt_lightning.cli.{file}"), name)([PARSER_ONLY])
         else:
-            GPTLightningCLI([verb, PARSER_ONLY], RankGuard(), ExitStack())
+            GPTLightningCLI([verb, PARSER_ONLY], None, RankGuard(), ExitStack())
     except ParserMade as made:
         return made.parser
     raise AssertionError(f"{verb} reads no options")

@@ -151,14 +151,14 @@ def _checked(words: list[str], varied: Sequence[Varied]) -> Any:
         raise refusal
     for each in varied:
         for value in each.examples if each.name != "config" else ():
-            fit.parser.parse_args(complete_words(["fit", *words, f"--{each.name}={value}"])[1:])
+            fit.parser.parse_args(complete_words(["fit", *words, f"--{each.name}={value}"])[0][1:])
     _check_settings(fit.config)
     return fit.config
 
 
 def _parsed(words: list[str], values: list[str]) -> _FitWords:
     with ExitStack() as ending:
-        return _FitWords(complete_words(["fit", *words, *values]), RankGuard(), ending)
+        return _FitWords(*complete_words(["fit", *words, *values]), RankGuard(), ending)
 
 
 def _check_settings(settings: Any) -> None:

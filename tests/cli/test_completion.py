@@ -54,7 +54,8 @@ def test_other_shells_are_refused(words: list[str], capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as exit:
         main(words)
     message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.startswith("error: --print_shtab needs the name of a shell; give one")
+    assert exit.value.code == 2
+    assert message.startswith("error: --print_shtab needs the name of a shell; give one")
 
 
 def test_without_shtab_its_line_for_pip_is_given(

@@ -365,7 +365,8 @@ def test_a_place_that_cannot_be_written_is_named_by_its_option(
     (tmp_path / "file").write_text("in the way")
     words = ["fit", "--config", str(tiny_config()), option, place := str(tmp_path / "file" / "x")]
     message = fails(words, capsys, tmp_path)
-    assert message.startswith(f"error: {said.format(place=place)} cannot be written (Not a directory: {place}")
+    refusal = f"error: {said.format(place=place)} cannot be written"
+    assert message.startswith(f"{refusal} (Not a directory: {place}")
     with pytest.raises(UserError, match="^theirs$"), naming("mine"):
         try:
             raise OSError(errno.EACCES, "no")
