@@ -62,7 +62,7 @@ from gpt_lightning.cli.ranks import (
     is_tensor_parallel,
     leaving_together,
 )
-from gpt_lightning.cli.recipes import give_way, name_of_run
+from gpt_lightning.cli.recipes import QUICKSTART, give_way, name_of_run, recipe
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
@@ -291,6 +291,7 @@ class GPTLightningCLI(LightningCLI):
             settings["logger"] = TensorBoardLogger(
                 self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
+        self.parser.default_config_files = [escape(str(recipe(QUICKSTART)))]  # not what lies beneath this run
         compared = compared_options(self.config, self.parser.get_defaults(), self.model.n_parameters)
         overview = Overview(compared if settings["enable_autolog_hparams"] else {})
         callbacks = [self._guard, ExactResume(), Throughput(), overview, self._samples, self._evaluation]

@@ -79,10 +79,11 @@ def encode_prompts(
 
 def first_words(text: str, most: int = 24) -> str:
     """Returns whole words of a text's beginning, up to so many characters; of one long word, that many."""
+    text = text.lstrip()
     shown = text[:most]
     if len(text) > most and not text[most].isspace():
         start, space, _ = shown.rpartition(" ")
-        shown = start if start.strip() else shown
+        shown = start or shown
     return shown.rstrip()
 
 
