@@ -70,9 +70,13 @@ def _table(results: Sequence[Result]) -> str:
     """Lays out each task's figures, with their standard errors."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     head = ["task", "items", *names]
-    lines = [[result.task, f"{len(result.rows):,}", *_figures(result, names)] for result in results]
+    lines = [[result.task, _count(result), *_figures(result, names)] for result in results]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [head, *lines])
+
+
+def _count(result: Result) -> str:
+    return f"{len(result.rows):,}" if result.rows else "-"  # of a group, whose tasks stand above
 
 
 def _figures(result: Result, names: Sequence[str]) -> list[str]:

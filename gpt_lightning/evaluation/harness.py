@@ -43,7 +43,9 @@ class HarnessTasks:
         with _without_bars():
             found = evaluate(_Answers(scorer), self._tasks, limit=self._limit, bootstrap_iters=0)
         assert found is not None
-        return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in self.names]
+        figures, samples = found["results"], found["samples"]
+        results = [_result(name, figures.get(name, {}), samples.get(name, [])) for name in self.names]
+        return [result for result in results if result.metrics]  # of groups, those that have means of all
 
 
 class _Answers:
