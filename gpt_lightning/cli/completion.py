@@ -1,4 +1,4 @@
-"""Prints the script by which a shell completes verbs and options; shtab makes it of the verbs' parsers."""
+"""Prints the script by which a shell completes verbs and options, made by shtab of the verbs' own parsers."""
 
 import argparse
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ def print_completion(words: list[str]) -> None:
     program = argparse.ArgumentParser("gpt-lightning")
     verbs = program.add_subparsers()
     for verb, text in VERBS.items():
-        # Of plain options: jsonargparse's own script, which follows every class one may name, has 200 MB.
+        # Of plain options: jsonargparse's own script follows every class that one may name, to 200 MB.
         own = verbs.add_parser(verb, help=text, add_help=False)
         for action in parser_of(verb)._actions:
             if names := [name for name in action.option_strings if name.startswith("--")]:

@@ -39,6 +39,7 @@ Train a GPT from your own text, and sample from it.
   gpt-lightning predict --data.prompts '["Once upon a time"]'
 
 The options of a verb: gpt-lightning VERB --help
+Completion in bash:    source <(gpt-lightning --print_shtab bash)
 """
 # The verbs that need no Trainer of their own: their file and function.
 WITHOUT_TRAINER = {

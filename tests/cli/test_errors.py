@@ -363,7 +363,8 @@ def test_a_place_that_cannot_be_written_is_named_by_its_option(
     option: str, said: str, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    words = ["fit", "--config", str(tiny_config()), option, place := str(tmp_path / "file" / "x")]
+    place = str(tmp_path / "file" / "x")
+    words = ["fit", "--config", str(tiny_config()), option, place]
     message = fails(words, capsys, tmp_path)
     refusal = f"error: {said.format(place=place)} cannot be written"
     assert message.startswith(f"{refusal} (Not a directory: {place}")
