@@ -115,7 +115,7 @@ def quiet() -> None:
     """Leaves out adverts and warnings of what is meant to be so; what the package reports goes to stderr."""
     logging.getLogger("gpt_lightning").setLevel(logging.INFO)
     handler = _ToStderr()
-    handler.addFilter(lambda record: not record.getMessage().startswith(ADVERTS))
+    handler.addFilter(_is_news)
     handler.addFilter(_make_printable)
     for name in ("gpt_lightning", "lightning.pytorch", "lightning.fabric", *_loggers_of_torch()):
         logging.getLogger(name).handlers = [handler]
@@ -142,6 +142,13 @@ class _ToStderr(logging.Handler):
     @override
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tells what stays: of Lightning's, no advert, and what is no warning from the first rank alone."""
+    is_lightnings = record.name.partition(".")[0] == "lightning"
+    is_anothers = is_lightnings and record.levelno <= logging.INFO and this_rank() != 0
+    return not is_anothers and not record.getMessage().startswith(ADVERTS)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:

@@ -366,8 +366,8 @@ def test_a_place_that_cannot_be_written_is_named_by_its_option(
     place = str(tmp_path / "file" / "x")
     words = ["fit", "--config", str(tiny_config()), option, place]
     message = fails(words, capsys, tmp_path)
-    refusal = f"error: {said.format(place=place)} cannot be written"
-    assert message.startswith(f"{refusal} (Not a directory: {place}")
+    problem = f"{said.format(place=place)} cannot be written (Not a directory: {place}"
+    assert message.startswith(f"error: {problem}")
     with pytest.raises(UserError, match="^theirs$"), naming("mine"):
         try:
             raise OSError(errno.EACCES, "no")
