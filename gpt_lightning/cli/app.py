@@ -10,59 +10,48 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from gpt_lightning.callbacks.evaluation import Evaluation
-from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.callbacks.given_arguments import GivenArguments
-from gpt_lightning.callbacks.initial_weights import InitialWeights
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
-from gpt_lightning.callbacks.overview import Overview
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.callbacks.progress import StepProgressBar
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.callbacks.run_config import RunConfig
-from gpt_lightning.callbacks.run_facts import RunFacts
 from gpt_lightning.callbacks.text_samples import TextSamples
-from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.atomic import naming
-from gpt_lightning.checkpoint.contents import DATA_KEY, ORIGIN_KEY
+from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
-from gpt_lightning.checkpoint.runs import checkpoints_folder, open_named_folder, open_run_folder, run_folder
+from gpt_lightning.checkpoint.runs import checkpoints_folder, run_folder
 from gpt_lightning.cli.checks import (
     check_monitors,
     check_options,
     check_paths,
-    check_task_files,
     check_whole_weights,
     refused_arguments,
-    tell_of_no_export,
-    warn_of_untrained_positions,
 )
-from gpt_lightning.cli.closing import leave_report, show_held_out, tell_how_to_go_on
+from gpt_lightning.cli.closing import show_held_out
 from gpt_lightning.cli.config_file import complete_words
-from gpt_lightning.cli.errors import say, shorten, this_rank
-from gpt_lightning.cli.hyperparameters import compared_options
+from gpt_lightning.cli.errors import say, this_rank
+from gpt_lightning.cli.fit_run import FitRun
 from gpt_lightning.cli.main import VERBS
+from gpt_lightning.cli.make_trainer import make_trainer
 from gpt_lightning.cli.model_class import DEFAULT_CLASS, names_a_class
 from gpt_lightning.cli.origin import Origin, find_origin, take_arguments, take_settings
 from gpt_lightning.cli.ranks import (
     build_without_memory,
-    check_environment,
     check_launcher,
     check_options_under_launcher,
     follow_launcher,
     is_tensor_parallel,
     leaving_together,
 )
-from gpt_lightning.cli.recipes import QUICKSTART, give_way, name_of_run, recipe
+from gpt_lightning.cli.recipes import give_way, name_of_run
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
@@ -174,33 +163,9 @@ class GPTLightningCLI(LightningCLI):
             self._begin_run(settings, root)
 
     def _begin_run(self, settings: Any, root: Path) -> None:
-        """Makes the callbacks whose options are ours, and opens the run's folder."""
-        trainer, origin = settings.trainer, self._origin
-        check_options_under_launcher(trainer.devices, trainer.num_nodes)
-        if 0 < trainer.max_steps < (done := self._restored.get("global_step", 0)):
-            limit = f"trainer.max_steps={trainer.max_steps}"
-            say(f"warning: the run is at step {done:,}, beyond {limit}; none is left")
-        if origin.init_from is None and ORIGIN_KEY not in self._restored:
-            warn_of_untrained_positions(settings)
-            tell_of_no_export(settings)
-        self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
-        check_task_files(settings.evaluate.tasks, self._words)
-        self._evaluation = Evaluation(**settings.evaluate)
-        self._saver = RunCheckpoint(**settings.checkpoint)
-        self._run_folder = self._open_folder(root / settings.run_name, settings)
-        settings.run_name = self._run_folder.name
-
-    def _open_folder(self, wanted: Path, settings: Any) -> Path:
-        """Finds the run's own folder; the first rank alone writes into it, and keeps other processes out."""
-        path = Path(settings.ckpt_path) if self._restored else None
-        begins_again = self._origin.begins_again
-        if settings.trainer.fast_dev_run or this_rank() != 0:
-            return wanted
-        run = open_run_folder(wanted, path, begins_again=begins_again)
-        self._ending.callback(run.close)
-        if (own := settings.checkpoint.dirpath) is not None:
-            self._ending.callback(open_named_folder(Path(own), path, f"checkpoint.dirpath={own}").close)
-        return run.folder
+        check_options_under_launcher(settings.trainer.devices, settings.trainer.num_nodes)
+        self._fit = FitRun(settings, self._origin, self._restored, self._words)
+        self._fit.open_folder(root, self._ending)
 
     # From options to objects
 
@@ -255,56 +220,18 @@ class GPTLightningCLI(LightningCLI):
         settings["plugins"].append(writer)
         self._rank_guard.before_exit = writer.wait
         if self.verb == "fit":
-            callbacks += self._prepare_fit(settings)
+            callbacks += self._fit.callbacks(settings, self.parser, self.model.n_parameters)
         else:
             settings["logger"] = settings["logger"] or False
             settings["enable_checkpointing"] = False
         if self.verb == "predict":
             settings["logger"] = False
             callbacks.append(self._prediction_writer())
-        if type(settings["val_check_interval"]) is int:
-            # Lightning counts micro-batches here; everything else in a configuration counts optimizer steps.
-            settings["val_check_interval"] *= settings["accumulate_grad_batches"]
-            settings["check_val_every_n_epoch"] = None
-        try:
-            trainer = GPTTrainer(**settings)
-            check_environment(trainer)
-        except RuntimeError as error:
-            if "SLURM" in str(error):
-                raise UserError(shorten(str(error))) from error
-            if "more than one stateful callback" not in str(error):
-                raise
-            kind, remedy = shorten(str(error)).partition(". ")[0], "+= adds to those of the configuration"
-            raise UserError(f"trainer.callbacks: {kind}; name each once, {remedy}") from error
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            prefix = "" if str(error).startswith("trainer.") else "trainer: "
-            raise UserError(prefix + shorten(str(error))) from error
+        trainer = make_trainer(settings)
         check_launcher(trainer.num_devices, trainer.num_nodes)
         if self.verb == "fit":  # a signal ends any other verb as it ends any process
             trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer
-
-    def _prepare_fit(self, settings: dict[str, Any]) -> list[Callback]:
-        if settings["logger"] in (None, True):
-            # Curves of a killed run go on after its last checkpoint: what comes again is shown once.
-            again_from = 1 + self._restored.get("global_step", 0)
-            settings["logger"] = TensorBoardLogger(
-                self._run_folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
-            )
-        self.parser.default_config_files = [escape(str(recipe(QUICKSTART)))]  # not what lies beneath this run
-        compared = compared_options(self.config, self.parser.get_defaults(), self.model.n_parameters)
-        overview = Overview(compared if settings["enable_autolog_hparams"] else {})
-        callbacks = [self._guard, ExactResume(), Throughput(), overview, self._samples, self._evaluation]
-        checkpoint, init_from = self._origin.checkpoint, self._origin.init_from
-        if checkpoint is not None and init_from is not None:
-            callbacks.insert(0, InitialWeights(init_from, checkpoint.contents))
-        if settings["enable_checkpointing"] is not False:
-            self._saver.dirpath = self._saver.dirpath or str(self._run_folder)
-            callbacks.append(self._saver)
-        if not settings["fast_dev_run"]:
-            callbacks.append(RunConfig(self.parser, self.config, self._run_folder))
-            callbacks.append(RunFacts(self._words, self.parser, self.config))
-        return callbacks
 
     def _prediction_writer(self) -> PredictionWriter:
         """Locks the file that is written: a mistake in it fails now rather than after the generation."""
@@ -335,7 +262,7 @@ class GPTLightningCLI(LightningCLI):
         if options.get("verbose") and self.trainer.is_global_zero:
             show_held_out(self.verb, results)
         if self.verb == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            self._report_fit()
+            self._fit.tell_of_end(self.trainer)
 
     def _prepare_text(self) -> None:
         saved = self._restored.get(DATA_KEY, {})
@@ -347,7 +274,7 @@ class GPTLightningCLI(LightningCLI):
             documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
             say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
         if self.verb == "fit":
-            self._evaluation.prepare(self.model.model, self.datamodule.text_tokenizer)
+            self._fit.evaluation.prepare(self.model.model, self.datamodule.text_tokenizer)
             if not self.datamodule.keeps_text("val"):
                 check_monitors(self.trainer.callbacks)
         if self.verb in ("validate", "test"):
@@ -355,10 +282,6 @@ class GPTLightningCLI(LightningCLI):
                 say(f"warning: {warning}")
         if self.verb == "test" and "test" not in splits:
             say("no data.test_files: what follows is measured on the validation text")
-
-    def _report_fit(self) -> None:
-        leave_report(self._run_folder)
-        tell_how_to_go_on(self.trainer, self._run_folder, self._samples)
 
 
 def run(words: list[str]) -> None:
