@@ -78,7 +78,7 @@ def test_what_could_be_a_path_does_not_reach_the_network(
 
 
 def test_a_name_on_the_hub_does(connections: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_lightning.data.tokenizer.getproxies", lambda: {})
+    monkeypatch.setattr("gpt_lightning.data.hub.getproxies", lambda: {})
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer("nobody/no-such-tokenizer")
     assert connections
@@ -87,7 +87,7 @@ def test_a_name_on_the_hub_does(connections: list[object], monkeypatch: pytest.M
 def test_a_model_on_the_hub_is_asked_for_and_one_in_a_folder_is_not(
     connections: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt_lightning.data.tokenizer.getproxies", lambda: {})
+    monkeypatch.setattr("gpt_lightning.data.hub.getproxies", lambda: {})
     write_gpt2(tmp_path / "gpt2")
     for name in ("gpt2", "./gpt2", str(tmp_path / "gpt2")):
         import_model(name, "NAME")

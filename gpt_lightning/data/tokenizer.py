@@ -6,14 +6,11 @@ import json
 import math
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +19,10 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
 from gpt_lightning.data.endless_text import train_on_bounded_words
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
+from gpt_lightning.data.hub import first_line, from_transformers, is_hub_name
 from gpt_lightning.data.plain_text import keeps_text, may_be_cut, plain_encoder
 from gpt_lightning.data.tokenizer_folder import (
     byte_level,
-    lost_token,
     named_eos,
     read_tokenizer,
     same_ids,
@@ -259,14 +256,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         return load_tokenizer_folder(Path(folder), option)
     if not is_hub_name(name):
         raise UserError(f"{option} is not a folder; give the folder that holds tokenizer.json")
-    return _ending(*_from_transformers(name, option), option)
-
-
-def is_hub_name(name: str) -> bool:
-    """Tells what cannot be a path, and so may go to the network, from `texts/bpe` beside a folder `texts`."""
-    path = os.path.expanduser(name)
-    is_path = os.path.exists(path) or os.path.isdir(os.path.dirname(path))
-    return not is_path and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    return _ending(*from_transformers(name, option), option)
 
 
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
@@ -276,7 +266,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
     if tokenizer is None:
-        tokenizer, usual = _from_transformers(str(folder), option)
+        tokenizer, usual = from_transformers(str(folder), option)
         named = named and usual  # of two that are named it knows which counts
     else:
         usual = usual_eos(tokenizer)
@@ -287,7 +277,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
 def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
     """Returns `ours`, read from that folder, or AutoTokenizer's, if it reads it and gives texts other ids."""
     try:
-        tokenizer, eos_token = _from_transformers(str(folder), "")
+        tokenizer, eos_token = from_transformers(str(folder), "")
     except UserError:
         return ours
     eos_token = named_eos(folder) and eos_token or ours._eos_token
@@ -302,7 +292,7 @@ def is_read_by_transformers(ours: TextTokenizer, model_type: str) -> bool:
         ours.save(name)
         (Path(name) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         try:
-            theirs, _ = _from_transformers(name, "")
+            theirs, _ = from_transformers(name, "")
         except UserError:
             return False
         return same_ids(Tokenizer.from_file(str(Path(name) / "tokenizer.json")), theirs, ())
@@ -313,46 +303,3 @@ def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTok
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
     return TextTokenizer(tokenizer, eos_token)
-
-
-def _from_transformers(name: str, option: str) -> tuple[Tokenizer, str | None]:
-    """Loads a folder of another form, or a name on the hub, with the token that ends a text there.
-
-    Where a tokenizer names none, as BERT's, it is the one that usually does: [SEP].
-    """
-    from transformers import AutoTokenizer  # seconds to import, and seldom needed
-
-    try:
-        local = os.path.isdir(name) or not hub_is_reachable()
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
-    except Exception as error:  # network, hub, formats and missing packages each raise their own kinds
-        remedy = "check the name and the network, or use bpe, bytes or a folder that holds tokenizer.json"
-        raise UserError(f"{option} cannot be loaded ({first_line(error)}); {remedy}") from None
-    if not loaded.is_fast:
-        raise UserError(f"{option} has no fast (tokenizer.json) form; convert it with transformers")
-    tokenizer: Tokenizer = loaded.backend_tokenizer
-    if (token := lost_token(Path(name), tokenizer)) is not None:
-        raise UserError(
-            f"{option} is read as a {type(loaded).__name__}, which lacks {token!r} of its vocab.txt; add "
-            '"tokenizer_class": "BertTokenizer", or another, to its tokenizer_config.json'
-        )
-    return tokenizer, usual_eos(tokenizer) if loaded.eos_token is None else loaded.eos_token
-
-
-def hub_is_reachable() -> bool:
-    """Tells whether a connection can be had; the hub's own client tries for minutes before it gives up."""
-    from huggingface_hub import constants
-
-    if getproxies():
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=10).close()
-    except OSError:
-        return False
-    return True
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, or else its kind."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

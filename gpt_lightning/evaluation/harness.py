@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gpt_lightning.data.tokenizer import first_line
+from gpt_lightning.data.hub import first_line
 from gpt_lightning.evaluation.multiple_choice import Result, standard_error
 from gpt_lightning.evaluation.scoring import Pair, Scorer, encode_pairs
 from gpt_lightning.exit_codes import UserError

@@ -25,12 +25,10 @@ from gpt_lightning.checkpoint.contents import (
 )
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.checkpoint.weights import MODEL_PREFIX
+from gpt_lightning.data.hub import first_line, hub_is_reachable, is_hub_name
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
     as_transformers_reads,
-    first_line,
-    hub_is_reachable,
-    is_hub_name,
     is_trained_here,
     load_tokenizer_folder,
 )

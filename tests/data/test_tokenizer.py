@@ -214,7 +214,7 @@ def test_a_folder_that_agrees_is_opened_without_transformers(
     name: str, bpe: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_beside(bpe, tmp_path, BESIDE[name])
-    monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", None)
+    monkeypatch.setattr("gpt_lightning.data.tokenizer.from_transformers", None)
     assert load_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
@@ -232,7 +232,7 @@ def test_text_is_prepared_with_what_transformers_makes_of_a_folder(
         assert tokens == [*ids_of(theirs, TEXT), theirs.eos_token_id]
         assert (data.text_tokenizer.fingerprint == bpe.fingerprint) is (name == "nothing")
         # It is not asked again, as importing it takes seconds.
-        monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", None)
+        monkeypatch.setattr("gpt_lightning.data.tokenizer.from_transformers", None)
 
 
 def test_a_folder_that_changes_is_compared_anew(bpe: TextTokenizer, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_what_looks_like_a_path_never_asks_the_hub(tmp_path: Path, monkeypatch: 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("gpt_lightning.data.tokenizer._from_transformers", refuse)
+    monkeypatch.setattr("gpt_lightning.data.tokenizer.from_transformers", refuse)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # whatever lies around where the tests are run
     (tmp_path / "file.json").write_text("{}")
