@@ -29,6 +29,7 @@ from gpt_lightning.checkpoint.contents import DATA_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.checkpoint.runs import checkpoints_folder, run_folder
 from gpt_lightning.cli.checks import (
+    check_averaging,
     check_monitors,
     check_options,
     check_paths,
@@ -193,6 +194,8 @@ class GPTLightningCLI(LightningCLI):
         self.datamodule, self.model = self.config_init.data, self.config_init.model
         self.model.generation = self.config_init.generation
         self.trainer = self.instantiate_trainer()
+        if self.verb == "fit":
+            check_averaging(self.trainer.callbacks, self.trainer.max_steps)
         if isinstance(strategy := self.trainer.strategy, TensorParallelDDPStrategy):
             strategy.check(self.model)
             check_whole_weights(self.trainer.callbacks)

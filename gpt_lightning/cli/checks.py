@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.model_class import model_options
@@ -62,6 +62,18 @@ def check_whole_weights(callbacks: Iterable[Callback]) -> None:
                 f"trainer.callbacks: {type(callback).__name__} averages whole weights, and trainer.strategy="
                 "TensorParallelDDPStrategy cuts them; leave out the one or the other"
             )
+
+
+def check_averaging(callbacks: Iterable[Callback], max_steps: int) -> None:
+    """Refuses averages that no step ever goes into: the first weights would be judged and saved as such."""
+    for callback in callbacks:
+        if isinstance(callback, EMAWeightAveraging) and callback.update_starting_at_epoch is None:
+            every, begin = callback.update_every_n_steps, callback.update_starting_at_step
+            if every < 1:
+                raise UserError(f"EMAWeightAveraging.update_every_n_steps={every} averages nothing; use 1")
+            if begin is not None and 0 < max_steps <= begin:
+                problem = f"EMAWeightAveraging.update_starting_at_step={begin} is not below"
+                raise UserError(f"{problem} trainer.max_steps={max_steps}, so it averages nothing; lower it")
 
 
 @contextmanager

@@ -108,16 +108,29 @@ def test_a_callback_that_is_added_to_itself(
     assert "trainer.callbacks: " in message and "EarlyStopping" in message and "name each once" in message
 
 
-def test_a_callback_that_does_not_take_its_arguments(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"decay": 2}, "EMAWeightAveraging does not take its arguments: Invalid decay value 2.0"),
+        ({"update_every_n_steps": 0}, "EMAWeightAveraging.update_every_n_steps=0 averages nothing"),
+        ({"update_starting_at_step": 6}, "update_starting_at_step=6 is not below trainer.max_steps=6"),
+    ],
+)
+def test_a_callback_whose_arguments_cannot_be(
+    arguments: dict[str, int],
+    said: str,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    averaging = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 2}}
+    averaging = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": arguments}
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config", str(tiny_config()), "--trainer.callbacks", json.dumps([averaging])])
     message = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and not (tmp_path / "checkpoints").exists()
-    assert "EMAWeightAveraging does not take its arguments: Invalid decay value 2.0" in message
+    assert said in message
 
 
 def test_misspelt_key_in_the_file(
