@@ -1,4 +1,4 @@
-"""The commands of the README, and of the pages that it links, are those that are run."""
+"""The commands of the README, of the pages that it links and of the help page are those that are run."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.cli.main import VERBS, WITHOUT_TRAINER
+from gpt_lightning.cli.main import HELP, VERBS, WITHOUT_TRAINER
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def test_continuous_integration_installs_what_the_readme_installs() -> None:
 
 
 def program_commands() -> list[str]:
-    joined = PAGES.replace("\\\n", " ")
+    joined = (PAGES + HELP.partition("{verbs}")[2].partition("The options of")[0]).replace("\\\n", " ")
     return re.findall(r"(?:-m gpt_lightning|gpt-lightning) ([a-z]+[^\n`#&]*)", joined)
 
 

@@ -28,7 +28,8 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
     for text in samples.latest:
         print(for_readers(f"\n{text}\n", sys.stdout))
     folder = shlex.quote(str(run_folder.parent))
-    say(f"to watch the curves, and to write more:\ntensorboard --logdir {folder}")
+    say("to watch the curves (Custom Scalars has both losses in one plot), and to write more:")
+    say(f"tensorboard --logdir {folder}")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
     if saver is not None and os.path.exists(last := saver.last_model_path or saver.best_model_path):
