@@ -11,6 +11,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_options import add_model_options, choose_device, open_model
@@ -79,7 +80,8 @@ def _write_page(
         scored = score_tokens(written.model, token_ids, context_stride=settings.context_stride)
         texts.append(TokenText(shown_tokens(scored, writer.tokenizer), len(written.prompt)))
     output = Path(options.output) if options.output is not None else path.parent / PAGE_NAME
-    write_tokens(texts, f"checkpoint: {path}", output)
+    with naming(f"output={output}", "give another --output"):
+        write_tokens(texts, f"checkpoint: {path}", output)
     say(f"page: {output}")
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.runs import checkpoints_folder
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
@@ -17,10 +18,13 @@ def run_report(words: list[str]) -> None:
     folders = [_folder_of(run, root) for run in options.runs] or [_newest(root)]
     beside = folders[0] if len(folders) == 1 else root
     output = Path(options.output) if options.output else beside / REPORT_NAME
-    write_report(folders, output)
+    with naming(f"output={output}", "give another --output"):
+        write_report(folders, output)
     say(f"report: {output}")
     if options.png is not None:
-        for path in write_pictures(folders, Path(options.png)):
+        with naming(f"png={options.png}"):
+            pictures = write_pictures(folders, Path(options.png))
+        for path in pictures:
             say(f"picture: {path}")
 
 

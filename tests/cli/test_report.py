@@ -81,6 +81,17 @@ def test_what_is_no_run_is_refused_in_a_line(
     assert not [*tmp_path.rglob("*.html")]
 
 
+@pytest.mark.parametrize("option", ["output", "png"])
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, program: Program, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    write_run(tmp_path / "checkpoints" / "run", {10: 3.0})
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        program("report", "run", f"--{option}", "file/x")
+    assert end.value.code == 2 and f"{option}=file/x cannot be written" in capfd.readouterr().err
+
+
 def test_a_fault_in_the_report_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
