@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from gpt_lightning.callbacks.progress_line import Progress, ProgressLine, clock,
 from gpt_lightning.exit_codes import UserError
 
 Config = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 BAR = "━╸╺"
 NUMBERS = {
@@ -150,20 +152,13 @@ def test_a_file_has_a_line_every_so_many_seconds(
 
 def run_in_terminal(words: list[str], width: int) -> tuple[int, str]:
     """The exit code, and what a terminal of this width was sent by the program in a process of its own."""
-    process, terminal = pty.fork()
-    if process == 0:
-        code = 1
-        try:
-            os.environ |= {"TERM": "xterm", "LINES": "24"}
-            os.environ.pop("COLUMNS", None)
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-            sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))
-            main(words)
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        finally:
-            os._exit(code)
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment |= {"TERM": "xterm", "LINES": "24", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gpt_lightning", *words]
+    process = subprocess.Popen(command, env=environment, stdin=its_end, stdout=its_end, stderr=its_end)
+    os.close(its_end)
     sent = b""
     while True:
         try:
@@ -173,11 +168,11 @@ def run_in_terminal(words: list[str], width: int) -> tuple[int, str]:
         if not piece:
             break
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), sent.decode()
+    return process.wait(), sent.decode()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize("width", [80, 160])
 def test_a_terminal_shows_the_numbers_whole(width: int, tiny_config: Config, tmp_path: Path) -> None:
     trainer = {"max_steps": 120, "val_check_interval": 60}
     code, sent = run_in_terminal(["fit", "--config", str(tiny_config(trainer=trainer))], width)
@@ -187,7 +182,7 @@ def test_a_terminal_shows_the_numbers_whole(width: int, tiny_config: Config, tmp
     assert bars and all(len(line) <= width for line in bars)
     assert re.match(r"120/120  \d:\d\d < 0:00  loss \d\.\d\d  val \d\.\d\d  [\d.]+k? tok/s", bars[-1]), bars
     assert ("  mfu " in bars[-1] and " GiB" in bars[-1]) is (width == 160)
-    assert (BAR[0] in bars[-1]) is (width != 60)
+    assert BAR[0] in bars[-1]
     assert not any("…" in line for line in lines)
     assert not any(re.search(r"tok/s\S", line) for line in lines)  # nothing is glued to it
     assert f"gpt_lightning {__version__}; run folder {tmp_path}"[:width] in sent
