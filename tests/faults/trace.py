@@ -134,13 +134,13 @@ class FileSizeLimit(Callback):
 
 
 class FullDisk(Callback):
-    """Fills the disk that `folder` lies on when training starts."""
+    """Fills the disk that `folder` lies on when the first batch comes."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        with open(f"{self.folder}/filler", "wb", buffering=0) as file, suppress(OSError):
+    def on_train_batch_start(self, *args: Any) -> None:
+        with suppress(OSError), open(f"{self.folder}/filler", "xb", buffering=0) as file:
             while True:
                 file.write(b"x" * 4096)
 
