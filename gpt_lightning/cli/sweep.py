@@ -19,7 +19,7 @@ from gpt_lightning.cli.app import GPTLightningCLI
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
-from gpt_lightning.cli.parser import PlainParser
+from gpt_lightning.cli.parser import PARSER_ONLY, PlainParser
 from gpt_lightning.cli.program import called_as
 from gpt_lightning.cli.trainer_parser import files_in_utf8, limited_imports
 from gpt_lightning.exit_codes import UserError
@@ -121,7 +121,9 @@ def _separated(words: Sequence[str]) -> tuple[list[str], list[str]]:
     remaining = iter(words)
     for word in remaining:
         name, equals, _ = word.partition("=")
-        if name in HELP:
+        if word == PARSER_ONLY:
+            own.append(word)
+        elif name in HELP:
             own.append("--help")
         elif name in OWN:
             own += [word] if equals else [word, *islice(remaining, 1)]
