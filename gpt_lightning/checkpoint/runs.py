@@ -49,7 +49,7 @@ def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: N
     newest = newest_checkpoint(folder, warn)
     if newest is None:
         raise UserError(
-            f"ckpt_path={given or ''} names no checkpoint and {folder} holds none; "
+            f"{'' if given is None else f'ckpt_path={given}: '}{folder} holds no checkpoint; "
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
     return newest

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
-from gpt_lightning.callbacks.terminal import for_readers
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.parser import ALLOW_IMPORT
@@ -22,23 +21,37 @@ from gpt_lightning.report.run import EVENTS
 from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 
+NOTICEABLE = 0.01  # nats by which a loss at the end is above the lowest
+
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in samples.latest:
-        print(for_readers(f"\n{text}\n", sys.stdout))
+        print(printable(f"\n{text}\n"))
     folder = shlex.quote(str(run_folder.parent))
-    say("to watch the curves (Custom Scalars has both losses in one plot), and to write more:")
-    say(f"tensorboard --logdir {folder}")
+    say("to watch the curves, and to write more:")
+    say(f"tensorboard --logdir {folder}, then http://localhost:6006/#custom_scalars")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
-    if saver is not None and os.path.exists(last := saver.last_model_path or saver.best_model_path):
+    last = saver and (_best(saver, trainer) or saver.last_model_path or saver.best_model_path)
+    if last and os.path.exists(last):
         path = shlex.quote(os.path.relpath(last))
         kind = type(trainer.lightning_module)
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
         own = "" if kind is GPTLightningModule else own
         prompt = next(filter(None, samples.prompts or []), "The ")
         say(f"{called_as()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}")
+
+
+def _best(saver: Any, trainer: Trainer) -> str | None:
+    """Returns the best checkpoint, and says so, where the loss was lower at it than it is at the end."""
+    path, best, end = saver.best_model_path, saver.best_model_score, trainer.callback_metrics.get("val/loss")
+    if saver.monitor != "val/loss" or best is None or end is None or not os.path.exists(path):
+        return None
+    if float(end) - float(best) < NOTICEABLE:
+        return None
+    say(f"val/loss was lowest, {float(best):.3f}, at {Path(path).name}; it is {float(end):.3f} now")
+    return str(path)
 
 
 def show_held_out(verb: str, results: Sequence[Mapping[str, float]]) -> None:

@@ -58,6 +58,8 @@ class FitRun:
             ending.callback(run.close)
             if (own := settings.checkpoint.dirpath) is not None:
                 ending.callback(open_named_folder(Path(own), path, f"checkpoint.dirpath={own}").close)
+            if run.folder != self._folder and not self._restored:
+                say(f"{self._folder} holds another run; to go on with that one, add --ckpt_path last")
             self._folder = run.folder
         settings.run_name = self._folder.name
 

@@ -48,7 +48,9 @@ def compared_options(settings: Any, defaults: Any, n_parameters: int) -> dict[st
     row = {name: _plain(given[option]) for option, name in COLUMNS.items() if option in given}
     for option in [*(name for name in given if name.startswith("model.")), *_OTHERS]:
         value, name = given.get(option), option.rpartition(".")[2]
-        if option not in COLUMNS | dict.fromkeys(_FOLLOWS) and value not in (None, usual.get(option)):
+        if value is None or option in COLUMNS or option in _FOLLOWS:
+            continue
+        if _plain(value) != _plain(usual.get(option)):
             row[name if name not in row else option] = _plain(value)
     return {**row, "parameters": n_parameters}
 

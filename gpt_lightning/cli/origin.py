@@ -50,7 +50,7 @@ def find_origin(verb: str, settings: Any, root: Path) -> Origin:
     if path is not None:
         checkpoint = Checkpoint.open(path, may_be_sharded=is_tensor_parallel(settings))
         if verb != "fit" or not _is_untrained(checkpoint):
-            say(f"{'resuming' if verb == 'fit' else 'checkpoint'}: {path}")
+            say(f"resuming: {path}, step {checkpoint.step:,}" if verb == "fit" else f"checkpoint: {path}")
             _tell_of_another_class(settings, checkpoint)
             settings.ckpt_path = str(path)
             return Origin(checkpoint, begins_again=begins_again)
@@ -131,6 +131,9 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
                 "option out, or train anew"
             )
         settings[key] = value
+    positions = checkpoint.config.max_position_embeddings
+    if origin.init_from is not None and explicit.get("data.seq_len") is None:
+        settings.data.seq_len = min(settings.data.seq_len, positions)  # the fine-tuning's is GPT-2's
     if verb == "fit" and origin.init_from is None:
         _take_recipe(settings, explicit, checkpoint)
         _refuse_another_optimizer(settings, checkpoint)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 import textwrap
@@ -36,6 +37,14 @@ ELSEWHERE = {
     "train_data": "train_files",
     "tokenizer_name": "tokenizer",
     "out_dir": "default_root_dir",
+    "dataset": "train_files",
+    "seed": "seed_everything",
+    "device": "accelerator",
+    "dtype": "precision",
+    "log_interval": "log_every_n_steps",
+    "eval_iters": "limit_val_batches",
+    "min_lr": "min_lr_ratio",
+    "compile": "compile_backend",
     "max_tokens": "max_new_tokens",
 }
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
@@ -105,22 +114,21 @@ class PlainParser(ArgumentParser):
         sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:
-        """Suggests the known option that is closest to the unknown one, if one is close."""
+        """Suggests for each unknown option the known one that is closest, if one is close."""
         if not UNKNOWN.search(message):
             return []
         known = [action.dest for action in self._actions]
-        for given in re.findall(r"--([\w.-]+)", message) + QUOTED.findall(message):
-            name = given.replace("-", "_")
-            if given not in known:
-                last = name.rpartition(".")[2]
-                if meant := [key for key in known if key.rpartition(".")[2] == ELSEWHERE.get(last, last)]:
-                    return [f"did you mean {meant[0]}?"]
-                if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-                    return [f"did you mean {close[0]}?"]
-                # The right word under another group: `model.config.n_layers` for `model.n_layers`.
-                last_names = {key.rpartition(".")[2]: key for key in known}
-                for close_name in difflib.get_close_matches(name.rpartition(".")[2], last_names, 1, 0.75):
-                    return [f"did you mean {last_names[close_name]}?"]
+        meant: dict[str, str] = {}
+        quoted = [("", name) for name in QUOTED.findall(message)]
+        for dashes, given in [*re.findall(r"(--)([\w.-]+)", message), *quoted]:
+            if given not in known and f"--{given}" not in meant and (close := _closest(given, known)):
+                meant[dashes + given] = dashes + close
+        if len(meant) == 1:
+            return [f"did you mean {next(iter(meant.values()))}?"]
+        if meant:
+            return [f"did you mean {', '.join(f'{right} ({given})' for given, right in meant.items())}?"]
+        if bare := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message):
+            return _for_bare_word(bare[1], known)
         return []
 
     @override
@@ -156,6 +164,27 @@ def bound_values() -> None:
         return read(text)
 
     set_loader("yaml", read_bounded, exceptions=(yaml.YAMLError,))
+
+
+def _closest(given: str, known: list[str]) -> str | None:
+    name = given.replace("-", "_")
+    last = name.rpartition(".")[2]
+    if meant := [key for key in known if key.rpartition(".")[2] == ELSEWHERE.get(last, last)]:
+        return meant[0]
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return close[0]
+    # The right word under another group: `model.config.n_layers` for `model.n_layers`.
+    last_names = {key.rpartition(".")[2]: key for key in known}
+    return next((last_names[word] for word in difflib.get_close_matches(last, last_names, 1, 0.75)), None)
+
+
+def _for_bare_word(word: str, known: list[str]) -> list[str]:
+    """Suggests the option that a word without one may be meant for."""
+    if "prompt" in known:
+        return [f"a prompt is --prompt {word}"]
+    if "data.train_files" in known and os.path.exists(word):
+        return [f"the text is --data.train_files {word}"]
+    return [f"a recipe, or a file of options, is --config {word}"] if "config" in known else []
 
 
 def _option_lines(actions: list[argparse.Action], defaults: Any) -> list[str]:

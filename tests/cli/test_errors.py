@@ -40,11 +40,18 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
 @pytest.mark.parametrize(
     "words, parts",
     [
-        (["--model.config.n_layer", "3"], ["model.config.n_layer", "did you mean model.config.n_layers?"]),
-        (["--model.n_layers", "3"], ["model.n_layers", "did you mean model.config.n_layers?"]),
-        (["--trainer.max_step", "3"], ["trainer.max_step", "did you mean trainer.max_steps?"]),
-        (["--model.optimizer.lr", "3"], ["did you mean model.optimizer.learning_rate?"]),
-        (["--n-embd", "3"], ["did you mean model.config.d_model?"]),
+        (["--model.config.n_layer", "3"], ["model.config.n_layer", "did you mean --model.config.n_layers?"]),
+        (["--model.n_layers", "3"], ["model.n_layers", "did you mean --model.config.n_layers?"]),
+        (["--trainer.max_step", "3"], ["trainer.max_step", "did you mean --trainer.max_steps?"]),
+        (["--model.optimizer.lr", "3"], ["did you mean --model.optimizer.learning_rate?"]),
+        (["--n-embd", "3"], ["did you mean --model.config.d_model?"]),
+        (["--seed=3"], ["did you mean --seed_everything?"]),
+        (
+            ["--lr", "3", "--n-embd", "3"],
+            ["--model.optimizer.learning_rate (--lr), --model.config.d_model (--n-embd)?"],
+        ),
+        (["tiny.yaml"], ["the text is --data.train_files tiny.yaml"]),
+        (["shakespeare"], ["a recipe, or a file of options, is --config shakespeare"]),
         (["--model.config.n_layers", "three"], ["model.config.n_layers=three", "int"]),
         (["--model.config.d_model", "30", "--model.config.n_heads", "4"], ["d_model=30", "n_heads=4"]),
         (["--data.seq_len", "64"], ["data.seq_len=64", "max_position_embeddings=16"]),

@@ -22,7 +22,7 @@ RATE = "model.optimizer.learning_rate"
     ("words", "message"),
     [
         ([], "nothing is varied"),
-        (["--vary", "model.optimizer.learning_rat=1e-3..1e-2"], "did you mean model.optimizer.learning_rate"),
+        (["--vary", "model.optimizer.learning_rat=1e-3..1e-2"], "mean --model.optimizer.learning_rate"),
         (["--vary", "model.config.n_layers=2,four"], "model.config.n_layers=four does not fit; give int"),
         (["--vary", f"{RATE}=1e-2..1e-3"], "the first number must be below the second"),
         (["--vary", f"{RATE}=-1.0..-0.5"], f"{RATE}=-1.0 is not above 0"),
@@ -32,7 +32,7 @@ RATE = "model.optimizer.learning_rate"
         (["--vary", "run_name=a,b"], "is for the sweep to choose"),
         (["--vary", f"{RATE}=1e-3..1e-2", "--trainer.logger", "false"], "judged by their curves"),
         (["--vary", f"{RATE}=1e-3..1e-2", "--run_name", "a/b"], "not a plain folder name"),
-        (["--vary", f"{RATE}=1e-3..1e-2", "--max_steps", "5"], "did you mean trainer.max_steps"),
+        (["--vary", f"{RATE}=1e-3..1e-2", "--max_steps", "5"], "did you mean --trainer.max_steps"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
