@@ -9,6 +9,7 @@ from typing_extensions import override
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.notes import as_block
 from gpt_lightning.training.trainer import loggers_may_fail
 
 N_PROMPTS = 2
@@ -55,7 +56,5 @@ class TextSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, text in enumerate(self.latest):
-                    # As a block of code: TensorBoard renders Markdown, and the text is to stay as it is.
-                    block = "\n".join("    " + line for line in text.splitlines())
-                    logger.experiment.add_text(f"samples/{number}", block, trainer.global_step)
+                    logger.experiment.add_text(f"samples/{number}", as_block(text), trainer.global_step)
                 logger.save()

@@ -17,12 +17,20 @@ def note(trainer: "Trainer", tag: str, value: Any) -> None:
     from gpt_lightning.training.trainer import loggers_may_fail
 
     text = json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, dict) else None)
-    block = "\n".join("    " + line for line in text.splitlines())
+    block = as_block(text)
     with loggers_may_fail(trainer):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(tag, block, trainer.global_step)
                 logger.save()
+
+
+def as_block(text: str) -> str:
+    """Makes of a text a block of code, for TensorBoard renders Markdown, and texts are to stay as they are.
+
+    Lines end at line breaks alone, not at all that Unicode calls one: a text in JSON may hold these.
+    """
+    return "\n".join("    " + line for line in text.split("\n"))
 
 
 def part_of(name: str) -> str:

@@ -4,10 +4,13 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt_lightning.callbacks.run_facts import parameters_by_part
@@ -18,6 +21,8 @@ from gpt_lightning.report import tables
 from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
 from gpt_lightning.report.page import write_report
 from gpt_lightning.report.run import Point, Run, read_run, read_runs
+from gpt_lightning.training.notes import FACTS, HELD_OUT, as_block, note
+from gpt_lightning.training.scored_text import from_plain
 from tests.report.pages import Page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\" {{ 7*7 }}"
@@ -162,6 +167,19 @@ def test_notes_of_any_kind_are_survived(tmp_path: Path, facts: str) -> None:
             writer.add_text(tag, facts)
     write_report([folder], tmp_path / "report.html")
     assert "lowest val loss" in Page(tmp_path / "report.html").text
+
+
+def test_notes_are_read_whatever_lines_their_texts_hold(tmp_path: Path) -> None:
+    rows = [["\u2028after", "\x85", None, [["\u2029\r\x0b", -2.0]]], ["\n", "\x1c", -1.0, []]]
+    logger = TensorBoardLogger(tmp_path, name="logs", version="")
+    trainer: Any = SimpleNamespace(loggers=[logger], global_step=3)
+    note(trainer, FACTS, facts := {"command": ["fit", "a\u2028b", "c\n    d"]})
+    note(trainer, HELD_OUT, rows)
+    logger.experiment.add_text("samples/0", as_block(text := "one\rtwo\u2028three\n\n    four\n"), 3)
+    logger.experiment.close()
+    run = read_run(tmp_path, "a")
+    assert run.facts == facts and run.held_out == from_plain(rows) and len(run.held_out) == 2
+    assert run.samples == {3: [text]}
 
 
 @pytest.mark.parametrize("config", ["a: &a [1]\nb: *a", "a: [", "[1]", "\x00", "{" * 5000])
