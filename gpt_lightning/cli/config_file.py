@@ -44,6 +44,8 @@ def complete_words(words: list[str]) -> tuple[list[str], Path | None]:
     words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
     words = _with_recipes(words)
     verb, values = words[0], _values(words)
+    if verb == "fit":
+        _refuse_other_than_utf8(words)
     for option, given_values in values.items():
         for value in given_values if option != PROMPTS else ():  # a text of any form
             _refuse_unbounded(option.removeprefix("--"), value)
@@ -148,6 +150,16 @@ def _in_utf8(before: str, word: str) -> str:
     with suppress(UnicodeError):
         return decoded_again(word) if (option if equals else before) in TEXTS or before in TEXTS else word
     return word
+
+
+def _refuse_other_than_utf8(words: list[str]) -> None:
+    """Refuses bytes, as of a file's name from another system, that config.yaml and the events cannot hold."""
+    for before, word in zip(words, words[1:]):
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            option, equals, value = word.partition("=")
+            option, value = (option, value) if equals and option.startswith("--") else (before, word)
+            remedy = "rename a file of such a name, or name it by a pattern such as *.txt"
+            raise UserError(f"{option.removeprefix('--')}={value!r} is not UTF-8; {remedy}")
 
 
 def _verbatim(before: str, word: str) -> str:

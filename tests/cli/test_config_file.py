@@ -124,6 +124,14 @@ def test_words_are_utf8_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_prompts(undecoded, None) == ["从前"]
 
 
+def test_a_fit_is_of_what_its_configuration_can_hold() -> None:
+    for words in (["--data.train_files", "old\udcff.txt"], ["--data.train_files=old\udcff.txt"]):
+        with pytest.raises(UserError, match=r"^data.train_files='old\\udcff.txt' is not UTF-8; rename"):
+            completed(["fit", *words])
+    save(Path("checkpoints/a/last.ckpt"))
+    assert "old\udcff.txt" in completed(["validate", "--data.val_files", "old\udcff.txt"])
+
+
 def test_recipes_go_by_their_names(tmp_path: Path) -> None:
     for given in ("shakespeare", "shakespeare.yaml", "configs/shakespeare.yaml"):
         assert Path(file_of(completed(["fit", "--config", given]))).samefile(SHIPPED / "shakespeare.yaml")
