@@ -181,7 +181,9 @@ def _run(
     tell(f"{name}: {'  '.join(f'{names[option]} {value}' for option, value in values.items())}")
     if (twin := _twin(study, number, values)) is not None:
         tell(f"{name}: the same as trial {twin.number + 1}")
-        _end(study, trial, REPEATED, twin.values[0] if twin.values else None)
+        # One that did not come to its end has a value too, the last of its curve.
+        came_to_its_end = twin.user_attrs.get("state") == FINISHED
+        _end(study, trial, REPEATED, twin.values[0] if came_to_its_end else None)
         return
     folder, log = sweep.run_folder(number), sweep.folder / f"trial{number + 1:02d}.log"
     signals.wait_until_free(folder, tell)

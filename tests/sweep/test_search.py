@@ -75,6 +75,15 @@ def test_what_fails_is_recorded_and_the_sweep_goes_on() -> None:
     assert lines[1].split() == ["3", "1.2500", "4", "1"] and "the loss is nan" in lines[2]
 
 
+def test_what_diverged_is_no_result_when_it_is_proposed_again() -> None:
+    optuna = pytest.importorskip("optuna")
+    found = run(sweep_of("x=nan,1", "y=1.00001..1.00002", trials=8))  # of a y that is 1 in words
+    assert len(started()) == 2 and [each.state for each in found].count("repeated") == 6
+    study = optuna.load_study(study_name="sweep", storage="sqlite:///checkpoints/s/trials.db")
+    results = {(trial.params["x"], trial.state.name, trial.value) for trial in study.trials}
+    assert results == {("1", "COMPLETE", 1.25), ("nan", "PRUNED", 7.0), ("nan", "PRUNED", None)}
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_goes_on_where_it_was(number: signal.Signals, exit_code: int) -> None:
     Path("wait-0").touch()
