@@ -99,20 +99,43 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def read_run(folder: Path, name: str) -> Run:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
-    curves: defaultdict[str, list[Point]] = defaultdict(list)
-    texts: defaultdict[str, list[Text]] = defaultdict(list)
+    curves: defaultdict[str, list[Any]] = defaultdict(list)
+    texts: defaultdict[str, list[Any]] = defaultdict(list)
     for place in _places(folder):
         events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            found = (Point(event.step, event.value, event.wall_time) for event in events.Scalars(tag))
-            curves[tag] += (point for point in found if math.isfinite(point.value))
+            curves[tag] += (event for event in events.Scalars(tag) if math.isfinite(event.value))
         for tag in events.Tags()["tensors"]:
             if events.SummaryMetadata(tag).plugin_data.plugin_name == "text":
-                shown = tag.removesuffix("/text_summary")
-                texts[shown] += (Text(event.step, _text_of(event)) for event in events.Tensors(tag))
-    ordered = {tag: sorted(points) for tag, points in curves.items() if points}
-    return Run(name, folder, ordered, dict(texts), _read_options(folder / CONFIG_NAME))
+                texts[tag.removesuffix("/text_summary")] += events.Tensors(tag)
+    return Run(
+        name,
+        folder,
+        {
+            tag: [Point(event.step, event.value, event.wall_time) for event in _logged_last(logged)]
+            for tag, logged in curves.items()
+            if logged
+        },
+        {
+            tag: [Text(event.step, _text_of(event)) for event in _logged_last(logged)]
+            for tag, logged in texts.items()
+        },
+        _read_options(folder / CONFIG_NAME),
+    )
+
+
+def _logged_last(events: list[Any]) -> list[Any]:
+    """Leaves out, in the order of the steps, what a run has logged beyond the step that it went on from.
+
+    TensorBoard does so for numbers alone, and where the run has said from which step it goes on.
+    """
+    kept: list[Any] = []
+    for event in sorted(events, key=lambda event: event.wall_time):
+        while kept and kept[-1].step >= event.step:
+            kept.pop()
+        kept.append(event)
+    return kept
 
 
 def _counted(checkpoint: Path) -> dict[str, Any]:

@@ -63,6 +63,25 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert [(step, value) for step, value, _ in run.curves["val/loss"]] == [(10, 3.0), (20, 2.5), (30, 1.5)]
 
 
+def test_a_resumed_run_has_the_texts_of_what_went_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {10: 3.0, 20: 2.5, 30: 2.0})
+    with SummaryWriter(str(folder / "logs"), purge_step=11, filename_suffix=".1") as writer:
+        writer.add_text("samples/0", "    once more", 20)
+    assert [*read_run(folder, "a").samples.items()][0] == (20, ["once more"])
+    assert [*read_run(folder, "a").samples] == [20, 10]
+
+
+@pytest.mark.parametrize("places", [("logs", "logs"), ("logs/version_9", "logs/version_10")])
+def test_what_a_version_has_logged_twice_is_what_it_logged_last(tmp_path: Path, places: list[str]) -> None:
+    for number, (place, losses) in enumerate(zip(places, ({20: 2.0, 30: 1.9, 40: 1.8}, {30: 1.5, 35: 1.4}))):
+        with SummaryWriter(str(tmp_path / place), filename_suffix=f".{number}") as writer:
+            for step, loss in losses.items():
+                writer.add_scalar("val/loss", loss, step)
+    (tmp_path / "config.yaml").touch()
+    curve = read_run(tmp_path, "a").curves["val/loss"]
+    assert [(step, round(value, 3)) for step, value, _ in curve] == [(20, 2.0), (30, 1.5), (35, 1.4)]
+
+
 def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", {10: 3.0, 20: math.nan, 30: math.inf})
     assert [point.step for point in read_run(folder, "a").curves["val/loss"]] == [10]
