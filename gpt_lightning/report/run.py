@@ -1,6 +1,7 @@
 """Reads what a run has left in its folder: TensorBoard's events, and its configuration."""
 
 import json
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def read_run(folder: Path, name: str) -> Run:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run went on is no news
     curves: defaultdict[str, list[Any]] = defaultdict(list)
     texts: defaultdict[str, list[Any]] = defaultdict(list)
     for place in _places(folder):

@@ -55,12 +55,13 @@ def test_curves_samples_and_options_are_read(tmp_path: Path) -> None:
     assert run.facts == {} and run.held_out == []
 
 
-def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+def test_a_resumed_run_has_each_step_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_run(tmp_path / "a", {10: 3.0, 20: 2.5, 30: 2.0})
     with SummaryWriter(str(folder / "logs"), purge_step=21, filename_suffix=".1") as writer:
         writer.add_scalar("val/loss", 1.5, 30)
     run = read_run(folder, "a")
     assert [(step, value) for step, value, _ in run.curves["val/loss"]] == [(10, 3.0), (20, 2.5), (30, 1.5)]
+    assert caplog.messages == []
 
 
 def test_a_resumed_run_has_the_texts_of_what_went_on(tmp_path: Path) -> None:
