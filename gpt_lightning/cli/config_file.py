@@ -65,7 +65,8 @@ def complete_words(words: list[str]) -> tuple[list[str], Path | None]:
     needs_no_other = verb in ("predict", "prepare") or is_evaluation and is_help
     begins = init_from is not None or verb == "fit" and (given is None or is_help)
     if contents or needs_no_other or begins:
-        return words, recipe_beneath(contents, is_fine_tuning=init_from is not None)
+        is_fine_tuning = init_from is not None if "--init_from" in values else None
+        return words, recipe_beneath(contents, is_fine_tuning=is_fine_tuning)
     return _with_saved_config(words, values, given)
 
 

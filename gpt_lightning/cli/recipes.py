@@ -40,13 +40,17 @@ def config_file(given: str) -> Path:
     )
 
 
-def recipe_beneath(contents: list[Any], *, is_fine_tuning: bool) -> Path | None:
-    """Returns the recipe of all that these files and the command line do not say; None where all is said."""
+def recipe_beneath(contents: list[Any], *, is_fine_tuning: bool | None) -> Path | None:
+    """Returns the recipe of all that these files and the command line do not say; None where all is said.
+
+    Where the command line does not say whether it `is_fine_tuning`, the files do.
+    """
     mappings = [content for content in contents if isinstance(content, dict)]
     if any({*_GROUPS_OF_WHOLE} <= mapping.keys() for mapping in mappings):
         return None
-    begins_from = [mapping["init_from"] for mapping in mappings if "init_from" in mapping]
-    is_fine_tuning = is_fine_tuning or bool(begins_from) and begins_from[-1] is not None
+    if is_fine_tuning is None:
+        begins_from = [mapping["init_from"] for mapping in mappings if "init_from" in mapping]
+        is_fine_tuning = bool(begins_from) and begins_from[-1] is not None
     return recipe(FINE_TUNING if is_fine_tuning else QUICKSTART)
 
 

@@ -66,14 +66,17 @@ def run_sweep(words: list[str]) -> None:
         settings = _checked(rest, varied)
     root = checkpoints_folder(settings.trainer.default_root_dir)
     name = options.run_name or f"{settings.run_name}-sweep"
+    has_steps = settings.trainer.max_steps > 0
+    if options.give_up and not has_steps:
+        say("the trials end by epochs or time, a third of which is not known: none is given up")
     sweep = Sweep(
         folder=run_folder(root, name),
         varied=varied,
         words=tuple(fit_words),
         program=(sys.executable, "-m", "gpt_lightning", "fit"),
         n_trials=options.trials,
-        warmup_steps=max(0, settings.trainer.max_steps) // 3,
-        gives_up=options.give_up,
+        warmup_steps=settings.trainer.max_steps // 3 if has_steps else 0,
+        gives_up=options.give_up and has_steps,
     )
     open_sweep(sweep)
     if (lock := take_lock(sweep.folder / LOCK)) is None:

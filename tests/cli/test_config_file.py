@@ -158,6 +158,7 @@ def test_what_is_not_said_is_the_quickstarts_or_the_fine_tunings() -> None:
     for words in (["--init_from", "x"], ["--config", "theirs.yaml"], ["--config", "finetune_gpt2"]):
         assert beneath("fit", *words) == "finetune_gpt2"
     assert beneath("fit", "--config", "theirs.yaml", "--config", "mine.yaml") == "finetune_gpt2"
+    assert beneath("fit", "--config", "theirs.yaml", "--init_from", "null") == "quickstart"
 
 
 def test_a_configuration_that_says_everything_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
