@@ -100,7 +100,7 @@ def test_in_the_validation_before_training_and_after_training(
         code, said = ends(words, capsys)
     assert code == 143 and said[-1] == "SIGTERM: ended before the first step; nothing is saved"
     assert not [*tmp_path.rglob("*.ckpt*")]
-    monkeypatch.setattr("gpt_lightning.cli.app.tell_how_to_go_on", send("SIGTERM"))
+    monkeypatch.setattr("gpt_lightning.cli.fit_run.tell_how_to_go_on", send("SIGTERM"))
     code, said = ends(words, capsys)
     assert code == 143 and said[-1] == "SIGTERM: ended after training"
     assert len([*tmp_path.rglob("last.ckpt")]) == 1

@@ -176,7 +176,7 @@ def test_last_is_the_newest_that_is_whole(tmp_path: Path) -> None:
 
 def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
     assert newest_of_run(tmp_path / "run") is None
-    with pytest.raises(ValueError, match="holds none"):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
         find_checkpoint(None, tmp_path / "run")
     for name in ("last.ckpt", "step000002.ckpt"):
         flip(save(tmp_path / "run" / name, 2))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,12 @@ def test_what_is_worse_than_others_at_its_step_is_given_up_in_order() -> None:
 
 @pytest.mark.slow
 def test_proposals_are_the_same_whether_or_not_the_sweep_was_stopped() -> None:
-    at_once = run(sweep_of("x=0..4", trials=5))
+    # None is given up: whether one is seen to fall behind before it ends is a matter of time.
+    at_once = run(replace(sweep_of("x=0..4", trials=5), gives_up=False))
     assert len(at_once) == 5 and {each.values["x"] for each in at_once} <= {*"01234"}
     shutil.rmtree("checkpoints")
     for trials in (1, 3, 5):
-        in_parts = run(sweep_of("x=0..4", trials=trials))
+        in_parts = run(replace(sweep_of("x=0..4", trials=trials), gives_up=False))
     assert in_parts == at_once
 
 
