@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from gpt_lightning.exit_codes import UserError
 
 # What a killed process leaves of a checkpoint, or formerly left of a try whether a folder can be written.
-LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe)\.[0-9a-f]{8}\.tmp")
+LEFT_FILE = re.compile(r"\.(.+\.ckpt|probe|config\.yaml|report\.html)\.[0-9a-f]{8}\.tmp")
 LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

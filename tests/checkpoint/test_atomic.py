@@ -147,7 +147,10 @@ def test_what_strangers_have_in_the_folder_is_not_swept(tmp_path: Path) -> None:
         *(".notes.tmp", ".draft.0123abcd.tmp", "last.ckpt.0123abcd.tmp", ".last.ckpt.0123abcd.tmp.gz"),
         *("sub/.last.ckpt.0123abcd.tmp", ".cache.tmp/file", "sub/.last.ckpt.tmp/file"),
     ]
-    ours = [".last.ckpt.0123abcd.tmp", ".probe.0123abcd.tmp", ".last.ckpt.tmp/__0_0.distcp"]
+    ours = [
+        *(".last.ckpt.0123abcd.tmp", ".probe.0123abcd.tmp", ".config.yaml.0123abcd.tmp"),
+        ".last.ckpt.tmp/__0_0.distcp",
+    ]
     for name in (*names, *ours):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
