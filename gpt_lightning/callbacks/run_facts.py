@@ -137,5 +137,4 @@ def _beginning(split: TokenSplit, n_tokens: int) -> list[int]:
     starts = split.document_starts[:1000].astype(np.int64)
     lengths = np.diff(starts)
     first = int(lengths.argmax() if lengths.max() < _WHOLE_ENOUGH else (lengths >= _WHOLE_ENOUGH).argmax())
-    end = min(int(starts[first + 1]), int(starts[first]) + n_tokens)
-    return [int(token) for token in split.tokens[int(starts[first]) : end]]
+    return split.opening(first, n_tokens)

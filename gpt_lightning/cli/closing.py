@@ -29,8 +29,8 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
     for text in samples.latest:
         print(printable(f"\n{text}\n"))
     folder = shlex.quote(str(run_folder.parent))
-    say("to watch the curves, and to write more:")
-    say(f"tensorboard --logdir {folder}, then http://localhost:6006/#custom_scalars")
+    say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")
+    say(f"tensorboard --logdir {folder}")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
     last = saver and (_best(saver, trainer) or saver.last_model_path or saver.best_model_path)
