@@ -23,6 +23,7 @@ from gpt_lightning.cli.parser import PARSER_ONLY, PlainParser
 from gpt_lightning.cli.program import called_as
 from gpt_lightning.cli.trainer_parser import files_in_utf8, limited_imports
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.report.page import write_report
 from gpt_lightning.sweep.process import Signals, SweepStopped
 from gpt_lightning.sweep.search import (
     FINISHED,
@@ -202,11 +203,6 @@ def _plot(sweep: Sweep, found: list[Outcome]) -> None:
 
 def _compare(folders: list[Path], output: Path) -> None:
     """Writes the report that compares runs."""
-    try:
-        from gpt_lightning.report.page import write_report
-    except ImportError as error:
-        say(f"no report: {error}")
-        return
     try:
         write_report(folders, output)
     except UserError as error:
