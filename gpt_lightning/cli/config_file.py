@@ -38,17 +38,8 @@ def complete_words(words: list[str]) -> tuple[list[str], Path | None]:
     given weights. `fit`, `validate` and `test` of a checkpoint run with the configuration that was saved with
     it, which says everything.
     """
-    if words[0] == "predict":
-        renamed = [PROMPTS + word.removeprefix("--prompt") if _is_prompt(word) else word for word in words]
-        words = in_full(renamed)
-    words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
-    words = _with_recipes(words)
+    words = _readable(words)
     verb, values = words[0], _values(words)
-    if verb == "fit":
-        _refuse_other_than_utf8(words)
-    for option, given_values in values.items():
-        for value in given_values if option != PROMPTS else ():  # a text of any form
-            _refuse_unbounded(option.removeprefix("--"), value)
     names = ("--init_from", "--ckpt_path", "--run_name")
     init_from, given, name = (_value(values, option) for option in names)
     if init_from is not None and verb not in ("fit", "prepare"):
@@ -68,6 +59,21 @@ def complete_words(words: list[str]) -> tuple[list[str], Path | None]:
         is_fine_tuning = init_from is not None if "--init_from" in values else None
         return words, recipe_beneath(contents, is_fine_tuning=is_fine_tuning)
     return _with_saved_config(words, values, given)
+
+
+def _readable(words: list[str]) -> list[str]:
+    """Returns the words as jsonargparse is to have them; refuses what it would not come to an end with."""
+    if words[0] == "predict":
+        renamed = [PROMPTS + word.removeprefix("--prompt") if _is_prompt(word) else word for word in words]
+        words = in_full(renamed)
+    words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
+    words = _with_recipes(words)
+    if words[0] == "fit":
+        _refuse_other_than_utf8(words)
+    for option, given_values in _values(words).items():
+        for value in given_values if option != PROMPTS else ():  # a text of any form
+            _refuse_unbounded(option.removeprefix("--"), value)
+    return words
 
 
 def _is_prompt(word: str) -> bool:
