@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpt_lightning.data.token_cache import Corpus
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.exit_codes import UserError
 
 _CUTTING = ("text_key", "document_separator")

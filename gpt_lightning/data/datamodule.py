@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.corpus_identity import TrainedText
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
@@ -23,7 +24,6 @@ from gpt_lightning.data.prompts import (
     special_token_hint,
 )
 from gpt_lightning.data.token_cache import (
-    Corpus,
     TokenSplit,
     loss_warning,
     open_tokenizer,

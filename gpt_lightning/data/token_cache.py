@@ -8,7 +8,6 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 
 import logging
 import os
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,12 +23,11 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
-from gpt_lightning.data.documents import Piece, occurs_in, read_pieces, utf8_length
+from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.documents import utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
-from gpt_lightning.data.overlap import DocumentDigests, refuse_shared_files, without
+from gpt_lightning.data.overlap import DocumentDigests, without
 from gpt_lightning.data.progress import reading, waiting
-from gpt_lightning.data.sources import resolve_sources
-from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.text_loss import TextSample, sampled
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
@@ -41,61 +39,6 @@ from gpt_lightning.data.tokenizer import (
 from gpt_lightning.exit_codes import UserError
 
 _log = logging.getLogger("gpt_lightning")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Names the sources of each split, and all else that decides which text is trained on and held out."""
-
-    train_files: tuple[str, ...]
-    val_files: tuple[str, ...]
-    test_files: tuple[str, ...]
-    val_fraction: float
-    seed: int
-    text_key: str
-    document_separator: str | None
-
-    @classmethod
-    def find(cls, patterns: dict[str, list[str] | str | None], **settings: Any) -> "Corpus":
-        """Finds the files that the `patterns` of train_files, val_files and test_files stand for."""
-        files: dict[str, Any] = {}
-        for option, given in patterns.items():
-            given = [given] if isinstance(given, str) else given
-            files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
-        refuse_shared_files(files)
-        return cls(**files, **settings)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.train_files + self.val_files + self.test_files
-
-    @property
-    def is_separated(self) -> bool:
-        """Tells whether a separator that is given occurs anywhere."""
-        separator = self.document_separator
-        return separator is None or any(occurs_in(separator, source) for source in self.sources)
-
-    def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-        for file in files:
-            yield from read_pieces(
-                file, on_bytes, text_key=self.text_key, document_separator=self.document_separator
-            )
-
-    def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
-        """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
-        if self.val_files or not self.val_fraction:
-            return (("train", piece) for piece in self.read(self.train_files, on_bytes))
-        cuts = plan_split(self._document_sizes(), self.val_fraction, self.seed)
-        return split_pieces(self.read(self.train_files, on_bytes), cuts)
-
-    def _document_sizes(self) -> NDArray[np.int64]:
-        sizes, size = array("q"), 0
-        for piece in self.read(self.train_files, lambda n_bytes: None):
-            size += utf8_length(piece.text)
-            if piece.ends_document:
-                sizes.append(size)
-                size = 0
-        return np.asarray(sizes)
 
 
 @dataclass(frozen=True)
@@ -263,7 +206,7 @@ def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
     """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
     digests = DocumentDigests(folder)
     with reading("Comparing documents", corpus.sources) as advance:
-        for _ in digests.noted(_marked_pieces(corpus, advance)):
+        for _ in digests.noted(corpus.read_marked(advance)):
             pass
     repeated = digests.repeated()
     for name, of_split in repeated.items():
@@ -281,7 +224,7 @@ def _write_tokens(
     samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     digests = DocumentDigests(folder)
     with reading("Tokenizing", corpus.sources) as advance:
-        marked = digests.noted(without(_marked_pieces(corpus, advance), dropped))
+        marked = digests.noted(without(corpus.read_marked(advance), dropped))
         for text in encode_pieces(sampled(marked, samples), tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
@@ -292,13 +235,6 @@ def _write_tokens(
     for name, sample in samples.items():
         described[name]["lost_share"] = sample.lost_share(tokenizer)
     return described
-
-
-def _marked_pieces(corpus: Corpus, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
-    yield from corpus.read_train(on_bytes)
-    for name, files in (("val", corpus.val_files), ("test", corpus.test_files)):
-        for piece in corpus.read(files, on_bytes):
-            yield name, piece
 
 
 class _SplitWriter:

@@ -37,11 +37,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.documents import Piece, read_pieces
 from gpt_lightning.data.encoding import encode_pieces
 from gpt_lightning.data.loader import EpochBatches, WindowBatches, batch_loader
 from gpt_lightning.data.python_docs import SOURCE_NAME
-from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokens
+from gpt_lightning.data.token_cache import TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
 from gpt_lightning.data.windows import Epochs
 from gpt_lightning.model.config import GPTConfig

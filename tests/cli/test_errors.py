@@ -286,7 +286,7 @@ def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     "words, function",
     [
         (["fit"], "data.datamodule.prepare_tokens"),
-        (["prepare"], "data.token_cache.plan_split"),
+        (["prepare"], "data.corpus.plan_split"),
         (["predict", "--ckpt_path", "a.ckpt"], "cli.origin.find_checkpoint"),
         (["generate", "--prompt", "A", "--ckpt_path", "a.ckpt"], "cli.model_options.load_model"),
         (["consolidate", "--ckpt_path", "a.ckpt", "--output", "b.ckpt"], "cli.convert.consolidate"),

@@ -9,9 +9,9 @@ import pytest
 
 from gpt_lightning.cli.main import main
 from gpt_lightning.data import overlap, token_cache
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.documents import Piece
-from gpt_lightning.data.token_cache import Corpus
 from gpt_lightning.exit_codes import UserError
 
 ROWS = [f"row {index} of the text" for index in range(100)]

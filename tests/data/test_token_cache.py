@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from gpt_lightning.data import encoding, token_cache
-from gpt_lightning.data.token_cache import Corpus, TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.token_cache import TokenSplit, prepare_tokenizer, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")

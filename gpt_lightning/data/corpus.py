@@ -1,0 +1,76 @@
+"""Names the text of a run, and reads it document by document, each marked with the split that it is of."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt_lightning.data.documents import Piece, occurs_in, read_pieces, utf8_length
+from gpt_lightning.data.overlap import refuse_shared_files
+from gpt_lightning.data.sources import resolve_sources
+from gpt_lightning.data.split import plan_split, split_pieces
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Names the sources of each split, and all else that decides which text is trained on and held out."""
+
+    train_files: tuple[str, ...]
+    val_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    val_fraction: float
+    seed: int
+    text_key: str
+    document_separator: str | None
+
+    @classmethod
+    def find(cls, patterns: dict[str, list[str] | str | None], **settings: Any) -> "Corpus":
+        """Finds the files that the `patterns` of train_files, val_files and test_files stand for."""
+        files: dict[str, Any] = {}
+        for option, given in patterns.items():
+            given = [given] if isinstance(given, str) else given
+            files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
+        refuse_shared_files(files)
+        return cls(**files, **settings)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.train_files + self.val_files + self.test_files
+
+    @property
+    def is_separated(self) -> bool:
+        """Tells whether a separator that is given occurs anywhere."""
+        separator = self.document_separator
+        return separator is None or any(occurs_in(separator, source) for source in self.sources)
+
+    def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+        for file in files:
+            yield from read_pieces(
+                file, on_bytes, text_key=self.text_key, document_separator=self.document_separator
+            )
+
+    def read_marked(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+        """Yields all text, each piece with the name of its split."""
+        yield from self.read_train(on_bytes)
+        for name, files in (("val", self.val_files), ("test", self.test_files)):
+            for piece in self.read(files, on_bytes):
+                yield name, piece
+
+    def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+        """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
+        if self.val_files or not self.val_fraction:
+            return (("train", piece) for piece in self.read(self.train_files, on_bytes))
+        cuts = plan_split(self._document_sizes(), self.val_fraction, self.seed)
+        return split_pieces(self.read(self.train_files, on_bytes), cuts)
+
+    def _document_sizes(self) -> NDArray[np.int64]:
+        sizes, size = array("q"), 0
+        for piece in self.read(self.train_files, lambda n_bytes: None):
+            size += utf8_length(piece.text)
+            if piece.ends_document:
+                sizes.append(size)
+                size = 0
+        return np.asarray(sizes)
