@@ -12,6 +12,7 @@ from gpt_lightning.data.documents import Piece, occurs_in, read_pieces, utf8_len
 from gpt_lightning.data.overlap import refuse_shared_files
 from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
+from gpt_lightning.exit_codes import UserError
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,8 @@ class Corpus:
                 sizes.append(size)
                 size = 0
         return np.asarray(sizes)
+
+
+def no_train_files() -> UserError:
+    """Says that there is nothing to train on."""
+    return UserError("data.train_files=null names no text; give a file, folder or glob, or python:docs")

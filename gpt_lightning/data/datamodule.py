@@ -11,9 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.corpus import Corpus, no_train_files
 from gpt_lightning.data.corpus_identity import TrainedText
-from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import (
@@ -23,14 +22,9 @@ from gpt_lightning.data.prompts import (
     read_prompts,
     special_token_hint,
 )
-from gpt_lightning.data.token_cache import (
-    TokenSplit,
-    loss_warning,
-    open_tokenizer,
-    prepare_tokenizer,
-    prepare_tokens,
-)
+from gpt_lightning.data.token_cache import TokenSplit, loss_warning, prepare_tokens
 from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, requested_vocab_size
+from gpt_lightning.data.tokenizer_cache import tokenizer_named
 from gpt_lightning.data.windows import Epochs
 from gpt_lightning.exit_codes import UserError
 
@@ -133,20 +127,9 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            if is_trained_here(self.tokenizer):
-                self._text_tokenizer = self._train_tokenizer()
-            else:
-                self._text_tokenizer = open_tokenizer(self.tokenizer, self._corpus, self.cache_dir)
+            named = self.tokenizer, self._corpus, self.cache_dir
+            self._text_tokenizer = tokenizer_named(*named, self._check_tokens)
         return self._text_tokenizer
-
-    def _train_tokenizer(self) -> TextTokenizer:
-        corpus = self._corpus()
-        if not corpus.train_files:
-            raise self._no_train_files()
-        # A token has a byte at least; too little text is refused before a tokenizer is made of it.
-        if all(file.endswith((".txt", ".jsonl")) for file in corpus.train_files):
-            self._check_tokens(sum(map(source_bytes, corpus.train_files)))
-        return prepare_tokenizer(corpus, requested_vocab_size(self.tokenizer), self.cache_dir)
 
     @property
     def vocab_size(self) -> int:
@@ -166,7 +149,7 @@ class TextDataModule(LightningDataModule):
         if self._splits is None:
             corpus = self._corpus()
             if not corpus.sources:
-                raise self._no_train_files()
+                raise no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
             cache = (corpus, self.text_tokenizer, self.cache_dir)
             splits = prepare_tokens(*cache, *checks, drop_repeated=self.drop_repeated)
@@ -215,9 +198,6 @@ class TextDataModule(LightningDataModule):
         settings = ("val_fraction", "seed", "text_key", "document_separator")
         return Corpus.find(patterns, **{name: getattr(self, name) for name in settings})
 
-    def _no_train_files(self) -> UserError:
-        return UserError("data.train_files=null names no text; give a file, folder or glob, or python:docs")
-
     # ---- loaders
 
     @override
@@ -230,7 +210,7 @@ class TextDataModule(LightningDataModule):
         self.prepare()
         if stage == "fit":
             if self.train_files is None:
-                raise self._no_train_files()
+                raise no_train_files()
             self._order.start()
         elif self._split({"validate": "val"}.get(stage, stage)) is None:
             option = f"data.val_fraction={self.val_fraction}"
@@ -240,7 +220,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[TokenBatch]:
         split = self._split("train")
         if split is None:
-            raise self._no_train_files()
+            raise no_train_files()
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         start = self._order.restored.consumed_samples
         dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)

@@ -7,13 +7,10 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 """
 
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +21,11 @@ from numpy.typing import NDArray
 from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
 from gpt_lightning.data.cache_folder import built_folder
 from gpt_lightning.data.corpus import Corpus
-from gpt_lightning.data.documents import utf8_length
 from gpt_lightning.data.encoding import EncodedText, encode_pieces
 from gpt_lightning.data.overlap import DocumentDigests, without
-from gpt_lightning.data.progress import reading, waiting
+from gpt_lightning.data.progress import reading
 from gpt_lightning.data.text_loss import TextSample, sampled
-from gpt_lightning.data.tokenizer import (
-    TextTokenizer,
-    as_transformers_reads,
-    default_vocab_size,
-    load_tokenizer,
-    train_bpe,
-)
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
 _log = logging.getLogger("gpt_lightning")
@@ -155,51 +145,6 @@ def loss_warning(losing: list[TokenSplit]) -> str:
         return f"{problem}; remove it to have that measured"
     problem = f"the tokenizer loses text, by a sample decoded again {', '.join(shares)}"
     return f"{problem}; ppl there is of what is left, and no bpb is shown"
-
-
-def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) -> TextTokenizer:
-    """Trains a BPE on the training split alone; without a `vocab_size`, the split's size decides it."""
-    settings = {**asdict(corpus), "test_files": (), "vocab_size": vocab_size}
-    # Whatever stands in the validation files, it decides only that nothing else is held out.
-    settings["val_files"] = bool(corpus.val_files)
-
-    def texts(on_bytes: Callable[[int], None] = lambda n_bytes: None) -> Iterator[str]:
-        return (piece.text for name, piece in corpus.read_train(on_bytes) if name == "train")
-
-    def build(folder: Path) -> dict[str, Any]:
-        size = vocab_size or default_vocab_size(sum(map(utf8_length, texts())))
-        with ExitStack() as merging:
-
-            def read() -> Iterator[str]:
-                with reading("Reading text for the tokenizer", corpus.train_files) as advance:
-                    yield from texts(advance)
-                merging.enter_context(waiting("Merging pairs into tokens"))
-
-            train_bpe(read(), size).save(folder)
-        return {}
-
-    with built_folder(cache_dir, "tokenizer", settings, corpus.train_files, build) as (folder, _):
-        return load_tokenizer(str(folder))
-
-
-def open_tokenizer(name: str, find_corpus: Callable[[], Corpus], cache_dir: str) -> TextTokenizer:
-    """Opens `bytes`, a name on the hub, or a folder.
-
-    A folder is compared once with what transformers makes of it, on some text of the corpus, if there is any.
-    """
-    folder = Path(os.path.expanduser(name)).absolute()
-    if name == "bytes" or not folder.is_dir() or not (corpus := find_corpus()).sources:
-        return load_tokenizer(name)
-    kinds = (".json", ".txt", ".model")
-    files = [str(file) for file in sorted(folder.iterdir()) if file.suffix in kinds and file.is_file()]
-
-    def build(unfinished: Path) -> dict[str, Any]:
-        ours = load_tokenizer(name)
-        pieces = islice(corpus.read(corpus.sources, lambda n_bytes: None), 64)
-        return as_transformers_reads(folder, ours, [piece.text[:1000] for piece in pieces]).state
-
-    with built_folder(cache_dir, "tokenizer", asdict(corpus), files, build) as (_, built):
-        return TextTokenizer.from_dict(built)
 
 
 def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_lightning.data.token_cache import prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.token_cache import prepare_tokens
+from gpt_lightning.data.tokenizer_cache import prepare_tokenizer
 from gpt_lightning.exit_codes import UserError
 from tests.data.test_token_cache import BYTES, building_reasons, corpus, documents_of, write_documents
 

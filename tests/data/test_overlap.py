@@ -12,6 +12,7 @@ from gpt_lightning.data import overlap, token_cache
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.documents import Piece
+from gpt_lightning.data.tokenizer import load_tokenizer
 from gpt_lightning.exit_codes import UserError
 
 ROWS = [f"row {index} of the text" for index in range(100)]
@@ -101,6 +102,6 @@ def test_a_cache_of_an_earlier_version_keeps_its_name(tmp_path: Path) -> None:
     """The folder's name is made of the settings: a new one that is left out must not change it."""
     source = write_rows(tmp_path / "a.jsonl", ROWS)
     corpus = Corpus((str(source),), (), (), 0.1, 42, "text", None)
-    old = token_cache.prepare_tokens(corpus, token_cache.load_tokenizer("bytes"), str(tmp_path / "cache"))
+    old = token_cache.prepare_tokens(corpus, load_tokenizer("bytes"), str(tmp_path / "cache"))
     new = datamodule(tmp_path, train_files=str(source)).prepare()
     assert new["train"].folder == old["train"].folder

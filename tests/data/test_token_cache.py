@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_lightning.data import encoding, token_cache
+from gpt_lightning.data import encoding, token_cache, tokenizer_cache
 from gpt_lightning.data.corpus import Corpus
-from gpt_lightning.data.token_cache import TokenSplit, prepare_tokenizer, prepare_tokens
+from gpt_lightning.data.token_cache import TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
+from gpt_lightning.data.tokenizer_cache import prepare_tokenizer
 
 BYTES = load_tokenizer("bytes")
 
@@ -280,8 +281,8 @@ def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
         yield lambda n_bytes: None
         shown.append(f"ends {title}")
 
-    monkeypatch.setattr(token_cache, "reading", note)
-    monkeypatch.setattr(token_cache, "waiting", note)
+    monkeypatch.setattr(tokenizer_cache, "reading", note)
+    monkeypatch.setattr(tokenizer_cache, "waiting", note)
     prepare_tokenizer(corpus(write_documents(tmp_path / "a.jsonl")), 300, str(tmp_path / "cache"))
     reading, merging = "Reading text for the tokenizer", "Merging pairs into tokens"
     assert shown == [f"begins {reading}", f"ends {reading}", f"begins {merging}", f"ends {merging}"]
