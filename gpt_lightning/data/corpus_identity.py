@@ -1,4 +1,4 @@
-"""Tells by content which text a run is trained and validated on: a run that goes on must find it again.
+"""Tells what a run that goes on must find again: its settings, its tokenizer, and its text, by content.
 
 With other text another part is held out, and what was held out before would be trained on.
 """
@@ -8,9 +8,36 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
+_DECIDING = ("seed", "val_fraction", "seq_len")  # what is held out, and the order
 _CUTTING = ("text_key", "document_separator")
+
+
+def settings_of_a_run(data: object) -> dict[str, Any]:
+    """Collects what a run that goes on, or is judged, must share with its checkpoint."""
+    return {name: getattr(data, name) for name in ("tokenizer", *_DECIDING)}
+
+
+def refuse_other_settings(data: object, saved: dict[str, Any]) -> None:
+    """Refuses to go on with another order, or with another part held out; tokenizers are compared."""
+    for name in _DECIDING:
+        if saved.get(name, own := getattr(data, name)) != own:
+            problem = f"data.{name}={own} contradicts the checkpoint, which has {saved[name]}"
+            raise UserError(f"{problem}; leave it as it was, or train anew")
+
+
+def tokenizer_of_checkpoint(own: TextTokenizer | None, saved: dict[str, Any], name: str) -> TextTokenizer:
+    """Returns the checkpoint's, whose ids its model knows; refuses another where one is there already."""
+    if own is not None and own.state == saved:
+        return own
+    tokenizer = TextTokenizer.from_dict(saved)
+    if own is not None and own.fingerprint != tokenizer.fingerprint:
+        problem = f"data.tokenizer={name} on this text is not the checkpoint's tokenizer"
+        remedy = "train anew, or leave data.tokenizer and the text as they were"
+        raise UserError(f"{problem}, whose ids the model knows; {remedy}")
+    return tokenizer  # which also knows what else ends a text
 
 
 class TrainedText:

@@ -12,7 +12,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from gpt_lightning.data.corpus import Corpus, no_train_files
-from gpt_lightning.data.corpus_identity import TrainedText
+from gpt_lightning.data.corpus_identity import (
+    TrainedText,
+    refuse_other_settings,
+    settings_of_a_run,
+    tokenizer_of_checkpoint,
+)
 from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import (
@@ -31,8 +36,6 @@ from gpt_lightning.exit_codes import UserError
 _log = logging.getLogger("gpt_lightning")
 
 OPENING = 64  # tokens in which a document's first words lie
-# What a run that goes on, or is judged, must share with its checkpoint: the split, the order and the tokens.
-SETTINGS_OF_A_RUN = ("tokenizer", "seed", "val_fraction", "seq_len")
 
 
 class TextDataModule(LightningDataModule):
@@ -295,36 +298,16 @@ class TextDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         return {
             **self._order.position()._asdict(),
-            "settings": {name: getattr(self, name) for name in SETTINGS_OF_A_RUN},
+            "settings": settings_of_a_run(self),
             "tokenizer": self.text_tokenizer.state,
             "text": self.trained_text.described,
         }
 
-    def _take_tokenizer(self, saved: dict[str, Any]) -> None:
-        """Takes a checkpoint's, whose ids its model knows, unless it is there already."""
-        if self._text_tokenizer is not None and self._text_tokenizer.state == saved:
-            return
-        tokenizer = TextTokenizer.from_dict(saved)
-        if self._text_tokenizer is None:
-            self.use_tokenizer(tokenizer)
-        elif self._text_tokenizer.fingerprint == tokenizer.fingerprint:
-            self._text_tokenizer = tokenizer  # which also knows what else ends a text
-        else:
-            problem = f"data.tokenizer={self.tokenizer} on this text is not the checkpoint's tokenizer"
-            remedy = "train anew, or leave data.tokenizer and the text as they were"
-            raise UserError(f"{problem}, whose ids the model knows; {remedy}")
-
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        """Refuses to go on with another order, or with another part held out; tokenizers are compared."""
-        for name in ("seed", "val_fraction", "seq_len"):
-            if saved.get(name, own := getattr(self, name)) != own:
-                problem = f"data.{name}={own} contradicts the checkpoint, which has {saved[name]}"
-                raise UserError(f"{problem}; leave it as it was, or train anew")
-
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is None or self.trainer.state.fn == "fit":
-            self._check_settings(state_dict["settings"])
+            refuse_other_settings(self, state_dict["settings"])
             self.trained_text.resume(state_dict)
-        self._take_tokenizer(state_dict["tokenizer"])
+        own, saved = self._text_tokenizer, state_dict["tokenizer"]
+        self._text_tokenizer = tokenizer_of_checkpoint(own, saved, self.tokenizer)
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))
