@@ -1,5 +1,6 @@
 """Gathers and logs the numbers of a step, and sums the loss over batches exactly."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -116,6 +117,21 @@ def scored_share(trainer: Trainer, split: str, n_tokens: int) -> float:
     done = sum(trainer.num_test_batches if is_test else trainer.num_val_batches)
     every = sum(sized_len(loader) or done for loader in (loaders if isinstance(loaders, list) else [loaders]))
     return min(1.0, done / every) if every else 1.0
+
+
+def in_other_units(trainer: Trainer, split: str, loss: Tensor, share: float) -> dict[str, Tensor | float]:
+    """Returns perplexity, and bits per byte by the split's own number of bytes per token.
+
+    Of what was not all of the split, the share stands beside.
+    """
+    values: dict[str, Tensor | float] = {f"{split}/ppl": loss.exp()}
+    if share < 1:
+        values[f"{split}/share"] = share
+    data = trainer.datamodule
+    if isinstance(data, TextDataModule) and data.keeps_text(split):  # others do not know their bytes
+        n_tokens, n_bytes = data.split_counts(split)
+        values[f"{split}/bpb"] = loss / math.log(2) * n_tokens / n_bytes
+    return values
 
 
 def part_of_text(share: float) -> str:

@@ -1,7 +1,6 @@
 """Tells Lightning what a step of training, validation or prediction does with a batch."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from typing_extensions import Self, override
@@ -36,6 +34,7 @@ from gpt_lightning.training.metrics import (
     TokenLoss,
     epochs_trained,
     gradient_norm,
+    in_other_units,
     scored_share,
 )
 from gpt_lightning.training.optim import (
@@ -45,6 +44,7 @@ from gpt_lightning.training.optim import (
     build_schedule,
     learning_rates,
     raise_peak,
+    with_peak,
 )
 from gpt_lightning.training.own_checkpoints import forget_other_folders, leave_averages_behind
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
@@ -114,10 +114,7 @@ class GPTLightningModule(LightningModule):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        if (former := self.optimizer.matrix_learning_rate) is not None:  # lr_find tries all groups alike
-            given_up = f"model.optimizer.matrix_learning_rate={former}"
-            rank_zero_warn(f"{given_up} gives way to learning_rate={value}")
-        self.optimizer = replace(self.optimizer, learning_rate=value, matrix_learning_rate=None)
+        self.optimizer = with_peak(self.optimizer, value)
         self.hparams["optimizer"] = plain_settings({"optimizer": self.optimizer}, "")["optimizer"]
         if self._trainer is not None:  # Lightning's LearningRateFinder sets it when the schedule is built
             raise_peak(self.trainer, value)
@@ -239,10 +236,7 @@ class GPTLightningModule(LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, split: str) -> None:
-        """Logs loss per token, perplexity, and bits per byte by the split's own number of bytes per token.
-
-        Of what was not all of the split, the share is logged beside.
-        """
+        """Logs the loss per token, and what follows from it."""
         held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
         if held_out.is_empty:  # the step is a child class's, which logs its own loss
             return
@@ -252,13 +246,7 @@ class GPTLightningModule(LightningModule):
             step, whole = self.trainer.global_step, share == 1
             self._last_validation = {"step": step, "loss": float(loss), "whole": whole}
         self.log(f"{split}/loss", loss, prog_bar=True)
-        self.log(f"{split}/ppl", loss.exp())
-        if share < 1:
-            self.log(f"{split}/share", share)
-        data = self.trainer.datamodule
-        if isinstance(data, TextDataModule) and data.keeps_text(split):  # others do not know their bytes
-            n_tokens, n_bytes = data.split_counts(split)
-            self.log(f"{split}/bpb", loss / math.log(2) * n_tokens / n_bytes)
+        self.log_dict(in_other_units(self.trainer, split, loss, share))
 
     # Prediction
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -229,6 +229,14 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, horizon: floa
             f"step{'s' if horizon != 1 else ''} of this run: the learning rate never reaches its peak"
         )
     return Schedule(optimizer, lambda step: learning_rate_factor(step, settings, horizon))
+
+
+def with_peak(settings: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
+    """Returns the settings with one peak for all groups, which lr_find tries alike."""
+    if (former := settings.matrix_learning_rate) is not None:
+        given_up = f"model.optimizer.matrix_learning_rate={former}"
+        rank_zero_warn(f"{given_up} gives way to learning_rate={learning_rate}")
+    return replace(settings, learning_rate=learning_rate, matrix_learning_rate=None)
 
 
 def raise_peak(trainer: Trainer, learning_rate: float) -> None:
