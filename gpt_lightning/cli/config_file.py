@@ -20,6 +20,7 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.recipes import FINE_TUNING, QUICKSTART, config_file, recipe, recipe_beneath
 from gpt_lightning.cli.short_names import in_full
 from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml
+from gpt_lightning.data.documents import has_half_character
 from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.exit_codes import UserError
 
@@ -162,7 +163,7 @@ def _in_utf8(before: str, word: str) -> str:
 def _refuse_other_than_utf8(words: list[str]) -> None:
     """Refuses bytes, as of a file's name from another system, that config.yaml and the events cannot hold."""
     for before, word in zip(words, words[1:]):
-        if any("\ud800" <= character <= "\udfff" for character in word):
+        if has_half_character(word):
             option, equals, value = word.partition("=")
             option, value = (option, value) if equals and option.startswith("--") else (before, word)
             remedy = "rename a file of such a name, or name it by a pattern such as *.txt"
@@ -179,8 +180,8 @@ def _verbatim(before: str, word: str) -> str:
     for load in (load_yaml, json.loads):
         with suppress(yaml.YAMLError, ValueError, RecursionError):
             prompts = load(given)
-            if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
-                "".join(prompts).encode()
+            are_texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+            if are_texts and not any(map(has_half_character, prompts)):
                 return word if load is load_yaml else start + json.dumps(prompts, ensure_ascii=False)
     return start + json.dumps([given], ensure_ascii=False)
 

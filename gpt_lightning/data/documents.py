@@ -45,6 +45,15 @@ def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
+def has_half_character(text: str) -> bool:
+    """Tells whether half of a surrogate pair is in a text, which then has no UTF-8 form."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def source_bytes(source: str) -> int:
     """Returns what the `on_bytes` calls of `read_pieces` add up to: bytes on disk."""
     return sum(map(len, python_documents())) if source == SOURCE_NAME else os.path.getsize(source)
@@ -186,12 +195,8 @@ def _json_text(line: str, text_key: str, place: str) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         raise UserError(f"{place}: data.text_key={text_key} is not text but {kind}; choose another key")
-    try:
-        # Only an escape such as \ud800 can bring in half of a surrogate pair.
-        if "\\u" in line:
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it") from None
+    if "\\u" in line and has_half_character(text):  # only an escape such as \ud800 can bring one in
+        raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it")
     return text
 
 

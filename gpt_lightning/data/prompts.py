@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from gpt_lightning.data.documents import json_row
+from gpt_lightning.data.documents import has_half_character, json_row
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
@@ -117,8 +117,6 @@ def _json_prompt(line: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place} has no text under the key prompt; write {{\"prompt\": \"...\"}}")
     prompt: str = row["prompt"]
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{place} is not UTF-8; write characters, not half of a surrogate pair") from None
+    if has_half_character(prompt):
+        raise UserError(f"{place} is not UTF-8; write characters, not half of a surrogate pair")
     return prompt

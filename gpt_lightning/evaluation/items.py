@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_lightning.data.documents import json_row
+from gpt_lightning.data.documents import has_half_character, json_row
 from gpt_lightning.exit_codes import UserError
 
 
@@ -54,7 +54,7 @@ def _item(line: str, place: str) -> Item:
             raise UserError(f"{place}: choices[{number}]={choice!r} is no text; put it in quotes")
         if not choice.strip():
             raise UserError(f"{place}: choices[{number}]={choice!r} holds no text; write one, or drop it")
-    if any(_has_half_character(text) for text in (question, *choices)):
+    if any(map(has_half_character, (question, *choices))):
         raise UserError(f"{place} is not UTF-8; write characters, not half of a surrogate pair")
     return Item(question, choices, _index(row["answer"], choices, place), place)
 
@@ -72,7 +72,3 @@ def _index(answer: Any, choices: list[str], place: str) -> int:
     if not 0 <= answer < len(choices):
         raise UserError(f"{given} is no index of {len(choices)} choices; {remedy}")
     return answer
-
-
-def _has_half_character(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
