@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import evaluating
+from gpt_lightning.generation.surprise import log_probabilities
 from gpt_lightning.model.gpt import GPTModel
 
 _LOGITS = 1 << 26  # held at once: 256 MiB
@@ -126,20 +127,19 @@ class Scorer:
             for offset, token in enumerate(continuation)
         ]
         places, positions, targets = torch.tensor(scored, device=device).unbind(1)  # each [N]
-        log_probabilities, greedy = self._score_tokens(hidden[places, positions], targets)
+        found, greedy = self._score_tokens(hidden[places, positions], targets)
         lengths = [len(continuation) for *_, continuation in parts]
-        each = zip(parts, log_probabilities.split(lengths), greedy.split(lengths))
+        each = zip(parts, found.split(lengths), greedy.split(lengths))
         return {part[0]: Score(float(logs.sum()), bool(is_greedy.all())) for part, logs, is_greedy in each}
 
     def _score_tokens(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns of each token [N] its log-probability, and whether it is the likeliest, on the host."""
         n_together = max(1, _LOGITS // self.model.config.vocab_size)
-        log_probabilities, greedy = [], []
-        for states, tokens in zip(hidden.split(n_together), targets.split(n_together)):
-            logs = self.model.lm_head(states).float().log_softmax(-1)  # [N, V]
-            log_probabilities.append(logs.gather(1, tokens[:, None])[:, 0])
-            greedy.append(logs.argmax(-1) == tokens)
-        return torch.cat(log_probabilities).cpu().double(), torch.cat(greedy).cpu()
+        found, greedy = [], []
+        for tokens, logs, of_all in log_probabilities(self.model, hidden, targets, n_together):
+            found.append(logs)
+            greedy.append(of_all.argmax(-1) == tokens)
+        return torch.cat(found).cpu().double(), torch.cat(greedy).cpu()
 
 
 def _rows(pairs: Sequence[Pair], window: int) -> list[Row]:

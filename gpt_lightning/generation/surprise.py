@@ -1,6 +1,6 @@
 """Tells how likely a model finds each token of a text, and what it would rather have read there.
 
-Shapes: T tokens that see the same context, V vocabulary.
+Shapes: T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gpt_lightning.generation.engine import evaluating
 from gpt_lightning.generation.prefill import visible_start
@@ -47,11 +48,18 @@ def _scored(model: GPTModel, token_ids: list[int], n_last: int, n_others: int) -
     """Yields the last tokens, each predicted from all that stand before it."""
     ids = torch.tensor(token_ids, device=next(model.parameters()).device)
     hidden = model.hidden_states(ids[None, :-1])[0, -n_last:]
-    for some, targets in zip(hidden.split(_AT_ONCE), ids[-n_last:].split(_AT_ONCE)):
-        logprobs = model.lm_head(some[None])[0].float().log_softmax(dim=-1)  # [T, V]
-        own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
-        likeliest = logprobs.topk(n_others + 1, dim=-1)
-        rows = zip(targets.tolist(), own, likeliest.indices.tolist(), likeliest.values.tolist())
+    for targets, own, of_all in log_probabilities(model, hidden, ids[-n_last:], _AT_ONCE):
+        likeliest = of_all.topk(n_others + 1, dim=-1)
+        rows = zip(targets.tolist(), own.tolist(), likeliest.indices.tolist(), likeliest.values.tolist())
         for token_id, logprob, indices, values in rows:
             others = [pair for pair in zip(indices, values) if pair[0] != token_id]
             yield ScoredToken(token_id, logprob, others[:n_others])
+
+
+def log_probabilities(
+    model: GPTModel, hidden: Tensor, targets: Tensor, at_once: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields some targets [T], what each has [T], and what all that could stand there have [T, V]."""
+    for states, tokens in zip(hidden.split(at_once), targets.split(at_once)):
+        of_all = model.lm_head(states).float().log_softmax(dim=-1)
+        yield tokens, of_all.gather(1, tokens[:, None])[:, 0], of_all
