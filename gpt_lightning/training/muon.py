@@ -70,6 +70,12 @@ class MuonWithAdamW(Optimizer):
         super().__init__([*adamw.param_groups, own], {})  # no defaults: they would be taken for every group's
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch copies and pickles what every optimizer has, and a copy could not step.
+        own = {name: vars(self)[name] for name in ("_adamw", "_matrices", "_mesh")}
+        return {**super().__getstate__(), **own}
+
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = {} if "momentum" in param_group else self._adamw.defaults
         super().add_param_group({**own, **param_group})

@@ -87,6 +87,23 @@ def test_steps_equal_those_of_torch(sizes: dict[str, Any], parts: tuple[int, ...
                 assert torch.equal(parameter, model.get_parameter(name)), name
 
 
+def test_a_copy_steps_as_the_original_does() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, SETTINGS)
+    give_gradients(model, 0)
+    optimizer.step()  # so that there is a state to copy
+    both = {"model": model, "optimizer": optimizer}
+    other = copy.deepcopy(both)
+    for step in (1, 2):
+        for each in both, other:
+            give_gradients(each["model"], step)
+            each["optimizer"].step()
+        if step == 1:
+            before = [parameter.clone() for parameter in model.parameters()]
+    for a, b, former in zip(*(each["model"].parameters() for each in (both, other)), before, strict=True):
+        assert torch.equal(a, b) and a is not b and not torch.equal(a, former)
+
+
 SHAPES = [(128, 128), (512, 128), (128, 344), (1, 8), (8, 1), (33, 65), (384, 1536), (1536, 384)]
 
 
