@@ -29,7 +29,6 @@ from gpt_lightning.training.scored_text import as_plain, shown_tokens
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy")
 OF_A_START = ("config", "ckpt_path", "weights_only")  # no options of what is trained
 HELD_OUT_TOKENS = 256  # are shown at most
-MOST_DOCUMENTS = 10_000_000  # in which the longest is looked for
 _WHOLE_ENOUGH = 128  # tokens, for a document to be shown
 
 
@@ -121,13 +120,11 @@ def parameters_by_part(config: GPTConfig) -> dict[str, int]:
 
 
 def _counts(split: TokenSplit) -> dict[str, Any]:
-    starts = split.document_starts
-    longest = int(np.diff(starts).max()) if split.n_documents <= MOST_DOCUMENTS else None
     return {
         "tokens": split.n_tokens,
         "bytes": split.n_bytes,
         "documents": split.n_documents,
-        "longest": longest,
+        "longest": split.longest_document,
         "repeated": split.n_repeated,
     }
 

@@ -28,6 +28,8 @@ from gpt_lightning.data.text_loss import TextSample, sampled
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
+_MOST_READ = 10_000_000  # documents whose starts are read to find the longest
+
 _log = logging.getLogger("gpt_lightning")
 
 
@@ -43,6 +45,7 @@ class TokenSplit:
     n_documents: int
     n_repeated: int | None = None  # held-out documents that are in train too; not known of old caches
     lost_share: float | None = None  # of its characters, by a sample; not known of old caches
+    n_longest: int | None = None  # tokens of the longest document; not known of old caches
 
     @cached_property
     def tokens(self) -> NDArray[np.integer]:
@@ -52,6 +55,13 @@ class TokenSplit:
     @cached_property
     def document_starts(self) -> NDArray[np.uint64]:
         return np.asarray(np.memmap(self.folder / f"{self.name}.documents.bin", dtype=np.uint64, mode="r"))
+
+    @property
+    def longest_document(self) -> int | None:
+        """Counts its tokens; of an old cache by reading where documents start, unless these are too many."""
+        if self.n_longest is None and self.n_documents <= _MOST_READ:
+            return int(np.diff(self.document_starts).max())
+        return self.n_longest
 
     @cached_property
     def _checked(self) -> tuple[CheckedFile, CheckedFile]:
@@ -189,13 +199,18 @@ class _SplitWriter:
         self._tokens_file = DigestedFile(folder / f"{name}.tokens.bin")
         self._documents_file = DigestedFile(folder / f"{name}.documents.bin")
         self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
-        self._n_tokens = self._n_bytes = self._n_documents = 0
+        self._n_tokens = self._n_bytes = self._n_documents = self._n_longest = self._last_end = 0
         self._documents_file.write(np.zeros(1, dtype=np.uint64).data)
 
     def add(self, text: EncodedText) -> None:
         # Not `tofile`, whose error does not say that the disk is full.
         self._tokens_file.write(text.tokens.astype(self._dtype).data)
-        self._documents_file.write((text.document_ends + np.uint64(self._n_tokens)).data)
+        ends = text.document_ends + np.uint64(self._n_tokens)
+        self._documents_file.write(ends.data)
+        if len(ends):
+            lengths = np.diff(ends, prepend=np.uint64(self._last_end))
+            self._n_longest = max(self._n_longest, int(lengths.max()))
+            self._last_end = int(ends[-1])
         self._n_tokens += len(text.tokens)
         self._n_bytes += text.n_bytes
         self._n_documents += len(text.document_ends)
@@ -205,4 +220,4 @@ class _SplitWriter:
         self._tokens_file.close()
         self._documents_file.close()
         counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
-        return {"dtype": self._dtype, **counts}
+        return {"dtype": self._dtype, **counts, "n_longest": self._n_longest}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_lightning.data import encoding, token_cache, tokenizer_cache
+from gpt_lightning.data import documents, encoding, token_cache, tokenizer_cache
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.token_cache import TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
@@ -132,6 +132,24 @@ def test_small_batches_write_the_same_cache(tmp_path: Path, monkeypatch: pytest.
     assert {name: documents_of(split) for name, split in parts.items()} == {
         name: documents_of(split) for name, split in whole.items()
     }
+
+
+@pytest.mark.parametrize("n_characters", [17, 1 << 18])
+def test_the_longest_document_is_known(
+    n_characters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches it is in; an old cache does not say it, and is read, unless it is too large."""
+    monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", n_characters)
+    monkeypatch.setattr(documents, "_PIECE_CHARACTERS", n_characters)
+    rows = [{"text": f"{index} and " * (1 + 3 * index % 10)} for index in range(10)]
+    (source := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split in prepare_tokens(corpus(source), BYTES, str(tmp_path / "cache")).values():
+        longest = 1 + max(len(text) for text in documents_of(split))
+        old = replace(split, n_longest=None)
+        assert split.n_longest == split.longest_document == old.longest_document == longest
+        with monkeypatch.context() as context:
+            context.setattr(token_cache, "_MOST_READ", 0)
+            assert old.longest_document is None and split.longest_document == longest
 
 
 def test_fresh_cache_is_reused_also_after_a_touch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
