@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
@@ -88,6 +88,7 @@ class ExactResume(ResumeCallback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._loaded = checkpoint
+        _refuse_begun_averages(trainer, checkpoint)
         saved = checkpoint.get(RESUME_KEY)
         if saved is None:
             _log.warning("the checkpoint was saved without ExactResume: random states begin anew")
@@ -173,6 +174,16 @@ def _check_numbers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         for name in config.scheduler.state_dict():
             if not name.startswith("_") and name not in state:
                 raise _refusal(trainer, f"lacks {name} of the learning rate's schedule")
+
+
+def _refuse_begun_averages(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuses what Lightning takes up again one epoch too late, with another learning rate until then."""
+    for callback in trainer.callbacks:
+        state = checkpoint["callbacks"].get(callback.state_key, {})
+        if isinstance(callback, StochasticWeightAveraging) and state.get("scheduler_state") is not None:
+            problem = "was saved when StochasticWeightAveraging had begun, which goes on otherwise from there"
+            remedy = "name an earlier one, or begin a run with EMAWeightAveraging"
+            raise UserError(f"ckpt_path={trainer.ckpt_path} {problem}; {remedy}")
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

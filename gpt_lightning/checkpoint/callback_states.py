@@ -1,12 +1,13 @@
-"""Holds what a checkpoint keeps of Lightning's callbacks to what these go on from."""
+"""Holds to what they go on from what a checkpoint keeps of Lightning's callbacks and gradient scaler."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim.swa_utils import SWALR
 
-from gpt_lightning.checkpoint.values import is_count, is_named, is_number, short
+from gpt_lightning.checkpoint.values import is_count, is_named, is_number, numbers, short
 
 # Where a callback that averages the weights puts those that were trained, and what else it goes on from.
 TRAINED_KEY, AVERAGING_KEY = "current_model_state", "averaging_state"
@@ -33,17 +34,50 @@ _STOPPING: Fields = {
     "best_score": lambda value: isinstance(value, Tensor) and _is_score(value),
     "stopping_reason": lambda value: is_count(value) and value < 5,
 }
+_EPOCH_AVERAGES: Fields = {  # StochasticWeightAveraging's; the weights are held to the model as it loads them
+    "n_averaged": is_count,
+    "latest_update_epoch": lambda value: type(value) is int and value >= -1,
+    "scheduler_state": lambda value: value is None or _is_schedule_of_averages(value),
+    "average_model_state": lambda value: value is None or is_named(value),
+}
+_SCHEDULE_OF_AVERAGES: Fields = {
+    "_anneal_strategy": lambda value: value in ("cos", "linear"),
+    **dict.fromkeys(("anneal_epochs", "last_epoch", "_step_count"), is_count),
+    **dict.fromkeys(("base_lrs", "_last_lr"), numbers),
+}
+_SCALER: Fields = {
+    "scale": lambda value: _is_plain_number(value) and value > 0,
+    "growth_factor": lambda value: _is_plain_number(value) and value > 1,
+    "backoff_factor": lambda value: _is_plain_number(value) and 0 < value < 1,
+    "growth_interval": lambda value: is_count(value) and value > 0,
+    "_growth_tracker": is_count,
+}
+_SCALERS = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")  # the last one formerly
 _MAY_LACK = {"stopping_reason"}  # which earlier versions of Lightning did not keep
 _KINDS = {  # each by the names of Lightning's classes and ours, and by what tells a child class's state
     ("ModelCheckpoint", "RunCheckpoint"): ({"best_k_models"}, _SAVER),
     ("EarlyStopping",): ({"wait_count", "best_score"}, _STOPPING),
     ("WeightAveraging", "EMAWeightAveraging"): ({"latest_update_step"}, {"latest_update_step": is_count}),
+    ("StochasticWeightAveraging",): ({"n_averaged", "average_model_state"}, _EPOCH_AVERAGES),
     ("Timer",): ({"time_elapsed"}, {"time_elapsed": lambda value: is_named(value) and _are_numbers(value)}),
 }
 
 
 def _are_numbers(value: Mapping[str, Any]) -> bool:
     return all(map(is_number, value.values()))
+
+
+def _is_plain_number(value: Any) -> bool:
+    return not isinstance(value, Tensor) and is_number(value)
+
+
+def _is_schedule_of_averages(state: Any) -> bool:
+    """Tells one of which PyTorch makes no attribute that hides a function of the class."""
+    if not is_named(state) or "optimizer" in state:
+        return False
+    if any(callable(getattr(SWALR, name, None)) for name in state):
+        return False
+    return all(is_right(state.get(name)) for name, is_right in _SCHEDULE_OF_AVERAGES.items())
 
 
 def problems_of_callbacks(states: Any) -> Iterator[str]:
@@ -57,6 +91,13 @@ def problems_of_callbacks(states: Any) -> Iterator[str]:
         for names, (telling, fields) in _KINDS.items():
             if key.partition("{")[0] in names or telling <= state.keys():
                 yield from _problems_of_state(key, state, fields)
+
+
+def problems_of_scaler(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is of another kind in what scales the gradients of half precision."""
+    for key, state in checkpoint.items():
+        if key in _SCALERS or isinstance(state, dict) and "_growth_tracker" in state:
+            yield from _problems_of_state(key, state if is_named(state) else {}, _SCALER)
 
 
 def problem_of_saver(key: str, state: Mapping[str, Any]) -> str | None:

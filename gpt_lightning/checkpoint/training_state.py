@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from gpt_lightning.checkpoint.callback_states import problems_of_averaging, problems_of_callbacks
+from gpt_lightning.checkpoint.callback_states import (
+    problems_of_averaging,
+    problems_of_callbacks,
+    problems_of_scaler,
+)
 from gpt_lightning.checkpoint.values import is_count, is_named, is_number, numbers, short
 
 LIGHTNING_KEY = "pytorch-lightning_version"
@@ -54,6 +58,7 @@ def problems_of_training(checkpoint: Mapping[str, Any]) -> Iterator[str]:
     yield from _problems_of_loops(checkpoint)
     yield from problems_of_callbacks(checkpoint.get("callbacks", {}))
     yield from problems_of_averaging(checkpoint)
+    yield from problems_of_scaler(checkpoint)
 
 
 def _at(value: Any, place: str) -> Any:

@@ -46,7 +46,11 @@ from gpt_lightning.training.optim import (
     raise_peak,
     with_peak,
 )
-from gpt_lightning.training.own_checkpoints import forget_other_folders, leave_averages_behind
+from gpt_lightning.training.own_checkpoints import (
+    forget_other_folders,
+    leave_averages_behind,
+    tell_of_other_callbacks,
+)
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
@@ -331,6 +335,7 @@ class GPTLightningModule(LightningModule):
             warn_of_inexact_resume(self.trainer)
             forget_other_folders(self.trainer, checkpoint)
             leave_averages_behind(self.trainer, checkpoint)
+            tell_of_other_callbacks(self.trainer, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Takes from a checkpoint, before a run goes on from it, what is another run's: other folders, averages."""
+"""Takes from a checkpoint, before a run goes on from it, what is another run's: folders, averages."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from gpt_lightning.checkpoint.callback_states import AVERAGING_KEY, TRAINED_KEY, problem_of_saver
 from gpt_lightning.checkpoint.files import WEIGHTS, is_own
 from gpt_lightning.checkpoint.runs import LAST
+from gpt_lightning.checkpoint.values import short
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
 
@@ -39,6 +40,17 @@ def leave_averages_behind(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     )
     checkpoint[WEIGHTS] = checkpoint.pop(TRAINED_KEY)
     checkpoint.pop(AVERAGING_KEY, None)
+
+
+def tell_of_other_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Names callbacks that had other arguments, by which Lightning tells them apart: they begin anew."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    own, states = {callback.state_key for callback in trainer.callbacks}, checkpoint.get("callbacks", {})
+    for key in own - states.keys():
+        kind = key.partition("{")[0]
+        if former := [short(other) for other in states.keys() - own if other.partition("{")[0] == kind]:
+            rank_zero_warn(f"{key} begins anew: the checkpoint's run had {former[0]}")
 
 
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:

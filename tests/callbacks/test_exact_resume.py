@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +212,51 @@ def test_a_checkpoint_of_which_a_part_alone_would_be_restored_is_refused(
     fit(corpus, tmp_path, "saving", SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving"))), **options)
     whole = torch.load(tmp_path / "batch_end-2.ckpt", weights_only=True)
     optimizers, (schedule,) = whole["optimizer_states"], whole["lr_schedulers"]
+    (state,) = optimizers
+    maximizing = {**state, "param_groups": [{**group, "maximize": True} for group in state["param_groups"]]}
+    of_others = {**state, "state": {**state["state"], 0: {**state["state"][0], "exp_avg": torch.zeros(3)}}}
     lacking = {name: value for name, value in schedule.items() if name != "last_epoch"}
     path = tmp_path / "changed.ckpt"
     for changes, problem in (
         ({"optimizer_states": []}, "holds the states of 0 optimizers, and this run has 1"),
         ({"optimizer_states": optimizers * 2}, "holds the states of 2 optimizers, and this run has 1"),
+        ({"optimizer_states": [maximizing]}, "holds maximize=True in group 0 of the optimizer, which has"),
+        ({"optimizer_states": [of_others]}, "holds a state of the optimizer that does not fit: .*exp_avg"),
         ({"lr_schedulers": []}, "holds 0 of this run's schedules of the learning rate"),
         ({"lr_schedulers": [lacking]}, "lacks last_epoch of the learning rate's schedule"),
     ):
         torch.save({**whole, **changes}, path)
-        with pytest.raises(UserError, match=f"^ckpt_path={path} {problem}; go on with it as it was trained"):
+        with pytest.raises(UserError, match=f"^ckpt_path={path} {problem}.*; go on with it as it was"):
             fit(corpus, tmp_path, "refused", ckpt_path=path, **options)
+
+
+def test_weights_that_lightning_averages_by_epochs_go_on_until_it_begins(
+    corpus: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_steps": 6, "max_epochs": 6, "limit_val_batches": 0}
+    averaging = partial(pl.callbacks.StochasticWeightAveraging, 0.1, swa_epoch_start=2)
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    whole = fit(corpus, tmp_path, "saving", saver, averaging(), **options)
+    early, late = (tmp_path / f"batch_end-{step}.ckpt" for step in (3, 6))
+    assert fit(corpus, tmp_path, "resumed", averaging(), ckpt_path=early, **options) == whole
+    line = f"^ckpt_path={late} was saved when StochasticWeightAveraging had begun, .*; name an earlier one"
+    with pytest.raises(UserError, match=line):
+        fit(corpus, tmp_path, "refused", averaging(), ckpt_path=late, **{**options, "max_steps": 8})
+
+
+def test_a_callback_that_is_another_now_is_named(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "val_check_interval": 1}
+    stopping = partial(pl.callbacks.EarlyStopping, "val/loss", patience=9)
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    fit(corpus, tmp_path, "saving", saver, stopping(), **options)
+    path = tmp_path / "batch_end-2.ckpt"
+    line = "EarlyStopping.*'max'} begins anew: the checkpoint's run had \"EarlyStopping.*'min'}"
+    with pytest.warns(UserWarning, match=line):
+        fit(corpus, tmp_path, "other", stopping(mode="max"), ckpt_path=path, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*begins anew")
+        fit(corpus, tmp_path, "same", stopping(), ckpt_path=path, **options)
+        fit(corpus, tmp_path, "none", ckpt_path=path, **options)
 
 
 @pytest.mark.slow

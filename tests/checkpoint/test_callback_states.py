@@ -15,6 +15,7 @@ WEIGHT = "model.blocks.0.attn.qkv_proj.weight"
 STOPPING = "EarlyStopping{'monitor': 'val/loss', 'mode': 'min'}"
 SAVER = "ModelCheckpoint{'monitor': 'val/loss'}"
 AVERAGING = "EMAWeightAveraging"
+SWA = "StochasticWeightAveraging"
 GONE = "is left out"
 
 
@@ -33,6 +34,15 @@ def trained() -> dict[str, Any]:
             **{"last_model_path": "", "current_score": None},
         },
         AVERAGING: {"latest_update_step": 5},
+        SWA: {
+            **{"n_averaged": 3, "latest_update_epoch": 2},
+            "average_model_state": dict(contents["state_dict"]),
+            "scheduler_state": {
+                **{"_anneal_strategy": "cos", "anneal_epochs": 10, "base_lrs": [0.1, 0.1], "last_epoch": 43},
+                **{"_step_count": 3, "_is_initial": False, "_get_lr_called_within_step": False},
+                "_last_lr": [0.2, 0.2],
+            },
+        },
         "Timer": {"time_elapsed": {"train": 1.5}},
         "Mine": {1: "anything", "wait_count": []},
     }
@@ -42,11 +52,18 @@ def trained() -> dict[str, Any]:
     table = contents["current_model_state"]["model.token_embedding.weight"]
     contents["current_model_state"]["model.lm_head.weight"] = table
     contents["averaging_state"] = {"n_averaged": torch.tensor(5)}
+    contents["MixedPrecision"] = {
+        **{"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5},
+        **{"growth_interval": 2000, "_growth_tracker": 4},
+    }
     return contents
 
 
 def test_honest_states_pass(trained: dict[str, Any], tmp_path: Path) -> None:
     del trained["callbacks"][STOPPING]["stopping_reason"]  # which earlier versions of Lightning did not keep
+    trained["callbacks"]["MyAverages"] = {
+        **{"n_averaged": 0, "latest_update_epoch": -1, "average_model_state": None, "scheduler_state": None}
+    }
     write(trained, tmp_path / "x.ckpt")
     assert Checkpoint.open(tmp_path / "x.ckpt").step == 5
 
@@ -71,6 +88,27 @@ CHANGES: list[tuple[Any, ...]] = [
     *(("callbacks", AVERAGING, "latest_update_step", step) for step in ("x", -1, 6, 1.5, None)),
     ("callbacks", "MyAverage", {"latest_update_step": "x"}),
     ("callbacks", "Timer", "time_elapsed", {"train": "x"}),
+    ("callbacks", SWA, {}),
+    ("callbacks", "MyAverages", {"n_averaged": "x", "average_model_state": None}),
+    *(("callbacks", SWA, "n_averaged", value) for value in ("x", -1, None, GONE)),
+    *(("callbacks", SWA, "latest_update_epoch", value) for value in ("x", -2, 1.5, torch.zeros(3), GONE)),
+    *(("callbacks", SWA, "scheduler_state", value) for value in ("x", {}, [1], GONE)),
+    *(("callbacks", SWA, "average_model_state", value) for value in ("x", [1], {1: 2}, GONE)),
+    *(
+        ("callbacks", SWA, "scheduler_state", name, value)
+        for name in ("_anneal_strategy", "anneal_epochs", "base_lrs", "last_epoch", "_step_count")
+        for value in ("x", -1, None, GONE)
+    ),
+    *(("callbacks", SWA, "scheduler_state", name, None) for name in ("optimizer", "get_lr", "_update_lr")),
+    *(("MixedPrecision", value) for value in ("x", {}, [1], None)),
+    *(
+        ("MixedPrecision", name, value)
+        for name in ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+        for value in ("x", -1, 0.3j, float("nan"), torch.ones(3), torch.tensor(0.5), None, [1], GONE)
+    ),
+    *(("MixedPrecision", name, 0) for name in ("scale", "growth_interval")),
+    ("MyPrecision", {"scale": "x", "_growth_tracker": 0}),
+    ("native_amp_scaling_state", {"scale": "x"}),
     *(("current_model_state", value) for value in (7, None, {}, [1], GONE)),
     *(
         ("current_model_state", WEIGHT, value)
