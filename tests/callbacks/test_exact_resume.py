@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,21 @@ def test_weights_that_lightning_averages_by_epochs_go_on_until_it_begins(
     line = f"^ckpt_path={late} was saved when StochasticWeightAveraging had begun, .*; name an earlier one"
     with pytest.raises(UserError, match=line):
         fit(corpus, tmp_path, "refused", averaging(), ckpt_path=late, **{**options, "max_steps": 8})
+
+
+def test_a_callback_that_is_another_now_is_named(corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "val_check_interval": 1}
+    stopping = partial(pl.callbacks.EarlyStopping, "val/loss", patience=9)
+    saver = SaveEverywhere(tmp_path, Trace(str(tmp_path / "saving")))
+    fit(corpus, tmp_path, "saving", saver, stopping(), **options)
+    path = tmp_path / "batch_end-2.ckpt"
+    line = "EarlyStopping.*'max'} begins anew: the checkpoint's run had \"EarlyStopping.*'min'}"
+    with pytest.warns(UserWarning, match=line):
+        fit(corpus, tmp_path, "other", stopping(mode="max"), ckpt_path=path, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*begins anew")
+        fit(corpus, tmp_path, "same", stopping(), ckpt_path=path, **options)
+        fit(corpus, tmp_path, "none", ckpt_path=path, **options)
 
 
 @pytest.mark.slow
