@@ -5,8 +5,11 @@ import codecs
 import locale
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -27,6 +30,10 @@ class TrainerParser(PlainParser, LightningArgumentParser):
 
     arguments = "[--config FILE] [--option value ...]"
     show_all = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        register_type(torch.device)  # else config.yaml says that it cannot, as of StochasticWeightAveraging's
 
     @override
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:

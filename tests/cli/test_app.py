@@ -481,6 +481,19 @@ def test_arguments_of_callbacks_win_over_the_checkpoint(
     assert "EarlyStopping.patience=8 as given, not 5 as in the checkpoint" in capsys.readouterr().err
 
 
+def test_a_device_among_the_arguments_of_a_callback_is_saved_and_read_again(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    averaging = ["--trainer.callbacks", "StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"]
+    averaging += ["--trainer.callbacks.swa_epoch_start", "100"]
+    fit = ["fit", "--config", str(tiny_config()), "--run_name", "averaged"]
+    main([*fit, "--trainer.max_steps", "2", *averaging])
+    main(["fit", "--run_name", "averaged", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert Checkpoint.open(Path("checkpoints/averaged/last.ckpt")).step == 4
+    assert "Unable" not in Path("checkpoints/averaged/config.yaml").read_text()
+
+
 def test_output_ends_no_run_and_files_keep_what_a_terminal_does_not_show(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
