@@ -84,15 +84,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,  # it would judge a second time by the epoch's last validation
         )
-        if "/" in re.sub(r"\{.*?\}", "", filename or ""):
-            raise UserError(
-                f"checkpoint.filename={filename} leads into another folder, where no run looks for its "
-                "checkpoints; leave out the slash"
-            )
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise UserError(
-                f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
-            )
+        _check_arguments(filename, every_n_train_steps)
         self._last_every_n_steps = every_n_train_steps
         self._last_interval = train_time_interval
         self._background = background
@@ -264,6 +256,18 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the best checkpoints that lie in this run's folder, also if it was moved."""
         super().load_state_dict(of_own_folder(self, state_dict))
+
+
+def _check_arguments(filename: str, every_n_train_steps: int | None) -> None:
+    if "/" in re.sub(r"\{.*?\}", "", filename or ""):
+        raise UserError(
+            f"checkpoint.filename={filename} leads into another folder, where no run looks for its "
+            "checkpoints; leave out the slash"
+        )
+    if every_n_train_steps is not None and every_n_train_steps < 1:
+        raise UserError(
+            f"checkpoint.every_n_train_steps={every_n_train_steps} is below 1; leave it out for none"
+        )
 
 
 def _validate_between_steps(trainer: Trainer) -> None:

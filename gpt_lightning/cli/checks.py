@@ -96,45 +96,59 @@ def check_options(verb: str, settings: Any) -> None:
     OptimizerConfig(**model_options(settings, "optimizer"))
     ScheduleConfig(**model_options(settings, "schedule"))
     GenerationConfig(**settings.generation)
-    trainer, seed, refused = settings.trainer, settings.seed_everything, {}
-    # What Lightning would take without a word, or divide by.
+    for option, rule in _refused(verb, settings, positions if config else None):
+        raise UserError(f"{option}={settings[option]}{rule}")
+
+
+def _refused(verb: str, settings: Any, positions: int | None) -> Iterator[tuple[str, str]]:
+    """Yields options that cannot be as they are, and what is said of each after its value."""
+    yield from _refused_of_trainer(verb, settings.trainer)
+    yield from _refused_devices(settings.trainer)
+    seed = settings.seed_everything
+    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+        yield "seed_everything", f" is not in [0, {LARGEST_SEED}]; choose e.g. 42"
+    if verb != "predict" and positions is not None and settings.data.seq_len > positions:
+        remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
+        yield "data.seq_len", f" is over model.config.max_position_embeddings={positions}; {remedy}"
+    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
+        if verb == "fit" and settings.generation[name] != default:
+            yield f"generation.{name}", " is for predict and generate; leave it out of fit"
+
+
+def _refused_of_trainer(verb: str, trainer: Any) -> Iterator[tuple[str, str]]:
+    """Yields what Lightning would take without a word, or divide by."""
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:
-            refused[f"trainer.{name}"] = f" is below {least}; raise it, or leave it out"
+            yield f"trainer.{name}", f" is below {least}; raise it, or leave it out"
     if trainer.val_check_interval == 0:
-        refused["trainer.val_check_interval"] = " is below 1; choose a number of steps, or leave it out"
+        yield "trainer.val_check_interval", " is below 1; choose a number of steps, or leave it out"
     by_the_clock = not isinstance(trainer.val_check_interval, (int, float, type(None)))
     if by_the_clock and trainer.accumulate_grad_batches > 1:
-        refused["trainer.val_check_interval"] = (
+        yield (
+            "trainer.val_check_interval",
             " could validate and save inside an optimizer step of trainer.accumulate_grad_batches="
-            f"{trainer.accumulate_grad_batches}; give a number of steps"
+            f"{trainer.accumulate_grad_batches}; give a number of steps",
         )
     if trainer.limit_predict_batches not in (None, 1.0):
         rule = ": all prompts are one batch of predict; leave the option out, and give fewer prompts"
-        refused["trainer.limit_predict_batches"] = rule
+        yield "trainer.limit_predict_batches", rule
     limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}.get(verb)
     if limit is not None and trainer[limit] == 0:  # as in the configuration of a run without validations
-        refused[f"trainer.{limit}"] = f" leaves nothing to {verb} on; give 1.0 for all of the text"
-    # Each device of the CPU is a process, and as many as a mistyped number says would be started.
+        yield f"trainer.{limit}", f" leaves nothing to {verb} on; give 1.0 for all of the text"
+
+
+def _refused_devices(trainer: Any) -> Iterator[tuple[str, str]]:
+    """Yields a number of processes that no CPU is for: as many as a mistyped one says would be started."""
     on_gpu = trainer.accelerator == "auto" and torch.accelerator.is_available()
     is_number = str(trainer.devices).removeprefix("-").isdecimal()
-    if trainer.accelerator in ("cpu", "auto") and not on_gpu and is_number:
-        cores = os.cpu_count() or 1
-        most = max(8, 2 * cores)
-        if int(trainer.devices) < 1:
-            refused["trainer.devices"] = " is below 1; raise it, or leave it out"
-        if int(trainer.devices) > most:
-            refused["trainer.devices"] = f" is over {most}, all that {cores} cores are good for; lower it"
-    if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
-        refused["seed_everything"] = f" is not in [0, {LARGEST_SEED}]; choose e.g. 42"
-    if verb != "predict" and config and settings.data.seq_len > positions:
-        remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
-        refused["data.seq_len"] = f" is over model.config.max_position_embeddings={positions}; {remedy}"
-    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
-        if verb == "fit" and settings.generation[name] != default:
-            refused[f"generation.{name}"] = " is for predict and generate; leave it out of fit"
-    for option, rule in refused.items():
-        raise UserError(f"{option}={settings[option]}{rule}")
+    if trainer.accelerator not in ("cpu", "auto") or on_gpu or not is_number:
+        return
+    cores = os.cpu_count() or 1
+    most = max(8, 2 * cores)
+    if int(trainer.devices) < 1:
+        yield "trainer.devices", " is below 1; raise it, or leave it out"
+    if int(trainer.devices) > most:
+        yield "trainer.devices", f" is over {most}, all that {cores} cores are good for; lower it"
 
 
 def tell_of_no_export(settings: Any) -> None:
