@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.start_signals import EXIT_CODES, StartSignals
+from gpt_lightning.callbacks.terminal import log_time
 from gpt_lightning.exit_codes import INTERRUPTED, WRITE_FAILED
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.training.trainer import GPTTrainer, log_step_now, timeout_of, validation_is_due
@@ -83,7 +84,7 @@ class OrderlyStop(Callback):
         when = f"after this step{saved}" if self._has_begun else "before the first step"
         # Not through sys.stderr, in whose writing the signal may have come.
         with suppress(OSError):  # nobody may be reading
-            os.write(2, f"{name}: ending {when}\n".encode() * (self._rank == 0))
+            os.write(2, f"{log_time()}{name}: ending {when}\n".encode() * (self._rank == 0))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

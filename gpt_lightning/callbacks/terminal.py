@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
@@ -11,6 +12,10 @@ from typing import Any, TextIO, cast
 # What moves, hides, colours or turns round: control characters but tab and newline, signs of direction, and
 # halves of surrogate pairs, which no encoding has.
 _ACTING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Where a line begins that has no time yet and is to have one: scripts look for errors by their first word.
+_UNTIMED = re.compile(r"^(?!\d{4}-\d\d-\d\d \d\d:|error[ :])(?=.)", re.MULTILINE)
+TIME = "%Y-%m-%d %H:%M:%S  "
 
 
 def printable(text: str) -> str:
@@ -60,16 +65,44 @@ class SteadyStream:
                 os.write(2, f"standard output cannot be written ({error.strerror}); it ends here\n".encode())
 
 
+class LogStream(SteadyStream):
+    """Begins each line with the time, but those of errors; `plain` leaves it out, for a line to be copied."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.plain = cast(TextIO, SteadyStream(stream))
+        self._is_inside = False  # a line that has begun
+
+    def write(self, text: str) -> int:
+        now = time.strftime(TIME)
+        timed = _UNTIMED.sub(now, text)
+        super().write(timed.removeprefix(now) if self._is_inside else timed)
+        self._is_inside = self._is_inside if not text else not text.endswith("\n")
+        return len(text)
+
+
+def log_time() -> str:
+    """Returns what a line begins with that goes around sys.stderr; nothing where that is no log."""
+    return time.strftime(TIME) if isinstance(sys.stderr, LogStream) else ""
+
+
+def plain_stderr() -> TextIO:
+    return sys.stderr.plain if isinstance(sys.stderr, LogStream) else sys.stderr
+
+
 @contextmanager
-def steady_streams(*, stdout: bool) -> Iterator[None]:
-    """Surrounds a program: no message ends it, nor its standard output, where that is not its work."""
+def steady_streams(*, stdout: bool, is_log: bool = False) -> Iterator[None]:
+    """Surrounds a program: no message ends it, nor its standard output, where that is not its work.
+
+    What it says is a log, with times, where nobody watches it on a terminal.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:  # closed, and the next file that is opened would get its number
             os.open(os.devnull, os.O_RDWR)
     former = sys.stdout, sys.stderr
-    sys.stderr = _steady(sys.stderr)
+    sys.stderr = _steady(sys.stderr, LogStream if is_log and not _is_terminal(sys.stderr) else SteadyStream)
     if stdout:
         sys.stdout = _steady(sys.stdout)
     try:
@@ -80,5 +113,9 @@ def steady_streams(*, stdout: bool) -> Iterator[None]:
         sys.stdout, sys.stderr = former
 
 
-def _steady(stream: TextIO | None) -> TextIO:
-    return cast(TextIO, SteadyStream(stream or open(os.devnull, "w", encoding="utf-8")))
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _steady(stream: TextIO | None, kind: type[SteadyStream] = SteadyStream) -> TextIO:
+    return cast(TextIO, kind(stream or open(os.devnull, "w", encoding="utf-8")))

@@ -30,7 +30,7 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
         print(printable(f"\n{text}\n"))
     folder = shlex.quote(str(run_folder.parent))
     say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")
-    say(f"tensorboard --logdir {folder}")
+    say(f"tensorboard --logdir {folder}", to_copy=True)
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
     last = saver and (_best(saver, trainer) or saver.last_model_path or saver.best_model_path)
@@ -40,7 +40,7 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
         own = "" if kind is GPTLightningModule else own
         prompt = next(filter(None, samples.prompts or []), "The ")
-        say(f"{called_as()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}")
+        say(f"{called_as()} generate --ckpt_path {path}{own} --prompt {shlex.quote(prompt)}", to_copy=True)
 
 
 def _best(saver: Any, trainer: Trainer) -> str | None:

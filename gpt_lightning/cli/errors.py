@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from gpt_lightning.callbacks.terminal import printable
+from gpt_lightning.callbacks.terminal import plain_stderr, printable
 from gpt_lightning.checkpoint.atomic import NO_SPACE
 from gpt_lightning.exit_codes import INTERRUPTED, MISTAKE, TERMINATED, WRITE_FAILED
 
@@ -38,9 +38,10 @@ def this_rank() -> int:
     return getattr(rank_zero_only, "rank", 0)  # which Lightning sets, where it is imported
 
 
-def say(line: str) -> None:
+def say(line: str, *, to_copy: bool = False) -> None:
+    """Writes a line of the first rank; one `to_copy`, a command, has no time before it in a log either."""
     if this_rank() == 0:
-        print(printable(line), file=sys.stderr, flush=True)
+        print(printable(line), file=plain_stderr() if to_copy else sys.stderr, flush=True)
 
 
 @contextmanager
@@ -148,7 +149,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     """Tells what stays: of Lightning's, no advert, and what is no warning from the first rank alone."""
     is_lightnings = record.name.partition(".")[0] == "lightning"
     is_anothers = is_lightnings and record.levelno <= logging.INFO and this_rank() != 0
-    return not is_anothers and not record.getMessage().startswith(ADVERTS)
+    text = re.sub(r"^\[rank: \d+\] ", "", record.getMessage())
+    return not is_anothers and not text.startswith(ADVERTS)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from gpt_lightning import __version__
-from gpt_lightning.callbacks.start_signals import StartSignals
+from gpt_lightning.callbacks.start_signals import StartSignals, first_rank
 from gpt_lightning.callbacks.terminal import printable, steady_streams
 from gpt_lightning.exit_codes import MISTAKE
 
@@ -41,6 +41,7 @@ Train a GPT from your own text, and sample from it.
 The options of a verb: gpt-lightning VERB --help
 Completion in bash:    source <(gpt-lightning --print_shtab bash)
 """
+NO_FITS = {"-h", "--help", "--help-all", "--print_config"}
 # The verbs that need no Trainer of their own: their file and function.
 WITHOUT_TRAINER = {
     "generate": ("generate", "run_generate"),
@@ -55,7 +56,7 @@ WITHOUT_TRAINER = {
 
 def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
-    with steady_streams(stdout=words[:1] != ["generate"]):
+    with steady_streams(stdout=words[:1] != ["generate"], is_log=words[:1] == ["fit"]):
         _run(words)
 
 
@@ -72,8 +73,15 @@ def _run(words: list[str]) -> None:
         file, name = WITHOUT_TRAINER[words[0]]
         _run_verb(words[1:], file, name)
     else:
+        _show_life(words)
         with StartSignals(words[0]) as signals:
             _run_verb(words, "app", "run", signals.check)
+
+
+def _show_life(words: list[str]) -> None:
+    """Says that a fit starts, as the imports alone may take ten seconds on a busy machine."""
+    if words[0] == "fit" and first_rank() and not {word.partition("=")[0] for word in words} & NO_FITS:
+        print(f"gpt_lightning {__version__}: starting", file=sys.stderr, flush=True)
 
 
 def _run_verb(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, get_loader, set_loader
 from typing_extensions import override
 
-from gpt_lightning.callbacks.terminal import printable
+from gpt_lightning.callbacks.terminal import plain_stderr, printable
 from gpt_lightning.cli.errors import shorten
 from gpt_lightning.exit_codes import MISTAKE, UserError
 
@@ -110,7 +110,7 @@ class PlainParser(ArgumentParser):
                 f"{ALLOW_IMPORT} {package} to the command line"
             )
         lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
-        sys.stderr.write(printable("\n".join(lines)) + "\n")
+        plain_stderr().write(printable("\n".join(lines)) + "\n")
         sys.exit(MISTAKE)
 
     def _suggestion(self, message: str) -> list[str]:

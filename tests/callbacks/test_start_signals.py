@@ -1,6 +1,7 @@
 """A signal while no step is trained ends the program at once: one line, the code, nothing half-written."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from gpt_lightning.__main__ import main
+from gpt_lightning.callbacks.orderly_stop import OrderlyStop
 from gpt_lightning.callbacks.start_signals import EXIT_CODES, EndedBySignal, StartSignals
 from gpt_lightning.training.module import GPTLightningModule
+from tests.log import STARTING, TIME, since_start, untimed
 
 Config = Callable[..., Path]
 CODES = [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)]
@@ -27,7 +30,7 @@ def ends(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, lis
     with pytest.raises(SystemExit) as exit:
         main(words)
     assert [signal.getsignal(getattr(signal, name)) for name in EXIT_CODES] == before
-    return exit.value.code, capsys.readouterr().err.splitlines()
+    return exit.value.code, untimed(since_start(capsys.readouterr().err)).splitlines()
 
 
 @pytest.fixture
@@ -104,6 +107,21 @@ def test_in_the_validation_before_training_and_after_training(
     code, said = ends(words, capsys)
     assert code == 143 and said[-1] == "SIGTERM: ended after training"
     assert len([*tmp_path.rglob("last.ckpt")]) == 1
+
+
+def test_every_line_of_a_run_that_is_stopped_has_its_time(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], first_rank: None
+) -> None:
+    words = ["fit", "--config", str(tiny_config())]
+    monkeypatch.setattr(OrderlyStop, "on_train_batch_start", send("SIGTERM"))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 143 and [line for line in lines if not re.match(TIME, line)] == []
+    said = [re.sub(TIME, "", line) for line in lines]
+    assert re.fullmatch(STARTING, said[0] + "\n")
+    assert said[-2] == "SIGTERM: ending after this step, with a checkpoint"
+    assert said[-1].startswith("stopped by a signal at step 1; go on with --ckpt_path ")
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.orderly_stop import OrderlyStop
-from gpt_lightning.callbacks.terminal import SteadyStream, for_readers, printable, steady_streams
+from gpt_lightning.callbacks.terminal import SteadyStream, for_readers, log_time, printable, steady_streams
 from gpt_lightning.cli.errors import one_line_errors, quiet, say, show_fault
 from gpt_lightning.exit_codes import UserError
+from tests.log import TIME
 
 EVIL = "\x1b]0;title\x07\x1b[2Ja\rb\x08\x9b31m\x7f\u202eabc\u2066\udcff"
 
@@ -96,6 +98,40 @@ def test_a_signal_ends_a_run_in_order_also_when_nobody_reads(monkeypatch: pytest
     stop = OrderlyStop()
     stop._note(signal.SIGTERM, None)
     assert stop._exit_code == 143
+
+
+def test_each_line_of_a_log_begins_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with steady_streams(stdout=False, is_log=True):
+        print("a", "b", file=sys.stderr)
+        sys.stderr.write("half")
+        sys.stderr.write("")
+        sys.stderr.write(" a line\n\nc\n")
+        sys.stderr.write("2026-11-29 13:42:05  d\n")
+        print("error: e", "error of rank 1: f", "errors", sep="\n", file=sys.stderr)
+        say("g")
+        say("tensorboard", to_copy=True)
+        own = log_time()
+    assert sys.stderr is log and re.fullmatch(TIME, own) and log_time() == ""
+    lines = log.getvalue().splitlines()
+    assert [re.sub(TIME, "@", line) for line in lines] == [
+        *("@a b", "@half a line", "", "@c", "@d", "error: e", "error of rank 1: f", "@errors", "@g"),
+        "tensorboard",
+    ]
+    assert lines[4] == "2026-11-29 13:42:05  d"
+    with steady_streams(stdout=False):
+        print("h", file=sys.stderr)
+    assert log.getvalue().endswith("\nh\n")
+
+
+def test_a_terminal_shows_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with steady_streams(stdout=False, is_log=True):
+        say("a")
+        assert log_time() == ""
+    assert screen.getvalue() == "a\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

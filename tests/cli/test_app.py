@@ -22,6 +22,7 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.contents import VALIDATION_KEY
 from gpt_lightning.generation.journal import lock_output
 from tests.cli.conftest import Program
+from tests.log import TIME
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -174,7 +175,7 @@ def test_rows_say_what_was_measured_on_a_part_of_the_text(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", str(tiny_config(trainer={"limit_val_batches": 1, "max_steps": 3}))])
-    (row,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 3: ")]
+    (row,) = re.findall(rf"^{TIME}(step 3: .*)$", capsys.readouterr().err, re.MULTILINE)
     part = re.search(r"val/bpb [0-9.]+  \(val: ([0-9.]+% of text)\)", row)
     assert part is not None, row
     assert 0 < float(part[1].split("%")[0]) < 50

@@ -19,6 +19,7 @@ from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.files import CheckpointWriteError, NonFiniteCheckpointError
 from gpt_lightning.cli.errors import one_line_errors, quiet
 from gpt_lightning.exit_codes import UserError
+from tests.log import since_start
 
 Config = Callable[..., Path]
 
@@ -29,12 +30,13 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
     with pytest.raises(SystemExit) as exit:
         main(words)
     captured = capsys.readouterr()
+    message = since_start(captured.err)
     assert exit.value.code == 2
     assert captured.out == ""
-    assert len(captured.err.strip().splitlines()) <= 4, captured.err
-    assert "Traceback" not in captured.err
+    assert len(message.strip().splitlines()) <= 4, message
+    assert "Traceback" not in message
     assert sorted(folder.rglob("*")) == before
-    return captured.err
+    return message
 
 
 @pytest.mark.parametrize(

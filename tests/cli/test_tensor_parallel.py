@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning.__main__ import main
 from tests.cli.conftest import Program, Said
+from tests.log import untimed
 from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
@@ -79,7 +80,7 @@ def test_every_verb_gives_the_numbers_of_one_process(
     program(*fit, "one", "--data.batch_size", "8")
     done = program(*fit, "four", *strategy(2, 4), ranks=4)
     assert done.err.count("step 6: train/loss") == 1 and "sync_dist" not in done.err
-    (count,) = (line.split(";")[0] for line in done.err.splitlines() if line.startswith("model of "))
+    (count,) = (line.split(";")[0] for line in untimed(done.err).splitlines() if line.startswith("model of "))
     program(*fit, "sequence", *strategy(2, 4, sequence_parallel=True), ranks=4)
     folder = tmp_path / "checkpoints"
     assert_equal_curves(folder, "one", "four")
