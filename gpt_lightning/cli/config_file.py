@@ -19,7 +19,7 @@ from gpt_lightning.checkpoint.runs import (
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.recipes import FINE_TUNING, QUICKSTART, config_file, recipe, recipe_beneath
 from gpt_lightning.cli.short_names import in_full
-from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml
+from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml, place_and_problem
 from gpt_lightning.data.documents import has_half_character
 from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.exit_codes import UserError
@@ -189,17 +189,22 @@ def _verbatim(before: str, word: str) -> str:
 def _read_config(path: Path) -> Any:
     """Refuses what YAML readers let pass or report without the file's name."""
     try:
-        given = load_yaml(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        given = load_yaml(text)
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
     except yaml.YAMLError as error:
-        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{line}: {problem or error}; mend the file") from error
+        raise UserError(f"--config {path}{place_and_problem(error, text)}; mend the file") from error
+    if isinstance(given, str):
+        raise UserError(f"--config {path}, line 1: {given[:60]!r} is no option; write it as `option: value`")
     for group in GROUPS if isinstance(given, dict) else ():
-        if not isinstance(given.get(group, {}), (dict, str)):  # as where all lines below it are comments
-            problem = f"--config {path}: {group} holds no options"
-            raise UserError(f"{problem}; indent some below it, or leave it out")
+        value = given.get(group, {})
+        if not isinstance(value, dict) and not _may_be_named(value):  # as where all below it are comments
+            what = f"{value!r:.60}, which is no option" if isinstance(value, str) else "no options"
+            lines = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith(group)]
+            place = f", line {lines[0]}" if lines else ""
+            remedy = "indent some below it, each as `option: value`, or leave it out"
+            raise UserError(f"--config {path}{place}: {group} holds {what}; {remedy}")
     _refuse_unbounded(f"--config {path}", given)
     return given
 
@@ -210,6 +215,11 @@ def _refuse_unbounded(name: str, given: Any) -> None:
         try:
             check_bounded(given)
         except UnboundedError as error:
+def _may_be_named(value: Any) -> bool:
+    """Tells the name of a file or of a class from options without their colons."""
+    return isinstance(value, str) and (value.endswith((".yaml", ".yml", ".json")) or " " not in value.strip())
+
+
             raise UserError(f"{name}={given[:60]!r}...: {error.problem}; write it out") from None
         except yaml.YAMLError:
             pass  # no YAML, but text

@@ -54,6 +54,30 @@ def check_bounded(text: str) -> None:
             raise UnboundedError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
+def place_and_problem(error: yaml.YAMLError, text: str) -> str:
+    """Returns `, line 3: what is wrong there`, in words for who wrote the text, or without the line."""
+    mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+    if mark is None:
+        return f": {problem or error}"
+    number, lines = mark.line, text.splitlines()
+    above = lines[number - 1] if 0 < number <= len(lines) else ":"
+    match str(problem).split("'")[0]:
+        case "could not find expected ":  # seen where the next line begins
+            start = getattr(error, "context_mark", None) or mark
+            number, problem = start.line, "the option has no colon after it"
+        case "mapping values are not allowed here" if ":" not in above:
+            number, problem = number - 1, "the option has no colon after it"
+        case "mapping values are not allowed here" if lines[number].count(": ") > 1:
+            problem = "it has a second colon; put the value into quotes"
+        case "mapping values are not allowed here":
+            problem = "it is indented deeper than the line above, which has a value"
+        case "expected <block end>, but found ":
+            problem = "it is not indented as the lines above it"
+        case "found character " if "\\t" in str(problem):
+            problem = "it has a tab where spaces are to be"
+    return f", line {number + 1}: {problem}"
+
+
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

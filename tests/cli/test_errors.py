@@ -209,7 +209,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     "text, parts",
     [
         ("data:\n  seq_len: 12\n  seq_len: 13\n", ["line 3", "seq_len stands twice"]),
-        ("data:\n  seq_len: 12\n   bad: 1\n", ["line 3", "mapping values"]),
+        ("data:\n  seq_len: 12\n   bad: 1\n", ["line 3", "indented deeper"]),
         ("model: {config: {n_layers: [\n", ["line 2"]),
     ],
 )
