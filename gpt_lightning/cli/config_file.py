@@ -1,6 +1,7 @@
 """Finds the configuration files that a verb runs with, before Lightning sees the command line."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gpt_lightning.cli.short_names import in_full
 from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml, place_and_problem
 from gpt_lightning.data.documents import has_half_character
 from gpt_lightning.data.prompts import decoded_again
+from gpt_lightning.data.sources import SUFFIXES
 from gpt_lightning.exit_codes import UserError
 
 PROMPTS = "--data.prompts"
@@ -72,6 +74,10 @@ def _readable(words: list[str]) -> list[str]:
     if words[0] == "fit":
         _refuse_other_than_utf8(words)
     for option, given_values in _values(words).items():
+        for value in given_values if option == "--data" else ():
+            if value.endswith(SUFFIXES) or Path(value).is_dir():
+                problem = f"--data {value} is a text, and --data takes a file of options"
+                raise UserError(f"{problem}; write --data.train_files {shlex.quote(value)}")
         for value in given_values if option != PROMPTS else ():  # a text of any form
             _refuse_unbounded(option.removeprefix("--"), value)
     return words
@@ -209,17 +215,17 @@ def _read_config(path: Path) -> Any:
     return given
 
 
+def _may_be_named(value: Any) -> bool:
+    """Tells the name of a file or of a class from options without their colons."""
+    return isinstance(value, str) and (value.endswith((".yaml", ".yml", ".json")) or " " not in value.strip())
+
+
 def _refuse_unbounded(name: str, given: Any) -> None:
     """Refuses texts that jsonargparse, looking for numbers and nulls in them, would follow without end."""
     if isinstance(given, str):
         try:
             check_bounded(given)
         except UnboundedError as error:
-def _may_be_named(value: Any) -> bool:
-    """Tells the name of a file or of a class from options without their colons."""
-    return isinstance(value, str) and (value.endswith((".yaml", ".yml", ".json")) or " " not in value.strip())
-
-
             raise UserError(f"{name}={given[:60]!r}...: {error.problem}; write it out") from None
         except yaml.YAMLError:
             pass  # no YAML, but text

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import textwrap
 from functools import cache
@@ -18,6 +19,7 @@ from gpt_lightning.exit_codes import MISTAKE, UserError
 
 QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
+NO_CONFIG = re.compile(r"""(?s)Parser key "(\w+)":\s+Unable to load config '(.*?)'\s+-\s+(?=Parser key)""")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
@@ -100,6 +102,8 @@ class PlainParser(ArgumentParser):
         reason = shorten(message)
         if (wrong := NO_CLASS.search(message)) and (given := re.search(r"Given value: ([\w.]+)", message)):
             reason = f"class_path={given[1]} does not fit: {wrong[0]}; name a class, as package.Class"
+        if unread := NO_CONFIG.match(message):
+            reason = f"{unread[1]}={unread[2]} is neither a file of options nor {{option: value}}"
         if denied := DENIED.search(message):
             package = denied[1].split(".")[0]
             why = f"only {', '.join(TRUSTED)} are trusted"
@@ -115,6 +119,8 @@ class PlainParser(ArgumentParser):
 
     def _suggestion(self, message: str) -> list[str]:
         """Suggests for each unknown option the known one that is closest, if one is close."""
+        if (unread := NO_CONFIG.match(message)) and unread[1] == "data":
+            return [f"a text is --data.train_files {shlex.quote(unread[2])}"]
         if not UNKNOWN.search(message):
             return []
         known = [action.dest for action in self._actions]
