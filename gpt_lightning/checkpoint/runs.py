@@ -1,5 +1,6 @@
 """Finds a run's folder, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
+import errno
 import glob
 import itertools
 import os
@@ -170,8 +171,24 @@ def open_run_folder(folder: Path, resumed_from: Path | None, *, begins_again: bo
     A run goes on from the newest checkpoint of `folder` in `folder`. What killed saves left in it is removed.
     A run that `begins_again` was killed before its first checkpoint.
     """
-    with naming(f"trainer.default_root_dir: {folder.parent}"):
+    with naming(_place_of(folder)):
         return _first_open(folder, resumed_from, begins_again)
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a place in which `open_run_folder` would fail, and for which another process calls that.
+
+    Else this one would go on meanwhile, and might tell of the next folder that cannot be written.
+    """
+    there = next(place for place in folder.absolute().parents if place.exists())
+    if not os.access(there, os.W_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        with naming(_place_of(folder)):
+            raise OSError(number, os.strerror(number))
+
+
+def _place_of(folder: Path) -> str:
+    return f"trainer.default_root_dir: {folder.parent}"
 
 
 def _first_open(folder: Path, resumed_from: Path | None, begins_again: bool) -> OpenRun:

@@ -20,12 +20,13 @@ from gpt_lightning.callbacks.run_facts import RunFacts
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
-from gpt_lightning.checkpoint.runs import open_named_folder, open_run_folder
+from gpt_lightning.checkpoint.runs import check_place, open_named_folder, open_run_folder
 from gpt_lightning.cli.checks import check_task_files, tell_of_no_export, warn_of_untrained_positions
 from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on
 from gpt_lightning.cli.errors import say, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
 from gpt_lightning.cli.origin import Origin
+from gpt_lightning.cli.ranks import on_first_machine
 from gpt_lightning.cli.recipes import QUICKSTART, recipe
 
 
@@ -61,6 +62,8 @@ class FitRun:
             if run.folder != self._folder and not self._restored:
                 say(f"{self._folder} holds another run; to go on with that one, add --ckpt_path last")
             self._folder = run.folder
+        elif not settings.trainer.fast_dev_run and on_first_machine():
+            check_place(self._folder)
         settings.run_name = self._folder.name
 
     def callbacks(self, trainer: dict[str, Any], parser: ArgumentParser, n_parameters: int) -> list[Callback]:

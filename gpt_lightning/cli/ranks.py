@@ -83,6 +83,11 @@ def check_launcher(devices: int, nodes: int) -> None:
         )
 
 
+def on_first_machine() -> bool:
+    names = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
 def check_environment(trainer: Trainer) -> None:
     """Raises now what Lightning would find when it starts: that srun was told of other numbers."""
     environment = getattr(trainer.strategy, "cluster_environment", None)

@@ -1,5 +1,6 @@
 """Two runs never write into one folder, and "last" is the newest checkpoint that is whole."""
 
+import errno
 import multiprocessing
 import os
 import time
@@ -14,6 +15,7 @@ import torch
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.checkpoint.runs import (
     NUMBERED,
+    check_place,
     find_checkpoint,
     named_checkpoint,
     newest_checkpoint,
@@ -276,3 +278,26 @@ def test_a_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None
     with pytest.raises(UserError, match="empty is a folder without a whole checkpoint"):
         named_checkpoint(tmp_path / "empty")
     assert named_checkpoint(tmp_path / "missing.ckpt") == tmp_path / "missing.ckpt"
+
+
+def test_a_rank_that_opens_no_folder_refuses_the_place_in_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints" / "run"
+    check_place(folder)
+    assert not folder.parent.exists()
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    said = []
+    for open_or_check in (check_place, lambda folder: open_run_folder(folder, None)):
+        with pytest.raises(UserError) as refused:
+            open_or_check(folder)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)  # another user's run of this name
+    folder.parent.touch()
+    check_place(folder)
