@@ -51,6 +51,7 @@ from gpt_lightning.cli.ranks import (
     follow_launcher,
     is_tensor_parallel,
     leaving_together,
+    tell_of_no_rank,
 )
 from gpt_lightning.cli.recipes import give_way, name_of_run
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
@@ -232,6 +233,7 @@ class GPTLightningCLI(LightningCLI):
             callbacks.append(self._prediction_writer())
         trainer = make_trainer(settings)
         check_launcher(trainer.num_devices, trainer.num_nodes)
+        tell_of_no_rank(trainer.num_devices * trainer.num_nodes)
         if self.verb == "fit":  # a signal ends any other verb as it ends any process
             trainer.callbacks.append(OrderlyStop())  # after those for checkpoints, which Lightning puts last
         return trainer

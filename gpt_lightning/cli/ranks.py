@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gpt_lightning.callbacks.finite_guard import NonFiniteError
 from gpt_lightning.callbacks.orderly_stop import Stopped
 from gpt_lightning.callbacks.rank_guard import RankGuard
-from gpt_lightning.cli.errors import this_rank
+from gpt_lightning.cli.errors import say, this_rank
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
@@ -80,6 +80,16 @@ def check_launcher(devices: int, nodes: int) -> None:
             f"this process is rank {this_rank()} (by RANK, LOCAL_RANK or SLURM_PROCID) of the "
             f"{devices * nodes} that trainer.devices={devices}, trainer.num_nodes={nodes} make; unset what "
             "another run has left over"
+        )
+
+
+def tell_of_no_rank(processes: int) -> None:
+    """Says that this process is none of as many as are meant, where it is not told which it is."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if "RANK" not in os.environ and size.isdecimal() and int(size) > processes:
+        say(
+            f"warning: WORLD_SIZE={size} is set and RANK is not, so this process runs without others; start "
+            "all of them by torchrun, or unset it"
         )
 
 

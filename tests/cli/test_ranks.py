@@ -16,6 +16,7 @@ from gpt_lightning.cli.ranks import (
     check_launcher,
     check_options_under_launcher,
     follow_launcher,
+    tell_of_no_rank,
 )
 from tests.distributed import run_ranks
 
@@ -68,6 +69,18 @@ def test_processes_that_would_run_alone_are_refused(size: str, monkeypatch: pyte
         check_launcher(2, 1)
     monkeypatch.setenv(size, "2")
     check_launcher(2, 1)
+
+
+def test_one_of_several_that_is_not_told_which_it_is_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, rank, is_told in (("2", None, True), ("1", None, False), ("x", None, False), ("2", "0", False)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        tell_of_no_rank(1)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: WORLD_SIZE=2 is set and RANK is not") if is_told else said == ""
 
 
 @pytest.mark.parametrize("variables, devices", [(TORCHRUN, 4), (TORCHRUN, "auto"), (SRUN, 2), (SRUN, "2")])
