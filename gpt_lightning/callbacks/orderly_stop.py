@@ -61,7 +61,8 @@ class OrderlyStop(Callback):
                 "OrderlyStop hears no signal of a Trainer whose own handlers take it: make a "
                 "gpt_lightning.training.trainer.GPTTrainer"
             )
-        self._savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
+        savers = [] if trainer.fast_dev_run else trainer.checkpoint_callbacks  # which saves nothing then
+        self._savers = [each for each in savers if isinstance(each, RunCheckpoint)]
         self._rank, self._has_begun = trainer.global_rank, False
         if trainer.world_size > 1:
             # On the host: to agree on a stop never waits for a device.
@@ -81,6 +82,7 @@ class OrderlyStop(Callback):
             raise KeyboardInterrupt
         self._exit_code = EXIT_CODES[name]
         saved = ", with a checkpoint" if self._savers else ""
+        saved += " unless a rank is lost" if saved and self._group is not None else ""
         when = f"after this step{saved}" if self._has_begun else "before the first step"
         # Not through sys.stderr, in whose writing the signal may have come.
         with suppress(OSError):  # nobody may be reading
@@ -138,7 +140,9 @@ class OrderlyStop(Callback):
         saved = ""
         for saver in self._savers if trainer.global_step and self._has_begun else ():
             saver.save_now(trainer)
-            saved = f"; go on with --ckpt_path {saver.last_model_path}"
+            path = saver.last_model_path
+            weights_alone = f"; --init_from {path} begins a run with its weights"
+            saved = weights_alone if saver.save_weights_only else f"; go on with --ckpt_path {path}"
         reason = f"since curves cannot be written ({error})" if code == WRITE_FAILED else "by a signal"
         return Stopped(f"stopped {reason} at step {trainer.global_step:,}{saved}", code)
 

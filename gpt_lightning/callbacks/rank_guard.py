@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -48,7 +49,7 @@ class RankGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1 and not self._is_connected:
             self.watch = self.watch or self._start(trainer)
-            self.watch.remedy = "Resume with --ckpt_path last" if stage == "fit" else ""
+            self.watch.remedy = (lambda: _remedy(trainer)) if stage == "fit" else str
             self.watch.connect()
             self._is_connected = True
 
@@ -66,6 +67,14 @@ class RankGuard(Callback):
         # Last: the first rank waits for its children, and they for the groups' end.
         if self.watch is not None:
             self.watch.leave()
+
+
+def _remedy(trainer: Trainer) -> str:
+    """Says how to go on from a checkpoint, where there is one."""
+    callbacks: Any = trainer.checkpoint_callbacks
+    saved = [getattr(each, name, "") for each in callbacks for name in ("last_model_path", "best_model_path")]
+    is_there = any(path and os.path.exists(path) for path in [*saved, trainer.ckpt_path])
+    return "Resume with --ckpt_path last" if is_there else "No checkpoint is there yet: begin again"
 
 
 def _parent(trainer: Trainer) -> int | None:

@@ -48,7 +48,7 @@ class RankWatch:
     """Judges the other ranks a few times a second, in a thread, from `start` until this rank leaves.
 
     `children` are the ranks that this one has started, `parent` is the process of the one that started it.
-    The line about a lost rank ends with `remedy`; after it, `before_exit` gets a few seconds.
+    The line about a lost rank ends with the `remedy` of then; after it, `before_exit` gets a few seconds.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RankWatch:
         children: Callable[[], dict[int, "subprocess.Popen[bytes]"]] = dict,
         parent: int | None = None,
     ) -> None:
-        self.remedy = ""
+        self.remedy: Callable[[], str] = str
         self.before_exit: Callable[[], None] = lambda: None
         self._rank, self._world_size, self._machine_number = rank, world_size, machine
         # This machine's ranks: by Lightning's launcher, until all have told where a scheduler has put them.
@@ -221,7 +221,7 @@ class RankWatch:
         if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._machine[0])):
             return
         line = f"error: rank {lost.rank} of {self._world_size} {lost.how}; the other ranks end too"
-        print(line + (f". {self.remedy}" if self.remedy else ""), file=sys.stderr, flush=True)
+        print(line + (f". {remedy}" if (remedy := self.remedy()) else ""), file=sys.stderr, flush=True)
         if lost.rank == self._machine[0] and lost.how.startswith(SILENT) and self._parent == os.getppid():
             os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
 

@@ -17,6 +17,7 @@ from gpt_lightning.training.module import GPTLightningModule
 from tests.log import STARTING, TIME, since_start, untimed
 
 Config = Callable[..., Path]
+WEIGHTS_ALONE = ["--checkpoint.save_weights_only", "true"]
 CODES = [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)]
 
 
@@ -109,10 +110,25 @@ def test_in_the_validation_before_training_and_after_training(
     assert len([*tmp_path.rglob("last.ckpt")]) == 1
 
 
-def test_every_line_of_a_run_that_is_stopped_has_its_time(
-    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], first_rank: None
+@pytest.mark.parametrize(
+    "options, announced, saved",
+    [
+        ([], ", with a checkpoint", r"; go on with --ckpt_path \S+last.ckpt"),
+        (WEIGHTS_ALONE, ", with a checkpoint", r"; --init_from \S+last.ckpt begins .*"),
+        (["--trainer.fast_dev_run", "true"], "", ""),
+        (["--trainer.enable_checkpointing", "false"], "", ""),
+    ],
+)
+def test_a_run_that_is_stopped_says_when_it_was_and_what_is_saved(
+    options: list[str],
+    announced: str,
+    saved: str,
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    first_rank: None,
 ) -> None:
-    words = ["fit", "--config", str(tiny_config())]
+    words = ["fit", "--config", str(tiny_config()), *options]
     monkeypatch.setattr(OrderlyStop, "on_train_batch_start", send("SIGTERM"))
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -120,8 +136,8 @@ def test_every_line_of_a_run_that_is_stopped_has_its_time(
     assert ended.value.code == 143 and [line for line in lines if not re.match(TIME, line)] == []
     said = [re.sub(TIME, "", line) for line in lines]
     assert re.fullmatch(STARTING, said[0] + "\n")
-    assert said[-2] == "SIGTERM: ending after this step, with a checkpoint"
-    assert said[-1].startswith("stopped by a signal at step 1; go on with --ckpt_path ")
+    assert said[-2] == f"SIGTERM: ending after this step{announced}"
+    assert re.fullmatch(f"stopped by a signal at step 1{saved}", said[-1])
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

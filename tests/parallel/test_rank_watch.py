@@ -102,7 +102,7 @@ def _rank(
     store = dist.FileStore(str(folder / "store"), world_size)  # asks no name server, whatever the timeout
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     watch = RankWatch(rank, world_size, 0, machine, timeout)
-    watch.remedy = "Resume with --ckpt_path last"
+    watch.remedy = lambda: "Resume with --ckpt_path last"
     watch.start()
     watch.connect()
     status = 1
