@@ -83,7 +83,7 @@ class StepProgressBar(ProgressBar, CompletionCallback):
         self._say(
             f"model of {pl_module.n_parameters:,} parameters; "
             f"epoch of {batches:,} batch{'es' if batches != 1 else ''}; "
-            f"training to {f'step {total:,}' if total != float('inf') else 'the end of its time'}"
+            f"training to {_end(total, total * trainer.accumulate_grad_batches / batches)}"
         )
         self._start("step", total, trainer.global_step)
 
@@ -251,6 +251,15 @@ class StepProgressBar(ProgressBar, CompletionCallback):
     def _say(self, line: str) -> None:
         if self._enabled and self.trainer.is_global_zero:
             self._console.print(printable(line), markup=False)
+
+
+def _end(step: float, epochs: float) -> str:
+    if step == float("inf"):
+        return "the end of its time"
+    if not epochs:  # of data without an end
+        return f"step {step:,}"
+    times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+    return f"step {step:,} ({times} epoch{'s' if times != '1' else ''})"
 
 
 def _describe(trainer: Trainer, *names: str) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from gpt_lightning import __version__
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks import progress_line
-from gpt_lightning.callbacks.progress import StepProgressBar
+from gpt_lightning.callbacks.progress import StepProgressBar, _end
 from gpt_lightning.callbacks.progress_line import Progress, ProgressLine, clock, parts_of, shortened
 from gpt_lightning.exit_codes import UserError
 from tests.log import TIME, since_start, untimed
@@ -123,6 +123,16 @@ def test_numbers_are_short() -> None:
     assert [*map(clock, times)] == ["0:00", "0:12", "9:20", "1:02:03", "23:59:59", "2d 7:33:20"]
 
 
+def test_the_end_of_a_run_is_told_in_steps_and_epochs() -> None:
+    ends = [_end(2000, 1.0), _end(2800, 51.3), _end(6, 0.0123), _end(20_000, 1234.4), _end(50, 3.55)]
+    assert ends == [
+        *("step 2,000 (1 epoch)", "step 2,800 (51 epochs)", "step 6 (0.012 epochs)"),
+        *("step 20,000 (1,234 epochs)", "step 50 (3.5 epochs)"),
+    ]
+    assert _end(50, 50 / float("inf")) == "step 50"
+    assert _end(float("inf"), float("inf")) == "the end of its time"
+
+
 def test_intervals_below_zero_are_refused() -> None:
     with pytest.raises(UserError, match="progress.every_n_seconds=-1"):
         StepProgressBar(-1)
@@ -139,8 +149,9 @@ def test_a_file_has_a_line_every_so_many_seconds(
     folder = re.escape(str(tmp_path / "checkpoints" / "tiny"))
     devices = r"cpu with \d+ threads?, precision 32-true"
     assert re.fullmatch(rf"gpt_lightning {__version__}; run folder {folder}; {devices}", lines[at])
-    model = r"model of [\d,]+ parameters; epoch of \d+ batches; training to step 6"
-    assert re.fullmatch(model, lines[at + 1])
+    model = r"model of [\d,]+ parameters; epoch of (\d+) batches; training to step 6 \((0\.\d+) epochs\)"
+    assert (found := re.fullmatch(model, lines[at + 1])) is not None
+    assert float(found[2]) == pytest.approx(6 / int(found[1]), rel=0.05)
     form = TIME + r"step \d/6(  loss \d\.\d\d)?(  val \d\.\d\d)?(  [\d.]+k? tok/s)?"
     written = [line for line in log.splitlines() if re.match(form + r"  elapsed 0:\d\d", line)]
     assert bool(written) is is_written
