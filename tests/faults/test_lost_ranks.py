@@ -104,7 +104,7 @@ def start(tiny_config: Config, tmp_path: Path) -> Iterator[Callable[..., Program
 def assert_told(program: Program, expected: str) -> None:
     told = [line for line in program.output().splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and re.search(expected, told[0]), program.output()
-    assert told[0].endswith("Resume with --ckpt_path last")
+    assert told[0].endswith("No checkpoint is there yet: begin again")
 
 
 @pytest.mark.parametrize(
