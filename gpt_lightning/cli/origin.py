@@ -21,6 +21,11 @@ from gpt_lightning.huggingface.importing import import_model
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 OURS = {"config", "optimizer", "schedule", "activation_checkpointing", "compile_backend"}
+# What nanoGPT's option of this name takes besides a model.
+ELSEWHERE = {
+    "resume": "to go on with a run, give --ckpt_path last",
+    "scratch": "a fit begins so without it, so leave it out",
+}
 NOT_ARCHITECTURE = {"vocab_size", "dropout"}  # the tokenizer decides the one, the command line the other
 
 
@@ -101,6 +106,8 @@ def _is_untrained(checkpoint: Checkpoint) -> bool:
 def _open_initial(init_from: str, settings: Any) -> Checkpoint:
     """Opens a checkpoint, or imports a model as one."""
     path = Path(os.path.expanduser(init_from))
+    if init_from in ELSEWHERE and not path.exists():
+        raise UserError(f"init_from={init_from} names no model; {ELSEWHERE[init_from]}")
     if path.is_dir() and not (path / "config.json").exists():  # no model of Hugging Face's
         path = newest_checkpoint(path, say) or path
     if not path.is_file() and not is_sharded(path) and path.suffix != ".ckpt":

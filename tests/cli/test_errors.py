@@ -69,6 +69,8 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--generation.top_p", "1.01"], ["generation.top_p=1.01"]),
         (["--model.optimizer.learning_rate", "-3"], ["model.optimizer.learning_rate=-3.0"]),
         (["--ckpt_path", "no/such.ckpt"], ["no/such.ckpt"]),
+        (["--init_from", "resume"], ["init_from=resume names no model", "give --ckpt_path last"]),
+        (["--init_from=scratch"], ["init_from=scratch names no model", "leave it out"]),
         (["--run_name", "a/b"], ["run_name='a/b'"]),
         (
             ["--trainer.val_check_interval", "00:00:01:00", "--trainer.accumulate_grad_batches", "2"],
