@@ -161,6 +161,9 @@ def verify(path: Path) -> None:
         raise unreadable(path, error) from error
 
 
+NOT_UTF8 = "has a name that is not UTF-8; rename it, or call the program from inside that folder"
+
+
 def no_file(path: Path) -> UserError:
     if is_sharded(path):
         return UserError(
@@ -175,6 +178,8 @@ def no_file(path: Path) -> UserError:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, UnicodeEncodeError):  # torch opens a file by a name in UTF-8
+        return UserError(f"ckpt_path={path} {NOT_UTF8}")
     reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0][:120]
     return UserError(f"ckpt_path={path} cannot be read as a checkpoint ({reason}); name another")
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from gpt_lightning.checkpoint.files import NOT_UTF8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.training.notes import FACTS, HELD_OUT, part_of
 from gpt_lightning.training.scored_text import ShownToken, from_plain
@@ -169,6 +170,10 @@ def _places(folder: Path) -> list[Path]:
     if len(places) > 1 and not (folder / CONFIG_NAME).is_file():
         names = ", ".join(str(place.relative_to(folder)) for place in places[:3])
         raise UserError(f"RUN={folder} holds several runs ({names}, ...); name one or more of them")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # as TensorBoard would say
+        raise UserError(f"RUN={folder} {NOT_UTF8}") from None
     return places
 
 

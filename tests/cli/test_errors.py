@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -203,6 +204,17 @@ def test_no_checkpoint_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "fit" in fails([verb], capsys, tmp_path)
+
+
+def test_a_checkpoint_in_a_folder_whose_name_is_not_utf8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "\udce9").mkdir()
+    path = tmp_path / "\udce9" / "last.ckpt"
+    torch.save({"global_step": 3}, tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").rename(path)
+    message = fails(["predict", "--data.prompts", "The", "--ckpt_path", str(path)], capsys, tmp_path)
+    assert "\\udce9/last.ckpt has a name that is not UTF-8; rename it, or call the program from" in message
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """A run leaves a page that needs no network, and `report` makes one of any runs."""
 
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +71,16 @@ def test_a_fit_leaves_its_report_and_old_runs_get_one(
         (["nothing"], "RUN=.*nothing is no folder; name a run"),
         (["empty"], "RUN=.*empty holds no events"),
         ([], "holds no run that logged; run `gpt-lightning fit`"),
+        (["\udce9/logged"], "^error: RUN=.*/logged has a name that is not UTF-8; rename it, or call"),
     ],
 )
 def test_what_is_no_run_is_refused_in_a_line(
     tmp_path: Path, program: Program, capfd: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
     (tmp_path / "checkpoints" / "empty").mkdir(parents=True)
+    write_run(tmp_path / "logged", {10: 3.0})
+    os.mkdir(tmp_path / "\udce9")
+    shutil.copytree(tmp_path / "logged", tmp_path / "\udce9" / "logged")
     with pytest.raises(SystemExit) as end:
         program("report", *words)
     assert end.value.code == 2 and re.search(line, capfd.readouterr().err)
