@@ -32,11 +32,13 @@ def checkpoints_folder(default_root_dir: str | None) -> Path:
 def run_folder(root: Path, run_name: str) -> Path:
     """Returns the folder of the run of this name, which must be a plain one."""
     if Path(run_name).name != run_name or run_name in ("", ".."):
-        raise UserError(f"run_name={run_name!r} is not a plain folder name; leave out the slashes")
+        raise UserError(f"run_name={run_name!r} is not a plain folder name; give one without slashes")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in run_name):
         raise UserError(f"run_name={run_name!r} has characters that no file name should; leave them out")
-    if os.path.expandvars(run_name) != run_name or "::" in run_name:  # TensorBoard's and fsspec's own words
-        raise UserError(f"run_name={run_name!r} reads as a variable or an address; leave out $ and ::")
+    # A shell's, TensorBoard's and fsspec's own words.
+    if run_name.startswith("~") or os.path.expandvars(run_name) != run_name or "::" in run_name:
+        problem = "reads as somebody's home, a variable or an address"
+        raise UserError(f"run_name={run_name!r} {problem}; leave out ~, $ and ::")
     return root / run_name
 
 

@@ -112,7 +112,7 @@ def _parser() -> PlainParser:
     help = "How many to run; fewer if there are not so many combinations of choices."
     parser.add_argument("--trials", type=int, default=12, help=help)
     help = "Folder of the sweep under checkpoints/, and beginning of its trials' names."
-    parser.add_argument("--run_name", type=str, help=help)
+    parser.add_argument("--run_name", type=str | None, help=help)
     help = "Stop a trial whose val/loss is above the median of others at the same step, after a third of it."
     parser.add_argument("--give_up", type=bool, default=True, help=help)
     return parser

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -62,6 +63,17 @@ def test_one_of_the_combinations_has_to_be_a_run(
     with pytest.raises(SystemExit):  # since no trial came to its end
         main(["sweep", "--vary", "model.config.n_heads=3,4", "--vary", "model.config.d_model=128,96"])
     assert len(asked) == 1
+
+
+def test_no_name_is_the_name_by_default_as_of_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr("gpt_lightning.cli.sweep.search", lambda sweep, *_: asked.append(sweep) or [])
+    for name in ("~", "null"):
+        with pytest.raises(SystemExit):  # since no trial came to its end
+            main(["sweep", "--vary", f"{RATE}=1e-3,1e-2", f"--run_name={name}"])
+    assert {sweep.folder.name for sweep in asked} == {"quickstart-sweep"}
 
 
 @pytest.mark.slow
