@@ -14,6 +14,7 @@ from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -167,6 +168,29 @@ def test_python_refuses_evil_checkpoints(evil: Path, canary: Path, tmp_path: Pat
         with pytest.raises(ValueError) as error:
             route()
         assert not canary.exists() and "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("config", None),
+        ("optimizer", [1]),
+        ("optimizer", {"learning_rate": "high"}),
+        ("optimizer", {"betas": "ab"}),
+        ("optimizer", {"odd": 3}),
+        ("optimizer", {"learning_rate": -1.0}),
+        ("schedule", "cosine"),
+        ("schedule", {"warmup_steps": None}),
+    ],
+)
+def test_options_that_make_no_module_are_one_line(
+    name: str, value: Any, honest: dict[str, Any], tmp_path: Path
+) -> None:
+    evil = {**honest, "hyper_parameters": {**honest["hyper_parameters"], name: value}}
+    torch.save(evil, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError) as error:
+        GPTLightningModule.load_from_checkpoint(tmp_path / "evil.ckpt")
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_honest_checkpoints_load_by_the_same_routes(honest: dict[str, Any], tmp_path: Path) -> None:

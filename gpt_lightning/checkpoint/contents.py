@@ -253,6 +253,12 @@ def _problems_of_notes(checkpoint: Mapping[str, Any]) -> Iterator[str]:
     match checkpoint.get("hyper_parameters"):  # of which `load_from_checkpoint` builds the module
         case {"config": dict(config)} if MODULE_KEY not in checkpoint and config != checkpoint[CONFIG_KEY]:
             yield f"holds hyper_parameters of another model than its {CONFIG_KEY}; name another"
+        case None | dict():
+            pass
+        case other:
+            yield f"holds hyper_parameters={short(other)}, no options; name another"
+    if type(kind := checkpoint.get("hparams_type")) not in (str, type(None)):
+        yield f"holds hparams_type={short(kind)}; name another"
     if type(checkpoint.get(ORIGIN_KEY)) not in (str, type(None)):
         yield f"holds {ORIGIN_KEY}={short(checkpoint[ORIGIN_KEY])}; name another"
     match checkpoint.get(VALIDATION_KEY):

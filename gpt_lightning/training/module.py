@@ -54,6 +54,7 @@ from gpt_lightning.training.own_checkpoints import (
 from gpt_lightning.training.prediction import changed_settings, continued, make_engine, predict
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
+    check_arguments,
     describe,
     plain_settings,
     refuse_other_layers,
@@ -61,6 +62,8 @@ from gpt_lightning.training.saving import (
 )
 from gpt_lightning.training.sharding import tensor_parallel_plan
 from gpt_lightning.training.trainer import has_logged, is_inside_a_step, is_logging_step
+
+KINDS = {"config": GPTConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig}
 
 
 class GPTLightningModule(LightningModule):
@@ -312,6 +315,7 @@ class GPTLightningModule(LightningModule):
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         checkpoint = Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
+        check_arguments(checkpoint.path, checkpoint.contents, KINDS)
         module = super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
         )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from gpt_lightning.checkpoint.contents import (
     acting,
     other_layers,
 )
+from gpt_lightning.checkpoint.values import short
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
@@ -39,6 +41,17 @@ def arguments_of_child_classes(module: object, frame: FrameType | None) -> dict[
             if _is_plain(value := _plain(value)):
                 found[name] = value
     return found
+
+
+def check_arguments(path: Path, contents: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuses stored options of which none of these can be made; a child class may call others so."""
+    stored = contents.get("hyper_parameters", {})
+    for name in stored.keys() & kinds.keys() if MODULE_KEY not in contents else ():
+        try:
+            kinds[name](**stored[name])
+        except (TypeError, AttributeError) as error:
+            problem = f"holds hyper_parameters.{name}={short(stored[name])}, no {kinds[name].__name__}"
+            raise UserError(f"ckpt_path={path} {problem} ({error}); name another") from None
 
 
 def plain_settings(settings: Mapping[str, Any], whose: str) -> dict[str, Any]:

@@ -248,6 +248,8 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any]] = [
     *((f"validation: {value}", ("last_validation",), value) for value in (7, {"step": "x"})),
     ("origin: 7", ("begun_from",), 7),
     ("hyper-parameters: another model", ("hyper_parameters", "config", "n_layers"), 10**9),
+    ("hyper-parameters: a list", ("hyper_parameters",), [1]),
+    ("hyper-parameters: their class", ("hparams_type",), 7),
     ("a folder's key", ("sharded_folder",), "/elsewhere"),
     ("deep", ("more",), nested(150)),
     ("deep in hyper-parameters", ("hyper_parameters", "a"), nested(150)),
