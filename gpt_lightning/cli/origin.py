@@ -19,6 +19,7 @@ from gpt_lightning.cli.ranks import is_tensor_parallel
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import import_model
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
+from gpt_lightning.training.saving import check_arguments
 
 OURS = {"config", "optimizer", "schedule", "activation_checkpointing", "compile_backend"}
 # What nanoGPT's option of this name takes besides a model.
@@ -148,8 +149,10 @@ def take_settings(verb: str, settings: Any, explicit: Any, origin: Origin) -> No
 
 def _take_recipe(settings: Any, explicit: Any, checkpoint: Checkpoint) -> None:
     """Takes over how the run was optimized, where that is not said: a file of before may know no Muon."""
-    saved = checkpoint.contents.get("hyper_parameters", {})
-    for group, kind in (("optimizer", OptimizerConfig), ("schedule", ScheduleConfig)):
+    saved = checkpoint.contents.get("hyper_parameters") or {}
+    kinds = {"optimizer": OptimizerConfig, "schedule": ScheduleConfig}
+    check_arguments(checkpoint.path, checkpoint.contents, kinds)
+    for group, kind in kinds.items():
         own, of_run = model_options(settings, group), saved.get(group)
         if not isinstance(of_run, dict):
             continue

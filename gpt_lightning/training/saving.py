@@ -44,9 +44,9 @@ def arguments_of_child_classes(module: object, frame: FrameType | None) -> dict[
 
 
 def check_arguments(path: Path, contents: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    """Refuses stored options of which none of these can be made; a child class may call others so."""
-    stored = contents.get("hyper_parameters", {})
-    for name in stored.keys() & kinds.keys() if MODULE_KEY not in contents else ():
+    """Refuses stored options of which none of these can be made."""
+    stored = contents.get("hyper_parameters") or {}
+    for name in stored.keys() & kinds.keys():
         try:
             kinds[name](**stored[name])
         except (TypeError, AttributeError) as error:

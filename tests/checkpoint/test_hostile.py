@@ -295,6 +295,7 @@ LATE: list[tuple[str, tuple[Any, ...], Any]] = [
     ("optimizers: two", ("optimizer_states",), lambda states: states * 2),
     ("group: evading", ("optimizer_states", 0), evading),
     ("schedulers: none", ("lr_schedulers",), []),
+    ("recipe: a word", ("hyper_parameters", "optimizer", "learning_rate"), "x"),
     ("schedule: no lambdas", (*SCHEDULE, "lr_lambdas"), GONE),
 ]
 
