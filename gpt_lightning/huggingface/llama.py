@@ -7,6 +7,7 @@ from the configuration.
 Shapes: D d_model, N heads of keys and values, G heads of queries that share one, K head_dim.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.names import complete
 from gpt_lightning.model.config import ROPE_SCALING, GPTConfig
+
+_log = logging.getLogger("gpt_lightning")
 
 OPTIONS = {  # ours -> theirs
     "vocab_size": "vocab_size",
@@ -48,10 +51,12 @@ KINDS = ("q", "k", "v")  # the order of a group's rows in our projection
 def config_from_llama(theirs: Any) -> GPTConfig:
     """Returns our configuration of the same network; raises UserError where ours cannot be the same."""
     kind = theirs.model_type
-    if theirs.hidden_act != "silu":
+    if theirs.hidden_act not in ("silu", "swish"):  # two names of it
         problem = f"hidden_act={theirs.hidden_act!r} of the Hugging Face model is not known to GPTModel"
         raise UserError(f"{problem}; import a model with silu")
     _refuse_window(theirs)
+    if dropout := theirs.attention_dropout:
+        _log.warning("attention_dropout=%s becomes dropout=%s, of all activations", dropout, dropout)
     # Qwen2's names no head_dim.
     options: dict[str, Any] = {ours: getattr(theirs, name, None) for ours, name in OPTIONS.items()}
     return GPTConfig(

@@ -137,8 +137,8 @@ def _check_rope(config: GPTConfig) -> None:
             f"model.config.positions=rope turns pairs, and a head has a width of {config.head_dim}; choose "
             "an even model.config.d_head"
         )
-    if not 0.0 < config.rope_theta < math.inf:
-        raise UserError(f"model.config.rope_theta={config.rope_theta} is not above 0; choose e.g. 10000")
+    if not 1.0 <= config.rope_theta < math.inf:  # below, pairs turn ever faster, until float32 has no number
+        raise UserError(f"model.config.rope_theta={config.rope_theta} is below 1; choose e.g. 10000")
     if config.rope_scaling is not None:
         _check_rope_scaling(config.rope_scaling, config.rope_theta)
 

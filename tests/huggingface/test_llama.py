@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.cli.main import main
@@ -201,6 +202,21 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
     word_tokenizer(V - 8).save(tmp_path, max_length=48)
     found = import_model(str(tmp_path), "X")["state_dict"]["model.token_embedding.weight"]
     assert torch.equal(found, reference.state_dict()["model.embed_tokens.weight"].float())
+
+
+def test_the_other_name_of_its_activation_and_its_dropout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference_of(make_model(**LLAMA))[1].save_pretrained(tmp_path)
+    word_tokenizer(V - 8).save(tmp_path, max_length=48)
+    before = import_model(str(tmp_path), "X")["gpt_config"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hidden_act"] == "silu" and not any("dropout" in line for line in caplog.messages)
+    changed = {**config, "hidden_act": "swish", "attention_dropout": 0.1}
+    assert ACT2FN["swish"](torch.tensor(0.3)) == F.silu(torch.tensor(0.3))
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    assert import_model(str(tmp_path), "X")["gpt_config"] == {**before, "dropout": 0.1}
+    assert "attention_dropout=0.1 becomes dropout=0.1, of all activations" in caplog.messages
 
 
 REFUSED = {

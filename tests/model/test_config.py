@@ -36,7 +36,8 @@ def scaled(**options: object) -> dict[str, object]:
         ({"positions": "rope", "d_head": 7}, "model.config.positions=rope turns pairs, and a head has"),
         ({"positions": "alibi"}, "model.config.positions='alibi' is unknown; choose one of learned, rope"),
         ({"norm": "batch"}, "model.config.norm='batch' is unknown; choose one of layer, rms"),
-        ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is not above 0; "),
+        ({"rope_theta": float("nan"), "positions": "rope"}, "model.config.rope_theta=nan is below 1; "),
+        ({"rope_theta": 1e-300, "positions": "rope"}, "model.config.rope_theta=1e-300 is below 1; choose "),
         ({"rope_theta": 5e5}, "model.config.rope_theta=500000.0 is for model.config.positions=rope, "),
         (
             {"rope_scaling": LINEAR},
