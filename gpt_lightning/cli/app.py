@@ -275,7 +275,8 @@ class GPTLightningCLI(LightningCLI):
             self.datamodule.trained_text.resume(saved)
         splits = self.datamodule.prepare()
         for name, split in splits.items():
-            repeated = f", {split.n_repeated:,} of them also in train" if split.n_repeated else ""
+            where = "repeat another" if name == "train" else "also in train"
+            repeated = f", {split.n_repeated:,} of them {where}" if split.n_repeated else ""
             documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
             say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
         if self.verb == "fit":

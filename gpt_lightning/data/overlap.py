@@ -70,6 +70,21 @@ class DocumentDigests:
             if split != "train"
         }
 
+    def n_repeated_in_train(self) -> int:
+        """Counts the training documents that say just what another one before them says."""
+        n_documents = sum(map(len, self._parts("train")))
+        n_shares = 1 << (n_documents // _DOCUMENTS_AT_A_TIME).bit_length()
+        return n_documents - sum(self._n_different("train", share, n_shares) for share in range(n_shares))
+
+    def _n_different(self, split: str, share: int, n_shares: int) -> int:
+        """Counts the digests of one share, so small that memory is the same for any number of documents."""
+        found = np.empty(0, dtype=np.uint64)
+        for part in self._parts(split):
+            found = np.concatenate([found, part[part & np.uint64(n_shares - 1) == share]])
+            if len(found) > _DOCUMENTS_AT_A_TIME:  # as where few documents are repeated often
+                found = np.unique(found)
+        return len(np.unique(found))
+
     def _are_trained_on(self, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
         found = np.zeros(len(digests), dtype=np.bool_)
         for trained in self._parts("train"):

@@ -43,7 +43,8 @@ class TokenSplit:
     n_tokens: int
     n_bytes: int
     n_documents: int
-    n_repeated: int | None = None  # held-out documents that are in train too; not known of old caches
+    # Documents that are in train, too, or of train itself those that repeat another; not known of old caches.
+    n_repeated: int | None = None
     lost_share: float | None = None  # of its characters, by a sample; not known of old caches
     n_longest: int | None = None  # tokens of the longest document; not known of old caches
 
@@ -187,6 +188,8 @@ def _write_tokens(
     described: dict[str, Any] = {name: writer.finish() for name, writer in writers.items()}
     for name, found in digests.repeated().items():
         described[name]["n_repeated"] = int(found.sum())
+    if "train" in described:
+        described["train"]["n_repeated"] = digests.n_repeated_in_train()
     for name, sample in samples.items():
         described[name]["lost_share"] = sample.lost_share(tokenizer)
     return described

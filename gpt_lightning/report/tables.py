@@ -71,7 +71,8 @@ def changed(run: Run) -> Table:
 
 def corpus(run: Run) -> Table:
     """Lists the counts of each split."""
-    head = ["", "documents", "tokens", "of all", "bytes a token", "longest, tokens", "also in train"]
+    head = ["", "documents", "tokens", "of all", "bytes a token", "longest, tokens"]
+    head += ["repeat another", "also in train"]
     found = run.facts.get("corpus")
     splits = {name: counts for name, counts in _items(found) if isinstance(counts, dict)}
     whole = sum(_number(counts.get("tokens")) or 0 for counts in splits.values())
@@ -80,8 +81,10 @@ def corpus(run: Run) -> Table:
         tokens, n_bytes = _number(counts.get("tokens")) or 0, _number(counts.get("bytes")) or 0
         share = f"{100 * tokens / whole:.1f} %" if whole else None
         density = n_bytes / tokens if tokens else None
-        known = [counts.get(key) for key in ("longest", "repeated")]
-        rows.append([name, counts.get("documents"), counts.get("tokens"), share, density, *known])
+        repeated = counts.get("repeated")
+        both = [repeated, None] if name == "train" else [None, repeated]
+        known = [counts.get(key) for key in ("documents", "tokens")]
+        rows.append([name, *known, share, density, counts.get("longest"), *both])
     return Table(head, rows)
 
 

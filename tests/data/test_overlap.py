@@ -48,15 +48,18 @@ def test_a_trained_file_is_refused_under_another_name(tmp_path: Path, option: st
 
 def test_repeated_documents_are_counted_and_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = write_rows(tmp_path / "a.jsonl", ROWS * 20)
-    val = datamodule(tmp_path, train_files=str(source)).prepare()["val"]
+    splits = datamodule(tmp_path, train_files=str(source)).prepare()
+    train, val = splits["train"], splits["val"]
     assert val.n_repeated == val.n_documents > 150
     for _ in range(2):  # also of a cache that is there
         capfd.readouterr()
         options = ["--data.train_files", str(source), "--data.tokenizer", "bytes", "--data.seq_len", "16"]
         main(["prepare", *options, "--data.cache_dir", str(tmp_path / "cache")])
         n = val.n_documents
-        line = f"val: {val.n_tokens:,} tokens in {n} documents, {n} of them also in train"
-        assert line in capfd.readouterr().err.splitlines()
+        lines = capfd.readouterr().err.splitlines()
+        assert f"val: {val.n_tokens:,} tokens in {n} documents, {n} of them also in train" in lines
+        counted = f"{2000 - n:,} documents, {1900 - n:,} of them repeat another"
+        assert f"train: {train.n_tokens:,} tokens in {counted}" in lines
 
 
 @pytest.mark.parametrize("documents_at_a_time", [1 << 20, 7])
@@ -69,13 +72,24 @@ def test_documents_of_given_files_are_compared_whole(
     test = write_rows(tmp_path / "c.jsonl", ["new"])
     options = {"train_files": str(train), "val_files": str(val), "test_files": str(test)}
     splits = datamodule(tmp_path, **options).prepare()
-    assert {name: split.n_repeated for name, split in splits.items()} == {"train": None, "val": 3, "test": 0}
+    assert {name: split.n_repeated for name, split in splits.items()} == {"train": 0, "val": 3, "test": 0}
     kept = datamodule(tmp_path, **options, drop_repeated=True).prepare()
     assert {name: split.n_documents for name, split in kept.items()} == {"train": 100, "val": 2, "test": 1}
-    assert {name: split.n_repeated for name, split in kept.items()} == {"train": None, "val": 0, "test": 0}
+    assert {name: split.n_repeated for name, split in kept.items()} == {"train": 0, "val": 0, "test": 0}
     assert bytes(kept["val"].tokens[:3].tolist()) == b"new"
     assert kept["val"].n_bytes == len("new" + ROWS[99] + " ")
     assert kept["train"].tokens.tolist() == splits["train"].tokens.tolist()
+
+
+@pytest.mark.parametrize("documents_at_a_time", [1 << 20, 7])
+def test_training_documents_that_repeat_another_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents_at_a_time: int
+) -> None:
+    monkeypatch.setattr(overlap, "_DOCUMENTS_AT_A_TIME", documents_at_a_time)
+    rows = ROWS[:40] + ROWS[:1] * 60 + ROWS[30:] + [ROWS[2] + " "]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    train = datamodule(tmp_path, train_files=str(source), val_fraction=0.0).prepare()["train"]
+    assert train.n_repeated == len(rows) - len(set(rows)) == 70
 
 
 def test_dropping_leaves_something_or_is_refused(tmp_path: Path) -> None:

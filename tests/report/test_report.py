@@ -20,7 +20,7 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.report import tables
 from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
 from gpt_lightning.report.page import write_report
-from gpt_lightning.report.run import Point, Run, read_run, read_runs
+from gpt_lightning.report.run import Point, Run, Text, read_run, read_runs
 from gpt_lightning.training.notes import FACTS, HELD_OUT, as_block, note
 from gpt_lightning.training.scored_text import from_plain
 from tests.report.pages import Page
@@ -115,6 +115,17 @@ def test_the_time_is_added_up_by_its_parts(tmp_path: Path) -> None:
     seconds = {part: share * 10 / 0.7 for part, share in SHARES.items()}
     assert [row[:2] for row in rows] == [[part, tables.duration(seconds[part])] for part in tables.PARTS]
     assert [row[2] for row in rows] == [f"{100 * share:.1f} %" for share in SHARES.values()]
+
+
+def test_repeated_text_is_told_of_each_split(tmp_path: Path) -> None:
+    known = {"documents": 4, "tokens": 30, "bytes": 60, "longest": 9}
+    corpus = {"train": {**known, "repeated": 2}, "val": {**known, "repeated": 1}}
+    for noted, expected in ((corpus, [2, None, None, 1]), ({"train": known, "val": known}, [None] * 4)):
+        facts = {FACTS: [Text(0, json.dumps({"corpus": noted}))]}
+        table = tables.corpus(Run("a", tmp_path, {}, facts, {}))
+        assert table.head[-2:] == ["repeat another", "also in train"]
+        assert [value for row in table.rows for value in row[-2:]] == expected
+        assert [row[:6] for row in table.rows] == [[n, 4, 30, "50.0 %", 2.0, 9] for n in ("train", "val")]
 
 
 def test_the_best_run_comes_first_by_bits_per_byte(tmp_path: Path) -> None:
