@@ -16,8 +16,8 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.program import called_as
+from gpt_lightning.report.events import EVENTS
 from gpt_lightning.report.page import REPORT_NAME, write_report
-from gpt_lightning.report.run import EVENTS
 from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
 

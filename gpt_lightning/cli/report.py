@@ -8,8 +8,8 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.report.events import EVENTS
 from gpt_lightning.report.page import REPORT_NAME, write_pictures, write_report
-from gpt_lightning.report.run import EVENTS
 
 
 def run_report(words: list[str]) -> None:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
-from gpt_lightning.report.run import Point, Run
+from gpt_lightning.report.events import Point
+from gpt_lightning.report.run import Run
 from gpt_lightning.report.scripts import vega_lite_version
 from gpt_lightning.report.tables import PARTS
 

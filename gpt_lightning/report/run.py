@@ -1,38 +1,23 @@
 """Reads what a run has left in its folder: TensorBoard's events, and its configuration."""
 
 import json
-import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from gpt_lightning.checkpoint.files import NOT_UTF8
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.report.events import EVENTS, Events, Point, Text
 from gpt_lightning.training.notes import FACTS, HELD_OUT, part_of
 from gpt_lightning.training.scored_text import ShownToken, from_plain
 
 CONFIG_NAME, LAST = "config.yaml", "last.ckpt"
 SAMPLES = "samples/"
-EVENTS = "events.out.tfevents.*"
-
-
-class Point(NamedTuple):
-    """Holds a logged value; `time` is in seconds since 1970."""
-
-    step: int
-    value: float
-    time: float
-
-
-class Text(NamedTuple):
-    step: int
-    text: str
 
 
 @dataclass(frozen=True)
@@ -99,46 +84,11 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run went on is no news
-    curves: defaultdict[str, list[Any]] = defaultdict(list)
-    texts: defaultdict[str, list[Any]] = defaultdict(list)
+    events = Events()
     for place in _places(folder):
-        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "tensors": 0})
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            curves[tag] += (event for event in events.Scalars(tag) if math.isfinite(event.value))
-        for tag in events.Tags()["tensors"]:
-            if events.SummaryMetadata(tag).plugin_data.plugin_name == "text":
-                texts[tag.removesuffix("/text_summary")] += events.Tensors(tag)
-    return Run(
-        name,
-        folder,
-        {
-            tag: [Point(event.step, event.value, event.wall_time) for event in _logged_last(logged)]
-            for tag, logged in curves.items()
-            if logged
-        },
-        {
-            tag: [Text(event.step, _text_of(event)) for event in _logged_last(logged)]
-            for tag, logged in texts.items()
-        },
-        _read_options(folder / CONFIG_NAME),
-    )
-
-
-def _logged_last(events: list[Any]) -> list[Any]:
-    """Leaves out, in the order of the steps, what a run has logged beyond the step that it went on from.
-
-    TensorBoard does so for numbers alone, and where the run has said from which step it goes on.
-    """
-    kept: list[Any] = []
-    for event in sorted(events, key=lambda event: event.wall_time):
-        while kept and kept[-1].step >= event.step:
-            kept.pop()
-        kept.append(event)
-    return kept
+        for path in sorted(place.glob(EVENTS)):
+            events.read(path)
+    return Run(name, folder, events.curves(), events.texts(), _read_options(folder / CONFIG_NAME))
 
 
 def _counted(checkpoint: Path) -> dict[str, Any]:
@@ -175,12 +125,6 @@ def _places(folder: Path) -> list[Path]:
     except UnicodeEncodeError:  # as TensorBoard would say
         raise UserError(f"RUN={folder} {NOT_UTF8}") from None
     return places
-
-
-def _text_of(event: Any) -> str:
-    """Returns a text as it was before it became a block of code, by four spaces before each line."""
-    shown = b"\n".join(event.tensor_proto.string_val).decode("utf-8", "replace")
-    return "\n".join(line.removeprefix("    ") for line in shown.split("\n"))
 
 
 def _read_options(path: Path) -> dict[str, Any]:

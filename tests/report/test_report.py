@@ -19,8 +19,9 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.report import tables
 from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
+from gpt_lightning.report.events import Point, Text
 from gpt_lightning.report.page import write_report
-from gpt_lightning.report.run import Point, Run, Text, read_run, read_runs
+from gpt_lightning.report.run import Run, read_run, read_runs
 from gpt_lightning.training.notes import FACTS, HELD_OUT, as_block, note
 from gpt_lightning.training.scored_text import from_plain
 from tests.report.pages import Page
