@@ -13,7 +13,7 @@ import yaml
 from gpt_lightning.checkpoint.files import NOT_UTF8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.report.events import EVENTS, Events, Point, Text
-from gpt_lightning.training.notes import FACTS, HELD_OUT, part_of
+from gpt_lightning.training.notes import FACTS, HELD_OUT, OLD_NAMES, part_of
 from gpt_lightning.training.scored_text import ShownToken, from_plain
 
 CONFIG_NAME, LAST = "config.yaml", "last.ckpt"
@@ -59,8 +59,9 @@ class Run:
         return noted if isinstance(noted, dict) else _counted(self.folder / LAST)
 
     def _noted(self, tag: str) -> Any:
+        texts = self.texts.get(tag) or self.texts.get(OLD_NAMES[tag])
         try:
-            return json.loads(texts[-1].text) if (texts := self.texts.get(tag)) else None
+            return json.loads(texts[-1].text) if texts else None
         except (ValueError, RecursionError):
             return None
 

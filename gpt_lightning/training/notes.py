@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-FACTS = "run/facts"  # with what, of what text and where it is trained
-HELD_OUT = "run/held_out"  # a beginning of held-out text, token by token
+# TensorBoard shows texts in the order of their names: what the model writes, `samples/`, comes first.
+FACTS = "the_run/facts"  # with what, of what text and where it is trained
+HELD_OUT = "the_run/held_out"  # a beginning of held-out text, token by token
+OLD_NAMES = {FACTS: "run/facts", HELD_OUT: "run/held_out"}  # in runs of earlier versions
 
 
 def note(trainer: "Trainer", tag: str, value: Any) -> None:

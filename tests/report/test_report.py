@@ -110,6 +110,17 @@ def test_long_curves_keep_their_peaks() -> None:
     assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
 
 
+def test_texts_of_a_run_begin_with_its_samples_and_old_notes_are_read(tmp_path: Path) -> None:
+    assert min(FACTS, HELD_OUT) > "samples/"  # as TensorBoard orders its page
+    folder = write_run(tmp_path / "a", {10: 3.0})
+    for number, (facts, held_out) in enumerate((("run/facts", "run/held_out"), (FACTS, HELD_OUT))):
+        with SummaryWriter(str(folder / "logs"), filename_suffix=f".{number + 1}") as writer:
+            writer.add_text(facts, json.dumps({"vocabulary": number}), 0)
+            writer.add_text(held_out, json.dumps([[str(number), "name", None, []]]), 10)
+        run = read_run(folder, "a")
+        assert run.facts == {"vocabulary": number} and run.held_out[0].text == str(number)
+
+
 def test_the_time_is_added_up_by_its_parts(tmp_path: Path) -> None:
     # 20 steps of 0.5 s are 10 s, which are 0.7 of all time.
     rows = tables.time_spent(read_run(write_run(tmp_path / "a", {10: 3.0, 20: 2.0}), "a")).rows
