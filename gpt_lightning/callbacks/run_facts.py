@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 import gpt_lightning
+from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.token_cache import TokenSplit
 from gpt_lightning.generation.surprise import score_tokens
@@ -52,6 +53,9 @@ class RunFacts(Callback):
             "environment": environment(trainer, pl_module.device),
             "parameters": parameters_by_part(pl_module.model.config),
         }
+        for callback in trainer.callbacks:
+            if isinstance(callback, TextSamples):
+                facts["prompts"] = callback.prompts
         if isinstance(data := trainer.datamodule, TextDataModule):
             facts["corpus"] = {name: _counts(split) for name, split in data.prepare().items()}
             facts["vocabulary"] = data.vocab_size

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,6 +18,13 @@ from gpt_lightning.training.scored_text import ShownToken, from_plain
 
 CONFIG_NAME, LAST = "config.yaml", "last.ckpt"
 SAMPLES = "samples/"
+
+
+class Sample(NamedTuple):
+    """Holds a text that the model wrote, and what it was given to continue, where that is known."""
+
+    prompt: str
+    completion: str
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,17 @@ class Run:
             return None
 
     @cached_property
-    def samples(self) -> dict[int, list[str]]:
+    def samples(self) -> dict[int, list[Sample]]:
         """Lists the texts that were written at each step, the latest step first."""
-        found: defaultdict[int, list[str]] = defaultdict(list)
-        for tag in sorted(tag for tag in self.texts if tag.startswith(SAMPLES)):
+        noted = self.facts.get("prompts")
+        prompts = dict(enumerate(map(str, noted if isinstance(noted, list) else ())))
+        found: defaultdict[int, list[Sample]] = defaultdict(list)
+        tags = [tag for tag in self.texts if tag.startswith(SAMPLES)]
+        for number, tag in enumerate(sorted(tags, key=lambda tag: (len(tag), tag))):  # 2 before 10
+            prompt = prompts.get(number, "")
             for step, text in self.texts[tag]:
-                found[step].append(text)
+                given = prompt if text.startswith(prompt) else ""
+                found[step].append(Sample(given, text[len(given) :]))
         return {step: found[step] for step in sorted(found, reverse=True)}
 
 

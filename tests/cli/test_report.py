@@ -41,6 +41,7 @@ def test_a_fit_leaves_its_report_and_old_runs_get_one(
 
     # The notes are true of what was trained.
     run = read_run(folder, "tiny")
+    assert [sample.prompt for sample in run.samples[6]] == [HOSTILE, "梦"]
     model, tokenizer = load_model(folder / "last.ckpt")
     assert sum(run.facts["parameters"].values()) == sum(each.numel() for each in model.parameters())
     assert sum(split["documents"] for split in run.facts["corpus"].values()) == 40

@@ -51,7 +51,8 @@ def write_run(folder: Path, losses: dict[int, float], *, bpb: float | None = Non
 def test_curves_samples_and_options_are_read(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a", {10: 3.0, 20: 2.0}, model={"config": {"n_layers": 2}}), "a")
     assert [(step, value) for step, value, _ in run.curves["val/loss"]] == [(10, 3.0), (20, 2.0)]
-    assert run.samples == {20: [f"step 20\n{HOSTILE}\n我在年青时候"], 10: [f"step 10\n{HOSTILE}\n我在年青时候"]}
+    texts = {step: f"step {step}\n{HOSTILE}\n我在年青时候" for step in (20, 10)}
+    assert [*run.samples.items()] == [(step, [("", text)]) for step, text in texts.items()]
     assert run.options["model.config.n_layers"] == 2 and run.n_steps == 20
     assert run.facts == {} and run.held_out == []
 
@@ -69,7 +70,7 @@ def test_a_resumed_run_has_the_texts_of_what_went_on(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", {10: 3.0, 20: 2.5, 30: 2.0})
     with SummaryWriter(str(folder / "logs"), purge_step=11, filename_suffix=".1") as writer:
         writer.add_text("samples/0", "    once more", 20)
-    assert [*read_run(folder, "a").samples.items()][0] == (20, ["once more"])
+    assert [*read_run(folder, "a").samples.items()][0] == (20, [("", "once more")])
     assert [*read_run(folder, "a").samples] == [20, 10]
 
 
@@ -119,6 +120,22 @@ def test_texts_of_a_run_begin_with_its_samples_and_old_notes_are_read(tmp_path: 
             writer.add_text(held_out, json.dumps([[str(number), "name", None, []]]), 10)
         run = read_run(folder, "a")
         assert run.facts == {"vocabulary": number} and run.held_out[0].text == str(number)
+
+
+def test_samples_are_in_the_order_of_their_prompts_which_are_set_apart(tmp_path: Path) -> None:
+    prompts = ["", "<b>one</b>\n two", "我", *"3456789", "ten", "eleven"]
+    with SummaryWriter(str(tmp_path / "logs")) as writer:
+        writer.add_text(FACTS, json.dumps({"prompts": prompts}), 0)
+        for number, prompt in enumerate(prompts[:-1]):
+            writer.add_text(f"samples/{number}", as_block(f"{prompt} and so on"), 5)
+        writer.add_text("samples/11", as_block("another prompt"), 5)
+    found = read_run(tmp_path, "a").samples[5]
+    assert found == [*((prompt, " and so on") for prompt in prompts[:-1]), ("", "another prompt")]
+    write_report([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<div class="text" lang=""><b>我</b> and so on</div>' in page
+    assert '<div class="text" lang="">another prompt</div>' in page
+    assert "<b>&lt;b&gt;one&lt;/b&gt;\n two</b> and so on" in page
 
 
 def test_the_time_is_added_up_by_its_parts(tmp_path: Path) -> None:
@@ -222,7 +239,7 @@ def test_notes_are_read_whatever_lines_their_texts_hold(tmp_path: Path) -> None:
     logger.experiment.close()
     run = read_run(tmp_path, "a")
     assert run.facts == facts and run.held_out == from_plain(rows) and len(run.held_out) == 2
-    assert run.samples == {3: [text]}
+    assert run.samples == {3: [("", text)]}
 
 
 @pytest.mark.parametrize("config", ["a: &a [1]\nb: *a", "a: [", "[1]", "\x00", "{" * 5000])
