@@ -1,6 +1,8 @@
 """Describes the charts of runs, which Vega draws: in a browser or as a picture."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -8,9 +10,10 @@ import altair as alt
 from gpt_lightning.report.events import Point
 from gpt_lightning.report.run import Run
 from gpt_lightning.report.scripts import vega_lite_version
-from gpt_lightning.report.tables import PARTS
+from gpt_lightning.report.tables import PARTS, own_tags
 
 MOST_POINTS = 1000  # of a curve; of each stretch of a longer one its lowest and highest
+MOST_OWN = 60  # charts of what somebody else's code has logged
 COLORS = "#3b82f6 #f97316 #10b981 #e11d48 #8b5cf6 #ca8a04 #06b6d4 #84cc16 #ec4899 #64748b".split()
 FONT = "system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
 
@@ -64,6 +67,13 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     ]
 
 
+def own_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Lists a chart for each value that is not of ours, up to so many."""
+    names = {tag: re.sub(r"\W+", "-", tag)[:40] for tag in own_tags(runs)[:MOST_OWN]}
+    charts = (_one_tag(runs, tag, f"own-{n}-{names[tag]}", tag) for n, tag in enumerate(names, start=1))
+    return [chart for chart in charts if chart is not None]
+
+
 def _losses(runs: Sequence[Run]) -> Chart | None:
     kinds = ("train", "val")
     tags = [(run, kind, f"{kind}/loss") for run in runs for kind in kinds]
@@ -94,21 +104,26 @@ def _one_tag(runs: Sequence[Run], tag: str, name: str, title: str) -> Chart | No
 def _lines(
     name: str, title: str, curves: list[_Curve], *, unit: str = "", log: bool = False
 ) -> Chart | None:
-    """Draws curves over the steps.
-
-    What is under the pointer is told; the wheel zooms where Ctrl or Alt is held, and dragging moves.
-    """
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    names = list(dict.fromkeys(curve.name for curve in curves))
+    return _chart(name, title, _of_lines(tuple(curve[:2] for curve in curves), unit, log), _rows(curves))
+
+
+@cache  # for Altair checks it value by value, and charts of somebody's own values are many
+def _of_lines(curves: tuple[tuple[str, str], ...], unit: str, log: bool) -> dict[str, Any]:
+    """Describes curves, each of a name and a kind, over the steps.
+
+    What is under the pointer is told; the wheel zooms where Ctrl or Alt is held, and dragging moves.
+    """
+    names = list(dict.fromkeys(name for name, _ in curves))
     base = alt.Chart().encode(
         x=_steps(),
         y=alt.Y("value:Q", title=unit or None, scale=_scale(log=log), axis=alt.Axis(tickCount=6)),
         color=alt.Color("name:N", sort=names, legend=alt.Legend() if len(names) > 1 else None),
     )
     lines = base.mark_line(strokeWidth=1.8, clip=True)
-    if any(curve.kind for curve in curves):
+    if any(kind for _, kind in curves):
         lines = lines.encode(strokeDash=alt.StrokeDash("kind:N", sort=["val", "train"]))
     view = alt.selection_interval(bind="scales", zoom="wheel![event.ctrlKey || event.altKey]")
     step = alt.selection_point(
@@ -117,14 +132,13 @@ def _lines(
     # No line shows a value that stands alone.
     seen = alt.when(step).then(alt.value(1)).when("datum.alone").then(alt.value(1)).otherwise(alt.value(0))
     dots = base.mark_point(filled=True, size=45, clip=True).encode(opacity=seen).add_params(view)
-    rule = _values_at(step, curves)
-    return _drawn(name, title, alt.layer(lines, dots, rule, data=alt.NamedData(name="points")), _rows(curves))
+    return _described(alt.layer(lines, dots, _values_at(step, curves), data=alt.NamedData(name="points")))
 
 
-def _values_at(step: alt.Parameter, curves: list[_Curve]) -> alt.Chart:
+def _values_at(step: alt.Parameter, curves: Sequence[tuple[str, str]]) -> alt.Chart:
     """Draws a rule at the step under the pointer, and tells the values of all curves there."""
     told = [
-        alt.Tooltip(f"c{number}:Q", title=" ".join(filter(None, (curve.name, curve.kind))), format=".4~g")
+        alt.Tooltip(f"c{number}:Q", title=" ".join(filter(None, curve)), format=".4~g")
         for number, curve in enumerate(curves)
     ]
     seen = alt.when(step).then(alt.value(0.4)).otherwise(alt.value(0))
@@ -174,12 +188,15 @@ def _shares(run: Run) -> Chart | None:
             tooltip=[_step_told(), "part:N", alt.Tooltip("share:Q", format=".1%")],
         )
     )
-    return _drawn("time", "Where the time went", chart, rows)
+    return _chart("time", "Where the time went", _described(chart), rows)
 
 
-def _drawn(name: str, title: str, chart: Any, rows: list[dict[str, Any]]) -> Chart:
-    spec = chart.properties(width="container", height=280).to_dict()
-    # Beside the description, which Altair checks value by value.
+def _described(chart: Any) -> dict[str, Any]:
+    found: dict[str, Any] = chart.properties(width="container", height=280).to_dict()
+    return found
+
+
+def _chart(name: str, title: str, spec: dict[str, Any], rows: list[dict[str, Any]]) -> Chart:
     return Chart(name, title, {**spec, "datasets": {"points": rows}})
 
 

@@ -22,10 +22,10 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
 
 
 def _page(runs: list[Run]) -> str:
-    from gpt_lightning.report.charts import charts_of, look  # slow to import
+    from gpt_lightning.report.charts import charts_of, look, own_charts  # slow to import
     from gpt_lightning.report.scripts import chart_script
 
-    charts = charts_of(runs)
+    charts, own = charts_of(runs), own_charts(runs)
     command = runs[0].facts.get("command")
     return render(
         "report.html",
@@ -34,19 +34,22 @@ def _page(runs: list[Run]) -> str:
         held_out=TokenText(runs[0].held_out),
         command=shlex.join(map(str, command)) if isinstance(command, list) else command,
         charts=charts,
-        specs={chart.name: chart.spec for chart in charts},
+        own=own,
+        n_without_chart=len(tables.own_tags(runs)) - len(own),
+        specs={chart.name: chart.spec for chart in charts + own},
         looks={"light": look(dark=False), "dark": look(dark=True)},
-        script=chart_script() if charts else "",
+        script=chart_script() if charts + own else "",
     )
 
 
 def write_pictures(folders: Sequence[Path], output: Path) -> list[Path]:
     """Writes the charts of these runs as PNG files into a folder, and returns their paths."""
-    from gpt_lightning.report.charts import charts_of, pictures  # slow to import
+    from gpt_lightning.report.charts import charts_of, own_charts, pictures  # slow to import
 
     output.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, picture in pictures(charts_of(read_runs([*folders]))):
+    runs = read_runs([*folders])
+    for name, picture in pictures(charts_of(runs) + own_charts(runs)):
         paths.append(output / f"{name}.png")
         with written_file(paths[-1]) as file:
             file.write(picture)

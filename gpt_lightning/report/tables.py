@@ -1,5 +1,6 @@
 """Puts what is known of runs into tables: figures, differences, text, model, machine."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from gpt_lightning.report.run import Run, flat
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 MEASURED = ("train/", "val/", "test/", "eval/")
 RUN_NAMES = ("run_name", "ckpt_path", "config")  # differ without making a difference
+_OURS = re.compile(
+    r"(train|val|test)/(loss|ppl|bpb|share|grad_norm)|(lr-|eval/|throughput/).*|epoch|step|hp_metric"
+).fullmatch
 
 
 class Table(NamedTuple):
@@ -33,11 +37,16 @@ def tiles(run: Run) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in found if value is not None]
 
 
+def own_tags(runs: Sequence[Run]) -> list[str]:
+    """Names what only a module or a callback of somebody's own can have logged."""
+    return sorted({tag for run in runs for tag in run.curves if not _OURS(tag)})
+
+
 def figures(run: Run) -> Table:
     """Lists the last value of what was measured, and the lowest of what should be low."""
-    rows = []
+    rows, own = [], own_tags([run])
     for tag in sorted(run.curves):
-        if tag.startswith(MEASURED) and not tag.endswith(("/share", "/grad_norm")):
+        if tag in own or tag.startswith(MEASURED) and not tag.endswith(("/share", "/grad_norm")):
             lowest = run.lowest(tag) if tag.startswith("val/") else None
             where = (lowest.value, lowest.step) if lowest else (None, None)
             rows.append([tag, run.last(tag), *where])

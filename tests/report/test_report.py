@@ -18,7 +18,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.report import tables
-from gpt_lightning.report.charts import MOST_POINTS, charts_of, thinned
+from gpt_lightning.report.charts import MOST_OWN, MOST_POINTS, charts_of, own_charts, thinned
 from gpt_lightning.report.events import Point, Text
 from gpt_lightning.report.page import write_report
 from gpt_lightning.report.run import Run, read_run, read_runs
@@ -190,6 +190,38 @@ def test_tasks_and_bits_per_byte_have_charts(tmp_path: Path) -> None:
     rows = charts["evaluation"].spec["datasets"]["points"]
     assert [(row["name"], row["kind"], row["value"]) for row in rows] == [(n, "mine/acc", 0.5) for n in "ab"]
     assert "bits-per-byte" in charts and "time" not in charts
+
+
+@pytest.mark.parametrize("n_runs", [1, 2])
+def test_values_of_ones_own_have_a_chart_each(tmp_path: Path, n_runs: int) -> None:
+    tags = ["my/loss", "my-loss", "val/accuracy", "train/loss_ema", "<b>" * 100]
+    folders = [write_run(tmp_path / name, {10: 3.0, 20: 2.0}, bpb=1.0) for name in "ab"[:n_runs]]
+    for folder in folders:
+        with SummaryWriter(str(folder / "logs"), filename_suffix=".1") as writer:
+            for number, tag in enumerate(tags):
+                writer.add_scalar(tag, number, 20)
+            for tag in ("epoch", "step", "throughput/mfu", "eval/mine/acc", "val/share", "hp_metric"):
+                writer.add_scalar(tag, 1.0, 20)
+    runs = read_runs(folders)
+    charts = own_charts(runs)
+    assert [chart.title for chart in charts] == sorted(tags) and len({chart.name for chart in charts}) == 5
+    found = {chart.title: [row["value"] for row in chart.spec["datasets"]["points"]] for chart in charts}
+    assert found == {tag: [number] * n_runs for number, tag in enumerate(tags)}
+    assert {*tags} < {row[0] for row in tables.figures(runs[0]).rows}
+    assert all(re.fullmatch(r"[\w-]{1,50}", chart.name) for chart in charts)  # as a file's
+    write_report(folders, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert {chart.name for chart in charts} < json.loads(page.scripts[0]).keys() and tags[-1] in page.text
+
+
+def test_of_very_many_values_of_ones_own_the_rest_is_counted(tmp_path: Path) -> None:
+    curves = {f"norm/{number}": [Point(1, 1.0, 0.0)] for number in range(MOST_OWN + 3)}
+    assert len(own_charts([Run("a", tmp_path, curves, {}, {})])) == MOST_OWN
+    with SummaryWriter(str(tmp_path / "logs")) as writer:
+        for tag in curves:
+            writer.add_scalar(tag, 1.0, 1)
+    write_report([tmp_path], tmp_path / "report.html")
+    assert "TensorBoard has 3 more." in Page(tmp_path / "report.html").text
 
 
 @pytest.mark.parametrize("n_runs", [1, 2])
