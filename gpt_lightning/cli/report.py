@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.checkpoint.runs import checkpoints_folder
 from gpt_lightning.cli.errors import say
@@ -10,6 +11,7 @@ from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.report.events import EVENTS
 from gpt_lightning.report.page import REPORT_NAME, write_pictures, write_report
+from gpt_lightning.report.tables import as_text, comparison
 
 
 def run_report(words: list[str]) -> None:
@@ -19,11 +21,13 @@ def run_report(words: list[str]) -> None:
     beside = folders[0] if len(folders) == 1 else root
     output = Path(options.output) if options.output else beside / REPORT_NAME
     with naming(f"output={output}", "give another --output"):
-        write_report(folders, output)
+        runs = write_report(folders, output)
+    if len(runs) > 1:
+        print(printable(as_text(comparison(runs))), flush=True)
     say(f"report: {output}")
     if options.png is not None:
         with naming(f"png={options.png}"):
-            pictures = write_pictures(folders, Path(options.png))
+            pictures = write_pictures(runs, Path(options.png))
         for path in pictures:
             say(f"picture: {path}")
 

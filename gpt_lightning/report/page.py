@@ -13,12 +13,13 @@ from gpt_lightning.report.tokens import TokenText
 REPORT_NAME = "report.html"  # in the run's folder
 
 
-def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Writes the page on the runs whose folders these are."""
-    page = _page(read_runs([*folders]))
+def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
+    """Writes the page on the runs whose folders these are, and returns what it has read of them."""
+    page = _page(runs := read_runs([*folders]))
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_file(output) as file:
         file.write(page.encode())
+    return runs
 
 
 def _page(runs: list[Run]) -> str:
@@ -42,13 +43,12 @@ def _page(runs: list[Run]) -> str:
     )
 
 
-def write_pictures(folders: Sequence[Path], output: Path) -> list[Path]:
+def write_pictures(runs: Sequence[Run], output: Path) -> list[Path]:
     """Writes the charts of these runs as PNG files into a folder, and returns their paths."""
     from gpt_lightning.report.charts import charts_of, own_charts, pictures  # slow to import
 
     output.mkdir(parents=True, exist_ok=True)
     paths = []
-    runs = read_runs([*folders])
     for name, picture in pictures(charts_of(runs) + own_charts(runs)):
         paths.append(output / f"{name}.png")
         with written_file(paths[-1]) as file:

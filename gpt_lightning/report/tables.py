@@ -5,11 +5,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len, set_cell_size
+
+from gpt_lightning.report.html import shown
 from gpt_lightning.report.run import Run, flat
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 MEASURED = ("train/", "val/", "test/", "eval/")
 RUN_NAMES = ("run_name", "ckpt_path", "config")  # differ without making a difference
+_LONGEST = 40  # characters of a value on a terminal
 _OURS = re.compile(
     r"(train|val|test)/(loss|ppl|bpb|share|grad_norm)|(lr-|eval/|throughput/).*|epoch|step|hp_metric"
 ).fullmatch
@@ -127,15 +131,34 @@ def comparison(runs: Sequence[Run]) -> Table:
     return Table([*head, *options], rows, best=0 if ranked and ranked[0].lowest(tag) else None)
 
 
+def as_text(table: Table) -> str:
+    """Writes a table for a terminal: without columns that say nothing, options by their last words."""
+    words = [name.rpartition(".")[2] for name in table.head]
+    head = [word if words.count(word) == 1 else name for name, word in zip(table.head, words)]
+    columns = [
+        [name, *(_cut(shown(value)) for value in values)]
+        for name, *values in zip(head, *table.rows)
+        if any(value is not None for value in values)
+    ]
+    widths = [max(map(cell_len, column)) for column in columns]
+    rows = zip(*([set_cell_size(cell, width) for cell in column] for column, width in zip(columns, widths)))
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
 def differing_options(runs: Sequence[Run]) -> list[str]:
-    """Names the options that are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.options)
+    """Names the options that are not the same in all runs of which they are known."""
+    known = [run.options for run in runs if run.options]
+    names = dict.fromkeys(name for options in known for name in options)
     missing = object()
     return [
         name
         for name in names
         if name not in RUN_NAMES
-        and any(run.options.get(name, missing) != runs[0].options.get(name, missing) for run in runs)
+        and any(options.get(name, missing) != known[0].get(name, missing) for options in known)
     ]
 
 

@@ -66,6 +66,19 @@ def test_a_fit_leaves_its_report_and_old_runs_get_one(
     assert {row["kind"] for row in values} == {"train", "val"}
 
 
+def test_several_runs_are_a_table_in_the_terminal(tmp_path: Path, program: Program) -> None:
+    for name, loss, rate in (("a", 4.0, 0.01), ("b\x1b[31m", 3.0, 0.003)):
+        write_run(tmp_path / "checkpoints" / name, {10: loss}, model={"learning_rate": rate})
+    said = program("report", "a", "b\x1b[31m")
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines[0][0] == "run" and lines[0][-1] == "learning_rate"
+    assert [(line[0], line[1], line[-1]) for line in lines[1:]] == [
+        ("b\\x1b[31m", "3", "0.003"),  # the best first, and no name colours a terminal
+        ("a", "4", "0.01"),
+    ]
+    assert program("report", "a").out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -169,8 +169,31 @@ def test_the_best_run_comes_first_by_bits_per_byte(tmp_path: Path) -> None:
     assert [row[0] for row in table.rows] == ["bpe", "bytes"] and table.best == 0
     assert [row[-1] for row in table.rows] == ["bpe", "bytes"] and table.head[-1] == "data.tokenizer"
     assert [row[1] for row in table.rows] == [4.0, 1.5]
+    (folders[0] / "config.yaml").unlink()
+    assert tables.differing_options(read_runs(folders)) == []
     without = [write_run(tmp_path / name, {10: loss}) for name, loss in (("c", 4.0), ("d", 3.0))]
     assert [row[0] for row in tables.comparison(read_runs(without)).rows] == ["d", "c"]
+
+
+def test_the_table_of_a_terminal_has_the_same_rows(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "我的", {10: 4.5, 20: 4.0}, data={"seed": 1, "files": ["x" * 99]}, seed=7),
+        write_run(tmp_path / "b", {10: 3.5, 20: 3.25}, data={"seed": 2, "files": []}, seed=8),
+    ]
+    table = tables.comparison(read_runs(folders))
+    assert [row[0] for row in table.rows] == ["b", "我的"]
+    head, *lines = tables.as_text(table).splitlines()
+    time = table.rows[0][6]
+    assert re.split(r"\s{2,}", head) == [
+        *("run", "lowest val loss", "last val loss", "steps", "time"),  # nothing has bits per byte or a rate
+        *("files", "data.seed", "seed"),
+    ]
+    cells = [re.split(r"\s{2,}", line) for line in lines]
+    assert cells == [
+        ["b", "3.25", "3.25", "20", time, "[]", "2", "8"],
+        ["我的", "4", "4", "20", time, "x" * 39 + "…", "1", "7"],
+    ]
+    assert head.index("lowest") == lines[0].index("3.25") == lines[1].index("4") + 2  # two wide characters
 
 
 def test_train_and_val_share_a_chart(tmp_path: Path) -> None:
