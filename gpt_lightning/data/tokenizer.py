@@ -134,11 +134,14 @@ class TextTokenizer:
             stream.step(self._tokenizer, certain) or "" for certain in fallback.add(index)
         ).replace("\ufffd", "")
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Returns the bytes that a token stands for, if it stands for bytes."""
+        if self._decoder_types == {"ByteLevel"}:
+            return self._token_bytes.get(token_id, b"")
+        return bytes([self._fallback_bytes[token_id]] if token_id in self._fallback_bytes else [])
+
     def name_of(self, token_id: int) -> str:
-        """Writes one token for people: its text, a byte of an unfinished character as \\xe6, or its name."""
-        found = self._token_bytes.get(token_id) if self._decoder_types == {"ByteLevel"} else None
-        name = self._tokenizer.id_to_token(token_id) or ""
-        return found.decode("utf-8", "backslashreplace") if found else name.replace("\u2581", " ")
+        return (self._tokenizer.id_to_token(token_id) or "").replace("\u2581", " ")
 
     @cached_property
     def _decoder_types(self) -> set[str]:

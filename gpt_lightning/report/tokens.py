@@ -24,6 +24,11 @@ class TokenText(NamedTuple):
         return sum(found) / len(found) if found else None
 
     @property
+    def has_parts(self) -> bool:
+        """Tells whether a token is only some bytes of a character."""
+        return any(not token.text and token.name.endswith("›") for token in self.tokens)
+
+    @property
     def most_surprising(self) -> list[tuple[str, ShownToken]]:
         """Lists the least likely tokens with the text before them."""
         numbers = [n for n, token in enumerate(self.tokens) if token.logprob is not None]

@@ -1,11 +1,14 @@
 """Puts scored tokens into text, and that into plain lists for a file and back."""
 
+import codecs
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.surprise import ScoredToken
+
+UNKNOWN = "\ufffd"  # stands for a character of which there are only some bytes
 
 
 class ShownToken(NamedTuple):
@@ -23,16 +26,33 @@ class ShownToken(NamedTuple):
 
 def shown_tokens(scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> list[ShownToken]:
     """Puts tokens into text: of those that make one character together the last one shows it."""
-    piece = tokenizer.pieces()
-    return [
-        ShownToken(
-            piece(token_id),
-            tokenizer.name_of(token_id),
-            logprob,
-            [(tokenizer.name_of(other), value) for other, value in others],
-        )
-        for token_id, logprob, others in scored
-    ]
+    piece, decoder = tokenizer.pieces(), codecs.getincrementaldecoder("utf-8")("ignore")
+    shown: list[ShownToken] = []
+    parts: list[int] = []  # where the tokens are of which a character has begun
+    for place, (token_id, logprob, others) in enumerate(scored):
+        begun, found = decoder.getstate()[0], tokenizer.bytes_of(token_id)
+        likely = [(_name(tokenizer, other, begun), value) for other, value in others]
+        shown.append(ShownToken(piece(token_id), _name(tokenizer, token_id, begun), logprob, likely))
+        text = decoder.decode(found or b"\n")  # what stands for no bytes ends a character, too
+        if begun and text.encode().startswith(begun):
+            for part in parts:
+                shown[part] = shown[part]._replace(name=text[0] + shown[part].name[1:])
+        left = decoder.getstate()[0]
+        parts = [*(parts if left == begun + found else []), place] if left else []
+    return shown
+
+
+def _name(tokenizer: TextTokenizer, token_id: int, begun: bytes) -> str:
+    """Writes a token for people: its text, or its name if it has none.
+
+    Of some bytes of a character, which stand in ‹›, it is the character that they end: 我‹91›, or else �‹e6›.
+    """
+    found = tokenizer.bytes_of(token_id)
+    try:
+        return found.decode() if found else tokenizer.name_of(token_id)
+    except UnicodeDecodeError:
+        text = (begun + found).decode("utf-8", "replace")
+        return f"{UNKNOWN if UNKNOWN in text else text}‹{found.hex()}›"
 
 
 def as_plain(tokens: Sequence[ShownToken]) -> list[Any]:

@@ -9,6 +9,7 @@ from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
 from gpt_lightning.generation.surprise import ScoredToken
 from gpt_lightning.report.tokens import TokenText, write_tokens
 from gpt_lightning.training.scored_text import as_plain, from_plain, shown_tokens
+from tests.generation.test_text_stream import byte_fallback
 from tests.report.pages import Page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\" onclick='x' &lt; {{ 7*7 }}"
@@ -27,10 +28,33 @@ def test_the_tokens_together_are_the_text(text: str) -> None:
 
 def test_tokens_are_named_for_people() -> None:
     tokenizer = load_tokenizer("bytes")
-    first, *rest = tokenizer.encode("我")
-    assert tokenizer.name_of(first) == "\\xe6" and len(rest) == 2
-    assert tokenizer.name_of(tokenizer.encode("<")[0]) == "<"
-    assert tokenizer.name_of(tokenizer.eos_token_id) == "<|endoftext|>"
+    ids = [*tokenizer.encode("a我們\\xe6"), tokenizer.eos_token_id]
+    parts = [f"{character}‹{byte:02x}›" for character in "我們" for byte in character.encode()]
+    names = [token.name for token in shown_tokens(scored(ids), tokenizer)]
+    assert names == ["a", *parts, *r"\xe6", "<|endoftext|>"]  # of which \xe6 are four letters of the text
+    tokenizer = byte_fallback()
+    names = [token.name for token in shown_tokens(scored(tokenizer.encode("ca我們\n")), tokenizer)]
+    assert names == [" ", "ca", *parts, "\n"]
+
+
+def test_candidates_are_named_by_what_they_would_make() -> None:
+    tokenizer = load_tokenizer("bytes")
+    first, second, third = tokenizer.encode("我")
+    other, letter = tokenizer.encode("戒")[2], tokenizer.encode("x")[0]
+    candidates = [(index, -1.0) for index in (first, third, other, letter)]
+    rows = shown_tokens([ScoredToken(index, -1.0, candidates) for index in (first, second, third)], tokenizer)
+    names = [[name for name, _ in row.others] for row in rows]
+    assert names[0] == names[1] == ["�‹e6›", "�‹91›", "�‹92›", "x"]  # the second of three says no more
+    assert names[2] == ["�‹e6›", "我‹91›", "戒‹92›", "x"]
+
+
+def test_a_character_that_stays_unfinished_has_no_name() -> None:
+    tokenizer = load_tokenizer("bytes")
+    first, second, _ = tokenizer.encode("我")
+    tokens = shown_tokens(scored([first, second]), tokenizer)
+    assert [token.name for token in tokens] == ["�‹e6›", "�‹88›"]
+    tokens = shown_tokens(scored([first, tokenizer.eos_token_id, *tokenizer.encode("é")]), tokenizer)
+    assert [token.name for token in tokens] == ["�‹e6›", "<|endoftext|>", "é‹c3›", "é‹a9›"]
 
 
 def test_no_text_acts_on_the_page(tmp_path: Path) -> None:
