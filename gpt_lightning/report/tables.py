@@ -83,13 +83,13 @@ def changed(run: Run) -> Table:
 
 
 def corpus(run: Run) -> Table:
-    """Lists the counts of each split."""
-    head = ["", "documents", "tokens", "of all", "bytes a token", "longest, tokens"]
-    head += ["repeat another", "also in train"]
+    """Lists the counts of each split, in a column."""
+    names = ["documents", "tokens", "of all", "bytes a token", "longest, tokens"]
+    names += ["repeat another", "also in train"]
     found = run.facts.get("corpus")
     splits = {name: counts for name, counts in _items(found) if isinstance(counts, dict)}
     whole = sum(_number(counts.get("tokens")) or 0 for counts in splits.values())
-    rows = []
+    columns = []
     for name, counts in splits.items():
         tokens, n_bytes = _number(counts.get("tokens")) or 0, _number(counts.get("bytes")) or 0
         share = f"{100 * tokens / whole:.1f} %" if whole else None
@@ -97,8 +97,8 @@ def corpus(run: Run) -> Table:
         repeated = counts.get("repeated")
         both = [repeated, None] if name == "train" else [None, repeated]
         known = [counts.get(key) for key in ("documents", "tokens")]
-        rows.append([name, *known, share, density, counts.get("longest"), *both])
-    return Table(head, rows)
+        columns.append([*known, share, density, counts.get("longest"), *both])
+    return Table(["", *splits], [[*row] for row in zip(names, *columns)] if columns else [])
 
 
 def parameters(run: Run) -> Table:

@@ -36,7 +36,7 @@ def test_a_fit_leaves_its_report_and_old_runs_get_one(
     page = Page(folder / "report.html")
     text = rows_of(page)
     assert "step 6" in text and "梦" in text and HOSTILE in text
-    assert re.search(r"data\.tokenizer bpe:300", text) and re.search(r"train \d+ [\d,]+ \d\d\.\d %", text)
+    assert re.search(r"data\.tokenizer bpe:300", text) and re.search(r"of all( [\d.]+ %){2}", text)
     assert page.fetches() == [] and page.handlers() == [] and len(page.scripts) == 4
 
     # The notes are true of what was trained.
