@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -28,9 +29,11 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in samples.latest:
         print(printable(f"\n{text}\n"))
-    folder = shlex.quote(str(run_folder.parent))
-    say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")
-    say(f"tensorboard --logdir {folder}", to_copy=True)
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")
+        say(f"tensorboard --logdir {shlex.quote(str(run_folder.parent))}", to_copy=True)
+    else:
+        say("to write more:")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]
     saver: Any = ours[0] if ours else trainer.checkpoint_callback
     last = saver and (_best(saver, trainer) or saver.last_model_path or saver.best_model_path)

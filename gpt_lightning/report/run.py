@@ -129,7 +129,10 @@ def _places(folder: Path) -> list[Path]:
         raise UserError(f"RUN={folder} is no folder; name a run under checkpoints/, or its folder")
     places = sorted({path.parent for path in folder.rglob(EVENTS)})
     if not places:
-        raise UserError(f"RUN={folder} holds no events of TensorBoard; name the folder of a run that logged")
+        remedy = "name the folder of a run that logged"
+        if (folder / CONFIG_NAME).is_file():  # another logger wrote, and maybe elsewhere
+            remedy = "train without --trainer.logger, or with TensorBoardLogger into that folder"
+        raise UserError(f"RUN={folder} holds no events of TensorBoard, of which a report is made; {remedy}")
     if len(places) > 1 and not (folder / CONFIG_NAME).is_file():
         names = ", ".join(str(place.relative_to(folder)) for place in places[:3])
         raise UserError(f"RUN={folder} holds several runs ({names}, ...); name one or more of them")

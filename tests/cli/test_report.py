@@ -7,12 +7,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.checkpoint import load_model
-from gpt_lightning.cli.closing import leave_report
+from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on
 from gpt_lightning.report.run import read_run
 from tests.cli.conftest import Program
 from tests.report.pages import Page
@@ -83,7 +87,8 @@ def test_several_runs_are_a_table_in_the_terminal(tmp_path: Path, program: Progr
     ("words", "line"),
     [
         (["nothing"], "RUN=.*nothing is no folder; name a run"),
-        (["empty"], "RUN=.*empty holds no events"),
+        (["empty"], "RUN=.*empty holds no events of TensorBoard, .*; name the folder of a run that logged$"),
+        (["other"], "RUN=.*other holds no events of TensorBoard, .*; train without --trainer.logger, or"),
         ([], "holds no run that logged; run `gpt-lightning fit`"),
         (["\udce9/logged"], "^error: RUN=.*/logged has a name that is not UTF-8; rename it, or call"),
     ],
@@ -91,13 +96,15 @@ def test_several_runs_are_a_table_in_the_terminal(tmp_path: Path, program: Progr
 def test_what_is_no_run_is_refused_in_a_line(
     tmp_path: Path, program: Program, capfd: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
-    (tmp_path / "checkpoints" / "empty").mkdir(parents=True)
+    for name in ("empty", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "other" / "config.yaml").touch()
     write_run(tmp_path / "logged", {10: 3.0})
     os.mkdir(tmp_path / "\udce9")
     shutil.copytree(tmp_path / "logged", tmp_path / "\udce9" / "logged")
     with pytest.raises(SystemExit) as end:
         program("report", *words)
-    assert end.value.code == 2 and re.search(line, capfd.readouterr().err)
+    assert end.value.code == 2 and re.search(line, capfd.readouterr().err, re.M)
     assert not [*tmp_path.rglob("*.html")]
 
 
@@ -123,6 +130,16 @@ def test_a_fault_in_the_report_is_a_warning(
     monkeypatch.setitem(sys.modules, "altair", None)
     leave_report(folder)
     assert "altair" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_only_a_run_that_tensorboard_shows_is_said_to_be_watched_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[TensorBoardLogger | CSVLogger]
+) -> None:
+    savers: Any = {"checkpoint_callbacks": [], "checkpoint_callback": None}
+    trainer: Any = SimpleNamespace(loggers=[kind(tmp_path)], **savers)
+    tell_how_to_go_on(trainer, tmp_path / "run", TextSamples())
+    assert ("tensorboard" in capsys.readouterr().err) is (kind is TensorBoardLogger)
 
 
 def test_a_run_without_events_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
