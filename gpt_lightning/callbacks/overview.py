@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from gpt_lightning.training.notes import REPETITION
 from gpt_lightning.training.trainer import loggers_may_fail
 
 Value = str | int | float
@@ -15,6 +16,7 @@ RESULTS = ("val/loss", "val/bpb", "throughput/tokens_per_second")
 # The page "Custom Scalars"; a curve is found by a pattern.
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"loss": ("train/loss$", "val/loss$"), "bits per byte": ("val/bpb$",)},
+    "generation": {"share of repeated 4-grams in the samples": (f"{REPETITION}$",)},
     "throughput": {
         "tokens per second": ("throughput/tokens_per_second$",),
         "share of the peak arithmetic": ("throughput/mfu$",),

@@ -1,5 +1,8 @@
 """Shows what the model writes by now, after each validation, in TensorBoard's text tab."""
 
+import re
+from collections.abc import Sequence
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -9,10 +12,12 @@ from typing_extensions import override
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import encode_prompts
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.notes import as_block
+from gpt_lightning.training.notes import REPETITION, SAMPLES, as_block
 from gpt_lightning.training.trainer import loggers_may_fail
 
 N_PROMPTS = 2
+# A word, a sign, or where words are written without spaces a character.
+_WORD = re.compile(r"[^\W\u2e80-\u9fff]+|\S")
 
 
 class TextSamples(Callback):
@@ -50,11 +55,25 @@ class TextSamples(Callback):
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         if trainer.is_global_zero:
             with loggers_may_fail(trainer):
-                self._show(trainer)
+                self._show(trainer, repeated_share(texts))
 
-    def _show(self, trainer: Trainer) -> None:
+    def _show(self, trainer: Trainer, repeated: float | None) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, text in enumerate(self.latest):
-                    logger.experiment.add_text(f"samples/{number}", as_block(text), trainer.global_step)
-                logger.save()
+                    logger.experiment.add_text(f"{SAMPLES}{number}", as_block(text), trainer.global_step)
+            if repeated is not None:
+                logger.log_metrics({REPETITION: repeated}, trainer.global_step)
+            logger.save()
+
+
+def repeated_share(texts: Sequence[str], n: int = 4) -> float | None:
+    """Returns which part of the n-grams of a text were in it before, as a mean of all that have any.
+
+    Welleck et al., 2020, call it seq-rep-n: a model that goes round in circles shows in it. It is taken of
+    words, not of tokens, so that it can be compared across tokenizers.
+    """
+    words = map(_WORD.findall, texts)
+    grams = [[tuple(some[start : start + n]) for start in range(len(some) - n + 1)] for some in words]
+    shares = [1 - len(set(some)) / len(some) for some in grams if some]
+    return sum(shares) / len(shares) if shares else None

@@ -11,6 +11,7 @@ from gpt_lightning.report.events import Point
 from gpt_lightning.report.run import Run
 from gpt_lightning.report.scripts import vega_lite_version
 from gpt_lightning.report.tables import PARTS, own_tags
+from gpt_lightning.training.notes import REPETITION
 
 MOST_POINTS = 1000  # of a curve; of each stretch of a longer one its lowest and highest
 MOST_OWN = 60  # charts of what somebody else's code has logged
@@ -58,6 +59,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
             _prefixed(runs, "eval/", "evaluation", "Evaluation"),
             # Of one run it has the shape of the loss; several may have different tokenizers.
             _one_tag(runs, "val/bpb", "bits-per-byte", "Bits per byte") if len(runs) > 1 else None,
+            _one_tag(runs, REPETITION, "repetition", "Repeated 4-grams in the samples"),
             _one_tag(runs, "train/grad_norm", "gradient-norm", "Gradient norm"),
             _prefixed(runs, "lr-", "learning-rate", "Learning rate"),
             _one_tag(runs, "throughput/tokens_per_second", "throughput", "Tokens per second"),

@@ -13,11 +13,10 @@ import yaml
 from gpt_lightning.checkpoint.files import NOT_UTF8
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.report.events import EVENTS, Events, Point, Text
-from gpt_lightning.training.notes import FACTS, HELD_OUT, OLD_NAMES, part_of
+from gpt_lightning.training.notes import FACTS, HELD_OUT, OLD_NAMES, SAMPLES, part_of
 from gpt_lightning.training.scored_text import ShownToken, from_plain
 
 CONFIG_NAME, LAST = "config.yaml", "last.ckpt"
-SAMPLES = "samples/"
 
 
 class Sample(NamedTuple):

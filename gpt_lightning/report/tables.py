@@ -9,13 +9,14 @@ from rich.cells import cell_len, set_cell_size
 
 from gpt_lightning.report.html import shown
 from gpt_lightning.report.run import Run, flat
+from gpt_lightning.training.notes import SAMPLES
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
-MEASURED = ("train/", "val/", "test/", "eval/")
+MEASURED = ("train/", "val/", "test/", "eval/", SAMPLES)
 RUN_NAMES = ("run_name", "ckpt_path", "config")  # differ without making a difference
 _LONGEST = 40  # characters of a value on a terminal
 _OURS = re.compile(
-    r"(train|val|test)/(loss|ppl|bpb|share|grad_norm)|(lr-|eval/|throughput/).*|epoch|step|hp_metric"
+    r"(train|val|test)/(loss|ppl|bpb|share|grad_norm)|(lr-|eval/|samples/|throughput/).*|epoch|step|hp_metric"
 ).fullmatch
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-# TensorBoard shows texts in the order of their names: what the model writes, `samples/`, comes first.
+# TensorBoard shows texts in the order of their names: what the model writes comes first.
+SAMPLES = "samples/"  # with the number of the prompt
 FACTS = "the_run/facts"  # with what, of what text and where it is trained
 HELD_OUT = "the_run/held_out"  # a beginning of held-out text, token by token
+REPETITION = f"{SAMPLES}repeated_4grams"  # a curve
 OLD_NAMES = {FACTS: "run/facts", HELD_OUT: "run/held_out"}  # in runs of earlier versions
 
 

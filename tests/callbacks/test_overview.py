@@ -91,7 +91,9 @@ def test_tensorboards_page_begins_with_both_losses_in_one_plot(tmp_path: Path) -
     start(TensorBoardLogger(tmp_path, name="logs", version=""), ROW)
     plugin = CustomScalarsPlugin(tensorboard_context(tmp_path))
     layout = json.loads(plugin.layout_impl(RequestContext(), ""))
-    assert [category["title"] for category in layout["category"]][:2] == ["loss", "throughput"]
+    assert [category["title"] for category in layout["category"]][:3] == [
+        *("loss", "generation", "throughput"),
+    ]
     first = layout["category"][0]["chart"][0]
     assert first["title"] == "loss" and first["multiline"]["tag"] == ["train/loss$", "val/loss$"]
 
