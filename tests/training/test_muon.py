@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
@@ -81,7 +82,9 @@ def test_steps_equal_those_of_torch(sizes: dict[str, Any], parts: tuple[int, ...
         for each in (optimizer, matrices, adamw):
             each.step()
         found = list(matrices_of(model, dict(model.named_parameters()), parts))
-        assert all(torch.equal(a, b) for a, b in zip(found, ours, strict=True))
+        for matrix, single in zip(found, ours, strict=True):
+            # With AMX a product of several matrices rounds a number in some thousand unlike that of one.
+            assert_close(matrix, single.detach(), atol=1e-5, rtol=0)
         for name, parameter in rest.named_parameters():
             if any(parameter is other for other in others):
                 assert torch.equal(parameter, model.get_parameter(name)), name
