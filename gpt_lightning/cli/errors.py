@@ -94,7 +94,7 @@ def shorten(message: str) -> str:
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Given value: (.*)|Got value: (.*)", message)
     expected = re.findall(
-        r"Expected an? (<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
+        r"Expected (?:an? )?(<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
     )
     if key and given and expected:
         kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))

@@ -2,12 +2,19 @@
 
 import argparse
 import difflib
+import io
+import json
 import os
 import re
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
+from contextvars import Context
 from functools import cache
+from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -21,6 +28,7 @@ QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
 NO_CONFIG = re.compile(r"""(?s)Parser key "(\w+)":\s+Unable to load config '(.*?)'\s+-\s+(?=Parser key)""")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+NAMED = re.compile(r"""Parser key "([\w.]+)"|Group '([\w.]+)' does not accept option '([\w.]+)'""")
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
 # What options are called in other programs, by their last names here.
@@ -113,9 +121,20 @@ class PlainParser(ArgumentParser):
                 f"class_path={denied[1]} is not imported: {why}; if you trust it, add "
                 f"{ALLOW_IMPORT} {package} to the command line"
             )
-        lines = [f"error: {reason}", *self._suggestion(message), f"try: {self.prog} --help"]
+        lines = [f"error: {reason}", *self._suggestion(message), *self._others(message)]
+        lines += [f"try: {self.prog} --help"]
         plain_stderr().write(printable("\n".join(lines)) + "\n")
         sys.exit(MISTAKE)
+
+    def _others(self, message: str) -> list[str]:
+        """Finds what else is wrong, by parsing once more without the option that the message names."""
+        named = NAMED.match(message)
+        given = getattr(self, "args", [])
+        if named is None or (words := without_option(given, named[1] or f"{named[2]}.{named[3]}")) == given:
+            return []
+        with redirect_stderr(io.StringIO()) as said, suppress(SystemExit, UserError):
+            Context().run(self.parse_args, words)  # not within what is being parsed
+        return [line for line in said.getvalue().splitlines() if line.startswith(("error: ", "did you mean"))]
 
     def _suggestion(self, message: str) -> list[str]:
         """Suggests for each unknown option the known one that is closest, if one is close."""
@@ -154,6 +173,39 @@ class PlainParser(ArgumentParser):
     def _is_shown(self, action: argparse.Action) -> bool:
         is_option = bool(action.option_strings) and action.option_strings[0].startswith("-")
         return is_option and action.help not in (argparse.SUPPRESS, "Path to a configuration file.")
+
+
+def without_option(words: Sequence[str], key: str) -> list[str]:
+    """Leaves an option out, and what is within it, on the command line and in the files that this names.
+
+    Nothing of what is left shows help or a configuration.
+    """
+    found, remaining = [], iter(words)
+    for word in remaining:
+        option, equals, value = word.partition("=")
+        following = [] if equals or not option.startswith("--") else [*islice(remaining, 1)]
+        if option.rstrip("+") == f"--{key}" or option.startswith((f"--{key}.", "--print_config")):
+            continue
+        if option == "--config":
+            following = [_without_key(value if equals else following[0], key)]
+            word = option
+        found += [word, *following]
+    return found
+
+
+def _without_key(config: str, key: str) -> str:
+    """Returns the name of a file or, where it holds the key, the contents without, which do as well."""
+    from gpt_lightning.cli.yaml_text import load_yaml
+
+    is_file = os.path.isfile(config)
+    contents = inner = load_yaml(Path(config).read_text(encoding="utf-8-sig") if is_file else config)
+    *groups, name = key.split(".")
+    for group in groups:
+        inner = inner.get(group) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or name not in inner:
+        return config
+    del inner[name]
+    return json.dumps(contents, default=str)
 
 
 @cache

@@ -86,6 +86,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--trainer.log_every_n_steps", "-1"], ["trainer.log_every_n_steps=-1 is below 1"]),
         (["--trainer.gradient_clip_val", "-1"], ["trainer.gradient_clip_val=-1"]),
         (["--trainer.val_check_interval", "0"], ["trainer.val_check_interval=0 is below 1"]),
+        (["--generation.top_k", "few"], ["generation.top_k=few does not fit; give int, null"]),
         (["--trainer.max_steps", "1.5"], ["trainer.max_steps=1.5", "int"]),
         (["--model.config.d_model", "-4"], ["model.config.d_model=-4"]),
         (["--data.seq_len", "-8"], ["data.seq_len=-8 is below 1"]),
@@ -110,6 +111,28 @@ def test_bad_options_of_fit(
     config = tiny_config()
     message = fails(["fit", "--config", str(config), *words], capsys, tmp_path)
     assert all(part in message for part in parts), message
+
+
+def test_all_wrong_names_and_kinds_are_told_at_once(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of a file; what is within a wrong option, as a class's arguments, is not judged alone."""
+    monkeypatch.chdir(tmp_path)
+    config = str(tiny_config(trainer={"max_steps": "x", "val_chek_interval": 3}, data={"odd": 4}))
+    wrong = ["--trainer.callbacks=Nothing", "--trainer.callbacks.monitor=x", "--data.seq_len=y"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", config, "--data.batch_size", "z", *wrong, "--print_config"])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == "" and not (tmp_path / "checkpoints").exists()
+    lines = [line.partition(" does not fit")[0] for line in said.err.splitlines()]
+    assert sorted(lines) == [
+        "did you mean trainer.val_check_interval?",
+        "error: Group 'data' does not accept option 'odd'",
+        "error: Group 'trainer' does not accept option 'val_chek_interval'",
+        *("error: data.batch_size=z", "error: data.seq_len=y"),
+        *("error: trainer.callbacks=Nothing", "error: trainer.max_steps=x", "try: gpt-lightning fit --help"),
+    ]
+    assert lines[-1].startswith("try: ")
 
 
 def test_a_callback_that_is_added_to_itself(
