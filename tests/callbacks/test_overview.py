@@ -18,6 +18,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks.overview import RESULTS, Overview
@@ -62,7 +63,11 @@ def start(logger: TensorBoardLogger, row: dict[str, Any]) -> None:
     logger.experiment.flush()
 
 
-def test_a_run_that_goes_on_has_a_row_from_its_start_and_no_second(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_has_a_row_from_its_start_and_no_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one process and second are read in the order of names that end in a count: 10 before 9.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     for run, loss in (("one", 3.0), ("two", 2.0)):
         logger = TensorBoardLogger(tmp_path / run, name="logs", version="", default_hp_metric=False)
         start(logger, ROW)
