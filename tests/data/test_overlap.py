@@ -81,7 +81,7 @@ def test_documents_of_given_files_are_compared_whole(
     assert kept["train"].tokens.tolist() == splits["train"].tokens.tolist()
 
 
-@pytest.mark.parametrize("documents_at_a_time", [1 << 20, 7])
+@pytest.mark.parametrize("documents_at_a_time", [1 << 20, 177, 7])
 def test_training_documents_that_repeat_another_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents_at_a_time: int
 ) -> None:
