@@ -296,7 +296,7 @@ def luxun(scale: Scale, options: Namespace) -> Cases:
         words += ["--trainer.precision", "bf16-mixed"]
         begin = time.perf_counter()
         for line in _program("fit", *words, *(TOY_LUXUN.split() if scale is TOY else ())):
-            if row := re.match(r"step ([\d,]+):.* val/loss", line):
+            if row := re.search(r"\bstep ([\d,]+):.* val/loss", line):
                 values = re.findall(r"(val/\w+) ([\d.,]+)", line)
                 figures = {name: float(value.replace(",", "")) for name, value in values}
                 tell(f"luxun step {row[1]}", {**figures, "seconds": time.perf_counter() - begin})
