@@ -128,12 +128,13 @@ class PlainParser(ArgumentParser):
 
     def _others(self, message: str) -> list[str]:
         """Finds what else is wrong, by parsing once more without the option that the message names."""
-        named = NAMED.match(message)
-        given = getattr(self, "args", [])
-        if named is None or (words := without_option(given, named[1] or f"{named[2]}.{named[3]}")) == given:
+        if (named := NAMED.match(message)) is None:
             return []
-        with redirect_stderr(io.StringIO()) as said, suppress(SystemExit, UserError):
-            Context().run(self.parse_args, words)  # not within what is being parsed
+        # Whatever comes of words of which one is left out, what is known is told.
+        with redirect_stderr(io.StringIO()) as said, suppress(SystemExit, Exception):
+            words = without_option(self.args, named[1] or f"{named[2]}.{named[3]}")
+            if words != self.args:
+                Context().run(self.parse_args, words)  # not within what is being parsed
         return [line for line in said.getvalue().splitlines() if line.startswith(("error: ", "did you mean"))]
 
     def _suggestion(self, message: str) -> list[str]:
@@ -180,11 +181,12 @@ def without_option(words: Sequence[str], key: str) -> list[str]:
 
     Nothing of what is left shows help or a configuration.
     """
-    found, remaining = [], iter(words)
+    shows = ("-h", "--help", "--print_config")  # which take no value from the next word
+    found, remaining = [], (word for word in words if word.partition("=")[0] not in shows)
     for word in remaining:
         option, equals, value = word.partition("=")
         following = [] if equals or not option.startswith("--") else [*islice(remaining, 1)]
-        if option.rstrip("+") == f"--{key}" or option.startswith((f"--{key}.", "--print_config")):
+        if option.rstrip("+") == f"--{key}" or option.startswith(f"--{key}."):
             continue
         if option == "--config":
             following = [_without_key(value if equals else following[0], key)]

@@ -135,6 +135,29 @@ def test_all_wrong_names_and_kinds_are_told_at_once(
     assert lines[-1].startswith("try: ")
 
 
+@pytest.mark.parametrize("shows", ["--print_config", "--help", "-h"])
+def test_what_else_is_wrong_is_looked_for_without_showing_anything(
+    shows: str, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--data.seq_len", "x", shows, "--trainer.max_steps", "y"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tiny_config()), *wrong])
+    said, line = capsys.readouterr(), "error: {} does not fit; give int\n"
+    both = line.format("data.seq_len=x") + line.format("trainer.max_steps=y")
+    assert (ended.value.code, said.out, said.err) == (2, "", both + "try: gpt-lightning fit --help\n")
+
+
+def test_the_first_mistake_is_told_whatever_comes_of_looking_for_others(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gpt_lightning.cli.parser.without_option", lambda words, key: words[len(words)])
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(tiny_config()), "--data.seq_len", "x"])
+    assert ended.value.code == 2
+    line = "error: data.seq_len=x does not fit; give int"
+    assert capsys.readouterr().err.endswith(f"{line}\ntry: gpt-lightning fit --help\n")
+
+
 def test_a_callback_that_is_added_to_itself(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
