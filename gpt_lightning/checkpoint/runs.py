@@ -182,6 +182,8 @@ def check_place(folder: Path) -> None:
 
     Else this one would go on meanwhile, and might tell of the next folder that cannot be written.
     """
+    if folder.is_dir() and os.access(folder, os.W_OK):  # as a run's that goes on
+        return
     there = next(place for place in folder.absolute().parents if place.exists())
     if not os.access(there, os.W_OK):
         number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES

@@ -302,3 +302,14 @@ def test_a_rank_that_opens_no_folder_refuses_the_place_in_the_same_words(
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder)  # another user's run of this name
     folder.parent.touch()
     check_place(folder)
+
+
+def test_a_rank_that_opens_no_folder_lets_a_run_go_on_that_the_first_can_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path == folder)  # in a place that others keep
+    open_run_folder(folder, None).close()
+    folder.mkdir(exist_ok=True)
+    check_place(folder)
