@@ -3,6 +3,7 @@
 TensorBoard's own reader takes twenty times as long, for it goes through each byte in Python to check it.
 """
 
+import logging
 import re
 import struct
 from array import array
@@ -14,11 +15,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpt_lightning.report.checksums import masked_checksums
+
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 EVENTS = "events.out.tfevents.*"
+_BYTES_AT_ONCE = 1 << 23  # whose checksums are computed together
+
+_Checked = tuple[bytes, bytes]  # a record and its checksum
+
+_log = logging.getLogger("gpt_lightning")
 
 # A record that holds one number, as almost all do: when, at which step, of which tag, and the number.
 _NUMBER = re.compile(rb"\x09(.{8})\x10([\x80-\xff]{0,8}[\x00-\x7f])(\x2a.+\x15)(.{4})", re.DOTALL).fullmatch
@@ -132,6 +140,30 @@ def _logged_last(
 
 
 def _records(path: Path) -> Iterator[bytes]:
+    """Yields the records up to one that is not whole, or that is not as it was written."""
+    for some in _several(_whole_records(path)):
+        records, checksums = zip(*some)
+        is_intact = masked_checksums(records) == np.frombuffer(b"".join(checksums), "<u4")
+        yield from records[: len(records) if is_intact.all() else is_intact.argmin()]
+        if not is_intact.all():
+            _log.warning("%s is damaged: what stands there from some place on is left out", path)
+            return
+
+
+def _several(records: Iterable[_Checked]) -> Iterator[list[_Checked]]:
+    """Yields as many together as have a few megabytes."""
+    some, n_bytes = list[_Checked](), 0
+    for record in records:
+        some.append(record)
+        n_bytes += len(record[0])
+        if n_bytes > _BYTES_AT_ONCE:
+            yield some
+            some, n_bytes = [], 0
+    if some:
+        yield some
+
+
+def _whole_records(path: Path) -> Iterator[_Checked]:
     """Yields the records up to one that is not whole, as a run that is killed may leave it at the end."""
     left = path.stat().st_size
     with open(path, "rb") as file:
@@ -140,8 +172,7 @@ def _records(path: Path) -> Iterator[bytes]:
             left -= 16 + length
             if length == 0 or left < 0:
                 return
-            yield file.read(length)
-            file.read(4)
+            yield file.read(length), file.read(4)
 
 
 def _text_of(value: "Summary.Value") -> str:

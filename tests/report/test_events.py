@@ -7,19 +7,22 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from gpt_lightning.report import events
+from gpt_lightning.report.checksums import masked_checksums
 from gpt_lightning.report.events import EVENTS, Events, Point
 
 STEPS = [0, 1, 127, 128, 300, 2**31, 2**62]
 
 
 def read(folder: Path) -> Events:
-    events = Events()
+    found = Events()
     for path in sorted(folder.glob(EVENTS)):
-        events.read(path)
-    return events
+        found.read(path)
+    return found
 
 
 def by_tensorboard(folder: Path) -> dict[str, list[Point]]:
@@ -82,8 +85,41 @@ def test_a_file_that_ends_early_is_read_up_to_there(tmp_path: Path) -> None:
     assert read(tmp_path).curves() == expected
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 23])
+def test_a_record_with_another_bit_ends_what_is_read_as_for_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_once: int
+) -> None:
+    monkeypatch.setattr(events, "_BYTES_AT_ONCE", at_once)
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(100):
+            writer.add_scalar("train/loss", 1.5, step)
+    path = next(tmp_path.glob(EVENTS))
+    whole = path.read_bytes()
+    assert len(read(tmp_path).curves()["train/loss"]) == 100 and not caplog.messages
+    of_step_50 = whole.index(b"\x10\x32\x2a")
+    for place in (of_step_50, of_step_50 + 1, len(whole) - 30, len(whole) - 5, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        caplog.clear()
+        found = read(tmp_path).curves()
+        assert found == by_tensorboard(tmp_path) and {point.value for point in found["train/loss"]} == {1.5}
+        assert len(found["train/loss"]) < 100
+        assert [line.partition(": ")[0] for line in caplog.messages] == [f"{path} is damaged"]
+
+
+def test_checksums_are_those_of_the_standard_and_of_tensorboard() -> None:
+    (found,) = masked_checksums([b"123456789"]).tolist()
+    plain = (found - 0xA282EAD8) % 2**32
+    assert (plain << 15 | plain >> 17) % 2**32 == 0xE3069283  # RFC 3720 and the catalogue of CRCs: CRC-32C
+    draw = np.random.default_rng(0)
+    records = [draw.bytes(length) for length in (1, 2, 3, 56, 57, 999) for _ in range(40)]
+    records += [draw.bytes(length) for length in range(1, 30)]
+    assert masked_checksums(records).tolist() == [masked_crc32c(record) for record in records]
+
+
 @pytest.mark.parametrize("junk", [b"\xff" * 100, b"\x08" + bytes(11) + b"\xff" * 50, b"<html>" * 50])
 def test_what_holds_no_events_gives_nothing(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "events.out.tfevents.1").write_bytes(junk)
-    events = read(tmp_path)
-    assert events.curves() == {} and events.texts() == {}
+    found = read(tmp_path)
+    assert found.curves() == {} and found.texts() == {}
