@@ -221,7 +221,10 @@ class RankWatch:
         if self._rank != 0 and (lost.rank != 0 or self._rank not in (1, self._machine[0])):
             return
         line = f"error: rank {lost.rank} of {self._world_size} {lost.how}; the other ranks end too"
-        print(line + (f". {remedy}" if (remedy := self.remedy()) else ""), file=sys.stderr, flush=True)
+        remedies: list[str] = []
+        # It may look for a file on a disk that does not answer, by which the rank was lost.
+        _try(lambda: remedies.append(self.remedy()), PATIENCE_SECONDS)
+        print(". ".join([line, *filter(None, remedies)]), file=sys.stderr, flush=True)
         if lost.rank == self._machine[0] and lost.how.startswith(SILENT) and self._parent == os.getppid():
             os.kill(os.getppid(), signal.SIGKILL)  # else it would keep its device for ever
 

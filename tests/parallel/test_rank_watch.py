@@ -24,7 +24,7 @@ import torch.distributed as dist
 from gpt_lightning.exit_codes import LOST_RANK
 from gpt_lightning.parallel import rank_signs, rank_watch
 from gpt_lightning.parallel.rank_signs import TICK_SECONDS, MachineFile, MachineLinks
-from gpt_lightning.parallel.rank_watch import RankWatch
+from gpt_lightning.parallel.rank_watch import Lost, RankWatch
 
 DEADLINE_SECONDS = 30
 TIMEOUT = timedelta(seconds=4)
@@ -473,6 +473,20 @@ def test_who_was_not_heard_in_time_is_not_watched(monkeypatch: pytest.MonkeyPatc
         first.join(2)
     assert not second.signs()
     assert [sign.word for sign in first.signs()] == ["left"]
+
+
+def test_a_lost_rank_is_told_of_though_no_remedy_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rank_watch, "PATIENCE_SECONDS", 0.01)
+    watch, answered = RankWatch(0, 2, 0, 0, TIMEOUT), threading.Event()
+    watch.remedy = lambda: f"too late: {answered.wait(DEADLINE_SECONDS)}"  # as of a disk that hangs
+    watch._report(Lost(1, "was killed"))
+    answered.set()
+    watch.remedy = lambda: "Resume"
+    watch._report(Lost(1, "was killed"))
+    line = "error: rank 1 of 2 was killed; the other ranks end too"
+    assert capsys.readouterr().err == f"{line}\n{line}. Resume\n"
 
 
 def slow_rank(rank: int, watch: RankWatch) -> None:
