@@ -15,12 +15,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.contents import (
-    MODULE_KEY,
-    ORIGIN_KEY,
-    VALIDATION_KEY,
-    check_same_architecture,
-)
+from gpt_lightning.checkpoint.contents import ORIGIN_KEY, VALIDATION_KEY, check_same_architecture
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks, token_batch
 from gpt_lightning.data.prompts import PromptBatch, encode_prompts
@@ -320,8 +315,7 @@ class GPTLightningModule(LightningModule):
         if hparams_file is not None or weights_only is False:
             raise UserError("load_from_checkpoint reads plain data; leave out hparams_file and weights_only")
         checkpoint = Checkpoint.open(Path(checkpoint_path), may_be_sharded=False)
-        if MODULE_KEY not in checkpoint.contents:  # a child class may call others so
-            check_arguments(checkpoint.path, checkpoint.contents, KINDS)
+        check_arguments(checkpoint.path, checkpoint.contents, KINDS)
         module = super().load_from_checkpoint(
             checkpoint_path, map_location, strict=strict, weights_only=True, **kwargs
         )

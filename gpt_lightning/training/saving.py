@@ -44,8 +44,8 @@ def arguments_of_child_classes(module: object, frame: FrameType | None) -> dict[
 
 
 def check_arguments(path: Path, contents: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    """Refuses stored options of which none of these can be made."""
-    stored = contents.get("hyper_parameters") or {}
+    """Refuses stored options of which none of these can be made; a child class may call others so."""
+    stored = {} if MODULE_KEY in contents else contents.get("hyper_parameters") or {}
     for name in stored.keys() & kinds.keys():
         try:
             kinds[name](**stored[name])

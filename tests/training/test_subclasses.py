@@ -20,6 +20,7 @@ from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
+from gpt_lightning.checkpoint.contents import MODULE_KEY
 from gpt_lightning.checkpoint.io import DurableCheckpointIO
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch, token_batch
@@ -29,6 +30,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, learning_rate_factor
+from gpt_lightning.training.saving import check_arguments
 from gpt_lightning.training.trainer import GPTTrainer
 from tests.distributed import run_ranks
 
@@ -433,6 +435,14 @@ def test_hyper_parameters_that_no_checkpoint_may_hold_are_refused_when_they_are_
     refused = r"Holds: the hyper-parameter loss is a CrossEntropyLoss, .*ignore=\['loss'\]"
     with pytest.raises(UserError, match=refused):
         Holds(torch.nn.CrossEntropyLoss(), explicit=True)
+
+
+@pytest.mark.parametrize("stored", [None, "lion", {"own": 1}])
+def test_a_child_class_may_call_other_arguments_as_ours(stored: Any) -> None:
+    contents = {"hyper_parameters": {"optimizer": stored}}
+    check_arguments(Path("a"), {**contents, MODULE_KEY: "my_package.Mine"}, {"optimizer": OptimizerConfig})
+    with pytest.raises(UserError, match="^ckpt_path=a holds hyper_parameters.optimizer=.*no OptimizerConfig"):
+        check_arguments(Path("a"), contents, {"optimizer": OptimizerConfig})
 
 
 def test_names_that_no_checkpoint_may_hold_are_refused(corpus: Path, tmp_path: Path) -> None:
