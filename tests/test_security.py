@@ -52,12 +52,12 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a command that must end with code 2."""
+    """The first line of a command that must end with code 2, which has one for each mistake."""
     with pytest.raises(SystemExit) as exit:
         main(words)
     message = capsys.readouterr().err
     assert exit.value.code == 2 and "Traceback" not in message, message
-    (line,) = [line for line in message.splitlines() if line.startswith("error: ")]
+    line, *_ = [line for line in message.splitlines() if line.startswith("error: ")]
     return line
 
 
