@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ TEXTS = (PROMPTS, "--samples.prompts", "--generation.stop", "--data.document_sep
 CONFIG = ("--config", "-c")
 ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
 GROUPS = ("trainer", "model", "data", "generation", "checkpoint", "non_finite", "samples")
+YAML = (".yaml", ".yml", ".json")
 YAML_NULL = ("null", "Null", "NULL", "~")
 
 
@@ -70,7 +72,7 @@ def _readable(words: list[str]) -> list[str]:
         renamed = [PROMPTS + word.removeprefix("--prompt") if _is_prompt(word) else word for word in words]
         words = in_full(renamed)
     words = [_verbatim(before, _in_utf8(before, word)) for before, word in zip(["", *words], words)]
-    words = _with_recipes(words)
+    words = _files_first(_with_recipes(words))
     if words[0] == "fit":
         _refuse_other_than_utf8(words)
     for option, given_values in _values(words).items():
@@ -99,6 +101,28 @@ def _with_recipes(words: list[str]) -> list[str]:
             word = f"{option}={config_file(value)}"
         found.append(word)
     return found
+
+
+def _files_first(words: list[str]) -> list[str]:
+    """Puts files of options before all others, which hold over them: for jsonargparse the later one holds."""
+    whole: list[str] = []
+    of_groups: list[str] = []
+    others, left = [words[0]], deque(words[1:])
+    while left:
+        word = left.popleft()
+        option, equals, value = word.partition("=")
+        pair = [word] if equals or not left else [word, left[0]]
+        if option in CONFIG:
+            taken = whole
+        elif option.removeprefix("--") in GROUPS and (value if equals else pair[-1]).endswith(YAML):
+            taken = of_groups
+        else:
+            others.append(word)
+            continue
+        taken += pair
+        if len(pair) > 1:
+            left.popleft()
+    return [others[0], *whole, *of_groups, *others[1:]]
 
 
 def _newest_of_named(folder: Path, name: str) -> Path:

@@ -190,6 +190,24 @@ def test_a_file_and_the_same_options_are_the_same_run(capsys: pytest.CaptureFixt
     assert printed[0]["model"]["config"]["d_model"] == quickstart["model"]["config"]["d_model"]
 
 
+def test_the_command_line_holds_over_files_wherever_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("data: {batch_size: 3, seq_len: 32}\ntrainer: {max_steps: 7}")
+    Path("data.yaml").write_text("batch_size: 4\nseq_len: 48")
+    options, files = ["--data.seq_len", "64", "--trainer.max_steps=2"], ["--data", "data.yaml"]
+    printed = []
+    for words in (
+        ["--config", "mine.yaml", *files, *options],
+        [*options, "--config", "mine.yaml", *files],
+        [*files, "--data.seq_len=64", "--config=mine.yaml", "--trainer.max_steps", "2"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1] == printed[2]
+    assert (printed[0]["data"]["batch_size"], printed[0]["data"]["seq_len"]) == (4, 64)
+    assert printed[0]["trainer"]["max_steps"] == 2
+
+
 @pytest.mark.parametrize(
     "given, steps, interval",
     [
