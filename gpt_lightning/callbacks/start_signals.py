@@ -38,8 +38,13 @@ class StartSignals:
                 number = getattr(signal, name, None)
                 # A shell has what runs in the background ignore some.
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._former[number] = signal.signal(number, self)
+                    self._former[number] = signal.signal(number, self._handler_of(name))
         return self
+
+    def _handler_of(self, name: str) -> Any:
+        """Lets a rank that writes nothing yet end even where it waits for others, outside of Python."""
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        return self if is_first_here or name == "SIGINT" else signal.SIG_DFL
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self._ended_by = signal.Signals(number).name

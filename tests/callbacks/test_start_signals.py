@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,6 +150,25 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_a_rank_that_waits_for_others_outside_of_python_ends() -> None:
+    """As in a rendezvous where the first rank never comes, since it was refused."""
+    script = """
+import ctypes, os, signal, sys
+from gpt_lightning.callbacks.start_signals import StartSignals
+with StartSignals("fit"):
+    print("waits", flush=True)
+    ctypes.PyDLL(None).pause()
+    ctypes.PyDLL(None).pause()
+"""
+    environment = {**os.environ, "LOCAL_RANK": "1", "RANK": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+    process.terminate()
+    assert process.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_an_error_of_the_way_out_hides_nothing(capsys: pytest.CaptureFixture[str], first_rank: None) -> None:
