@@ -25,13 +25,28 @@ from gpt_lightning.training.module import GPTLightningModule
 NOTICEABLE = 0.01  # nats by which a loss at the end is above the lowest
 
 
+def tell_of_other_logger(loggers: Any, run_folder: Path) -> None:
+    """Says of given loggers, which take the place of the program's own, that no report comes of them."""
+    given = loggers if isinstance(loggers, list | tuple) else [loggers]
+    places = [Path(each.save_dir) for each in given if isinstance(each, TensorBoardLogger)]
+    if not any(_is_in(place, run_folder) for place in places):
+        curves = "its curves elsewhere" if places else "no curves"
+        what = f"the run has no report, and TensorBoard {curves}"
+        say(f"warning: with this trainer.logger {what}; docs/comparing_runs.md shows how to have both")
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())
+
+
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
     for text in samples.latest:
         print(printable(f"\n{text}\n"))
-    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+    if places := [Path(each.save_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)]:
+        place = run_folder.parent if _is_in(places[0], run_folder) else places[0]
         say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")
-        say(f"tensorboard --logdir {shlex.quote(str(run_folder.parent))}", to_copy=True)
+        say(f"tensorboard --logdir {shlex.quote(str(place))}", to_copy=True)
     else:
         say("to write more:")
     ours = [each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint)]

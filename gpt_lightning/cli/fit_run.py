@@ -22,7 +22,7 @@ from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
 from gpt_lightning.checkpoint.runs import check_place, open_named_folder, open_run_folder
 from gpt_lightning.cli.checks import check_task_files, tell_of_no_export, warn_of_untrained_positions
-from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on
+from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on, tell_of_other_logger
 from gpt_lightning.cli.errors import say, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
 from gpt_lightning.cli.origin import Origin
@@ -74,6 +74,8 @@ class FitRun:
             trainer["logger"] = TensorBoardLogger(
                 self._folder, name="logs", version="", default_hp_metric=False, purge_step=again_from
             )
+        elif trainer["logger"] is not False:
+            tell_of_other_logger(trainer["logger"], self._folder)
         parser.default_config_files = [escape(str(recipe(QUICKSTART)))]  # not what lies beneath this run
         compared = compared_options(self._settings, parser.get_defaults(), n_parameters)
         overview = Overview(compared if trainer["enable_autolog_hparams"] else {})

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.checkpoint import load_model
-from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on
+from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on, tell_of_other_logger
 from gpt_lightning.report.run import read_run
 from tests.cli.conftest import Program
 from tests.report.pages import Page
@@ -137,9 +137,24 @@ def test_only_a_run_that_tensorboard_shows_is_said_to_be_watched_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: type[TensorBoardLogger | CSVLogger]
 ) -> None:
     savers: Any = {"checkpoint_callbacks": [], "checkpoint_callback": None}
-    trainer: Any = SimpleNamespace(loggers=[kind(tmp_path)], **savers)
-    tell_how_to_go_on(trainer, tmp_path / "run", TextSamples())
-    assert ("tensorboard" in capsys.readouterr().err) is (kind is TensorBoardLogger)
+    for place, shown in (("run", tmp_path), ("elsewhere", tmp_path / "elsewhere")):
+        trainer: Any = SimpleNamespace(loggers=[kind(tmp_path / place)], **savers)
+        tell_how_to_go_on(trainer, tmp_path / "run", TextSamples())
+        said = capsys.readouterr().err.splitlines()
+        assert (f"tensorboard --logdir {shown}" in said) is (kind is TensorBoardLogger)
+        assert ("tensorboard" in str(said)) is (kind is TensorBoardLogger)
+
+
+def test_loggers_of_which_no_report_comes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, elsewhere, csv = TensorBoardLogger(tmp_path), TensorBoardLogger("tb"), CSVLogger(tmp_path)
+    tell_of_other_logger([csv, ours], tmp_path)
+    assert capsys.readouterr().err == ""
+    tell_of_other_logger(csv, tmp_path)
+    assert "no report, and TensorBoard no curves" in capsys.readouterr().err
+    tell_of_other_logger([csv, elsewhere], tmp_path)
+    assert "no report, and TensorBoard its curves elsewhere" in capsys.readouterr().err
 
 
 def test_a_run_without_events_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
