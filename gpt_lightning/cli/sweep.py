@@ -27,6 +27,7 @@ from gpt_lightning.report.page import write_report
 from gpt_lightning.sweep.process import Signals, SweepStopped
 from gpt_lightning.sweep.search import (
     FINISHED,
+    UNMEASURED,
     Outcome,
     Sweep,
     check_installed,
@@ -48,7 +49,12 @@ class _FitWords(GPTLightningCLI):
     """Settles and checks the options of a fit, of which nothing is made."""
 
     @override
-    def _begin_run(self, settings: Any, root: Path) -> None: ...
+    def _begin_run(self, settings: Any, root: Path) -> None:
+        """Refuses a trial that would measure nothing by which to judge it."""
+        every, last = settings.trainer.val_check_interval, settings.trainer.max_steps
+        if type(every) is int and 0 < last < every:
+            problem = f"trainer.val_check_interval={every} is above trainer.max_steps={last}"
+            raise UserError(f"{problem}, and trials need a val/loss; lower the one or raise the other")
 
     @override
     def instantiate_classes(self) -> None: ...
@@ -188,7 +194,7 @@ def _show(sweep: Sweep, found: list[Outcome]) -> None:
             _plot(sweep, measured)
             _compare([sweep.run_folder(each.number) for each in measured], sweep.folder / "report.html")
     finally:
-        _tell_best(sweep, [each for each in found if each.state == FINISHED])
+        _tell_best(sweep, found)
 
 
 def _plot(sweep: Sweep, found: list[Outcome]) -> None:
@@ -211,8 +217,12 @@ def _compare(folders: list[Path], output: Path) -> None:
         say(f"report: {output}")
 
 
-def _tell_best(sweep: Sweep, finished: list[Outcome]) -> None:
+def _tell_best(sweep: Sweep, found: list[Outcome]) -> None:
+    finished = [each for each in found if each.state == FINISHED]
     if not finished:
+        if any(each.state == UNMEASURED for each in found):
+            problem = "no trial has a val/loss, though some came to their end"
+            raise UserError(f"{problem}; have them validate earlier, by a lower trainer.val_check_interval")
         raise UserError(f"no trial came to its end; see {sweep.folder}/trial*.log")
     best = finished[0]
     last = shlex.quote(os.path.relpath(sweep.run_folder(best.number) / LAST))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WORDS, TRIALS = "sweep.json", "trials.db"
 FINISHED, GIVEN_UP, DIVERGED, REFUSED, FAILED = "finished", "given up", "diverged", "refused", "failed"
-REPEATED = "repeated"
+REPEATED, UNMEASURED = "repeated", "ended without a val/loss"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _run(
     state, note = _judged(code, was_ended, log)
     losses = study.trials[number].intermediate_values
     if state == FINISHED and not losses:
-        state, note = FAILED, "it measured no val/loss"
+        state = UNMEASURED
     trial.set_user_attr("note", note)
     _end(study, trial, state, min(losses.values(), default=None))
     best = f"val/loss {min(losses.values()):.4f}" if losses else ""
@@ -242,7 +242,7 @@ def _end(study: "optuna.Study", trial: "optuna.Trial", state: str, loss: float |
     if state in (FINISHED, REPEATED) and loss is not None:
         study.tell(trial, loss)
     else:
-        study.tell(trial, state=TrialState.FAIL if state == FAILED else TrialState.PRUNED)
+        study.tell(trial, state=TrialState.FAIL if state in (FAILED, UNMEASURED) else TrialState.PRUNED)
 
 
 def _outcome(trial: "optuna.trial.FrozenTrial") -> Outcome:

@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning.__main__ import main
+from gpt_lightning.sweep.search import UNMEASURED, Outcome
 
 ROOT = Path(__file__).parent.parent.parent
 RATE = "model.optimizer.learning_rate"
@@ -32,6 +33,10 @@ RATE = "model.optimizer.learning_rate"
         (["--vary", f"{RATE}=1e-3..1e-2", "--trials", "0"], "trials=0 is below 1"),
         (["--vary", "run_name=a,b"], "is for the sweep to choose"),
         (["--vary", f"{RATE}=1e-3..1e-2", "--trainer.logger", "false"], "judged by their curves"),
+        (
+            ["--vary", f"{RATE}=1e-3,1e-2", "--trainer.val_check_interval=40", "--trainer.max_steps", "30"],
+            "trainer.val_check_interval=40 is above trainer.max_steps=30, and trials need a val/loss; lower",
+        ),
         (["--vary", f"{RATE}=1e-3..1e-2", "--run_name", "a/b"], "not a plain folder name"),
         (["--vary", f"{RATE}=1e-3..1e-2", "--max_steps", "5"], "did you mean --trainer.max_steps"),
     ],
@@ -63,6 +68,20 @@ def test_one_of_the_combinations_has_to_be_a_run(
     with pytest.raises(SystemExit):  # since no trial came to its end
         main(["sweep", "--vary", "model.config.n_heads=3,4", "--vary", "model.config.d_model=128,96"])
     assert len(asked) == 1
+
+
+def test_trials_that_ended_unmeasured_are_not_said_to_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    found = [Outcome(0, {RATE: "0.001"}, UNMEASURED), Outcome(1, {RATE: "0.01"}, "diverged")]
+    monkeypatch.setattr("gpt_lightning.cli.sweep.search", lambda *_: found)
+    with pytest.raises(SystemExit) as exit:
+        main(["sweep", "--vary", f"{RATE}=0.001,0.01"])
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and "0.001  ended without a val/loss" in said.out
+    assert "error: no trial has a val/loss, though some came to their end; have them" in said.err
 
 
 def test_no_name_is_the_name_by_default_as_of_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

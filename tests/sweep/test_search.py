@@ -76,6 +76,18 @@ def test_what_fails_is_recorded_and_the_sweep_goes_on() -> None:
     assert lines[1].split() == ["3", "1.2500", "4", "1"] and "the loss is nan" in lines[2]
 
 
+def test_what_measured_nothing_has_ended_and_not_failed() -> None:
+    for step in range(1, N_STEPS + 1):
+        Path(f"events-none-{step}").touch()
+    lines: list[str] = []
+    found = run(sweep_of("x=none,1"), lines.append)
+    assert [(each.values["x"], each.state) for each in found] == [
+        ("1", "finished"),
+        ("none", "ended without a val/loss"),
+    ]
+    assert "trial 1 of 2: ended without a val/loss" in lines
+
+
 def test_what_diverged_is_no_result_when_it_is_proposed_again() -> None:
     optuna = pytest.importorskip("optuna")
     found = run(sweep_of("x=nan,1", "y=1.00001..1.00002", trials=8))  # of a y that is 1 in words
