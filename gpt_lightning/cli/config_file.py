@@ -1,8 +1,10 @@
 """Finds the configuration files that a verb runs with, before Lightning sees the command line."""
 
 import json
+import re
 import shlex
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from gpt_lightning.checkpoint.runs import (
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.recipes import FINE_TUNING, QUICKSTART, config_file, recipe, recipe_beneath
 from gpt_lightning.cli.short_names import in_full
-from gpt_lightning.cli.yaml_text import UnboundedError, check_bounded, load_yaml, place_and_problem
+from gpt_lightning.cli.yaml_text import (
+    UnboundedError,
+    check_bounded,
+    line_of,
+    load_yaml,
+    place_and_problem,
+    without_colon,
+)
 from gpt_lightning.data.documents import has_half_character
 from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.data.sources import SUFFIXES
@@ -33,6 +42,7 @@ CONFIG = ("--config", "-c")
 ROOT, OWN_FOLDER = "--trainer.default_root_dir", "--checkpoint.dirpath"
 GROUPS = ("trainer", "model", "data", "generation", "checkpoint", "non_finite", "samples")
 YAML = (".yaml", ".yml", ".json")
+OF_MODEL = ("config", "optimizer", "schedule", "init_args")
 YAML_NULL = ("null", "Null", "NULL", "~")
 
 
@@ -225,23 +235,33 @@ def _read_config(path: Path) -> Any:
         raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}{place_and_problem(error, text)}; mend the file") from error
-    if isinstance(given, str):
-        raise UserError(f"--config {path}, line 1: {given[:60]!r} is no option; write it as `option: value`")
-    for group in GROUPS if isinstance(given, dict) else ():
-        value = given.get(group, {})
-        if not isinstance(value, dict) and not _may_be_named(value):  # as where all below it are comments
-            what = f"{value!r:.60}, which is no option" if isinstance(value, str) else "no options"
-            lines = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith(group)]
-            place = f", line {lines[0]}" if lines else ""
+    for name, value in _groups_of(given):
+        problem = None
+        if isinstance(value, str) and not (name and _may_be_named(value)):
+            problem = f"{value[:60]!r}: {without_colon(value)}; write it as `option: value`"
+        elif name in GROUPS and not isinstance(value, (str, dict)):  # as where all below it are comments
             remedy = "indent some below it, each as `option: value`, or leave it out"
-            raise UserError(f"--config {path}{place}: {group} holds {what}; {remedy}")
+            problem = f"{name} holds no options; {remedy}"
+        if problem is not None:
+            raise UserError(f"--config {path}, line {line_of(text, name)}: {problem}")
     _refuse_unbounded(f"--config {path}", given)
     return given
 
 
-def _may_be_named(value: Any) -> bool:
+def _groups_of(given: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what is to hold options, under its name."""
+    if not isinstance(given, dict):
+        yield "", given
+        return
+    yield from ((group, given[group]) for group in GROUPS if group in given)
+    model = given.get("model")
+    if isinstance(model, dict):
+        yield from ((f"model.{group}", model[group]) for group in OF_MODEL if group in model)
+
+
+def _may_be_named(value: str) -> bool:
     """Tells the name of a file or of a class from options without their colons."""
-    return isinstance(value, str) and (value.endswith((".yaml", ".yml", ".json")) or " " not in value.strip())
+    return value.endswith((".yaml", ".yml", ".json")) or not re.search(r"[\s:=]", value.strip())
 
 
 def _refuse_unbounded(name: str, given: Any) -> None:

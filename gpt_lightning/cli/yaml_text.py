@@ -1,5 +1,7 @@
 """Reads YAML of anybody: what would grow without end, or stands in it twice, is an error with its line."""
 
+import re
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -56,26 +58,88 @@ def check_bounded(text: str) -> None:
 
 def place_and_problem(error: yaml.YAMLError, text: str) -> str:
     """Returns `, line 3: what is wrong there`, in words for who wrote the text, or without the line."""
+    error = _in_plain_words(error, text)
     mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
     if mark is None:
         return f": {problem or error}"
+    opened = getattr(error, "context_mark", None) or mark
     number, lines = mark.line, text.splitlines()
-    above = lines[number - 1] if 0 < number <= len(lines) else ":"
     match str(problem).split("'")[0]:
         case "could not find expected ":  # seen where the next line begins
-            start = getattr(error, "context_mark", None) or mark
-            number, problem = start.line, "the option has no colon after it"
-        case "mapping values are not allowed here" if ":" not in above:
-            number, problem = number - 1, "the option has no colon after it"
-        case "mapping values are not allowed here" if lines[number].count(": ") > 1:
-            problem = "it has a second colon; put the value into quotes"
+            number, problem = opened.line, without_colon(lines[opened.line])
         case "mapping values are not allowed here":
-            problem = "it is indented deeper than the line above, which has a value"
+            number, problem = _second_value(number, lines)
+        case "found unexpected end of stream":
+            number, problem = opened.line, "a quote is opened and not closed"
+        case "expected ":  # a comma or a closing bracket
+            number, problem = _in_brackets(str(problem), opened.line, number)
+        case "expected <block end>, but found " if (quoted := _quoted_before(mark, text)) is not None:
+            number, problem = quoted, "a quote is opened, and other text follows where it is closed"
         case "expected <block end>, but found ":
             problem = "it is not indented as the lines above it"
         case "found character " if "\\t" in str(problem):
             problem = "it has a tab where spaces are to be"
     return f", line {number + 1}: {problem}"
+
+
+def _in_plain_words(error: yaml.YAMLError, text: str) -> yaml.YAMLError:
+    """Returns what Python's own parser says of a mistake: the fast one, in C, has fewer words for it."""
+    if isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
+        try:
+            for _ in yaml.parse(text, Loader=yaml.SafeLoader):
+                pass
+        except yaml.YAMLError as plain:
+            return plain
+    return error
+
+
+def _second_value(number: int, lines: list[str]) -> tuple[int, str]:
+    """Says why there cannot be a value where one begins, and in which line the reason stands."""
+    above = next((other for other in range(number - 1, -1, -1) if lines[other].strip()), number)
+    if not re.search(r":(\s|$)", lines[above]):
+        return above, without_colon(lines[above])
+    if lines[number].count(": ") > 1:
+        return number, "it has a second colon; put the value into quotes"
+    return number, "it is indented deeper than the line above, which has a value"
+
+
+def _in_brackets(problem: str, opened: int, number: int) -> tuple[int, str]:
+    """Says what is wrong in a list or mapping in brackets, and in which line."""
+    if problem.endswith("'<scalar>'"):
+        return number, "a comma is missing between two values in brackets"
+    if problem.endswith("'<stream end>'") or number > opened:
+        return opened, "a bracket is opened and not closed"
+    return number, problem
+
+
+def _quoted_before(mark: yaml.Mark, text: str) -> int | None:
+    """Returns the line in which the value begins that is in quotes and ends in the line of the mark."""
+    last: yaml.Token | None = None
+    with suppress(yaml.YAMLError):
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if token.start_mark.index >= mark.index:
+                break
+            last = token
+    if isinstance(last, yaml.ScalarToken) and not last.plain and last.end_mark.line == mark.line:
+        return int(last.start_mark.line)
+    return None
+
+
+def without_colon(line: str) -> str:
+    """Says what stands where the colon of an option, and a blank, are to be."""
+    if re.match(r"\s*[\w.]+:\S", line):
+        return "a blank is missing after the colon"
+    if re.match(r"\s*[\w.]+\s*=", line):
+        return "the option has = after it, and a colon is to be there"
+    return "the option has no colon after it"
+
+
+def line_of(text: str, name: str) -> int:
+    """Returns the line in which the value of an option, as `model.config`, begins."""
+    node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    for part in filter(None, name.split(".")):
+        node = next((value for key, value in node.value if key.value == part), node)
+    return int(node.start_mark.line) + 1
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gpt_lightning.__main__ import main
-from gpt_lightning.cli.yaml_text import load_yaml
+from gpt_lightning.cli.yaml_text import load_yaml, place_and_problem
 
 Config = Callable[..., Path]
 DEEP = "model:\n  config: " + "{a: " * 3000 + "1" + "}" * 3000
@@ -37,6 +37,16 @@ def test_what_has_no_end_is_refused_at_its_line(text: str, problem: str, line: i
     with pytest.raises(yaml.MarkedYAMLError, match=problem) as error:
         load_yaml(text)
     assert error.value.problem_mark is not None and error.value.problem_mark.line + 1 == line
+
+
+@pytest.mark.parametrize("mistake", ["data:\n  seq_len:64\n  seed: 3\n", "data:\n\tseed: 8\n", "a\nb: 3\n"])
+def test_a_mistake_has_the_same_words_in_a_long_text(mistake: str) -> None:
+    said = []
+    for text in (mistake, mistake + "# of a length from which another parser reads it\n" * 10):
+        with pytest.raises(yaml.YAMLError) as error:
+            load_yaml(text)
+        said.append(place_and_problem(error.value, text))
+    assert said[0] == said[1] and "mapping values" not in said[0]
 
 
 def test_honest_texts_are_read() -> None:
@@ -88,8 +98,15 @@ def test_it_is_one_line_wherever_it_stands(
         ("a: !!python/object/apply:os.system [x]", "config.yaml, line 1: could not determine a constructor"),
         ('data: {cache_dir: "a\\0b"}', "data.cache_dir='a\\x00b' holds a null character; leave it out"),
         ("trainer:\n  # max_steps: 3", "config.yaml, line 1: trainer holds no options; indent some below"),
-        ("# a\ndata:\n  seq_len 16", "config.yaml, line 2: data holds 'seq_len 16', which is no option"),
-        ("seq_len 16", "config.yaml, line 1: 'seq_len 16' is no option; write it as `option: value`"),
+        ("# a\ndata:\n  seq_len 16", "config.yaml, line 3: 'seq_len 16': the option has no colon"),
+        ("seq_len 16", "config.yaml, line 1: 'seq_len 16': the option has no colon after it; write it as"),
+        ("# a\nseq_len", "config.yaml, line 2: 'seq_len': the option has no colon after it; write it as"),
+        ("data:\n  seq_len:64\n", "config.yaml, line 2: 'seq_len:64': a blank is missing after the colon; w"),
+        ("data:\n  seq_len:64\n\n  seed: 3", "config.yaml, line 2: a blank is missing after the colon; m"),
+        ("data:\n  seed: 3\n  seq_len:64", "config.yaml, line 3: a blank is missing after the colon; mend"),
+        ("model:\n  config:\n    d_ff:64", "config.yaml, line 3: 'd_ff:64': a blank is missing after the"),
+        ("data:\n  train_files = a/*.txt", "config.yaml, line 2: 'train_files = a/*.txt': the option has ="),
+        ("data:\n  text_key = a\n  seed: 3", "config.yaml, line 2: the option has = after it, and a colon"),
         ("data:\n  seq_len: 8\n  seed 3\n", "config.yaml, line 3: the option has no colon after it; mend"),
         ("data:\n  seq_len 8\n  seed: 3\n", "config.yaml, line 2: the option has no colon after it; mend"),
         ("data\n  seq_len: 8\n", "config.yaml, line 1: the option has no colon after it; mend the file"),
@@ -97,6 +114,12 @@ def test_it_is_one_line_wherever_it_stands(
         ("data:\n  seq_len: 8\n   seed: 3\n", "config.yaml, line 3: it is indented deeper than the line"),
         ("data:\n  seq_len: 8\n seed: 3\n", "config.yaml, line 3: it is not indented as the lines above it"),
         ("run_name: a: b\n", "config.yaml, line 1: it has a second colon; put the value into quotes"),
+        ("data:\n  text_key: 'a\n  seed: 3\nrun_name: b\n", "config.yaml, line 2: a quote is opened and not"),
+        ("data:\n  train_files: [a, b\n  seed: 3\n", "config.yaml, line 2: a bracket is opened and not"),
+        ("run_name: a\ndata: {seed: 3", "config.yaml, line 2: a bracket is opened and not closed; mend"),
+        ("data:\n  prompts: [\n    'a'\n    'b'\n  ]", "config.yaml, line 4: a comma is missing between"),
+        ('data:\n  text_key: "a\nmodel:\nrun_name: "b"', "config.yaml, line 2: a quote is opened, and other"),
+        ("run_name: 'it's'\n", "config.yaml, line 1: a quote is opened, and other text follows where it"),
         ("data:", "data holds no options"),
         ("data: 3", "data holds no options"),
         ("generation: !!binary aGVsbG8=", "generation holds no options"),
