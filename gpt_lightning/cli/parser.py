@@ -153,8 +153,8 @@ class PlainParser(ArgumentParser):
             return [f"did you mean {next(iter(meant.values()))}?"]
         if meant:
             return [f"did you mean {', '.join(f'{right} ({given})' for given, right in meant.items())}?"]
-        if bare := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message):
-            return _for_bare_word(bare[1], known)
+        if bare := re.search(r"(?s)[Uu]nrecognized arguments: ([^-\s].*)", message):
+            return _for_bare_words(bare[1].partition(" --")[0], known)
         return []
 
     @override
@@ -238,10 +238,11 @@ def _closest(given: str, known: list[str]) -> str | None:
     return next((last_names[word] for word in difflib.get_close_matches(last, last_names, 1, 0.75)), None)
 
 
-def _for_bare_word(word: str, known: list[str]) -> list[str]:
-    """Suggests the option that a word without one may be meant for."""
+def _for_bare_words(words: str, known: list[str]) -> list[str]:
+    """Suggests the option that words without one may be meant for."""
     if "prompt" in known:
-        return [f"a prompt is --prompt {word}"]
+        return [f"a prompt is --prompt {shlex.quote(words)}"]
+    word = words.partition(" ")[0]
     if "data.train_files" in known and os.path.exists(word):
         return [f"the text is --data.train_files {word}"]
     return [f"a recipe, or a file of options, is --config {word}"] if "config" in known else []

@@ -225,6 +225,8 @@ def test_a_mistake_costs_a_line(checkpoint: Path, run: Run, line: str, message: 
         (["--generation.top_p", "2"], "error: generation.top_p=2.0 is not in [0, 1]"),
         (["--generation.top_n", "2"], "did you mean --generation.top_p?"),
         (["--data.prompts", "x"], "did you mean --prompt?"),
+        (["The Time Traveller"], "a prompt is --prompt 'The Time Traveller'\n"),
+        (["The", "cat's", "--top-p=0.5"], """a prompt is --prompt 'The cat'"'"'s'\n"""),
         (["--prompt", "a\udcff"], "error: prompt='a\\udcff' is not UTF-8"),
         (["--generation.logprobs", "true"], "error: generation.logprobs=True is not seen in a text"),
         ([], "error: standard input holds no line to continue; give --prompt TEXT"),
