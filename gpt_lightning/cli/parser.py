@@ -28,7 +28,9 @@ QUOTED = re.compile(r"""["'`]([\w.]+)["'`]""")
 UNKNOWN = re.compile(r"(?:not accept|not accepted|[Uu]nrecognized|not expected|unknown|invalid choice)")
 NO_CONFIG = re.compile(r"""(?s)Parser key "(\w+)":\s+Unable to load config '(.*?)'\s+-\s+(?=Parser key)""")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
-NAMED = re.compile(r"""Parser key "([\w.]+)"|Group '([\w.]+)' does not accept option '([\w.]+)'""")
+NAMED = re.compile(
+    r"""Parser key "([\w.]+)"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not"""
+)
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
 # What options are called in other programs, by their last names here.
@@ -132,7 +134,7 @@ class PlainParser(ArgumentParser):
             return []
         # Whatever comes of words of which one is left out, what is known is told.
         with redirect_stderr(io.StringIO()) as said, suppress(SystemExit, Exception):
-            words = without_option(self.args, named[1] or f"{named[2]}.{named[3]}")
+            words = without_option(self.args, named[1] or named[4] or f"{named[2]}.{named[3]}")
             if words != self.args:
                 Context().run(self.parse_args, words)  # not within what is being parsed
         return [line for line in said.getvalue().splitlines() if line.startswith(("error: ", "did you mean"))]

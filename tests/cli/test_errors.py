@@ -135,6 +135,21 @@ def test_all_wrong_names_and_kinds_are_told_at_once(
     assert lines[-1].startswith("try: ")
 
 
+def test_all_options_that_stand_in_no_group_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("flat.yaml").write_text("train_files: [a.txt]\nmax_steps: 3\ndata:\n  seq_len: x\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "flat.yaml"])
+    lines = [line for line in since_start(capsys.readouterr().err).splitlines() if line[:3] != "try"]
+    assert ended.value.code == 2 and sorted(lines) == [
+        *("did you mean data.train_files?", "did you mean trainer.max_steps?"),
+        *("error: Option 'max_steps' is not accepted", "error: Option 'train_files' is not accepted"),
+        "error: data.seq_len=x does not fit; give int",
+    ]
+
+
 @pytest.mark.parametrize("shows", ["--print_config", "--help", "-h"])
 def test_what_else_is_wrong_is_looked_for_without_showing_anything(
     shows: str, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
