@@ -78,7 +78,7 @@ class Repl:
         match name:
             case "set":
                 setting, value, *_ = [*re.split(r"[\s=]+", rest.strip(), maxsplit=1), ""]
-                setting = setting.removeprefix("generation.")
+                setting = setting.removeprefix("--").removeprefix("generation.").replace("-", "_")
                 self.settings = with_setting(self.settings, setting, value.strip())
             case "settings":
                 for setting, shown in asdict(self.settings).items():
@@ -112,8 +112,11 @@ def with_setting(settings: GenerationConfig, name: str, value: str) -> Generatio
     """Replaces one of the settings by a value that is read as the command line reads it."""
     known = asdict(settings)
     if name not in known or not value:
-        close = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {close[0]}?" if close and name not in known else "write /set NAME VALUE"
+        remedy = "write /set NAME VALUE"
+        if name and name not in known:
+            begun = [each for each in known if each.startswith(name)]
+            close = begun or difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {' or '.join(close)}?" if close else remedy
         problem = "has no value" if name in known else "is no setting"
         raise UserError(f"/set {name}".rstrip() + f" {problem}; {remedy}")
     bound_values()
