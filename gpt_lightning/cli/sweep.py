@@ -1,11 +1,13 @@
 """Runs `sweep`: reads its words, tries those of the first trial, and shows at the end which was the best."""
 
+import io
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,26 @@ def _checked(words: list[str], varied: Sequence[Varied]) -> Any:
             raise UserError(f"--vary {each.name} is for the sweep to choose; leave it out")
         if each.name in given - {"config"}:
             raise UserError(f"{each.name} is varied, and given too; leave out the one or the other")
+    with _naming_varied(varied):
+        return _first_settings(words, varied)
+
+
+@contextmanager
+def _naming_varied(varied: Sequence[Varied]) -> Iterator[None]:
+    """Has what is wrong with an option that is varied said of --vary, and not of a trial's words."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    finally:
+        lines = said.getvalue()
+        for each in varied:
+            lines = re.sub(rf"(?<!\S)--{re.escape(each.name)}=\S*", f"--vary {each.name}", lines)
+        print(lines, end="", file=sys.stderr)
+
+
+def _first_settings(words: list[str], varied: Sequence[Varied]) -> Any:
+    """Returns the settings of the first combination that can be trained."""
     firsts = product(*(each.examples for each in varied))
     refusal: UserError | None = None
     for values in islice(firsts, _COMBINATIONS):  # not each combination need be one that can be trained

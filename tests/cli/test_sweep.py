@@ -25,6 +25,7 @@ RATE = "model.optimizer.learning_rate"
     [
         ([], "nothing is varied"),
         (["--vary", "model.optimizer.learning_rat=1e-3..1e-2"], "mean --model.optimizer.learning_rate"),
+        (["--vary", "learning_rate=1e-3,1e-2"], "unrecognized arguments: --vary learning_rate\ndid you mean"),
         (["--vary", "model.config.n_layers=2,four"], "model.config.n_layers=four does not fit; give int"),
         (["--vary", f"{RATE}=1e-2..1e-3"], "the first number must be below the second"),
         (["--vary", f"{RATE}=-1.0..-0.5"], f"{RATE}=-1.0 is not above 0"),
