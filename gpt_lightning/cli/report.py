@@ -1,5 +1,6 @@
 """Runs `report`, which writes a page on one run or on several."""
 
+import difflib
 from pathlib import Path
 
 from gpt_lightning.callbacks.terminal import printable
@@ -47,9 +48,14 @@ def _parser() -> PlainParser:
 def _folder_of(run: str, root: Path) -> Path:
     """Returns the folder of a run that is named by its folder's name under checkpoints/, or by its path."""
     named = root / run
-    if named.is_dir() or not Path(run).exists():
+    if named.is_dir():
         return named
-    return Path(run)
+    if Path(run).exists():
+        return Path(run)
+    runs = [each.name for each in root.glob("*") if each.is_dir()]
+    for close in difflib.get_close_matches(run, runs, n=1):
+        raise UserError(f"RUN={run} is no run in {root}; did you mean {close}?")
+    return named
 
 
 def _newest(root: Path) -> Path:

@@ -87,6 +87,7 @@ def test_several_runs_are_a_table_in_the_terminal(tmp_path: Path, program: Progr
     ("words", "line"),
     [
         (["nothing"], "RUN=.*nothing is no folder; name a run"),
+        (["empty", "othr"], "RUN=othr is no run in .*checkpoints; did you mean other\\?$"),
         (["empty"], "RUN=.*empty holds no events of TensorBoard, .*; name the folder of a run that logged$"),
         (["other"], "RUN=.*other holds no events of TensorBoard, .*; train without --trainer.logger, or"),
         ([], "holds no run that logged; run `gpt-lightning fit`"),
