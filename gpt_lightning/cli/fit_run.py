@@ -38,9 +38,11 @@ class FitRun:
 
     def __init__(self, settings: Any, origin: Origin, restored: dict[str, Any], words: list[str]) -> None:
         self._settings, self._origin, self._restored, self._words = settings, origin, restored, words
-        last = settings.trainer.max_steps
-        if 0 < last < (done := restored.get("global_step", 0)):
+        last, done = settings.trainer.max_steps, restored.get("global_step", 0)
+        if 0 < last < done:
             say(f"warning: the run is at step {done:,}, beyond trainer.max_steps={last}; none is left")
+        elif 0 < last == done:
+            say(f"the run is at trainer.max_steps={last} already, and no step is left; raise it to go on")
         if origin.init_from is None and ORIGIN_KEY not in restored:
             warn_of_untrained_positions(settings)
             tell_of_no_export(settings)

@@ -513,12 +513,15 @@ def test_output_ends_no_run_and_files_keep_what_a_terminal_does_not_show(
     assert sys.stdout is None and "\x1b" not in written.getvalue().decode()
 
 
-def test_a_run_that_is_beyond_its_last_step_says_so(
+def test_a_run_that_is_at_or_beyond_its_last_step_says_so(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--config", str(tiny_config()), "--ckpt_path", "last"]
     main([*fit, "--trainer.max_steps", "4"])
-    assert "beyond trainer.max_steps" not in capsys.readouterr().err
+    assert " is left" not in capsys.readouterr().err
+    main([*fit, "--trainer.max_steps", "4"])
+    said = capsys.readouterr().err
+    assert "the run is at trainer.max_steps=4 already, and no step is left; raise it to go on" in said
     main([*fit, "--trainer.max_steps", "2"])
     assert "the run is at step 4, beyond trainer.max_steps=2; none is left" in capsys.readouterr().err
