@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"model", "data.tokenizer"},
     "parallel": {"kernels", "checkpoint.atomic", "checkpoint.files", "checkpoint.folder"},
     "generation": {"model", "kernels", "checkpoint.atomic"},
-    "evaluation": {"model", "generation", "checkpoint", "data.tokenizer", "data.documents", "data.hub"},
+    "evaluation": {"model", "generation", "checkpoint"}
+    | {"data.tokenizer", "data.charset", "data.documents", "data.hub"},
     "huggingface": {"checkpoint", "model", "data.tokenizer", "data.hub"},
     "sweep": {"checkpoint"},
 }

@@ -31,6 +31,7 @@ from gpt_lightning.cli.yaml_text import (
     place_and_problem,
     without_colon,
 )
+from gpt_lightning.data.charset import not_utf8
 from gpt_lightning.data.documents import has_half_character
 from gpt_lightning.data.prompts import decoded_again
 from gpt_lightning.data.sources import SUFFIXES
@@ -232,7 +233,7 @@ def _read_config(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
         given = load_yaml(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path} is not UTF-8 at byte {error.start}; convert it") from error
+        raise UserError(not_utf8(f"--config {path}", error.start, error.object)) from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}{place_and_problem(error, text)}; mend the file") from error
     for name, value in _groups_of(given):

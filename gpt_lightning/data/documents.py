@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+from gpt_lightning.data.charset import not_utf8
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
 from gpt_lightning.data.unpacking import damaged, unpacked_chunks
 from gpt_lightning.exit_codes import UserError
@@ -153,8 +154,8 @@ def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            problem = f"{path} is not UTF-8 at byte {position - held_back + error.start}"
-            raise UserError(f"{problem}; convert it, e.g. with iconv -t UTF-8") from None
+            place = position - held_back + error.start
+            raise UserError(not_utf8(path, place, chunk)) from None
         yield text.removeprefix("\ufeff") if is_start else text
         position, is_start = position + len(chunk), is_start and not text
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from gpt_lightning.data.charset import not_utf8
 from gpt_lightning.data.documents import has_half_character, json_row
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
@@ -104,7 +105,7 @@ def _read_file(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{option} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+        raise UserError(not_utf8(option, error.start, error.object)) from None
     # Not splitlines(): it also splits at characters that a prompt may hold, such as a form feed.
     lines = {n: line.removesuffix("\r") for n, line in enumerate(text.split("\n"), 1) if line.strip()}
     if path.suffix == ".txt":

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_lightning.data.charset import not_utf8
 from gpt_lightning.data.documents import has_half_character, json_row
 from gpt_lightning.exit_codes import UserError
 
@@ -23,7 +24,7 @@ def read_items(path: Path) -> list[Item]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+        raise UserError(not_utf8(str(path), error.start, error.object)) from None
     # Not splitlines(): it also splits at characters that a question may hold, such as a form feed.
     lines = enumerate(text.split("\n"), 1)
     items = [_item(line, f"{path}, line {number}") for number, line in lines if line.strip()]
