@@ -21,8 +21,8 @@ from gpt_lightning.data.loader import is_first_of_replica, rank_and_ranks
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.ranks import gathered
-from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.notes import part_of_text
 from gpt_lightning.training.prediction import CompletionCallback
 from gpt_lightning.training.trainer import is_logging_step
 

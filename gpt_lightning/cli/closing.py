@@ -19,8 +19,8 @@ from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.program import called_as
 from gpt_lightning.report.events import EVENTS
 from gpt_lightning.report.page import REPORT_NAME, write_report
-from gpt_lightning.training.metrics import part_of_text
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.notes import part_of_text
 
 NOTICEABLE = 0.01  # nats by which a loss at the end is above the lowest
 

@@ -43,6 +43,11 @@ class Run:
     def lowest(self, tag: str) -> Point | None:
         return min(self.curves.get(tag, ()), key=lambda point: point.value, default=None)
 
+    def share(self, split: str, step: int) -> float | None:
+        """Returns the part of a split that was scored at a step, None where it was all of it."""
+        points = self.curves.get(f"{split}/share", ())
+        return next((point.value for point in points if point.step == step and point.value < 1), None)
+
     @property
     def n_steps(self) -> int:
         return max((points[-1].step for points in self.curves.values()), default=0)

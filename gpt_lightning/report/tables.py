@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 
+from gpt_lightning.report.events import Point
 from gpt_lightning.report.html import shown
 from gpt_lightning.report.run import Run, flat
-from gpt_lightning.training.notes import SAMPLES
+from gpt_lightning.training.notes import SAMPLES, part_of_text
 
 PARTS = ("data", "step", "validation", "checkpoint", "other")
 MEASURED = ("train/", "val/", "test/", "eval/", SAMPLES)
@@ -31,9 +32,9 @@ class Table(NamedTuple):
 def tiles(run: Run) -> list[tuple[str, Any]]:
     """Lists the few numbers that one looks for first."""
     loss, bpb = run.lowest("val/loss"), run.lowest("val/bpb")
-    found = [
-        ("lowest val loss", loss and loss.value),
-        ("bits per byte", bpb and bpb.value),
+    found: list[tuple[str, Any]] = [
+        (_of_part("lowest val loss", run, loss), loss and loss.value),
+        (_of_part("bits per byte", run, bpb), bpb and bpb.value),
         ("steps", run.n_steps or None),
         ("parameters", _total(run.parameters)),
         ("tokens per second", _median(run, "throughput/tokens_per_second")),
@@ -52,9 +53,10 @@ def figures(run: Run) -> Table:
     rows, own = [], own_tags([run])
     for tag in sorted(run.curves):
         if tag in own or tag.startswith(MEASURED) and not tag.endswith(("/share", "/grad_norm")):
-            lowest = run.lowest(tag) if tag.startswith("val/") else None
+            is_loss = tag.startswith("val/") or tag in ("train/loss", "train/ppl")
+            lowest = run.lowest(tag) if is_loss else None
             where = (lowest.value, lowest.step) if lowest else (None, None)
-            rows.append([tag, run.last(tag), *where])
+            rows.append([_of_part(tag, run, run.curves[tag][-1], tag.partition("/")[0]), run.last(tag), *where])
     for tag in ("tokens_per_second", "mfu", "peak_memory_gib", "step_seconds"):
         if (value := _median(run, f"throughput/{tag}")) is not None:
             rows.append([f"throughput/{tag}, median", value, None, None])
@@ -62,21 +64,35 @@ def figures(run: Run) -> Table:
 
 
 def time_spent(run: Run) -> Table:
-    """Adds up the time by parts; the numbers of a logged row are of the time since the one before it."""
+    """Lists the time by parts, which add up to that of the run."""
+    parts = _seconds_by_part(run).items()
+    totals = {part: seconds for part, seconds in parts if part in PARTS or seconds >= 0.5}
+    whole = sum(totals.values())
+    found = totals.items() if whole else ()
+    rows = [[part, duration(seconds), f"{100 * seconds / whole:.1f} %"] for part, seconds in found]
+    return Table(["", "time", "share"], rows)
+
+
+def _seconds_by_part(run: Run) -> dict[str, float]:
+    """Adds up the time by parts; the numbers of a logged row are of the time since the one before it.
+
+    What follows the last row, as the validation at the end does, is of no known part.
+    """
+    rows = run.curves.get("throughput/step_seconds", [])
     totals = dict.fromkeys(PARTS, 0.0)
     shares = {part: run.curves.get(f"throughput/{part}_share", []) for part in PARTS}
     before = 0
-    for number, point in enumerate(run.curves.get("throughput/step_seconds", [])):
+    for number, point in enumerate(rows):
         parts = {part: points[number].value for part, points in shares.items() if number < len(points)}
         steady = 1 - parts.get("validation", 0.0) - parts.get("checkpoint", 0.0)
         whole = (point.step - before) * point.value / steady if steady > 0 else 0.0
         before = point.step
         for part, share in parts.items():
             totals[part] += whole * share
-    whole = sum(totals.values())
-    found = totals.items() if whole else ()
-    rows = [[part, duration(seconds), f"{100 * seconds / whole:.1f} %"] for part, seconds in found]
-    return Table(["", "time", "share"], rows)
+    if rows:
+        last = max(points[-1].time for points in run.curves.values())
+        totals["after the last logged step"] = max(0.0, last - rows[-1].time)
+    return totals
 
 
 def changed(run: Run) -> Table:
@@ -125,7 +141,8 @@ def comparison(runs: Sequence[Run]) -> Table:
     rows: list[list[Any]] = []
     for run in ranked:
         loss, bpb = run.lowest("val/loss"), run.lowest("val/bpb")
-        results = [loss and loss.value, bpb and bpb.value, run.last("val/loss"), run.n_steps]
+        last = next(reversed(run.curves.get("val/loss", ())), None)
+        results = [*(_result(run, point) for point in (loss, bpb, last)), run.n_steps]
         rate, seconds = _median(run, "throughput/tokens_per_second"), duration(_seconds(run))
         chosen = [run.options.get(name) for name in options]
         rows.append([run.name, *results, rate, seconds, *chosen])
@@ -170,8 +187,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
+def _of_part(name: str, run: Run, point: Point | None, split: str = "val") -> str:
+    """Says beside a name or a value that it was measured on a part of the text, where it was."""
+    share = run.share(split, point.step) if point else None
+    return name if share is None else f"{name} ({part_of_text(share)})"
+
+
+def _result(run: Run, point: Point | None) -> float | str | None:
+    is_whole = point is None or run.share("val", point.step) is None
+    return point and (point.value if is_whole else _of_part(shown(point.value), run, point))
+
+
 def _seconds(run: Run) -> float:
-    """Returns the time from the first value to the last, with the pauses of a run that was resumed."""
+    """Returns the time of all parts, else from the first value to the last, with the pauses between runs."""
+    if whole := sum(_seconds_by_part(run).values()):
+        return whole
     times = [point.time for points in run.curves.values() for point in (points[0], points[-1])]
     return max(times) - min(times) if times else 0.0
 

@@ -132,8 +132,3 @@ def in_other_units(trainer: Trainer, split: str, loss: Tensor, share: float) -> 
         n_tokens, n_bytes = data.split_counts(split)
         values[f"{split}/bpb"] = loss / math.log(2) * n_tokens / n_bytes
     return values
-
-
-def part_of_text(share: float) -> str:
-    """Names the part of a split that numbers were taken of; rounding never makes it all."""
-    return f"{min(100 * share, 99.9):.3g}% of text"

@@ -42,3 +42,8 @@ def part_of(name: str) -> str:
     words = [word for word in name.split(".") if word != "blocks" and not word.isdecimal()] or [name]
     is_norm = words[0].startswith("ln_") or words[-2:][0].endswith("_norm")
     return "norms" if is_norm else words[0]
+
+
+def part_of_text(share: float) -> str:
+    """Names the part of a split that numbers were taken of; rounding never makes it all."""
+    return f"{min(100 * share, 99.9):.3g}% of text"

@@ -146,6 +146,48 @@ def test_the_time_is_added_up_by_its_parts(tmp_path: Path) -> None:
     assert [row[2] for row in rows] == [f"{100 * share:.1f} %" for share in SHARES.values()]
 
 
+def test_the_card_has_the_time_of_all_parts_also_before_the_first_row_and_after_the_last(
+    tmp_path: Path,
+) -> None:
+    at = 1_000_000.0
+    with SummaryWriter(str(tmp_path / "logs")) as writer:
+        for step in (10, 20):  # of 2 s each: 40 s, of which 20 are before the first value
+            writer.add_scalar("throughput/step_seconds", 2.0, step, walltime=at + 2 * step)
+            writer.add_scalar("throughput/step_share", 1.0, step, walltime=at + 2 * step)
+        writer.add_scalar("val/loss", 3.0, 20, walltime=at + 45)
+    run = read_run(tmp_path, "a")
+    rows = tables.time_spent(run).rows
+    assert [row[:2] for row in rows if row[1] != "0:00"] == [
+        ["step", "0:40"],
+        ["after the last logged step", "0:05"],
+    ]
+    assert dict(tables.tiles(run))["time"] == "0:45" == tables.comparison([run]).rows[0][6]
+
+
+def test_what_was_measured_on_a_part_of_the_text_says_so(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, {10: 3.0, 20: 2.5}, bpb=1.5) for name in ("part", "whole")]
+    with SummaryWriter(str(folders[0] / "logs"), filename_suffix=".1") as writer:
+        for step in (10, 20):
+            writer.add_scalar("val/share", 0.25, step)
+    part, whole = runs = read_runs(folders)
+    assert {"lowest val loss (25% of text)", "bits per byte (25% of text)"} < dict(tables.tiles(part)).keys()
+    assert {"lowest val loss", "bits per byte"} < dict(tables.tiles(whole)).keys()
+    names = [row[0] for row in tables.figures(part).rows]
+    assert {"val/loss (25% of text)", "val/bpb (25% of text)", "train/loss"} < {*names}
+    rows = {row[0]: row[1:4] for row in tables.comparison(runs).rows}
+    assert rows == {
+        "part": ["2.5 (25% of text)", "1.5 (25% of text)", "2.5 (25% of text)"],
+        "whole": [2.5, 1.5, 2.5],
+    }
+
+
+def test_losses_have_their_lowest_value(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", {10: 2.0, 20: 3.0}), "a")
+    rows = {tag: [last, lowest, step] for tag, last, lowest, step in tables.figures(run).rows}
+    assert rows["val/loss"] == [3.0, 2.0, 10]
+    assert rows["train/loss"] == [pytest.approx(3.1), pytest.approx(2.1), 10]
+
+
 def test_repeated_text_is_told_of_each_split(tmp_path: Path) -> None:
     known = {"documents": 4, "tokens": 30, "bytes": 60, "longest": 9}
     corpus = {"train": {**known, "repeated": 2}, "val": {**known, "repeated": 1}}
