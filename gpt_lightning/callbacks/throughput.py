@@ -19,6 +19,8 @@ from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import PARTS, GPTTrainer, Stopwatch, is_logging_step
 
+LOOKS = 5  # at the peak of a CPU, which other programs may keep busy at the first
+
 
 class Throughput(Callback):
     """Logs at logging steps, about the time since the last one, under `throughput/`:
@@ -28,6 +30,7 @@ class Throughput(Callback):
     - `step_seconds`: that time for one optimizer step, with all its micro-batches and the waiting for data.
     - `mfu`: the share of the peak arithmetic of all devices, tensor-parallel peers too, that
       `tokens_per_second` needs, as `training_flops_per_token` counts; rows that pad a batch count nothing.
+      The peak is the highest rate that was seen, by the run's own steps, too.
     - `data_share`, `step_share`, `validation_share`, `checkpoint_share`, `other_share`: of the wall time of
       the first rank; they add up to 1. Data is waiting for batches and moving them to the device, which may
       still be busy with a step. What follows a validation, such as samples, counts with it; of a checkpoint,
@@ -43,14 +46,14 @@ class Throughput(Callback):
         self._logged_step = self._counted_step = 0
         self._tokens: int | Tensor | None = 0  # scored since then; None if a batch does not show them
         self._width = 0
-        self._peak_flops: float | None = None  # of all devices
+        self._peak_flops = 0.0  # of all devices
+        self._looks = 0  # that were taken at it
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        if self._peak_flops is None:
-            trainer.strategy.barrier()  # to measure at the same time where it has to be measured
-            self._peak_flops = sum(gathered(peak_flops(pl_module.device, str(trainer.precision))))
+        if not self._looks:
+            self._look_at_peak(trainer, pl_module)
         self._clock = Stopwatch()
         if isinstance(trainer, GPTTrainer):
             trainer.clock = self._clock
@@ -80,6 +83,11 @@ class Throughput(Callback):
             # The module has waited for the device to log the loss.
             tokens = None if self._tokens is None else int(self._tokens)
             self._clock.turn_to("other")
+            if self._looks < LOOKS and pl_module.device.type == "cpu":
+                seconds = dict(self._clock.seconds)
+                self._look_at_peak(trainer, pl_module)
+                self._clock.turn_to("other")
+                self._clock.seconds = seconds  # the look is no part of the run's time
             values = self._measured(step - self._logged_step)
             if tokens is not None:
                 flops = training_flops_per_token(pl_module.model.config, self._width)
@@ -92,6 +100,13 @@ class Throughput(Callback):
             self._logged_step, self._tokens = step, 0
             self._clock.seconds = dict.fromkeys(PARTS, 0.0)
         self._clock.turn_to("other")
+
+    def _look_at_peak(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises the peak where devices do more than before: other programs may have held them up then."""
+        trainer.strategy.barrier()  # to measure at the same time where it has to be measured
+        found = sum(gathered(peak_flops(pl_module.device, str(trainer.precision))))
+        self._peak_flops = max(self._peak_flops, found)
+        self._looks += 1
 
     def _count(self, trainer: Trainer, batch: Any) -> None:
         """Adds the tokens that all ranks score: of a batch that says so, of the whole step at its end."""
@@ -119,9 +134,10 @@ class Throughput(Callback):
         return {"step_seconds": self._training_seconds() / steps, **shares}
 
     def _rates(self, tokens: int, flops_per_token: int) -> dict[str, float]:
-        assert self._peak_flops is not None
         rate = tokens / self._training_seconds()
-        return {"tokens_per_second": rate, "mfu": rate * flops_per_token / self._peak_flops}
+        done = rate * flops_per_token
+        self._peak_flops = max(self._peak_flops, done)  # what was done can be done
+        return {"tokens_per_second": rate, "mfu": done / self._peak_flops if done else 0.0}
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -56,7 +56,8 @@ def figures(run: Run) -> Table:
             is_loss = tag.startswith("val/") or tag in ("train/loss", "train/ppl")
             lowest = run.lowest(tag) if is_loss else None
             where = (lowest.value, lowest.step) if lowest else (None, None)
-            rows.append([_of_part(tag, run, run.curves[tag][-1], tag.partition("/")[0]), run.last(tag), *where])
+            name = _of_part(tag, run, run.curves[tag][-1], tag.partition("/")[0])
+            rows.append([name, run.last(tag), *where])
     for tag in ("tokens_per_second", "mfu", "peak_memory_gib", "step_seconds"):
         if (value := _median(run, f"throughput/{tag}")) is not None:
             rows.append([f"throughput/{tag}, median", value, None, None])
