@@ -156,7 +156,9 @@ class PlainParser(ArgumentParser):
         if meant:
             return [f"did you mean {', '.join(f'{right} ({given})' for given, right in meant.items())}?"]
         if bare := re.search(r"(?s)[Uu]nrecognized arguments: ([^-\s].*)", message):
-            return _for_bare_words(bare[1].partition(" --")[0], known)
+            words = bare[1].partition(" --")[0]
+            expanded = _for_expanded(getattr(self, "args", []), words.partition(" ")[0])
+            return expanded or _for_bare_words(words, known)
         return []
 
     @override
@@ -238,6 +240,18 @@ def _closest(given: str, known: list[str]) -> str | None:
     # The right word under another group: `model.config.n_layers` for `model.n_layers`.
     last_names = {key.rpartition(".")[2]: key for key in known}
     return next((last_names[word] for word in difflib.get_close_matches(last, last_names, 1, 0.75)), None)
+
+
+def _for_expanded(words: Sequence[str], word: str) -> list[str]:
+    """Suggests to quote the pattern of which a shell has made several words."""
+    before = words[: words.index(word)] if word in words else ()
+    option = next((each.partition("=")[0] for each in reversed(before) if each.startswith("--")), "")
+    texts = ("--data.train_files", "--data.val_files", "--data.test_files")
+    if option not in texts or not os.path.exists(word):
+        return []
+    folder, name = os.path.split(word)
+    pattern = shlex.quote(os.path.join(folder, "*" + os.path.splitext(name)[1]))
+    return [f"quote a pattern, {option} {pattern}, or name the folder, {option} {shlex.quote(folder or '.')}"]
 
 
 def _for_bare_words(words: str, known: list[str]) -> list[str]:

@@ -173,6 +173,19 @@ def test_the_first_mistake_is_told_whatever_comes_of_looking_for_others(
     assert capsys.readouterr().err.endswith(f"{line}\ntry: gpt-lightning fit --help\n")
 
 
+@pytest.mark.parametrize("option", ["--data.train_files", "--data.val_files"])
+def test_a_pattern_that_the_shell_has_made_words_of_is_to_be_quoted(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder := tmp_path / "鲁迅").mkdir()
+    files = [f"{folder.name}/{name}.txt" for name in "abc"]
+    for file in files:
+        Path(file).touch()
+    message = fails(["prepare", option, *files], capsys, tmp_path)
+    assert f"quote a pattern, {option} '鲁迅/*.txt', or name the folder, {option} '鲁迅'" in message
+
+
 def test_a_callback_that_is_added_to_itself(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
