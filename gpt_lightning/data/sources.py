@@ -46,16 +46,24 @@ def _resolve(pattern: str, option: str) -> list[str]:
     if os.path.isfile(path) and not path.endswith(SUFFIXES):
         raise UserError(f"{option}={pattern} has no known suffix; use one of {' '.join(SUFFIXES)}")
     if not matches and not has_magic(beyond):
-        raise UserError(f"{option}={pattern} does not exist; check the path, seen from {os.getcwd()}")
+        remedy = _full_width(pattern) or f"check the path, seen from {os.getcwd()}"
+        raise UserError(f"{option}={pattern} does not exist; {remedy}")
     found = {file for match in matches for file in _files_under(Path(match))}
     files = {file for file in found if file.name.endswith(SUFFIXES) and file.is_file()}
     others = found - files
     if not files:
         has = f", but {_kinds(others)}" if others else ""
+        has += f"; {remedy}" if (remedy := _full_width(pattern)) else ""
         raise UserError(f"{option}={pattern} matches no file that ends in one of {' '.join(SUFFIXES)}{has}")
     if others:
         _say_once(f"{option}={pattern}: {len(others)} of {len(found)} files are not read: {_kinds(others)}")
     return sorted(map(str, files))
+
+
+def _full_width(pattern: str) -> str:
+    """Says what to write for signs of Chinese and Japanese text, which may be meant for those of a list."""
+    found = [sign for sign in "，、“”＂‘’【】［］" if sign in pattern]
+    return f"it holds {' '.join(found)}, which are no signs of a list; write [\"a\", \"b\"]" if found else ""
 
 
 @cache

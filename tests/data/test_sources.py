@@ -1,6 +1,7 @@
 """Sources: names, globs and folders become files, and what is not read is said."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_source_errors_name_option_value_and_remedy(tmp_path: Path) -> None:
         r"data.val_files=.*\*.txt matches no file that ends in": [str(tmp_path / "*.txt")],
         r"data.val_files=.* matches no file that ends in .*.jsonl.zst, but 1 .pdf$": [str(tmp_path)],
     }
+    for given in ("a，b.txt", "【a.txt, b.txt】", "“a.txt”", '["a.txt"，"b.txt"]'):
+        cases[rf"data.val_files={re.escape(given)} .*; it holds .*, which are no signs of a list"] = [given]
     for message, patterns in cases.items():
         with pytest.raises(ValueError, match=message):
             resolve_sources(patterns, message.partition("=")[0])
