@@ -1,5 +1,6 @@
 """Finds a run's folder, <trainer.default_root_dir>/checkpoints/<run_name>/, and which checkpoint is meant."""
 
+import difflib
 import errno
 import glob
 import itertools
@@ -46,9 +47,12 @@ def run_folder(root: Path, run_name: str) -> Path:
 
 
 def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: None) -> Path:
-    """Returns the checkpoint named; without a name, or for `last`, the newest whole one below `folder`."""
+    """Returns the checkpoint named; without a name, or for `last`, the newest whole one below `folder`.
+
+    A run below `folder` may be named as its folder there.
+    """
     if given is not None and given != "last":
-        return named_checkpoint(Path(given), warn)
+        return named_checkpoint(_named_run(Path(given), folder), warn)
     newest = newest_checkpoint(folder, warn)
     if newest is None:
         raise UserError(
@@ -56,6 +60,17 @@ def find_checkpoint(given: str | None, folder: Path, warn: Warn = lambda line: N
             "run `gpt-lightning fit` first, or give --ckpt_path FILE"
         )
     return newest
+
+
+def _named_run(path: Path, folder: Path) -> Path:
+    """Returns the folder of the run of this name, where nothing is by just that; suggests one like it."""
+    if path.exists() or (folder / path).is_dir():
+        return path if path.exists() else folder / path
+    runs = [run for run in sorted(folder.glob("*")) if run.is_dir()]
+    known = [name for run in runs for name in (run.name, str(run), str(run / LAST))]
+    if close := difflib.get_close_matches(str(path), known, n=1, cutoff=0.75):
+        raise UserError(f"{no_file(path)}; did you mean {close[0]}?")
+    return path
 
 
 def named_checkpoint(path: Path, warn: Warn = lambda line: None) -> Path:

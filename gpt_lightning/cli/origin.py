@@ -11,7 +11,7 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.contents import MODULE_KEY, SETTINGS
 from gpt_lightning.checkpoint.files import OPTIMIZERS, is_sharded
 from gpt_lightning.checkpoint.optimizer_state import problem_of_name
-from gpt_lightning.checkpoint.runs import find_checkpoint, named_checkpoint, newest_checkpoint, newest_of_run
+from gpt_lightning.checkpoint.runs import find_checkpoint, newest_checkpoint, newest_of_run
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.model_class import DEFAULT_CLASS, model_key, model_options
 from gpt_lightning.cli.parser import ALLOW_IMPORT
@@ -82,7 +82,7 @@ def _resume_path(settings: Any, folder: Path) -> tuple[Path | None, bool]:
     """Returns the checkpoint to go on from, and whether the run is begun again."""
     if settings.ckpt_path != "last":
         path = settings.ckpt_path
-        return (None if path is None else named_checkpoint(Path(path), say)), False
+        return (None if path is None else find_checkpoint(path, folder.parent, say)), False
     own = settings.checkpoint.dirpath
     newest = newest_of_run(folder, say) if own is None else newest_checkpoint(Path(own), say)
     if newest is None:

@@ -281,6 +281,25 @@ def test_a_folder_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None
     assert named_checkpoint(tmp_path / "missing.ckpt") == tmp_path / "missing.ckpt"
 
 
+def test_a_run_may_be_named_as_its_folder_and_a_mistyped_one_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("checkpoints")
+    save(root / "novels" / "last.ckpt", 4)
+    assert find_checkpoint("novels", root) == root / "novels" / "last.ckpt"
+    for given, meant in (
+        ("novel", "novels"),
+        ("checkpoints/novles", "checkpoints/novels"),
+        ("checkpoints/novel/last.ckpt", "checkpoints/novels/last.ckpt"),
+    ):
+        with pytest.raises(UserError, match=f"^ckpt_path={given} is not a file.*; did you mean {meant}[?]$"):
+            find_checkpoint(given, root)
+    assert find_checkpoint("none.ckpt", root) == Path("none.ckpt")  # refused where it is opened
+    save(tmp_path / "novels", 5)
+    assert find_checkpoint("novels", root) == Path("novels")  # what is by just that name
+
+
 def test_a_rank_that_opens_no_folder_refuses_the_place_in_the_same_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
