@@ -42,9 +42,10 @@ def run_generate(words: list[str]) -> None:
         if prompt is not None:
             prompt = as_utf8(prompt, f"prompt={prompt!r}", "convert it")
             path, writer = _writer(options, device)
+            page = _page_beside(path, options.output) if options.show == "html" else None
             written = writer.write(prompt, settings)
-            if options.show == "html":
-                _write_page(options, path, writer, written, settings)
+            if page is not None:
+                _write_page(page, path, writer, written, settings)
         else:
             _read_prompts(_writer(options, device)[1], settings)
 
@@ -70,8 +71,18 @@ def _check_page(options: Any) -> None:
         raise UserError(f"output={options.output} is the page of --show html; add that, or leave it out")
 
 
+def _page_beside(checkpoint: Path, output: str | None) -> Path:
+    """Returns the place of the page, whose folder is made before any text is drawn for it."""
+    page = Path(output) if output is not None else checkpoint.parent / PAGE_NAME
+    if page.is_dir():
+        raise UserError(f"output={output} is a folder; name a file in it, such as {page / PAGE_NAME}")
+    with naming(f"output={page}", "give another --output"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    return page
+
+
 def _write_page(
-    options: Any, path: Path, writer: TextWriter, written: Written, settings: GenerationConfig
+    output: Path, path: Path, writer: TextWriter, written: Written, settings: GenerationConfig
 ) -> None:
     """Writes how likely the model, alone, finds each token of the prompt and of what it has drawn."""
     texts = []
@@ -79,7 +90,6 @@ def _write_page(
         token_ids = written.prompt + sample
         scored = score_tokens(written.model, token_ids, context_stride=settings.context_stride)
         texts.append(TokenText(shown_tokens(scored, writer.tokenizer), len(written.prompt)))
-    output = Path(options.output) if options.output is not None else path.parent / PAGE_NAME
     with naming(f"output={output}", "give another --output"):
         write_tokens(texts, f"checkpoint: {path}", output)
     say(f"page: {output}")

@@ -38,6 +38,21 @@ def test_the_page_lies_where_it_is_asked_for(tmp_path: Path, program: Program) -
     assert Page(tmp_path / "mine.html").scripts == []
 
 
+def test_the_folder_of_a_page_is_made_and_a_bad_place_is_told_before_any_text(
+    tmp_path: Path, program: Program, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
+    words = ["--prompt", "a", "--generation.max_new_tokens", "2", "--show", "html", "--output"]
+    program("generate", *words, "pages/new/mine.html")
+    assert Page(tmp_path / "pages" / "new" / "mine.html").scripts == []
+    capfd.readouterr()
+    for place in ("pages", "pages/new/mine.html/other.html"):
+        with pytest.raises(SystemExit) as end:
+            program("generate", *words, place)
+        said = capfd.readouterr()
+        assert end.value.code == 2 and f"output={place}" in said.err and said.out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
