@@ -30,6 +30,7 @@ class TextSamples(Callback):
     def __init__(self, prompts: list[str] | None = None) -> None:
         self.prompts = prompts
         self.latest: list[str] = []
+        self.step = 0  # at which they were written
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,6 +53,7 @@ class TextSamples(Callback):
         data = trainer.datamodule
         parses = isinstance(data, TextDataModule) and data.parse_special_tokens
         texts = pl_module.complete(tokenizer, encode_prompts(self.prompts, tokenizer, parses))
+        self.step = trainer.global_step
         self.latest = [prompt + text for prompt, text in zip(self.prompts, texts)]
         if trainer.is_global_zero:
             with loggers_may_fail(trainer):

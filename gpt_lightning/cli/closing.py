@@ -41,8 +41,10 @@ def _is_in(path: Path, folder: Path) -> bool:
 
 def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) -> None:
     """Prints the last samples, and the commands that show the curves and write more."""
-    for text in samples.latest:
-        print(printable(f"\n{text}\n"))
+    if samples.latest:
+        print(f"\nwritten at step {samples.step:,}, each after its prompt and a |:")
+    for prompt, text in zip(samples.prompts or [], samples.latest):
+        print(printable(f"\n{prompt} | {text.removeprefix(prompt)}\n"))
     if places := [Path(each.save_dir) for each in trainer.loggers if isinstance(each, TensorBoardLogger)]:
         place = run_folder.parent if _is_in(places[0], run_folder) else places[0]
         say("to watch the curves (then http://localhost:6006/#custom_scalars), and to write more:")

@@ -158,6 +158,17 @@ def test_loggers_of_which_no_report_comes_are_told(
     assert "no report, and TensorBoard its curves elsewhere" in capsys.readouterr().err
 
 
+def test_samples_say_when_they_were_written_and_what_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = TextSamples(["Once", ""])
+    samples.latest, samples.step = ["Once upon", "The Once"], 1200
+    trainer: Any = SimpleNamespace(loggers=[], checkpoint_callbacks=[], checkpoint_callback=None)
+    tell_how_to_go_on(trainer, tmp_path, samples)
+    heading, *texts = filter(None, capsys.readouterr().out.splitlines())
+    assert "step 1,200" in heading and texts == ["Once |  upon", " | The Once"]
+
+
 def test_a_run_without_events_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leave_report(tmp_path)
     assert capsys.readouterr().err == "" and not [*tmp_path.iterdir()]
