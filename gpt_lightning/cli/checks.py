@@ -159,6 +159,14 @@ def tell_of_no_export(settings: Any) -> None:
         say(f"this shape exports to nothing (export-hf): {error}")
 
 
+def warn_of_no_validation(trainer: Any) -> None:
+    """Says that a run ends before its first validation is due, and so shows and keeps no val/loss."""
+    interval, steps = trainer.val_check_interval, trainer.max_steps
+    if isinstance(interval, int) and 0 < steps < interval and trainer.limit_val_batches != 0:
+        problem = f"trainer.val_check_interval={interval} is over trainer.max_steps={steps}"
+        say(f"warning: {problem}: the run ends without a validation; lower it")
+
+
 def warn_of_untrained_positions(settings: Any) -> None:
     """Says that text beyond the training windows would be generated from positions never trained."""
     seq_len = settings.data.seq_len

@@ -21,7 +21,12 @@ from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
 from gpt_lightning.checkpoint.runs import check_place, open_named_folder, open_run_folder
-from gpt_lightning.cli.checks import check_task_files, tell_of_no_export, warn_of_untrained_positions
+from gpt_lightning.cli.checks import (
+    check_task_files,
+    tell_of_no_export,
+    warn_of_no_validation,
+    warn_of_untrained_positions,
+)
 from gpt_lightning.cli.closing import leave_report, tell_how_to_go_on, tell_of_other_logger
 from gpt_lightning.cli.errors import say, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
@@ -46,6 +51,8 @@ class FitRun:
         if origin.init_from is None and ORIGIN_KEY not in restored:
             warn_of_untrained_positions(settings)
             tell_of_no_export(settings)
+        if not settings.trainer.fast_dev_run:
+            warn_of_no_validation(settings.trainer)
         check_task_files(settings.evaluate.tasks, words)
         self.evaluation = Evaluation(**settings.evaluate)
         self._guard, self._samples = FiniteGuard(**settings.non_finite), TextSamples(**settings.samples)
