@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.documents import Piece, occurs_in, read_pieces, utf8_length
+from gpt_lightning.data.documents import (
+    Piece,
+    has_windows_line_ends,
+    occurs_in,
+    read_pieces,
+    utf8_length,
+)
 from gpt_lightning.data.overlap import refuse_shared_files
 from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
@@ -47,25 +53,37 @@ class Corpus:
         separator = self.document_separator
         return separator is None or any(occurs_in(separator, source) for source in self.sources)
 
-    def read(self, files: tuple[str, ...], on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-        for file in files:
-            yield from read_pieces(
-                file, on_bytes, text_key=self.text_key, document_separator=self.document_separator
-            )
+    @property
+    def n_with_windows_line_ends(self) -> int:
+        return sum(map(has_windows_line_ends, self.sources))
 
-    def read_marked(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+    def read(
+        self,
+        files: tuple[str, ...],
+        on_bytes: Callable[[int], None],
+        on_empty: Callable[[], object] = lambda: None,
+    ) -> Iterator[Piece]:
+        key, separator = self.text_key, self.document_separator
+        for file in files:
+            yield from read_pieces(file, on_bytes, on_empty, text_key=key, document_separator=separator)
+
+    def read_marked(
+        self, on_bytes: Callable[[int], None], on_empty: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[str, Piece]]:
         """Yields all text, each piece with the name of its split."""
-        yield from self.read_train(on_bytes)
+        yield from self.read_train(on_bytes, on_empty)
         for name, files in (("val", self.val_files), ("test", self.test_files)):
-            for piece in self.read(files, on_bytes):
+            for piece in self.read(files, on_bytes, on_empty):
                 yield name, piece
 
-    def read_train(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Piece]]:
+    def read_train(
+        self, on_bytes: Callable[[int], None], on_empty: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[str, Piece]]:
         """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
         if self.val_files or not self.val_fraction:
-            return (("train", piece) for piece in self.read(self.train_files, on_bytes))
+            return (("train", piece) for piece in self.read(self.train_files, on_bytes, on_empty))
         cuts = plan_split(self._document_sizes(), self.val_fraction, self.seed)
-        return split_pieces(self.read(self.train_files, on_bytes), cuts)
+        return split_pieces(self.read(self.train_files, on_bytes, on_empty), cuts)
 
     def _document_sizes(self) -> NDArray[np.int64]:
         sizes, size = array("q"), 0

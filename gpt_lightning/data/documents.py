@@ -61,20 +61,25 @@ def source_bytes(source: str) -> int:
 
 
 def read_pieces(
-    source: str, on_bytes: Callable[[int], None], *, text_key: str, document_separator: str | None
+    source: str,
+    on_bytes: Callable[[int], None],
+    on_empty: Callable[[], object] = lambda: None,
+    *,
+    text_key: str,
+    document_separator: str | None,
 ) -> Iterator[Piece]:
     """Streams the documents of one source; documents of nothing but whitespace are skipped.
 
-    `on_bytes` hears how many more bytes of the source were read.
+    `on_bytes` hears how many more bytes of the source were read, `on_empty` of each row that is skipped.
     """
     if source == SOURCE_NAME:
         for document in python_documents():
             yield from _pieces([Piece(document, ends_document=True)])
             on_bytes(len(document))
     elif source.endswith(".parquet"):
-        yield from _pieces(_parquet_documents(source, text_key, on_bytes))
+        yield from _pieces(_told(_parquet_documents(source, text_key, on_bytes), on_empty))
     elif source.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        yield from _pieces(_jsonl_documents(source, text_key, on_bytes))
+        yield from _pieces(_told(_jsonl_documents(source, text_key, on_bytes), on_empty))
     elif document_separator is None:
         yield from _pieces(Piece(text, ends_document=False) for text in _decoded(source, on_bytes))
     else:
@@ -87,6 +92,21 @@ def occurs_in(separator: str, source: str) -> bool:
         return False
     parts = _separated(_decoded(source, lambda n_bytes: None), separator)
     return sum(1 for _ in islice((part for part in parts if part.ends_document), 2)) == 2
+
+
+def has_windows_line_ends(source: str) -> bool:
+    """Tells by its first line whether a text file has them; no byte of it is changed."""
+    if source == SOURCE_NAME or not source.endswith((".txt", ".txt.gz", ".txt.zst")):
+        return False
+    first, ends_line = next(_separated(_decoded(source, lambda n_bytes: None), "\n"))
+    return ends_line and first.endswith("\r")
+
+
+def _told(rows: Iterator[Piece], on_empty: Callable[[], object]) -> Iterator[Piece]:
+    for row in rows:
+        if not row.text or row.text.isspace():
+            on_empty()
+        yield row
 
 
 def _pieces(parts: Iterable[Piece]) -> Iterator[Piece]:

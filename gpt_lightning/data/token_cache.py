@@ -8,9 +8,10 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def prepare_tokens(
         counts = _write_tokens(folder, corpus, tokenizer, dropped)
         if corpus.train_files:
             check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
-        return {**counts, "is_separated": corpus.is_separated}
+        noted = {"is_separated": corpus.is_separated, "windows_files": corpus.n_with_windows_line_ends}
+        return {**counts, **noted}
 
     with built_folder(cache_dir, "tokens", settings, corpus.sources, build, check_sources) as (folder, built):
         order: tuple[str, ...] = ("train", "val", "test")
@@ -134,9 +136,21 @@ def prepare_tokens(
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
             split.map()
-    if not built.get("is_separated", True):  # not known of old caches
-        rank_zero_only(_log.warning)("warning: %s", separator_warning(str(corpus.document_separator)))
+    for warning in _warnings(built, corpus):
+        rank_zero_only(_log.warning)("warning: %s", warning)
     return splits
+
+
+def _warnings(built: dict[str, Any], corpus: Corpus) -> Iterator[str]:
+    """Says of a text what may not be meant so, where the cache, if it is not an old one, knows it."""
+    if not built.get("is_separated", True):
+        yield separator_warning(str(corpus.document_separator))
+    if n_files := built.get("windows_files"):
+        files = "1 file has" if n_files == 1 else f"{n_files:,} files have"
+        yield f"{files} Windows line ends, so the model learns to write \\r; convert, e.g. with dos2unix"
+    if n_rows := built.get("empty_rows"):
+        rows = "1 row holds" if n_rows == 1 else f"{n_rows:,} rows hold"
+        yield f"{rows} no text under data.text_key={corpus.text_key}; they are left out"
 
 
 def separator_warning(separator: str) -> str:
@@ -179,8 +193,10 @@ def _write_tokens(
     writers: dict[str, _SplitWriter] = {}
     samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     digests = DocumentDigests(folder)
+    empty_rows = count()
     with reading("Tokenizing", corpus.sources) as advance:
-        marked = digests.noted(without(corpus.read_marked(advance), dropped))
+        read = corpus.read_marked(advance, partial(next, empty_rows))
+        marked = digests.noted(without(read, dropped))
         for text in encode_pieces(sampled(marked, samples), tokenizer):
             if text.split not in writers:
                 writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
@@ -192,7 +208,7 @@ def _write_tokens(
         described["train"]["n_repeated"] = digests.n_repeated_in_train()
     for name, sample in samples.items():
         described[name]["lost_share"] = sample.lost_share(tokenizer)
-    return described
+    return {**described, "empty_rows": next(empty_rows)}
 
 
 class _SplitWriter:

@@ -89,6 +89,27 @@ def test_a_separator_that_occurs_nowhere_is_told_whenever_the_text_is_opened(
         assert ("a line break is $'\\n' in a shell" in caplog.text) == (not occurs)
 
 
+def test_windows_line_ends_and_empty_rows_are_told_whenever_the_text_is_opened_and_text_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (first := tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    (other := tmp_path / "b.txt").write_bytes(b"three\nfour\r\n")
+    (rows := tmp_path / "c.jsonl").write_bytes(
+        b'{"text": null}\r\n{"text": "five"}\r\n\r\n{"text": ""}\r\n{"text": " \\n"}\r\n'
+    )
+    text = replace(corpus(first, val=(other, rows)), val_fraction=0.0)
+    for _ in range(2):
+        caplog.clear()
+        splits = prepare_tokens(text, BYTES, str(tmp_path / "cache"))
+        assert "warning: 1 file has Windows line ends, so the model learns to write \\r;" in caplog.text
+        assert "warning: 3 rows hold no text under data.text_key=text; they are left out" in caplog.text
+    assert documents_of(splits["train"]) == ["one\r\ntwo\r\n"]
+    assert documents_of(splits["val"]) == ["three\nfour\r\n", "five"]
+    caplog.clear()
+    prepare_tokens(replace(text, train_files=(str(other),), val_files=()), BYTES, str(tmp_path / "cache"))
+    assert "warning" not in caplog.text
+
+
 def test_splits_hold_every_document_once(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "a.jsonl")
     splits = prepare_tokens(corpus(source), BYTES, str(tmp_path / "cache"))
