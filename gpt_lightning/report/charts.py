@@ -80,7 +80,7 @@ def _losses(runs: Sequence[Run]) -> Chart | None:
     kinds = ("train", "val")
     tags = [(run, kind, f"{kind}/loss") for run in runs for kind in kinds]
     curves = [_Curve(run.name, kind, run.curves.get(tag, [])) for run, kind, tag in tags]
-    return _lines("loss", "Loss", _by_colour(curves, runs), unit="nats a token", log=True)
+    return _lines("loss", "Loss", _by_colour(curves, runs), unit="nats a token", log=True, named=True)
 
 
 def _prefixed(runs: Sequence[Run], prefix: str, name: str, title: str) -> Chart | None:
@@ -91,7 +91,7 @@ def _prefixed(runs: Sequence[Run], prefix: str, name: str, title: str) -> Chart 
         for tag, points in run.curves.items()
         if tag.startswith(prefix)
     ]
-    return _lines(name, title, _by_colour(curves, runs))
+    return _lines(name, title, _by_colour(curves, runs), named=True)
 
 
 def _by_colour(curves: list[_Curve], runs: Sequence[Run]) -> list[_Curve]:
@@ -104,16 +104,18 @@ def _one_tag(runs: Sequence[Run], tag: str, name: str, title: str) -> Chart | No
 
 
 def _lines(
-    name: str, title: str, curves: list[_Curve], *, unit: str = "", log: bool = False
+    name: str, title: str, curves: list[_Curve], *, unit: str = "", log: bool = False, named: bool = False
 ) -> Chart | None:
+    """Draws curves; `named` ones differ from the title, so that a single one has a legend, too."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
-    return _chart(name, title, _of_lines(tuple(curve[:2] for curve in curves), unit, log), _rows(curves))
+    spec = _of_lines(tuple(curve[:2] for curve in curves), unit, log, named)
+    return _chart(name, title, spec, _rows(curves))
 
 
 @cache  # for Altair checks it value by value, and charts of somebody's own values are many
-def _of_lines(curves: tuple[tuple[str, str], ...], unit: str, log: bool) -> dict[str, Any]:
+def _of_lines(curves: tuple[tuple[str, str], ...], unit: str, log: bool, named: bool) -> dict[str, Any]:
     """Describes curves, each of a name and a kind, over the steps.
 
     What is under the pointer is told; the wheel zooms where Ctrl or Alt is held, and dragging moves.
@@ -122,7 +124,7 @@ def _of_lines(curves: tuple[tuple[str, str], ...], unit: str, log: bool) -> dict
     base = alt.Chart().encode(
         x=_steps(),
         y=alt.Y("value:Q", title=unit or None, scale=_scale(log=log), axis=alt.Axis(tickCount=6)),
-        color=alt.Color("name:N", sort=names, legend=alt.Legend() if len(names) > 1 else None),
+        color=alt.Color("name:N", sort=names, legend=alt.Legend() if named or len(names) > 1 else None),
     )
     lines = base.mark_line(strokeWidth=1.8, clip=True)
     if any(kind for _, kind in curves):
@@ -190,7 +192,7 @@ def _shares(run: Run) -> Chart | None:
             tooltip=[_step_told(), "part:N", alt.Tooltip("share:Q", format=".1%")],
         )
     )
-    return _chart("time", "Where the time went", _described(chart), rows)
+    return _chart("time", "Where the time went, up to each step", _described(chart), rows)
 
 
 def _described(chart: Any) -> dict[str, Any]:

@@ -249,6 +249,19 @@ def test_train_and_val_share_a_chart(tmp_path: Path) -> None:
     assert [chart.name for chart in charts] == ["loss", "learning-rate", "time"]
 
 
+@pytest.mark.parametrize("kinds", [("train",), ("val",), ("train", "val")])
+def test_the_losses_of_a_run_have_a_legend_also_where_one_is_alone(
+    tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    curves = {f"{kind}/loss": [Point(1, 3.0, 0.0), Point(2, 2.0, 1.0)] for kind in kinds}
+    curves["train/grad_norm"] = curves[f"{kinds[0]}/loss"]
+    legends = {}
+    for chart in charts_of([Run("a", tmp_path, curves, {}, {})]):
+        color = chart.spec["layer"][0]["encoding"]["color"]
+        legends[chart.name] = color["sort"] if color["legend"] is not None else None
+    assert legends == {"loss": [*kinds], "gradient-norm": None}  # whose name is the chart's
+
+
 def test_tasks_and_bits_per_byte_have_charts(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, {10: 3.0, 20: 2.0}, bpb=1.9) for name in ("a", "b")]
     for folder in folders:
