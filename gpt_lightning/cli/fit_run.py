@@ -32,7 +32,7 @@ from gpt_lightning.cli.errors import say, this_rank
 from gpt_lightning.cli.hyperparameters import compared_options
 from gpt_lightning.cli.origin import Origin
 from gpt_lightning.cli.ranks import on_first_machine
-from gpt_lightning.cli.recipes import QUICKSTART, recipe
+from gpt_lightning.cli.recipes import QUICKSTART, recipe, with_recipe_names
 
 
 class FitRun:
@@ -96,7 +96,7 @@ class FitRun:
             callbacks.append(self._saver)
         if not trainer["fast_dev_run"]:
             callbacks.append(RunConfig(parser, self._settings, self._folder))
-            callbacks.append(RunFacts(self._words, parser, self._settings))
+            callbacks.append(RunFacts(with_recipe_names(self._words), parser, self._settings))
         return callbacks
 
     def tell_of_end(self, trainer: Trainer) -> None:

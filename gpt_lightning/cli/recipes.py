@@ -40,6 +40,13 @@ def config_file(given: str) -> Path:
     )
 
 
+def with_recipe_names(words: list[str]) -> list[str]:
+    """Returns the words of a command line with the names of recipes in the place of their files."""
+    names = {str(file): file.stem for file in _folder().glob("*.yaml")}
+    parts = (word.rpartition("=") for word in words)
+    return [f"{option}{equals}{names.get(value, value)}" for option, equals, value in parts]
+
+
 def recipe_beneath(contents: list[Any], *, is_fine_tuning: bool | None) -> Path | None:
     """Returns the recipe of all that these files and the command line do not say; None where all is said.
 

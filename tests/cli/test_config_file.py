@@ -12,7 +12,7 @@ import yaml
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.files import write
 from gpt_lightning.cli.config_file import complete_words
-from gpt_lightning.cli.recipes import give_way, name_of_run
+from gpt_lightning.cli.recipes import give_way, name_of_run, with_recipe_names
 from gpt_lightning.data.prompts import read_prompts
 from gpt_lightning.exit_codes import UserError
 
@@ -136,6 +136,9 @@ def test_recipes_go_by_their_names(tmp_path: Path) -> None:
     for given in ("shakespeare", "shakespeare.yaml", "configs/shakespeare.yaml"):
         assert Path(file_of(completed(["fit", "--config", given]))).samefile(SHIPPED / "shakespeare.yaml")
         assert completed(["fit", f"--config={given}"])[1] == f"--config={SHIPPED / 'shakespeare.yaml'}"
+        for words in (["--config", given], [f"--config={given}"]):  # as a report shows them
+            found = with_recipe_names(completed(["fit", *words, "--data.seq_len=64"]))
+            assert "=".join(found[1:-1]) == "--config=shakespeare" and found[-1] == "--data.seq_len=64"
     Path("shakespeare").write_text("run_name: mine")  # a file comes first
     assert file_of(completed(["fit", "--config", "shakespeare"])) == "shakespeare"
     with pytest.raises(UserError, match=r"shakespear is neither .* \(did you mean shakespeare\?\); .*luxun"):
