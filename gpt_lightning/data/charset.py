@@ -2,7 +2,13 @@
 
 import codecs
 
+from gpt_lightning.exit_codes import UserError
+
 _ENOUGH = 1 << 16  # bytes to guess by
+
+
+class NotUTF8(UserError):
+    """Is raised by a file of the text, of which there may be more."""
 
 
 def not_utf8(place: str, position: int, data: bytes) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt_lightning.data.charset import NotUTF8
 from gpt_lightning.data.documents import (
     Piece,
+    begins_as_utf8,
     has_windows_line_ends,
     occurs_in,
     read_pieces,
@@ -65,7 +67,12 @@ class Corpus:
     ) -> Iterator[Piece]:
         key, separator = self.text_key, self.document_separator
         for file in files:
-            yield from read_pieces(file, on_bytes, on_empty, text_key=key, document_separator=separator)
+            try:
+                yield from read_pieces(file, on_bytes, on_empty, text_key=key, document_separator=separator)
+            except NotUTF8 as error:
+                others = sum(not begins_as_utf8(other) for other in self.sources if other != file)
+                more = f"; so are {others} others of the {len(self.sources)} files" if others else ""
+                raise UserError(f"{error}{more}") from None
 
     def read_marked(
         self, on_bytes: Callable[[int], None], on_empty: Callable[[], object] = lambda: None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from gpt_lightning.data.charset import not_utf8
+from gpt_lightning.data.charset import NotUTF8, not_utf8
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
 from gpt_lightning.data.unpacking import damaged, unpacked_chunks
 from gpt_lightning.exit_codes import UserError
@@ -102,6 +102,16 @@ def has_windows_line_ends(source: str) -> bool:
     return ends_line and first.endswith("\r")
 
 
+def begins_as_utf8(source: str) -> bool:
+    """Tells whether the beginning of a file of text can be read."""
+    try:
+        if source != SOURCE_NAME and not source.endswith(".parquet"):
+            next(_decoded(source, lambda n_bytes: None))
+    except NotUTF8:
+        return False
+    return True
+
+
 def _told(rows: Iterator[Piece], on_empty: Callable[[], object]) -> Iterator[Piece]:
     for row in rows:
         if not row.text or row.text.isspace():
@@ -175,7 +185,7 @@ def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             place = position - held_back + error.start
-            raise UserError(not_utf8(path, place, chunk)) from None
+            raise NotUTF8(not_utf8(path, place, chunk)) from None
         yield text.removeprefix("\ufeff") if is_start else text
         position, is_start = position + len(chunk), is_start and not text
 

@@ -1,9 +1,11 @@
 """Files of other encodings are told what they are, where that can be known, and never wrongly."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.documents import read_pieces
 from gpt_lightning.data.prompts import read_prompts
 from gpt_lightning.evaluation.items import read_items
@@ -11,6 +13,15 @@ from gpt_lightning.exit_codes import UserError
 
 CHINESE = "我在年青时候也曾经做过许多梦，后来大半忘却了，但自己也并不以为可惜。\n"
 TAIWANESE = "我在年青時候也曾經做過許多夢，後來大半忘卻了，但自己也並不以為可惜。\n"
+
+
+def test_the_other_files_that_are_to_be_converted_are_counted(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(CHINESE, encoding="gbk" if number > 1 else "utf-8")
+    settings: dict[str, Any] = dict(val_fraction=0.0, seed=0, text_key="text", document_separator=None)
+    corpus = Corpus.find({"train_files": str(tmp_path), "val_files": None, "test_files": None}, **settings)
+    with pytest.raises(UserError, match=r"2.txt is not UTF-8 .*; so are 2 others of the 5 files$"):
+        list(corpus.read(corpus.sources, lambda n_bytes: None))
 
 
 @pytest.mark.parametrize(
