@@ -11,6 +11,7 @@ import yaml
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from tests.cli.conftest import Program
+from tests.log import since_start
 
 pytestmark = pytest.mark.slow
 PACKAGE = '''
@@ -145,6 +146,7 @@ def test_mistakes_are_one_line(
         main([verb, *where, *words])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and expected in error
+    error = since_start(error)
     assert "Traceback" not in error and error.startswith("error: ") and len(error.splitlines()) <= 3
     assert not (tmp_path / "checkpoints").exists()
 
