@@ -10,6 +10,7 @@ import yaml
 
 # Imported before any test captures stderr: Lightning's log handlers keep the stream that they find.
 import gpt_lightning.cli.app  # noqa: F401
+from gpt_lightning.kernels.choose import PIN
 from tests.shapes import by_gpt2s_recipe
 
 WORDS = "the cat dog house garden sees likes finds a red small old new river and with under over".split()
@@ -20,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault(PIN, "packed,quantized,onednn,linear,plain")  # whatever is fastest here
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

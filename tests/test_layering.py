@@ -12,7 +12,7 @@ import gpt_lightning
 PACKAGE = Path(gpt_lightning.__file__).parent
 # A room, and the rooms (or the files of one) that it may import; every room may import `exit_codes`.
 MAY_IMPORT: dict[str, set[str]] = {
-    "kernels": set(),
+    "kernels": {"checkpoint.atomic"},
     "data": {"checkpoint.atomic"},
     "model": {"kernels"},
     "checkpoint": {"model", "data.tokenizer"},

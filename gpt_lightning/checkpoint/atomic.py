@@ -22,6 +22,12 @@ LEFT_FOLDER = re.compile(r"\..+\.ckpt\.tmp")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def user_cache() -> Path:
+    """Returns the user's folder for what can be made anew, which may not exist yet."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path("~/.cache").expanduser()) / "gpt_lightning"
+
+
 class NameNotSyncedError(OSError):
     """Says that what was written has its name, but that the name may not outlive a power failure."""
 

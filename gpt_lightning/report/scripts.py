@@ -1,16 +1,14 @@
 """Keeps the script that draws charts in a browser, which takes seconds to put together."""
 
-import os
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 
-from gpt_lightning.checkpoint.atomic import written_file
+from gpt_lightning.checkpoint.atomic import user_cache, written_file
 
 
 def chart_script() -> str:
     """Returns Vega with all that it needs, as one script that makes `vegaEmbed` known."""
-    path = _cache_folder() / f"vega-{version('altair')}-{version('vl-convert-python')}.js"
+    path = user_cache() / f"vega-{version('altair')}-{version('vl-convert-python')}.js"
     with suppress(OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8")
     import vl_convert  # slow to import
@@ -28,8 +26,3 @@ def vega_lite_version() -> str:
     import altair  # slow to import
 
     return "_".join(altair.SCHEMA_VERSION.split(".")[:2])
-
-
-def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path("~/.cache").expanduser()) / "gpt_lightning"

@@ -11,11 +11,15 @@ from torch.testing import assert_close
 
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.packed_linear import Int8Linear, PackedLinear, make_room, packed
+from gpt_lightning.kernels.choose import PIN
+from gpt_lightning.kernels.packed_linear import FloatLinear, Int8Linear, packed
+from gpt_lightning.kernels.products import IntegerProduct, float_kernels, integer_kernels, make_room
 from gpt_lightning.model.gpt import MLP, GPTModel, Linear
 from tests.generation.models import make_model, make_prompts, recomputed
 from tests.shapes import GROUPED, MIXED
 
+FLOAT_KERNELS = list(float_kernels(torch.bfloat16))
+INTEGER_KERNELS = list(integer_kernels())
 GREEDY = GenerationConfig(max_new_tokens=25, do_sample=False)
 SAMPLED = GenerationConfig(max_new_tokens=25, temperature=1.0, top_p=0.95)
 IDS = torch.tensor(make_prompts(19, 19, 19))
@@ -33,20 +37,30 @@ def logits(model: GPTModel) -> Tensor:
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("shape", [{"activation": "gelu"}, {"bias": False}, {}, GROUPED, MIXED])
-@pytest.mark.parametrize("n_rows", [1, 3])
-def test_packed_logits_equal_the_models(tie: bool, shape: dict[str, Any], n_rows: int) -> None:
+@pytest.mark.parametrize("n_rows, kernel", [(1, "linear"), (1, "packed"), (3, "packed")])
+def test_packed_logits_equal_the_models(
+    tie: bool, shape: dict[str, Any], n_rows: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PIN, kernel)
     model = make_model(tie_embeddings=tie, **shape)
     copy = packed(model, quantize=None, n_rows=n_rows)
-    assert isinstance(copy.lm_head, PackedLinear)
+    assert isinstance(copy.lm_head, FloatLinear) and copy.lm_head.kernel == kernel
     with torch.no_grad():
         assert_close(logits(copy), logits(model.eval()), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batch_size, shape", [(1, {}), (3, {}), (3, GROUPED)])
+@pytest.mark.parametrize("kernel", list(float_kernels(torch.float32)))
 def test_packed_text_equals_the_models(
-    settings: GenerationConfig, batch_size: int, shape: dict[str, Any]
+    settings: GenerationConfig,
+    batch_size: int,
+    shape: dict[str, Any],
+    kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """So that a prompt's tokens do not depend on its mates: whichever kernel is fastest for their number."""
+    monkeypatch.setenv(PIN, kernel)
     model = make_model(**shape)
     prompts = make_prompts(3, 1, 20, 7, 16)
     copy = packed(model, quantize=None, n_rows=batch_size)
@@ -54,7 +68,11 @@ def test_packed_text_equals_the_models(
     assert generate(copy, prompts, settings, eos_token_id=7, batch_size=batch_size) == expected
 
 
-def test_bfloat16_and_autocast_pack_in_their_dtype(model: GPTModel) -> None:
+@pytest.mark.parametrize("kernel", FLOAT_KERNELS)
+def test_bfloat16_and_autocast_pack_in_their_dtype(
+    model: GPTModel, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PIN, kernel)
     half = make_model().to(torch.bfloat16).eval()
     with torch.no_grad():
         actual = logits(packed(half, quantize=None, n_rows=2))
@@ -76,12 +94,26 @@ def test_the_model_itself_is_left_as_it_was() -> None:
     assert type(model.blocks[0].attn.qkv_proj) is Linear
 
 
+@pytest.mark.parametrize("kernel", FLOAT_KERNELS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_bfloat16_products_are_rounded_once(kernel: str, rows: int, has_bias: bool) -> None:
+    """To the product in float64 of the same numbers, but for the bias, which may be added afterwards."""
+    generator = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(50, 36, generator=generator), torch.randn(rows, 1, 36, generator=generator)
+    weight, x, bias = weight.bfloat16(), x.bfloat16(), torch.randn(50, generator=generator).bfloat16()
+    product = float_kernels(torch.bfloat16)[kernel](weight, bias if has_bias else None, rows)
+    expected = x.double() @ weight.double().t() + (bias.double() if has_bias else 0)
+    assert_close(product(x).double(), expected, rtol=2**-7, atol=2**-7 if has_bias else 2**-16)
+
+
 def quantized_by_hand(layer: Linear, x: Tensor) -> Tensor:
-    """Weights in 127 steps a side and output feature, inputs in 127.5 steps a side and row."""
-    weight_scales = layer.weight.abs().amax(1, keepdim=True) / 127
-    weight = (layer.weight / weight_scales).round() * weight_scales
-    input_scales = x.abs().amax(-1, keepdim=True) * 2 / 255
-    return (x / input_scales).round() * input_scales @ weight.t() + layer.bias
+    """Weights in 127 steps a side and output feature, inputs in as many a side and row."""
+    weight_steps = layer.weight.abs().amax(1) / 127
+    steps = x.abs().amax(-1, keepdim=True) / IntegerProduct.greatest
+    integers = (layer.weight / weight_steps[:, None]).round().long()
+    sums = (x / steps).round().long() @ integers.t()
+    return sums * weight_steps * steps + layer.bias
 
 
 def make_layer() -> Linear:
@@ -91,18 +123,48 @@ def make_layer() -> Linear:
     return layer.requires_grad_(False)
 
 
-def test_int8_equals_the_product_of_rounded_numbers() -> None:
+def int8_layer(layer: Linear, kernel: str, n_rows: int = 1) -> Int8Linear:
+    make = integer_kernels()[kernel]
+    return Int8Linear(layer, lambda integers: make(integers, n_rows, make_room))
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
+def test_int8_equals_the_product_of_rounded_numbers(kernel: str) -> None:
     layer = make_layer()
     x = torch.randn(3, 5, 36, generator=torch.Generator().manual_seed(2))
-    exact, rounded = layer(x), quantized_by_hand(layer, x)
-    actual = Int8Linear(layer, make_room)(x)
-    assert_close(actual, rounded, atol=2e-3, rtol=0)  # a tie may round the other way
-    assert 1e-4 < (exact - actual).abs().max() < 0.02
+    actual = int8_layer(layer, kernel)(x)
+    assert_close(actual, quantized_by_hand(layer, x), atol=1e-5, rtol=1e-5)
+    assert 1e-4 < (layer(x) - actual).abs().max() < 0.02
 
 
-def test_int8_rows_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
+@pytest.mark.parametrize(
+    "n_inputs, n_outputs, rows", [(17, 33, 1), (768, 50, 5), (3072, 40, 1), (2100, 7, 70)]
+)
+def test_sums_of_integers_are_exact(kernel: str, n_inputs: int, n_outputs: int, rows: int) -> None:
+    """At the full range too, where a sum of neighbours would overflow 16 bits."""
+    greatest, generator = IntegerProduct.greatest, torch.Generator().manual_seed(rows)
+    integers = torch.randint(-127, 128, (n_outputs, n_inputs), generator=generator, dtype=torch.int8)
+    x = torch.randint(-greatest, greatest + 1, (rows, n_inputs), generator=generator)
+    integers[0], x[0] = 127, greatest
+    integers[1] = -127
+    product = integer_kernels()[kernel](integers, rows, make_room)
+    expected = x @ integers.long().t()
+    assert torch.equal(product(x.float(), torch.ones(rows, 1)), expected.float())
+
+
+def test_int8_has_the_same_bits_by_every_kernel() -> None:
+    """So that the kernel may be chosen by the number of rows, and no text depends on its mates' number."""
+    x = torch.randn(7, 36, generator=torch.Generator().manual_seed(5))
+    x[3] = 0
+    first, *others = (int8_layer(make_layer(), kernel, n_rows=7)(x) for kernel in INTEGER_KERNELS)
+    assert others and all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
+def test_int8_rows_do_not_see_each_other(kernel: str) -> None:
     """To the bit, also next to a row a thousand times as large, and one of zeros."""
-    layer = Int8Linear(make_layer(), make_room)
+    layer = int8_layer(make_layer(), kernel)
     x = torch.randn(6, 36, generator=torch.Generator().manual_seed(3))
     x[2] *= 1000
     x[4] = 0
@@ -187,7 +249,7 @@ def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
     layer, x = make_layer(), torch.randn(3, 36)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        actual = Int8Linear(layer, make_room)(x)
+        actual = [int8_layer(layer, kernel)(x) for kernel in INTEGER_KERNELS]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(actual, Int8Linear(layer, make_room)(x))
+    assert all(torch.equal(each, int8_layer(layer, "plain")(x)) for each in actual)

@@ -1,6 +1,7 @@
 """Tensor-parallel peers write one text together: that of a single process."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from gpt_lightning.callbacks.prediction_writer import PredictionWriter
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.kernels.choose import PIN
 from tests.distributed import run_ranks
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of
 from tests.shapes import MIXED
@@ -95,3 +97,21 @@ def message_of_prediction(run: Run, corpus: Path, checkpoint: Path) -> str:
     with pytest.raises(ValueError) as error:
         predict(run, corpus, checkpoint, GREEDY, corpus.with_name(f"{torch.get_num_threads()}.jsonl"))
     return str(error.value)
+
+
+def kernels_of_a_predict(run: Run, corpus: Path, checkpoint: Path) -> tuple[set[str], list[Any]]:
+    """The kernels of a rank that would choose others than its peer, and its texts."""
+    os.environ[PIN] = "packed" if os.environ.get("RANK", "0") == "0" else "linear"
+    module, datamodule = build(corpus, run)
+    module.generation, datamodule.prompts = GREEDY, PROMPTS[:3]
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    (rows,) = trainer.predict(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    return set(module._kernels.values()), [row["completion"] for row in rows]
+
+
+def test_replicas_take_the_first_ones_kernels(shared_corpus: Path, trained: Path) -> None:
+    """With others the same prompt could be rounded to another token on another rank."""
+    one = run_ranks(kernels_of_a_predict, 1, Run(config=CONFIG), shared_corpus, trained)[0]
+    ranks = run_ranks(kernels_of_a_predict, 2, Run(1, 2, config=CONFIG), shared_corpus, trained)
+    assert one[0] == {"packed"} and [kernels for kernels, _ in ranks] == [{"packed"}] * 2
+    assert sorted(text for _, texts in ranks for text in texts) == sorted(one[1])

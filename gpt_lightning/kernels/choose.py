@@ -1,0 +1,154 @@
+"""Chooses by measuring which kernel multiplies a model's weights the fastest on this machine.
+
+A few milliseconds a shape, once: the choice is kept for the machine and PyTorch's version in the user's cache
+folder. GPT_LIGHTNING_KERNELS=linear,quantized names the kernels to take instead, where a shape has them.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt_lightning.checkpoint.atomic import user_cache, written_file
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.kernels.products import float_kernels, integer_kernels, make_room
+
+PIN = "GPT_LIGHTNING_KERNELS"
+INT8 = "int8"
+_NAMES = ("linear", "one_row", "packed", "plain", "quantized", "onednn")
+# Numbers that a round reads: as many as the nearest caches do not hold, or can be laid out in the time.
+_READ = {"float32": 2**22, "bfloat16": 2**22, INT8: 2**21}
+_MOST_WEIGHTS = 16  # of a shape, where one is small
+_ROUNDS = 4
+_GAIN = 1.03  # of the time of one that comes first, below which it is not left
+
+
+class Shape(NamedTuple):
+    """Tells of a layer what its speed depends on; `dtype` is float32, bfloat16 or int8."""
+
+    n_outputs: int
+    n_inputs: int
+    has_bias: bool
+    n_rows: int
+    dtype: str
+
+    def __str__(self) -> str:
+        bias = ", bias" if self.has_bias else ""
+        rows = "row" if self.n_rows == 1 else "rows"
+        return f"{self.n_outputs} x {self.n_inputs}{bias}, {self.n_rows} {rows}, {self.dtype}"
+
+
+def choose(shapes: Iterable[Shape]) -> dict[Shape, str]:
+    """Returns the name of each shape's kernel: the pinned, the remembered or the fastest one."""
+    pinned = _pinned()
+    chosen = {}
+    remembered = _read()
+    missing = []
+    for shape in dict.fromkeys(shapes):
+        kernels = kernels_of(shape.dtype)
+        if found := [name for name in pinned if name in kernels]:
+            chosen[shape] = found[0]
+        elif remembered.get(str(shape)) in kernels:
+            chosen[shape] = remembered[str(shape)]
+        else:
+            missing.append(shape)
+    if missing:
+        measured = {shape: fastest(measure(shape)) for shape in missing}
+        _keep({str(shape): name for shape, name in measured.items()})
+        chosen |= measured
+    return chosen
+
+
+def kernels_of(dtype: str) -> Mapping[str, Callable[..., Any]]:
+    """Returns the makers of a dtype's kernels by their names."""
+    return integer_kernels() if dtype == INT8 else float_kernels(getattr(torch, dtype))
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """Names the fastest kernel, or an earlier one that is as fast within what a machine's noise is."""
+    least = min(seconds.values())
+    return next(name for name, value in seconds.items() if value <= _GAIN * least)
+
+
+@torch.inference_mode()
+def measure(shape: Shape) -> dict[str, float]:
+    """Returns the seconds of one product by each kernel: the least of a few rounds, the kernels in turns."""
+    makers = kernels_of(shape.dtype)
+    with torch.autocast("cpu", enabled=False):
+        calls = {name: _calls(shape, make) for name, make in makers.items() if name != "plain"}
+        least = dict.fromkeys(calls or makers, math.inf)
+        for _ in range(_ROUNDS):
+            for name, products in calls.items():
+                start = time.perf_counter()
+                for product in products:
+                    product()
+                least[name] = min(least[name], (time.perf_counter() - start) / len(products))
+    return least
+
+
+def _calls(shape: Shape, make: Callable[..., Callable[..., Tensor]]) -> list[Callable[[], Tensor]]:
+    """Makes products of several weights of the shape, of which a tall one is cut."""
+    n_rows, n_inputs, read = shape.n_rows, shape.n_inputs, _READ[shape.dtype]
+    n_outputs = max(1, min(shape.n_outputs, read // 2 // n_inputs))
+    n_weights = min(max(2, read // (n_outputs * n_inputs)), _MOST_WEIGHTS)
+    dtype = getattr(torch, shape.dtype)
+    weights = torch.ones(n_weights, n_outputs, n_inputs, dtype=dtype)
+    if shape.dtype == INT8:
+        x, step = torch.ones(n_rows, 1, n_inputs, dtype=torch.float32), torch.ones(n_rows, 1, 1)
+        room = make_room(x.shape)
+        return [partial(make(weight, n_rows, lambda _: room), x, step) for weight in weights]
+    x = torch.ones(n_rows, 1, n_inputs, dtype=dtype)
+    bias = torch.ones(n_outputs, dtype=dtype) if shape.has_bias else None
+    return [partial(make(weight, bias, n_rows), x) for weight in weights]
+
+
+def _pinned() -> list[str]:
+    names = [name for name in os.environ.get(PIN, "").split(",") if name]
+    for name in names:
+        if name not in _NAMES:
+            known = ", ".join(_NAMES)
+            raise UserError(f"{PIN}={os.environ[PIN]}: no kernel is called {name}; name some of {known}")
+    return names
+
+
+def _read() -> dict[str, str]:
+    """Returns what was measured on such a machine before; nothing where the file is not as it was written."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads(_path().read_text(encoding="utf-8"))
+        return {shape: name for shape, name in found.items() if isinstance(name, str)}
+    return {}
+
+
+def _keep(measured: dict[str, str]) -> None:
+    path = _path()
+    with suppress(OSError):  # a folder that is not there or not writable costs a measurement each time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_file(path) as file:
+            file.write(json.dumps(_read() | measured, indent=1, sort_keys=True).encode())
+
+
+def _path() -> Path:
+    machine = f"{processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
+    safe = "".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in machine)
+    return user_cache() / f"kernels-{safe}.json"
+
+
+def processor() -> str:
+    """Names the processor as far as its kernels differ."""
+    with suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        lines = [line.partition(":") for line in first.splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        parts = [facts.get(name, "") for name in ("model name", "cpu family", "model", "stepping")]
+        if any(parts):
+            return " ".join(parts)
+    return platform.processor() or platform.machine()

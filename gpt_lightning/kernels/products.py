@@ -1,0 +1,140 @@
+"""The products of a linear layer with the few rows of a step of decoding, on a CPU, by the names of kernels.
+
+Which one is fastest depends on the processor, the shape and the dtype; `choose.py` measures it. In float32
+and bfloat16 they round differently, within the dtype; the sums of integers are exact, whoever computes them.
+Every private operator of PyTorch that decoding uses is called here, and left out where this PyTorch lacks it.
+Shapes: M rows of all sequences, D input features, N output features.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_lightning.kernels.linear import onednn_multiplies
+
+Product = Callable[[Tensor], Tensor]  # [..., D] to [..., N]
+Room = Callable[[torch.Size], tuple[Tensor, Tensor]]
+_INT8_FITS = torch.cpu._is_vnni_supported()
+
+
+def float_kernels(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor | None, int], Product]]:
+    """Returns what makes a product of weight [N, D], bias and number of rows, the plainest first."""
+    kernels: dict[str, Callable[[Tensor, Tensor | None, int], Product]] = {"linear": _linear}
+    if dtype != torch.float32:  # where F.linear is no slower with one row
+        kernels["one_row"] = OneRowProduct
+    if onednn_multiplies(dtype):
+        kernels["packed"] = PackedProduct
+    return kernels
+
+
+def _linear(weight: Tensor, bias: Tensor | None, n_rows: int) -> Product:
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+class OneRowProduct:
+    """Multiplies one row as a vector, and more of them as F.linear does."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, n_rows: int) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, self._weight, self._bias)
+        y = torch.mv(self._weight, x.flatten())
+        return (y if self._bias is None else y.add_(self._bias)).view(*x.shape[:-1], -1)
+
+
+class PackedProduct:
+    """Holds the weight in the blocks that oneDNN multiplies fastest for so many rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, n_rows: int) -> None:
+        # What PyTorch's own compiler does with constant weights; there is no public name for it.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+        self._bias = bias
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
+        return output
+
+
+class IntegerProduct:
+    """Rounds x / step to integers of at most `greatest` a side, and sums their products with the weight's.
+
+    The sums, [..., N] in float32, have the same bits whatever kernel computes them, and whatever is beside.
+    """
+
+    # Without these instructions the kernels' sums of two products overflow at the full range.
+    greatest = 127 if _INT8_FITS else 63
+
+    def __init__(self, integers: Tensor, n_rows: int, room: Room) -> None:
+        self._integers = integers  # [N, D]
+
+    def __call__(self, x: Tensor, step: Tensor) -> Tensor:
+        # In float64, which holds any such sum.
+        return F.linear(torch.div(x, step).round_().double(), self._integers.double()).float()
+
+
+class OneDNNIntegerProduct(IntegerProduct):
+    """Calls oneDNN, as PyTorch's compiler does for a quantized model."""
+
+    def __init__(self, integers: Tensor, n_rows: int, room: Room) -> None:
+        n_outputs, n_inputs = integers.shape
+        self._weight = torch.ops.onednn.qlinear_prepack(integers, [n_rows, n_inputs])
+        self._scales = torch.ones(n_outputs, dtype=torch.float32)
+        self._zeros = torch.zeros(n_outputs, dtype=torch.int32)
+        self._multiply = torch.ops.onednn.qlinear_pointwise.default
+
+    def __call__(self, x: Tensor, step: Tensor) -> Tensor:
+        rows = torch.div(x, step).round_().to(torch.int8)
+        weight = self._weight, self._scales, self._zeros
+        output: Tensor = self._multiply(
+            rows, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return output
+
+
+class QuantizedTensorProduct(IntegerProduct):
+    """Calls the kernel for quantized tensors, which finds one scale for all rows by their ends.
+
+    Two columns without weight hold the ends with which that scale is 1.
+    """
+
+    def __init__(self, integers: Tensor, n_rows: int, room: Room) -> None:
+        padded, zeros = F.pad(integers, (0, 2)), torch.zeros(len(integers), dtype=torch.long)
+        with warnings.catch_warnings():
+            # PyTorch 2.13 says that quantized tensors will go; the kernel takes its weight in no other form.
+            warnings.filterwarnings("ignore", message=".*quantize", category=UserWarning)
+            scales = torch.ones(len(integers), dtype=torch.float64)
+            quantized = torch._make_per_channel_quantized_tensor(padded, scales, zeros, 0)
+            self._weight = torch.ops.quantized.linear_prepack(quantized, None)
+        self._multiply = torch.ops.quantized.linear_dynamic.default
+        self._reduce_range, self._room = not _INT8_FITS, room
+
+    def __call__(self, x: Tensor, step: Tensor) -> Tensor:
+        scaled, inside = self._room(x.shape)
+        torch.div(x, step, out=inside)  # the kernel rounds
+        output: Tensor = self._multiply(scaled, self._weight, self._reduce_range)
+        return output
+
+
+def make_room(shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Makes room for rows [..., D]: [..., D + 2] that ends in the ends, and its first D."""
+    # The dtype is said outright: within a step, bf16-true makes half precision the default.
+    scaled = torch.zeros(*shape[:-1], shape[-1] + 2, dtype=torch.float32)
+    scaled[..., -2], scaled[..., -1] = -1.0 - IntegerProduct.greatest, IntegerProduct.greatest
+    return scaled, scaled[..., :-2]
+
+
+def integer_kernels() -> dict[str, type[IntegerProduct]]:
+    """Returns what makes a product of 8-bit weights on this machine, the plainest first."""
+    kernels: dict[str, type[IntegerProduct]] = {"plain": IntegerProduct}
+    if torch.backends.quantized.engine != "none" and hasattr(torch.ops.quantized, "linear_dynamic"):
+        kernels["quantized"] = QuantizedTensorProduct
+    if onednn_multiplies(torch.float32) and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        kernels["onednn"] = OneDNNIntegerProduct
+    return kernels

@@ -1,0 +1,97 @@
+"""Kernels chosen by measuring: kept for the machine, measured anew where none is kept, or pinned."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_lightning.kernels import choose as choosing
+from gpt_lightning.kernels.choose import INT8, PIN, Shape, choose, fastest, kernels_of, measure
+
+SHAPE = Shape(n_outputs=24, n_inputs=16, has_bias=True, n_rows=2, dtype="float32")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of what is kept, with nothing in it and no kernel pinned."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(PIN)
+    yield tmp_path / "gpt_lightning"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """The shapes that were measured; the last kernel is always found to be the fastest."""
+    shapes: list[Shape] = []
+
+    def record(shape: Shape) -> dict[str, float]:
+        shapes.append(shape)
+        names = list(kernels_of(shape.dtype))
+        return {name: 1.0 / place for place, name in enumerate(names, 1)}
+
+    monkeypatch.setattr(choosing, "measure", record)
+    return shapes
+
+
+def test_a_shape_is_measured_once_for_a_machine(kept: Path, measured: list[Shape]) -> None:
+    last = list(kernels_of("float32"))[-1]
+    other = SHAPE._replace(n_rows=1)
+    assert choose([SHAPE, SHAPE]) == {SHAPE: last}
+    assert choose([SHAPE, other]) == {SHAPE: last, other: last}
+    assert measured == [SHAPE, other]
+    (path,) = kept.iterdir()
+    assert torch.__version__.replace("+", "") in path.name.replace("+", "")
+    assert json.loads(path.read_text()) == {str(SHAPE): last, str(other): last}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '"x"', "null", "[" * 10**5, '{"a": 1}'])
+def test_a_damaged_file_is_measured_anew(kept: Path, measured: list[Shape], content: str) -> None:
+    expected = choose([SHAPE])
+    (path,) = kept.iterdir()
+    path.write_text(content)
+    assert choose([SHAPE]) == expected and measured == [SHAPE, SHAPE]
+    assert json.loads(path.read_text())[str(SHAPE)] == expected[SHAPE]
+
+
+def test_a_kept_name_that_is_no_kernel_here_is_measured_anew(kept: Path, measured: list[Shape]) -> None:
+    choose([SHAPE])
+    (path,) = kept.iterdir()
+    path.write_text(json.dumps({str(SHAPE): "of_another_version"}))
+    assert choose([SHAPE]) == {SHAPE: list(kernels_of("float32"))[-1]}
+
+
+def test_a_folder_that_cannot_be_written_costs_a_measurement(
+    kept: Path, measured: list[Shape]
+) -> None:
+    kept.write_text("a file in the folder's place")
+    assert choose([SHAPE]) == choose([SHAPE]) and measured == [SHAPE, SHAPE]
+
+
+def test_a_pinned_kernel_is_taken_where_the_shape_has_it(
+    kept: Path, measured: list[Shape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PIN, "one_row,linear,plain")
+    half, of_integers = SHAPE._replace(dtype="bfloat16"), SHAPE._replace(dtype=INT8)
+    assert choose([SHAPE, half, of_integers]) == {SHAPE: "linear", half: "one_row", of_integers: "plain"}
+    assert not measured and not kept.exists()
+
+
+def test_an_unknown_pinned_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PIN, "linear,fast")
+    with pytest.raises(ValueError, match="GPT_LIGHTNING_KERNELS=linear,fast: no kernel is called fast; name"):
+        choose([SHAPE])
+
+
+def test_a_plainer_kernel_is_left_only_for_a_gain() -> None:
+    assert fastest({"linear": 1.01, "packed": 1.0}) == "linear"
+    assert fastest({"linear": 1.2, "one_row": 1.02, "packed": 1.0}) == "one_row"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", INT8])
+def test_every_kernel_of_the_machine_is_measured(dtype: str) -> None:
+    """But for the products of integers that only fill a gap."""
+    seconds = measure(SHAPE._replace(dtype=dtype))
+    assert seconds.keys() == kernels_of(dtype).keys() - {"plain"}
+    assert all(0 < value < 1 for value in seconds.values())
