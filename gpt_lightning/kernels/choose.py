@@ -1,7 +1,8 @@
 """Chooses by measuring which kernel multiplies a model's weights the fastest on this machine.
 
-A few milliseconds a shape, once: the choice is kept for the machine and PyTorch's version in the user's cache
-folder. GPT_LIGHTNING_KERNELS=linear,quantized names the kernels to take instead, where a shape has them.
+It takes some 20 ms a shape, once: the choice is kept for the machine and PyTorch's version in the user's
+cache folder. GPT_LIGHTNING_KERNELS=linear,quantized names the kernels to take instead, where a shape has them.
+Training does not choose like this: after a kill it could go on with a kernel that rounds otherwise.
 """
 
 import json
@@ -63,7 +64,7 @@ def choose(shapes: Iterable[Shape]) -> dict[Shape, str]:
             missing.append(shape)
     if missing:
         measured = {shape: fastest(measure(shape)) for shape in missing}
-        _keep({str(shape): name for shape, name in measured.items()})
+        keep(measured)
         chosen |= measured
     return chosen
 
@@ -128,12 +129,14 @@ def _read() -> dict[str, str]:
     return {}
 
 
-def _keep(measured: dict[str, str]) -> None:
+def keep(measured: Mapping[Shape, str]) -> None:
+    """Has later starts on such a machine take these, as far as the user's cache folder can be written."""
     path = _path()
-    with suppress(OSError):  # a folder that is not there or not writable costs a measurement each time
+    kept = _read() | {str(shape): name for shape, name in measured.items()}
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_file(path) as file:
-            file.write(json.dumps(_read() | measured, indent=1, sort_keys=True).encode())
+            file.write(json.dumps(kept, indent=1, sort_keys=True).encode())
 
 
 def _path() -> Path:

@@ -1,0 +1,53 @@
+"""Holds `kernels` to what it measures, keeps and says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt_lightning.__main__ import main
+from gpt_lightning.kernels.choose import PIN, kernels_of
+from tests.cli.test_generate import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(PIN)
+    write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype, words", [("float32", []), ("int8", ["--quantize", "int8", "--rows", "3"])])
+def test_what_it_says_is_kept(
+    folder: Path, dtype: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["kernels", *words])
+    lines = capsys.readouterr().out.splitlines()
+    (path,) = (folder / "cache" / "gpt_lightning").glob("kernels-*.json")
+    assert json.loads(path.read_text()) == {
+        line.partition(":")[0]: line.rpartition(" takes ")[2] for line in lines
+    }
+    for line in lines:
+        assert f"row{'s' if '--rows' in words else ''}, {dtype}: " in line
+        assert all(f"{name} " in line for name in kernels_of(dtype) if name != "plain")
+
+
+def test_a_pinned_kernel_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(PIN, "linear")
+    main(["kernels"])
+    assert all(line.endswith("; takes linear") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--rows", "0"], "rows=0 is below 1"),
+        (["--quantize", "int3"], "generation.quantize='int3' is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["kernels", *words])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
