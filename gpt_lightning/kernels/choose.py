@@ -1,7 +1,7 @@
 """Chooses by measuring which kernel multiplies a model's weights the fastest on this machine.
 
 It takes some 20 ms a shape, once: the choice is kept for the machine and PyTorch's version in the user's
-cache folder. GPT_LIGHTNING_KERNELS=linear,quantized names the kernels to take instead, where a shape has them.
+cache folder. GPT_LIGHTNING_KERNELS=linear,quantized names kernels to take instead, where a shape has them.
 Training does not choose like this: after a kill it could go on with a kernel that rounds otherwise.
 """
 
