@@ -8,7 +8,6 @@ Training does not choose like this: after a kill it could go on with a kernel th
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -21,15 +20,15 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint.atomic import user_cache, written_file
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.kernels.device import processor
 from gpt_lightning.kernels.products import float_kernels, integer_kernels, make_room
 
 PIN = "GPT_LIGHTNING_KERNELS"
 INT8 = "int8"
 _NAMES = ("linear", "one_row", "packed", "plain", "quantized", "onednn")
-# Numbers that a round reads: as many as the nearest caches do not hold, or can be laid out in the time.
-_READ = {"float32": 2**22, "bfloat16": 2**22, INT8: 2**21}
-_MOST_WEIGHTS = 16  # of a shape, where one is small
-_ROUNDS = 4
+_MOST_NUMBERS = 2**22  # of a weight, beyond which a part of it is measured
+_READ_BETWEEN = 2**24  # bytes, after which a weight is not in the processor's nearest caches, as in a step
+_ROUNDS = 3
 _GAIN = 1.03  # of the time of one that comes first, below which it is not left
 
 
@@ -84,32 +83,33 @@ def fastest(seconds: Mapping[str, float]) -> str:
 def measure(shape: Shape) -> dict[str, float]:
     """Returns the seconds of one product by each kernel: the least of a few rounds, the kernels in turns."""
     makers = kernels_of(shape.dtype)
+    others = torch.ones(_READ_BETWEEN // 4, dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
-        calls = {name: _calls(shape, make) for name, make in makers.items() if name != "plain"}
+        calls = {name: _call(shape, make) for name, make in makers.items() if name != "plain"}
         least = dict.fromkeys(calls or makers, math.inf)
         for _ in range(_ROUNDS):
-            for name, products in calls.items():
+            for name, call in calls.items():
+                others.sum()
                 start = time.perf_counter()
-                for product in products:
-                    product()
-                least[name] = min(least[name], (time.perf_counter() - start) / len(products))
+                call()
+                least[name] = min(least[name], time.perf_counter() - start)
     return least
 
 
-def _calls(shape: Shape, make: Callable[..., Callable[..., Tensor]]) -> list[Callable[[], Tensor]]:
-    """Makes products of several weights of the shape, of which a tall one is cut."""
-    n_rows, n_inputs, read = shape.n_rows, shape.n_inputs, _READ[shape.dtype]
-    n_outputs = max(1, min(shape.n_outputs, read // 2 // n_inputs))
-    n_weights = min(max(2, read // (n_outputs * n_inputs)), _MOST_WEIGHTS)
-    dtype = getattr(torch, shape.dtype)
-    weights = torch.ones(n_weights, n_outputs, n_inputs, dtype=dtype)
+def _call(shape: Shape, make: Callable[..., Callable[..., Tensor]]) -> Callable[[], Tensor]:
+    """Makes a product of a weight of the shape, cut where it is tall, and calls it once."""
+    n_rows, n_inputs, dtype = shape.n_rows, shape.n_inputs, getattr(torch, shape.dtype)
+    n_outputs = max(1, min(shape.n_outputs, _MOST_NUMBERS // n_inputs))
+    weight = torch.ones(n_outputs, n_inputs, dtype=dtype)
     if shape.dtype == INT8:
         x, step = torch.ones(n_rows, 1, n_inputs, dtype=torch.float32), torch.ones(n_rows, 1, 1)
         room = make_room(x.shape)
-        return [partial(make(weight, n_rows, lambda _: room), x, step) for weight in weights]
-    x = torch.ones(n_rows, 1, n_inputs, dtype=dtype)
-    bias = torch.ones(n_outputs, dtype=dtype) if shape.has_bias else None
-    return [partial(make(weight, bias, n_rows), x) for weight in weights]
+        call = partial(make(weight, n_rows, lambda _: room), x, step)
+    else:
+        bias = torch.ones(n_outputs, dtype=dtype) if shape.has_bias else None
+        call = partial(make(weight, bias, n_rows), torch.ones(n_rows, 1, n_inputs, dtype=dtype))
+    call()
+    return call
 
 
 def _pinned() -> list[str]:
@@ -143,15 +143,3 @@ def _path() -> Path:
     machine = f"{processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
     safe = "".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in machine)
     return user_cache() / f"kernels-{safe}.json"
-
-
-def processor() -> str:
-    """Names the processor as far as its kernels differ."""
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-        lines = [line.partition(":") for line in first.splitlines()]
-        facts = {name.strip(): value.strip() for name, _, value in lines}
-        parts = [facts.get(name, "") for name in ("model name", "cpu family", "model", "stepping")]
-        if any(parts):
-            return " ".join(parts)
-    return platform.processor() or platform.machine()

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import platform
 import shutil
 import sys
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,3 +54,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)  # older ones allow no more
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@cache
+def processor() -> str:
+    """Names the processor as far as its kernels differ."""
+    with suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        lines = [line.partition(":") for line in first.splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        parts = [facts.get(name, "") for name in ("model name", "cpu family", "model", "stepping")]
+        if any(parts):
+            return " ".join(parts)
+    return platform.processor() or platform.machine()

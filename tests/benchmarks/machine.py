@@ -5,7 +5,7 @@ import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
-from gpt_lightning.kernels.choose import processor
+from gpt_lightning.kernels.device import processor
 
 MOST_LOAD = 1.5  # of each thread; the benchmark's own is 1
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing import assert_close
 
 from gpt_lightning.kernels.linear import FastLinear, is_plain_linear, onednn_multiplies
 from gpt_lightning.model.gpt import Linear
@@ -44,6 +45,26 @@ def test_training_takes_onednn_for_large_products(monkeypatch: pytest.MonkeyPatc
     assert type(linear(*make_inputs()).grad_fn).__name__ == "_LinearBackward"
     monkeypatch.setattr("gpt_lightning.kernels.linear._LEAST_WORK", 3 * 5 * 7 * 11 + 1)
     assert type(linear(*make_inputs()).grad_fn).__name__ != "_LinearBackward"
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("n_outputs", [5, 11])  # narrower and wider than the inputs
+def test_gradients_are_f_linears_on_every_processor(
+    tiles: bool, n_outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where AMX multiplies and on Intel's, which multiply in another order."""
+    monkeypatch.setattr("gpt_lightning.kernels.linear.tiles_multiply", lambda dtype: tiles)
+    monkeypatch.setattr("gpt_lightning.kernels.linear.processor", lambda: "Intel" if tiles else "another")
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3, 5, 7), (n_outputs, 7), (n_outputs,)]
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    grad = torch.randn(3, 5, n_outputs, generator=generator)
+    for found, expected in zip(
+        torch.autograd.grad(linear(*inputs), inputs, grad),
+        torch.autograd.grad(F.linear(*inputs), inputs, grad),
+        strict=True,
+    ):
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_dtypes_that_do_not_agree_are_refused_as_by_f_linear() -> None:
