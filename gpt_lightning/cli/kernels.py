@@ -2,13 +2,12 @@
 
 import torch
 
-from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_options import add_model_options, open_model
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.choose import choose, fastest, keep, measure
+from gpt_lightning.kernels.choose import choose, keep, measure
 from gpt_lightning.kernels.packed_linear import decoding_shapes
 
 MICROSECOND = 1e-6
@@ -20,16 +19,15 @@ def run_kernels(words: list[str]) -> None:
         raise UserError(f"rows={options.rows} is below 1; give how many texts are written at a time")
     quantize = GenerationConfig(quantize=options.quantize).quantize
     _, model, _ = open_model(options, torch.device("cpu"))
-    shapes = dict.fromkeys(decoding_shapes(model, quantize=quantize, n_rows=options.rows))
+    shapes = decoding_shapes(model, quantize=quantize, n_rows=options.rows)
     if not shapes:
         raise UserError(f"precision={options.precision} has one kernel on this machine: nothing to choose")
-    measured = {shape: measure(shape) for shape in shapes}
-    keep({shape: fastest(seconds) for shape, seconds in measured.items()})
-    chosen = choose(shapes)  # which may be pinned to another
+    measured = {shape: measure(shape) for shape in dict.fromkeys(shapes)}
+    keep(measured)
     for shape, seconds in measured.items():
         figures = ", ".join(f"{name} {value / MICROSECOND:,.0f} us" for name, value in seconds.items())
-        print(f"{shape}: {figures}; takes {chosen[shape]}")
-    say("a weight above some size is measured by a part of it; generate and predict take these from now on")
+        print(f"{shapes.count(shape)} of {shape}: {figures}")
+    print(f"generate and predict take: {choose(shapes)}")
 
 
 def _parser() -> PlainParser:

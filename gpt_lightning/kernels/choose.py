@@ -1,7 +1,8 @@
 """Chooses by measuring which kernel multiplies a model's weights the fastest on this machine.
 
-It takes some 20 ms a shape, once: the choice is kept for the machine and PyTorch's version in the user's
-cache folder. GPT_LIGHTNING_KERNELS=linear,quantized names kernels to take instead, where a shape has them.
+It takes some 20 ms a shape, once: the times are kept for the machine and PyTorch's version in the user's
+cache folder. GPT_LIGHTNING_KERNELS=linear,quantized names kernels to take instead, where a dtype has them.
+All layers of a model take the same: two in turns are slower than either (int8 by a fifth, Sapphire Rapids).
 Training does not choose like this: after a kill it could go on with a kernel that rounds otherwise.
 """
 
@@ -9,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from gpt_lightning.kernels.products import float_kernels, integer_kernels, make_
 PIN = "GPT_LIGHTNING_KERNELS"
 INT8 = "int8"
 _NAMES = ("linear", "one_row", "packed", "plain", "quantized", "onednn")
-_MOST_NUMBERS = 2**22  # of a weight, beyond which a part of it is measured
+_MOST_NUMBERS = 2**22  # of a weight, beyond which a part of it stands for it
 _READ_BETWEEN = 2**24  # bytes, after which a weight is not in the processor's nearest caches, as in a step
 _ROUNDS = 3
 _GAIN = 1.03  # of the time of one that comes first, below which it is not left
@@ -47,25 +48,33 @@ class Shape(NamedTuple):
         return f"{self.n_outputs} x {self.n_inputs}{bias}, {self.n_rows} {rows}, {self.dtype}"
 
 
-def choose(shapes: Iterable[Shape]) -> dict[Shape, str]:
-    """Returns the name of each shape's kernel: the pinned, the remembered or the fastest one."""
-    pinned = _pinned()
-    chosen = {}
-    remembered = _read()
-    missing = []
-    for shape in dict.fromkeys(shapes):
-        kernels = kernels_of(shape.dtype)
-        if found := [name for name in pinned if name in kernels]:
-            chosen[shape] = found[0]
-        elif remembered.get(str(shape)) in kernels:
-            chosen[shape] = remembered[str(shape)]
-        else:
-            missing.append(shape)
-    if missing:
-        measured = {shape: fastest(measure(shape)) for shape in missing}
+def choose(shapes: Sequence[Shape]) -> str:
+    """Returns the kernel, pinned or else the fastest, of layers that have these shapes and one dtype."""
+    kernels = kernels_of(shapes[0].dtype)
+    if pinned := [name for name in _pinned() if name in kernels]:
+        return pinned[0]
+    kept = _read()
+    different = dict.fromkeys(shapes)
+    missing = [shape for shape in different if not _is_whole(kept.get(str(shape)), kernels)]
+    measured = {shape: measure(shape) for shape in missing}
+    if measured:
         keep(measured)
-        chosen |= measured
-    return chosen
+    times = {shape: measured.get(shape) or kept[str(shape)] for shape in different}
+    return fastest([times[shape] for shape in shapes])
+
+
+def _is_whole(seconds: Any, kernels: Mapping[str, Any]) -> bool:
+    """Tells whether these are times of all the kernels that are measured."""
+    return (
+        isinstance(seconds, dict)
+        and seconds.keys() == _measured_ones(kernels).keys()
+        and all(isinstance(value, float) and value > 0 for value in seconds.values())
+    )
+
+
+def _measured_ones(kernels: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leaves out the products of integers that only fill a gap."""
+    return {name: make for name, make in kernels.items() if name != "plain"} or kernels
 
 
 def kernels_of(dtype: str) -> Mapping[str, Callable[..., Any]]:
@@ -73,40 +82,41 @@ def kernels_of(dtype: str) -> Mapping[str, Callable[..., Any]]:
     return integer_kernels() if dtype == INT8 else float_kernels(getattr(torch, dtype))
 
 
-def fastest(seconds: Mapping[str, float]) -> str:
-    """Names the fastest kernel, or an earlier one that is as fast within what a machine's noise is."""
-    least = min(seconds.values())
-    return next(name for name, value in seconds.items() if value <= _GAIN * least)
+def fastest(times: Sequence[Mapping[str, float]]) -> str:
+    """Names the kernel of the least sum, or an earlier one that is as fast within a machine's noise."""
+    sums = {name: sum(seconds[name] for seconds in times) for name in times[0]}
+    least = min(sums.values())
+    return next(name for name, value in sums.items() if value <= _GAIN * least)
 
 
 @torch.inference_mode()
 def measure(shape: Shape) -> dict[str, float]:
     """Returns the seconds of one product by each kernel: the least of a few rounds, the kernels in turns."""
-    makers = kernels_of(shape.dtype)
     others = torch.ones(_READ_BETWEEN // 4, dtype=torch.float32)
+    n_outputs = max(1, min(shape.n_outputs, _MOST_NUMBERS // shape.n_inputs))
     with torch.autocast("cpu", enabled=False):
-        calls = {name: _call(shape, make) for name, make in makers.items() if name != "plain"}
-        least = dict.fromkeys(calls or makers, math.inf)
+        makers = _measured_ones(kernels_of(shape.dtype))
+        calls = {name: _call(shape._replace(n_outputs=n_outputs), make) for name, make in makers.items()}
+        least = dict.fromkeys(calls, math.inf)
         for _ in range(_ROUNDS):
             for name, call in calls.items():
                 others.sum()
                 start = time.perf_counter()
                 call()
                 least[name] = min(least[name], time.perf_counter() - start)
-    return least
+    return {name: seconds * shape.n_outputs / n_outputs for name, seconds in least.items()}
 
 
 def _call(shape: Shape, make: Callable[..., Callable[..., Tensor]]) -> Callable[[], Tensor]:
-    """Makes a product of a weight of the shape, cut where it is tall, and calls it once."""
+    """Makes a product of a weight of the shape, and calls it once."""
     n_rows, n_inputs, dtype = shape.n_rows, shape.n_inputs, getattr(torch, shape.dtype)
-    n_outputs = max(1, min(shape.n_outputs, _MOST_NUMBERS // n_inputs))
-    weight = torch.ones(n_outputs, n_inputs, dtype=dtype)
+    weight = torch.ones(shape.n_outputs, n_inputs, dtype=dtype)
     if shape.dtype == INT8:
         x, step = torch.ones(n_rows, 1, n_inputs, dtype=torch.float32), torch.ones(n_rows, 1, 1)
         room = make_room(x.shape)
         call = partial(make(weight, n_rows, lambda _: room), x, step)
     else:
-        bias = torch.ones(n_outputs, dtype=dtype) if shape.has_bias else None
+        bias = torch.ones(shape.n_outputs, dtype=dtype) if shape.has_bias else None
         call = partial(make(weight, bias, n_rows), torch.ones(n_rows, 1, n_inputs, dtype=dtype))
     call()
     return call
@@ -121,18 +131,18 @@ def _pinned() -> list[str]:
     return names
 
 
-def _read() -> dict[str, str]:
+def _read() -> dict[str, Any]:
     """Returns what was measured on such a machine before; nothing where the file is not as it was written."""
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(_path().read_text(encoding="utf-8"))
-        return {shape: name for shape, name in found.items() if isinstance(name, str)}
+        return found if isinstance(found, dict) else {}
     return {}
 
 
-def keep(measured: Mapping[Shape, str]) -> None:
+def keep(measured: Mapping[Shape, Mapping[str, float]]) -> None:
     """Has later starts on such a machine take these, as far as the user's cache folder can be written."""
     path = _path()
-    kept = _read() | {str(shape): name for shape, name in measured.items()}
+    kept = _read() | {str(shape): dict(seconds) for shape, seconds in measured.items()}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_file(path) as file:

@@ -5,7 +5,7 @@ Shapes: M rows of all sequences, D input features, N output features.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -23,28 +23,25 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def packed(
-    model: Model, *, quantize: str | None, n_rows: int, kernels: Mapping[Shape, str] | None = None
+    model: Model, *, quantize: str | None, n_rows: int, kernel: str | None = None
 ) -> Model:
     """Makes a copy for decoding `n_rows` at a time on a CPU; returns the model where that gains nothing.
 
     The copy is in evaluation mode and shares all but the linear layers with the model. It may hold their
-    weights once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype. Where
-    `kernels` has no name for a shape, it is chosen by measuring.
+    weights once more, in the layout of oneDNN or in 8 bits. Under autocast they are kept in its dtype. A
+    `kernel` that is not named is chosen by measuring.
     """
     shapes = decoding_shapes(model, quantize=quantize, n_rows=n_rows)
     if not shapes:
         return model
-    kernels, dtype = choose(shapes) if kernels is None else kernels, shapes[0].dtype
-    # All layers use the rooms in turn: those of a step of decoding, and of the prompts before it.
-    room = lru_cache(maxsize=5)(make_room)
-
-    def make(layer: nn.Linear) -> Layer:
-        shape = _shape(layer, dtype, n_rows)
-        if quantize is not None:
-            return Int8Linear(layer, partial(integer_kernels()[kernels[shape]], n_rows=n_rows, room=room))
-        return FloatLinear(layer, getattr(torch, dtype), kernels[shape], n_rows)
-
-    return _with_layers(model, make)
+    name = kernel or choose(shapes)
+    if quantize is not None:
+        # All layers use the rooms in turn: those of a step of decoding, and of the prompts before it.
+        room = lru_cache(maxsize=5)(make_room)
+        make = partial(integer_kernels()[name], n_rows=n_rows, room=room)
+        return _with_layers(model, partial(Int8Linear, make_product=make))
+    dtype = getattr(torch, shapes[0].dtype)
+    return _with_layers(model, partial(FloatLinear, dtype=dtype, kernel=name, n_rows=n_rows))
 
 
 def decoding_shapes(model: nn.Module, *, quantize: str | None, n_rows: int) -> list[Shape]:
@@ -63,11 +60,8 @@ def decoding_shapes(model: nn.Module, *, quantize: str | None, n_rows: int) -> l
     if quantize is None and not onednn_multiplies(dtype):
         return []
     name = quantize or str(dtype).removeprefix("torch.")
-    return [_shape(layer, name, n_rows) for layer in layers]
-
-
-def _shape(layer: nn.Linear, dtype: str, n_rows: int) -> Shape:
-    return Shape(layer.out_features, layer.in_features, layer.bias is not None, n_rows, dtype)
+    sizes = [(layer.out_features, layer.in_features, layer.bias is not None) for layer in layers]
+    return [Shape(*size, n_rows, name) for size in sizes]
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -22,7 +22,6 @@ from gpt_lightning.data.prompts import PromptBatch, encode_prompts
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.choose import Shape
 from gpt_lightning.kernels.device import keep_freed_memory
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel, GPTOutput
@@ -53,7 +52,7 @@ from gpt_lightning.training.own_checkpoints import (
     tell_of_other_callbacks,
 )
 from gpt_lightning.training.prediction import (
-    agree_on_kernels,
+    agree_on_kernel,
     changed_settings,
     continued,
     make_engine,
@@ -112,7 +111,7 @@ class GPTLightningModule(LightningModule):
         self.step = OptimizerStep()  # which is under way
         self.tokenizer: TextTokenizer | None = None  # of a checkpoint that was loaded, or as you set it
         self.begun_from: str | None = None  # the model whose weights the run began with
-        self._kernels: dict[Shape, str] | None = None  # of the layers while predicting, if agreed on
+        self._kernel: str | None = None  # by which layers multiply while predicting, if agreed on
         self._last_validation: dict[str, Any] | None = None  # step, loss, and whether of all the text
 
     @override
@@ -267,12 +266,12 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_predict_start(self) -> None:
-        self._kernels = agree_on_kernels(self.trainer, self.model, self.generation)
+        self._kernel = agree_on_kernel(self.trainer, self.model, self.generation)
 
     @override
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Returns a dictionary a completion, in prompt order; tells CompletionCallbacks when one ends."""
-        return predict(self.trainer, self.model, batch, self.generation, self._kernels)
+        return predict(self.trainer, self.model, batch, self.generation, self._kernel)
 
     def generate(self, prompt: str, **settings: Any) -> str:
         """Returns the prompt and its continuation; `settings` are those of a GenerationConfig to change."""

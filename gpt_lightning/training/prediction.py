@@ -14,7 +14,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Completion, Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
-from gpt_lightning.kernels.choose import Shape, choose
+from gpt_lightning.kernels.choose import choose
 from gpt_lightning.kernels.packed_linear import decoding_shapes, packed
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -64,18 +64,16 @@ def continued(
     return [text.end() for text in texts]
 
 
-def agree_on_kernels(
-    trainer: Trainer, model: GPTModel, settings: GenerationConfig
-) -> dict[Shape, str] | None:
-    """Has all ranks multiply by the first one's kernels, since others may round otherwise."""
+def agree_on_kernel(trainer: Trainer, model: GPTModel, settings: GenerationConfig) -> str | None:
+    """Has all ranks multiply by the first one's kernel, since others may round otherwise."""
     datamodule = trainer.datamodule
     if not isinstance(datamodule, TextDataModule):
         return None
     n_rows = _n_rows(datamodule, settings)
     with trainer.precision_plugin.predict_step_context():
         shapes = decoding_shapes(model, quantize=settings.quantize, n_rows=n_rows)
-    kernels: dict[Shape, str] = trainer.strategy.broadcast(choose(shapes) if trainer.is_global_zero else {})
-    return kernels
+    chosen = choose(shapes) if shapes and trainer.is_global_zero else None
+    return trainer.strategy.broadcast(chosen)
 
 
 def _n_rows(datamodule: TextDataModule, settings: GenerationConfig) -> int:
@@ -87,7 +85,7 @@ def predict(
     model: GPTModel,
     batch: PromptBatch,
     settings: GenerationConfig,
-    kernels: Mapping[Shape, str] | None,
+    kernel: str | None,
 ) -> list[dict[str, Any]]:
     """Continues a rank's prompts, and tells the CompletionCallbacks when one ends."""
     datamodule = trainer.datamodule
@@ -96,7 +94,7 @@ def predict(
     tokenizer = datamodule.text_tokenizer
     listeners = [each for each in trainer.callbacks if isinstance(each, CompletionCallback)]
     n_rows = _n_rows(datamodule, settings)
-    model = packed(model, quantize=settings.quantize, n_rows=n_rows, kernels=kernels)
+    model = packed(model, quantize=settings.quantize, n_rows=n_rows, kernel=kernel)
     engine = make_engine(trainer, model, settings, tokenizer, datamodule.batch_size)
     # Lengths change with every token, and each would be compiled anew.
     with torch.compiler.set_stance("force_eager"):

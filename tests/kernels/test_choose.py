@@ -10,6 +10,7 @@ import torch
 from gpt_lightning.kernels import choose as choosing
 from gpt_lightning.kernels.choose import INT8, PIN, Shape, choose, fastest, kernels_of, measure
 
+FIRST, *_, LAST = kernels_of("float32")
 SHAPE = Shape(n_outputs=24, n_inputs=16, has_bias=True, n_rows=2, dtype="float32")
 
 
@@ -23,58 +24,58 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """The shapes that were measured; the last kernel is always found to be the fastest."""
+    """The shapes that were measured; the last kernel is the fastest, but for a shape of many outputs."""
     shapes: list[Shape] = []
 
     def record(shape: Shape) -> dict[str, float]:
         shapes.append(shape)
-        names = list(kernels_of(shape.dtype))
-        return {name: 1.0 / place for place, name in enumerate(names, 1)}
+        names = [name for name in kernels_of(shape.dtype) if name != "plain"]
+        steps = range(len(names)) if shape.n_outputs > 99 else range(len(names), 0, -1)
+        return {name: 1.0 + 3.0 * step for name, step in zip(names, steps)}
 
     monkeypatch.setattr(choosing, "measure", record)
     return shapes
 
 
 def test_a_shape_is_measured_once_for_a_machine(kept: Path, measured: list[Shape]) -> None:
-    last = list(kernels_of("float32"))[-1]
     other = SHAPE._replace(n_rows=1)
-    assert choose([SHAPE, SHAPE]) == {SHAPE: last}
-    assert choose([SHAPE, other]) == {SHAPE: last, other: last}
+    assert choose([SHAPE, SHAPE]) == choose([SHAPE, other]) == LAST
     assert measured == [SHAPE, other]
     (path,) = kept.iterdir()
-    assert torch.__version__.replace("+", "") in path.name.replace("+", "")
-    assert json.loads(path.read_text()) == {str(SHAPE): last, str(other): last}
+    assert json.loads(path.read_text()).keys() == {str(SHAPE), str(other)}
+    version = "".join(filter(str.isalnum, torch.__version__))
+    assert version in "".join(filter(str.isalnum, path.name))
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '"x"', "null", "[" * 10**5, '{"a": 1}'])
+def test_a_model_takes_one_kernel_by_the_sum_over_its_layers(kept: Path, measured: list[Shape]) -> None:
+    tall = SHAPE._replace(n_outputs=100)
+    assert choose([tall]) == FIRST and choose([SHAPE]) == LAST
+    assert choose([tall, tall, SHAPE]) == FIRST and choose([tall, SHAPE, SHAPE]) == LAST
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "{", '"x"', "null", "[" * 10**5, '{"a": 1}', '{"%s": {"linear": 1}}', '{"%s": "x"}'],
+)
 def test_a_damaged_file_is_measured_anew(kept: Path, measured: list[Shape], content: str) -> None:
-    expected = choose([SHAPE])
-    (path,) = kept.iterdir()
-    path.write_text(content)
-    assert choose([SHAPE]) == expected and measured == [SHAPE, SHAPE]
-    assert json.loads(path.read_text())[str(SHAPE)] == expected[SHAPE]
-
-
-def test_a_kept_name_that_is_no_kernel_here_is_measured_anew(kept: Path, measured: list[Shape]) -> None:
     choose([SHAPE])
     (path,) = kept.iterdir()
-    path.write_text(json.dumps({str(SHAPE): "of_another_version"}))
-    assert choose([SHAPE]) == {SHAPE: list(kernels_of("float32"))[-1]}
+    path.write_text(content.replace("%s", str(SHAPE)))
+    assert choose([SHAPE]) == LAST and measured == [SHAPE, SHAPE]
+    assert json.loads(path.read_text())[str(SHAPE)].keys() == kernels_of("float32").keys()
 
 
-def test_a_folder_that_cannot_be_written_costs_a_measurement(
-    kept: Path, measured: list[Shape]
-) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_measurement(kept: Path, measured: list[Shape]) -> None:
     kept.write_text("a file in the folder's place")
     assert choose([SHAPE]) == choose([SHAPE]) and measured == [SHAPE, SHAPE]
 
 
-def test_a_pinned_kernel_is_taken_where_the_shape_has_it(
+def test_a_pinned_kernel_is_taken_where_the_dtype_has_it(
     kept: Path, measured: list[Shape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PIN, "one_row,linear,plain")
-    half, of_integers = SHAPE._replace(dtype="bfloat16"), SHAPE._replace(dtype=INT8)
-    assert choose([SHAPE, half, of_integers]) == {SHAPE: "linear", half: "one_row", of_integers: "plain"}
+    names = [choose([SHAPE._replace(dtype=dtype)]) for dtype in ("float32", "bfloat16", INT8)]
+    assert names == ["linear", "one_row", "plain"]
     assert not measured and not kept.exists()
 
 
@@ -85,8 +86,8 @@ def test_an_unknown_pinned_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_plainer_kernel_is_left_only_for_a_gain() -> None:
-    assert fastest({"linear": 1.01, "packed": 1.0}) == "linear"
-    assert fastest({"linear": 1.2, "one_row": 1.02, "packed": 1.0}) == "one_row"
+    assert fastest([{"linear": 1.01, "packed": 1.0}]) == "linear"
+    assert fastest([{"linear": 1.2, "one_row": 1.02, "packed": 1.0}]) == "one_row"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", INT8])
