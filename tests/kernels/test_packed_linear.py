@@ -153,6 +153,15 @@ def test_sums_of_integers_are_exact(kernel: str, n_inputs: int, n_outputs: int, 
     assert torch.equal(product(x.float(), torch.ones(rows, 1)), expected.float())
 
 
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
+def test_near_ties_are_rounded_the_same_by_every_kernel(kernel: str) -> None:
+    """At 1.4999999, for example, to which 128 adds up to 129.5."""
+    x = torch.tensor([[-4.5, -3.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 4.5]])
+    x = torch.cat([x.nextafter(torch.zeros(())), x.nextafter(2 * x)])[:, None]
+    product = integer_kernels()[kernel](torch.eye(9, dtype=torch.int8), 2, make_room)
+    assert torch.equal(product(x, torch.ones(2, 1, 1)), x.round())
+
+
 def test_int8_has_the_same_bits_by_every_kernel() -> None:
     """So that the kernel may be chosen by the number of rows, and no text depends on its mates' number."""
     x = torch.randn(7, 36, generator=torch.Generator().manual_seed(5))
