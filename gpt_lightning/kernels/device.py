@@ -56,6 +56,10 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 @cache
 def processor() -> str:
     """Names the processor as far as its kernels differ."""

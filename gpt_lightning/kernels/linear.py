@@ -3,7 +3,6 @@
 F.linear first fills its result with the bias in bfloat16, and takes MKL in float32, which is a tenth slower.
 """
 
-import platform
 from functools import cache
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt_lightning.kernels.device import processor, trains_on_cpu
+from gpt_lightning.kernels.device import is_x86, processor, trains_on_cpu
 
 _LEAST_WORK = 2**25  # multiplications, below which the calls from Python cost more than they spare
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
@@ -50,7 +49,7 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 @cache
 def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Tells whether oneDNN has products of its own for this dtype on this machine."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+    if not torch.backends.mkldnn.is_available() or not is_x86():
         return False
     supports_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
     return dtype == torch.float32 or (dtype == torch.bfloat16 and supports_bf16())

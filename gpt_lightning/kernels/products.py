@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt_lightning.kernels.device import is_x86
 from gpt_lightning.kernels.linear import onednn_multiplies, product
 
 Product = Callable[[Tensor], Tensor]  # [..., D] to [..., N]
 Room = Callable[[torch.Size], tuple[Tensor, Tensor]]
-_INT8_FITS = torch.cpu._is_vnni_supported()
+# Without VNNI the kernels for x86 add two products in 16 bits, which overflow at the full range.
+_INT8_FITS = torch.cpu._is_vnni_supported() or not is_x86()
 
 
 def float_kernels(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor | None, int], Product]]:
@@ -68,7 +70,6 @@ class IntegerProduct:
     The sums, [..., N] in float32, have the same bits whatever kernel computes them, and whatever is beside.
     """
 
-    # Without these instructions the kernels' sums of two products overflow at the full range.
     greatest = 127 if _INT8_FITS else 63
 
     def __init__(self, integers: Tensor, n_rows: int, room: Room) -> None:
@@ -150,7 +151,8 @@ def make_room(shape: torch.Size) -> tuple[Tensor, Tensor]:
 def integer_kernels() -> dict[str, type[IntegerProduct]]:
     """Returns what makes a product of 8-bit weights on this machine, the plainest first."""
     kernels: dict[str, type[IntegerProduct]] = {"plain": IntegerProduct}
-    if onednn_multiplies(torch.float32) and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    # oneDNN adds 128 to the inputs, with which they overflow without VNNI whatever their range.
+    if _INT8_FITS and onednn_multiplies(torch.float32) and hasattr(torch.ops.onednn, "qlinear_pointwise"):
         kernels["onednn"] = OneDNNIntegerProduct
     if torch.backends.quantized.engine != "none" and hasattr(torch.ops.quantized, "linear_dynamic"):
         kernels["quantized"] = FewRowsProduct if "onednn" in kernels else QuantizedTensorProduct

@@ -1,6 +1,9 @@
 """The copies of a model that a CPU decodes with: the same numbers, or the numbers of 8 bits, row by row."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch.testing import assert_close
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.choose import PIN
+from gpt_lightning.kernels.device import is_x86
 from gpt_lightning.kernels.packed_linear import FloatLinear, Int8Linear, packed
 from gpt_lightning.kernels.products import IntegerProduct, float_kernels, integer_kernels, make_room
 from gpt_lightning.model.gpt import MLP, GPTModel, Linear
@@ -151,6 +155,26 @@ def test_sums_of_integers_are_exact(kernel: str, n_inputs: int, n_outputs: int, 
     product = integer_kernels()[kernel](integers, rows, make_room)
     expected = x @ integers.long().t()
     assert torch.equal(product(x.float(), torch.ones(rows, 1)), expected.float())
+
+
+WITHOUT_VNNI = """
+import torch
+torch.cpu._is_vnni_supported = lambda: False
+from tests.kernels.test_packed_linear import INTEGER_KERNELS, test_sums_of_integers_are_exact
+for kernel in INTEGER_KERNELS:
+    test_sums_of_integers_are_exact(kernel, 768, 50, 5)
+print(INTEGER_KERNELS)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_x86(), reason="of x86's instructions")
+def test_sums_of_integers_are_exact_with_avx2_alone() -> None:
+    names = ("ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+    environment = os.environ | dict(zip(names, ("AVX2", "AVX2", "avx2"), strict=True))
+    words = [sys.executable, "-c", WITHOUT_VNNI]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and "quantized" in ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize("kernel", INTEGER_KERNELS)
