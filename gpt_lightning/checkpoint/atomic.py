@@ -25,7 +25,10 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def user_cache() -> Path:
     """Returns the user's folder for what can be made anew, which may not exist yet."""
     given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path("~/.cache").expanduser()) / "gpt_lightning"
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "gpt_lightning"
+    except RuntimeError as error:  # a user without a name and without HOME, as containers have them
+        raise FileNotFoundError(errno.ENOENT, str(error)) from error
 
 
 class NameNotSyncedError(OSError):

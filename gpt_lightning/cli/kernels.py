@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt_lightning.checkpoint.atomic import naming
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_options import add_model_options, open_model
 from gpt_lightning.cli.parser import PlainParser
@@ -17,13 +18,16 @@ def run_kernels(words: list[str]) -> None:
     options = _parser().parse_args(words)
     if options.rows < 1:
         raise UserError(f"rows={options.rows} is below 1; give how many texts are written at a time")
+    if options.device not in (None, "cpu"):
+        raise UserError(f"device={options.device} has one kernel: only a CPU has a choice; leave --device out")
     quantize = GenerationConfig(quantize=options.quantize).quantize
     _, model, _ = open_model(options, torch.device("cpu"))
     shapes = decoding_shapes(model, quantize=quantize, n_rows=options.rows)
     if not shapes:
         raise UserError(f"precision={options.precision} has one kernel on this machine: nothing to choose")
     measured = {shape: measure(shape) for shape in dict.fromkeys(shapes)}
-    keep(measured)
+    with naming("the user's cache folder", "set XDG_CACHE_HOME to another"):
+        keep(measured)
     for shape, seconds in measured.items():
         figures = ", ".join(f"{name} {value / MICROSECOND:,.0f} us" for name, value in seconds.items())
         print(f"{shapes.count(shape)} of {shape}: {figures}")

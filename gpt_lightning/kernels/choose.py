@@ -58,7 +58,8 @@ def choose(shapes: Sequence[Shape]) -> str:
     missing = [shape for shape in different if not _is_whole(kept.get(str(shape)), kernels)]
     measured = {shape: measure(shape) for shape in missing}
     if measured:
-        keep(measured)
+        with suppress(OSError):
+            keep(measured)
     times = {shape: measured.get(shape) or kept[str(shape)] for shape in different}
     return fastest([times[shape] for shape in shapes])
 
@@ -140,13 +141,12 @@ def _read() -> dict[str, Any]:
 
 
 def keep(measured: Mapping[Shape, Mapping[str, float]]) -> None:
-    """Has later starts on such a machine take these, as far as the user's cache folder can be written."""
-    path = _path()
+    """Has later starts on such a machine take these."""
     kept = _read() | {str(shape): dict(seconds) for shape, seconds in measured.items()}
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_file(path) as file:
-            file.write(json.dumps(kept, indent=1, sort_keys=True).encode())
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_file(path) as file:
+        file.write(json.dumps(kept, indent=1, sort_keys=True).encode())
 
 
 def _path() -> Path:

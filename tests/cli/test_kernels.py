@@ -47,10 +47,19 @@ def test_a_pinned_kernel_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().out.endswith(" take: linear\n")
 
 
+def test_a_folder_that_cannot_be_written_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "cache").write_text("a file in the folder's place")
+    with pytest.raises(SystemExit) as ended:
+        main(["kernels"])
+    assert ended.value.code == 2
+    assert "cache folder cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--rows", "0"], "rows=0 is below 1"),
+        (["--device", "cuda"], "device=cuda has one kernel"),
         (["--quantize", "int3"], "generation.quantize='int3' is unknown"),
     ],
 )

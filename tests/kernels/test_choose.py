@@ -70,6 +70,17 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement(kept: Path, measure
     assert choose([SHAPE]) == choose([SHAPE]) and measured == [SHAPE, SHAPE]
 
 
+def test_a_user_without_a_home_generates_too(
+    kept: Path, measured: list[Shape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    assert choose([SHAPE]) == LAST and not kept.exists()
+
+
 def test_a_pinned_kernel_is_taken_where_the_dtype_has_it(
     kept: Path, measured: list[Shape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
