@@ -19,7 +19,7 @@ def run_kernels(words: list[str]) -> None:
     if options.rows < 1:
         raise UserError(f"rows={options.rows} is below 1; give how many texts are written at a time")
     if options.device not in (None, "cpu"):
-        raise UserError(f"device={options.device} has one kernel: only a CPU has a choice; leave --device out")
+        raise UserError(f"device={options.device} has one kernel: a CPU has several; leave --device out")
     quantize = GenerationConfig(quantize=options.quantize).quantize
     _, model, _ = open_model(options, torch.device("cpu"))
     shapes = decoding_shapes(model, quantize=quantize, n_rows=options.rows)

@@ -90,6 +90,15 @@ def test_a_pinned_kernel_is_taken_where_the_dtype_has_it(
     assert not measured and not kept.exists()
 
 
+def test_the_only_kernel_is_not_measured(
+    kept: Path, measured: list[Shape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As int8 has it on Arm."""
+    monkeypatch.setattr(choosing, "kernels_of", lambda dtype: dict.fromkeys(["plain", "quantized"]))
+    assert choose([SHAPE._replace(dtype=INT8)]) == "quantized"
+    assert not measured and not kept.exists()
+
+
 def test_an_unknown_pinned_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PIN, "linear,fast")
     with pytest.raises(ValueError, match="GPT_LIGHTNING_KERNELS=linear,fast: no kernel is called fast; name"):
