@@ -140,6 +140,7 @@ class FewRowsProduct(IntegerProduct):
         return kernel(x, step)
 
 
+@torch.inference_mode(False)  # whose tensors no later call without it could write
 def make_room(shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Makes room for rows [..., D]: [..., D + 2] that ends in the ends, and its first D."""
     # The dtype is said outright: within a step, bf16-true makes half precision the default.

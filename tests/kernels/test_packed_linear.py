@@ -278,6 +278,15 @@ def test_int8_is_refused_where_it_does_not_run() -> None:
         packed(model, quantize="int8", n_rows=1)
 
 
+def test_an_int8_copy_serves_without_inference_mode_too() -> None:
+    """After it has served in it, as in generation."""
+    copy = packed(make_model(), quantize="int8", n_rows=IDS.numel())
+    with torch.inference_mode():
+        expected = logits(copy)
+    with torch.no_grad():
+        assert torch.equal(logits(copy), expected)
+
+
 def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
     layer, x = make_layer(), torch.randn(3, 36)
     torch.set_default_dtype(torch.bfloat16)
