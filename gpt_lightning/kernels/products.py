@@ -2,7 +2,8 @@
 
 Which one is fastest depends on the processor, the shape and the dtype; `choose.py` measures it. In float32
 and bfloat16 they round differently, within the dtype; the sums of integers are exact, whoever computes them.
-Every private operator of PyTorch that decoding uses is called here, and left out where this PyTorch lacks it.
+Every private operator of PyTorch that decoding alone uses is called here; those for integers are left out
+where this PyTorch lacks them.
 Shapes: M rows of all sequences, D input features, N output features.
 """
 
