@@ -177,6 +177,13 @@ def test_sums_of_integers_are_exact_with_avx2_alone() -> None:
     assert ended.returncode == 0 and "quantized" in ended.stdout, ended.stderr
 
 
+@pytest.mark.skipif("qnnpack" not in torch.backends.quantized.supported_engines, reason="needs QNNPACK")
+@pytest.mark.skipif(IntegerProduct.greatest < 127, reason="QNNPACK knows the full range alone")
+def test_sums_of_integers_are_exact_by_arms_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
+    test_sums_of_integers_are_exact("quantized", 768, 50, 5)
+
+
 @pytest.mark.parametrize("kernel", INTEGER_KERNELS)
 def test_near_ties_are_rounded_the_same_by_every_kernel(kernel: str) -> None:
     """At 1.4999999, for example, to which 128 adds up to 129.5."""
