@@ -4,6 +4,7 @@ Each contender is a process that waits for the number of steps of its next turn,
 """
 
 import argparse
+import json
 import os
 import resource
 import sys
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nanogpt_checkout import load_nanogpt
 from torch import Tensor
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
 Step = Callable[[Tensor, Tensor], Tensor]  # one optimizer step on inputs and targets: the loss
 
@@ -119,17 +121,18 @@ def train_ours(turns: Turns, case: Case, precision: str, options: argparse.Names
     GPTLightningCLI.after_instantiate_classes = add  # type: ignore
     os.chdir(tempfile.mkdtemp(dir=options.folder))
     write_tokenizer(Path("tokenizer"), case.vocab_size)
-    model = {name: getattr(case.config, name) for name in ("n_layers", "n_heads", "d_model", "activation")}
+    # All of the model and its recipe: what is not said is the quickstart's, which no other contender trains.
+    model = {name: value for name, value in asdict(case.config).items() if name != "vocab_size"}
+    optimizer = {**asdict(OptimizerConfig()), "learning_rate": options.learning_rate}
+    schedule = {**asdict(ScheduleConfig()), "warmup_steps": 0}
+    parts = {"config": model, "optimizer": optimizer, "schedule": schedule}
     settings = {
         "data.train_files": options.text,
         "data.val_fraction": 0,
         "data.tokenizer": "tokenizer",
         "data.seq_len": case.seq_len,
         "data.batch_size": case.batch_size,
-        "model.config.max_position_embeddings": case.seq_len,
-        **{f"model.config.{name}": value for name, value in model.items()},
-        "model.optimizer.learning_rate": options.learning_rate,
-        "model.schedule.warmup_steps": 0,
+        **{f"model.{part}": json.dumps(values) for part, values in parts.items()},
         "trainer.max_steps": 10**6,
         "trainer.gradient_clip_val": 1.0,
         "trainer.precision": {"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],

@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -45,7 +46,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import TokenBatch
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
+from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
 SAVE_EVERY, SEQ_LEN = 200, 32
 WARM_UP = SAVE_EVERY + 25  # with what the first checkpoint imports; no later one is at the end of a turn
@@ -189,10 +190,16 @@ class TimedCLI(GPTLightningCLI):
 
 def ours(folder: Path, steps: int, log_every: int) -> list[Seconds]:
     TimedCLI.stopwatch = Stopwatch(steps)
+    shape = asdict(GPTConfig(**SHAPE))
     with tempfile.TemporaryDirectory() as root:
         config = {
             "data": data_options(folder),
-            "model": {"config": SHAPE, "schedule": {"warmup_steps": 10}},
+            # What is not said is the quickstart's, which no other contender trains.
+            "model": {
+                "config": {name: value for name, value in shape.items() if name != "vocab_size"},
+                "optimizer": asdict(OptimizerConfig()),
+                "schedule": {**asdict(ScheduleConfig()), "warmup_steps": 10},
+            },
             "checkpoint": {"every_n_train_steps": SAVE_EVERY},
             "trainer": {
                 "accelerator": "cpu",
@@ -206,7 +213,7 @@ def ours(folder: Path, steps: int, log_every: int) -> list[Seconds]:
         path.write_text(json.dumps(config))  # which is YAML too
         quiet()
         with ExitStack() as ending:
-            TimedCLI(["fit", "--config", str(path)], RankGuard(), ending).run_verb()
+            TimedCLI(["fit", "--config", str(path)], None, RankGuard(), ending).run_verb()
     return TimedCLI.stopwatch.stretches
 
 
