@@ -71,7 +71,10 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Computes grad.T @ x, [N, D], of [rows, N] and [rows, D]."""
+    """Computes grad.T @ x, [N, D], of [rows, N] and [rows, D].
+
+    Where grad is the wider one, laying it out takes as long as it spares.
+    """
     return (transposed(grad) if grad.shape[1] < x.shape[1] else grad.t()) @ x
 
 
