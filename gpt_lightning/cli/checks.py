@@ -159,10 +159,16 @@ def tell_of_no_export(settings: Any) -> None:
         say(f"this shape exports to nothing (export-hf): {error}")
 
 
+def ends_before_validation(trainer: Any) -> bool:
+    """Tells whether the last step comes before the first validation is due."""
+    interval = trainer.val_check_interval
+    return type(interval) is int and 0 < trainer.max_steps < interval
+
+
 def warn_of_no_validation(trainer: Any) -> None:
     """Says that a run ends before its first validation is due, and so shows and keeps no val/loss."""
     interval, steps = trainer.val_check_interval, trainer.max_steps
-    if isinstance(interval, int) and 0 < steps < interval and trainer.limit_val_batches != 0:
+    if ends_before_validation(trainer) and trainer.limit_val_batches != 0:
         problem = f"trainer.val_check_interval={interval} is over trainer.max_steps={steps}"
         say(f"warning: {problem}: the run ends without a validation; lower it")
 

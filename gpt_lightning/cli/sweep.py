@@ -18,6 +18,7 @@ from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.checkpoint.atomic import release, take_lock
 from gpt_lightning.checkpoint.runs import LAST, LOCK, checkpoints_folder, run_folder
 from gpt_lightning.cli.app import GPTLightningCLI
+from gpt_lightning.cli.checks import ends_before_validation
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.main import VERBS
@@ -54,7 +55,7 @@ class _FitWords(GPTLightningCLI):
     def _begin_run(self, settings: Any, root: Path) -> None:
         """Refuses a trial that would measure nothing by which to judge it."""
         every, last = settings.trainer.val_check_interval, settings.trainer.max_steps
-        if type(every) is int and 0 < last < every:
+        if ends_before_validation(settings.trainer):
             problem = f"trainer.val_check_interval={every} is above trainer.max_steps={last}"
             raise UserError(f"{problem}, and trials need a val/loss; lower the one or raise the other")
 

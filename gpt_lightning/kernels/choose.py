@@ -57,7 +57,7 @@ def choose(shapes: Sequence[Shape]) -> str:
         return next(iter(candidates))
     kept = _read()
     different = dict.fromkeys(shapes)
-    missing = [shape for shape in different if not _is_whole(kept.get(str(shape)), kernels)]
+    missing = [shape for shape in different if not _is_whole(kept.get(str(shape)), candidates)]
     measured = {shape: measure(shape) for shape in missing}
     if measured:
         with suppress(OSError):
@@ -66,11 +66,11 @@ def choose(shapes: Sequence[Shape]) -> str:
     return fastest([times[shape] for shape in shapes])
 
 
-def _is_whole(seconds: Any, kernels: Mapping[str, Any]) -> bool:
+def _is_whole(seconds: Any, candidates: Mapping[str, Any]) -> bool:
     """Tells whether these are times of all the kernels that are measured."""
     return (
         isinstance(seconds, dict)
-        and seconds.keys() == _measured_ones(kernels).keys()
+        and seconds.keys() == candidates.keys()
         and all(isinstance(value, float) and value > 0 for value in seconds.values())
     )
 
