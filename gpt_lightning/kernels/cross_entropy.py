@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.kernels.linear import product, transposed
+from gpt_lightning.kernels.linear import product
 
 CHUNK_BYTES = 2**26  # of logits; fewer rows add up the weight's gradient more often, more take more memory
 CHUNK_BYTES_ON_ACCELERATORS = 2**29  # and, where it is of half precision, twice as much for its softmax
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     total += _loss_and_gradient_(part, part_targets, shard, needs_grad).sum(dtype=sum_dtype)
                 if hidden_grad is not None and weight_grad is not None:
                     hidden_grad[chunk] = product(logits, compute_weight.t())
-                    weight_grad += (transposed(logits) @ compute_hidden)[:V]
+                    weight_grad += (logits.t() @ compute_hidden)[:V]
         if needs_grad:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.weight_dtype = weight.dtype

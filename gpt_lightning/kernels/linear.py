@@ -70,25 +70,6 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return product(grad, weight.t())
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Computes grad.T @ x, [N, D], of [rows, N] and [rows, D].
-
-    Where grad is the wider one, laying it out takes as long as it spares.
-    """
-    return (transposed(grad) if grad.shape[1] < x.shape[1] else grad.t()) @ x
-
-
-def transposed(first: Tensor) -> Tensor:
-    """Transposes a product's first factor: AMX reads it at a third of its speed unless it is laid out."""
-    is_laid_out = first.device.type == "cpu" and _tiles_multiply(first.dtype)
-    return first.t().contiguous() if is_laid_out else first.t()
-
-
-@cache
-def _tiles_multiply(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and onednn_multiplies(dtype) and torch.cpu._is_amx_tile_supported()
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,5 +84,5 @@ class _Linear(torch.autograd.Function):
         grad = grad_outputs[0]
         rows = grad.reshape(-1, grad.shape[-1])
         x_grad = _input_gradient(grad, weight) if needs_x else None
-        weight_grad = _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        weight_grad = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
         return x_grad, weight_grad, rows.sum(0) if needs_bias else None

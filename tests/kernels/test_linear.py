@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from gpt_lightning.kernels.linear import FastLinear, is_plain_linear, onednn_multiplies, transposed
+from gpt_lightning.kernels.linear import FastLinear, is_plain_linear, onednn_multiplies
 from gpt_lightning.model.gpt import Linear
 from tests.kernels.test_expressions import fast_linear as linear
 
@@ -47,14 +47,12 @@ def test_training_takes_onednn_for_large_products(monkeypatch: pytest.MonkeyPatc
     assert type(linear(*make_inputs()).grad_fn).__name__ != "_LinearBackward"
 
 
-@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("processor", ["Intel", "another"])
 @pytest.mark.parametrize("n_outputs", [5, 11])  # narrower and wider than the inputs
 def test_gradients_are_f_linears_on_every_processor(
-    tiles: bool, n_outputs: int, monkeypatch: pytest.MonkeyPatch
+    processor: str, n_outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where AMX multiplies and on Intel's, which multiply in another order."""
-    monkeypatch.setattr("gpt_lightning.kernels.linear._tiles_multiply", lambda dtype: tiles)
-    monkeypatch.setattr("gpt_lightning.kernels.linear.processor", lambda: "Intel" if tiles else "another")
+    monkeypatch.setattr("gpt_lightning.kernels.linear.processor", lambda: processor)
     generator = torch.Generator().manual_seed(1)
     shapes = [(3, 5, 7), (n_outputs, 7), (n_outputs,)]
     inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -65,15 +63,6 @@ def test_gradients_are_f_linears_on_every_processor(
         strict=True,
     ):
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("device, is_copied", [("cpu", True), ("meta", False)])
-def test_only_a_cpu_lays_out_for_its_tiles(
-    device: str, is_copied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU beside such a processor would copy all logits for nothing."""
-    monkeypatch.setattr("gpt_lightning.kernels.linear._tiles_multiply", lambda dtype: True)
-    assert transposed(torch.ones(3, 5, device=device)).is_contiguous() is is_copied
 
 
 def test_dtypes_that_do_not_agree_are_refused_as_by_f_linear() -> None:
