@@ -1,4 +1,4 @@
-"""Runs the verbs that make one form of a model of another: `consolidate`, `import-hf` and `export-hf`."""
+"""Runs the verbs that make one form of a model of another: `consolidate`, `import-hf` and the exports."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.parser import PlainParser, option_line
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.exporting import export_model
+from gpt_lightning.huggingface.gguf_file import DTYPES, export_gguf
 from gpt_lightning.huggingface.importing import import_model
 
 
@@ -43,6 +44,22 @@ def run_export(words: list[str]) -> None:
     checkpoint, folder = _two_words("export-hf", words, places)
     export_model(named_checkpoint(Path(checkpoint), say), Path(folder))
     say(f"model: {folder}")
+
+
+def run_export_gguf(words: list[str]) -> None:
+    parser = PlainParser(prog="gpt-lightning export-gguf", description=VERBS["export-gguf"])
+    parser.add_argument("--ckpt_path", type=str, required=True, help="A checkpoint, also a sharded one.")
+    parser.add_argument("--output", type=str, required=True, help="The file to write, such as my-gpt.gguf.")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="What matrices are stored in; all else is float32. q8_0: a byte a weight, and a scale of 32 of "
+        "them; a matrix whose rows have no multiple of 32 weights is stored in float16.",
+    )
+    options = parser.parse_args(words)
+    export_gguf(named_checkpoint(Path(options.ckpt_path), say), Path(options.output), options.dtype)
+    say(f"model: {options.output}")
 
 
 def _two_words(verb: str, words: list[str], places: dict[str, str]) -> tuple[str, str]:

@@ -26,6 +26,7 @@ VERBS = {
     "consolidate": "make one file of a sharded checkpoint",
     "import-hf": "make a checkpoint of a Hugging Face model, by folder or hub name",
     "export-hf": "make a Hugging Face folder of a checkpoint",
+    "export-gguf": "make a file of a checkpoint that llama.cpp runs",
 }
 # What other programs call them.
 ELSEWHERE = {"train": "fit", "pretrain": "fit", "finetune": "fit", "sample": "generate"}
@@ -53,6 +54,7 @@ WITHOUT_TRAINER = {
     "consolidate": ("convert", "run_consolidate"),
     "import-hf": ("convert", "run_import"),
     "export-hf": ("convert", "run_export"),
+    "export-gguf": ("convert", "run_export_gguf"),
 }
 
 
