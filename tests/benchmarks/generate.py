@@ -1,17 +1,19 @@
-"""Tokens a second of generation, beside transformers, nanoGPT, CTranslate2 and what the memory allows.
+"""Tokens a second of generation, beside transformers, nanoGPT, CTranslate2, llama.cpp and the memory's limit.
 
     python tests/benchmarks/generate.py                              ours and transformers
     python tests/benchmarks/generate.py --nanogpt PATH               also nanoGPT, from a checkout
     python tests/benchmarks/generate.py --prompt 900 --new 1         the time to the first token
     pip install 'gpt_lightning[ecosystem]'                           also CTranslate2, float32 and int8
+    pip install llama-cpp-python                                     also llama.cpp, float32 and q8_0, batch 1
 
 GPT-2 small with the same random weights everywhere, a prompt of 32 tokens, 128 new ones, greedy, batch 1 and
 8. The contenders take turns, each project in a process of its own, and medians are shown. The limit is the
 time that reading every weight once a step takes, at the rate at which the same threads sum an array larger
 than any cache, measured in every round. nanoGPT has no cache: a new token is timed at five lengths of the
 text, and their mean stands for all 128. The ratios of all precisions are to transformers and CTranslate2 in
-float32, and to the faster of transformers' two; int8 is compared with CTranslate2's int8. There are none if
-the machine was busy. The last line is the result as JSON.
+float32, and to the faster of transformers' two; int8 is compared with CTranslate2's int8. llama.cpp, on what
+`export-gguf` writes and by its own settings, is compared with ours in float32 and int8. There are none if the
+machine was busy. The last line is the result as JSON.
 """
 
 import argparse
@@ -34,8 +36,10 @@ from nanogpt_checkout import load_nanogpt
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from gpt_lightning.data.tokenizer import load_tokenizer
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.huggingface.gguf_file import write_gguf
 from gpt_lightning.huggingface.gpt2 import config_from_gpt2, from_gpt2_state_dict
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
@@ -116,6 +120,40 @@ def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int) -> dict[str
     return contenders
 
 
+def llama_cpp_contenders(reference: GPT2LMHeadModel, threads: int) -> dict[str, Contender]:
+    """One text at a time; the greatest logit is taken of its own memory, without its sampler."""
+    import llama_cpp
+    import numpy as np
+
+    folder = Path(tempfile.mkdtemp())
+    config = config_from_gpt2(reference.config)
+    weights = from_gpt2_state_dict(reference.state_dict(), config)
+    contenders: dict[str, Contender] = {}
+    for kind in ("float32", "q8_0"):
+        path = folder / f"{kind}.gguf"
+        write_gguf(config, weights, load_tokenizer("bytes"), path, kind)
+        model = llama_cpp.Llama(
+            str(path),
+            n_ctx=config.max_position_embeddings,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+        def run(prompts: list[list[int]], n_new: int, model: Any = model) -> list[list[int]]:
+            (text,) = prompts
+            model.reset()
+            new: list[int] = []
+            for _ in range(n_new):
+                model.eval([new[-1]] if new else text)
+                logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+                new.append(int(np.ctypeslib.as_array(logits, shape=(config.vocab_size,)).argmax()))
+            return [new]
+
+        contenders[f"llama.cpp {kind}"] = run
+    return contenders
+
+
 def _word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
@@ -174,6 +212,8 @@ def _begin(project: str, prompts: list[list[int]], layers: int, threads: int) ->
         _contenders.update(our_contenders(reference, batch))
     elif project == "transformers":
         _contenders.update(transformers_contenders(reference))
+    elif project == "llama.cpp":
+        _contenders.update(llama_cpp_contenders(reference, threads))
     else:
         _contenders.update(ctranslate2_contenders(reference, threads))
 
@@ -204,6 +244,8 @@ def measure(batch: int, watch: Watch, options: argparse.Namespace) -> dict[str, 
     projects = ["transformers", "ours"]
     if importlib.util.find_spec("ctranslate2") is not None:
         projects.insert(1, "CTranslate2")
+    if importlib.util.find_spec("llama_cpp") is not None and batch == 1:
+        projects.insert(1, "llama.cpp")
     with ExitStack() as stack:
         contenders: dict[str, ProcessPoolExecutor] = {}
         for project in projects:
@@ -257,6 +299,9 @@ def _case(
     peer = "CTranslate2 int8" if kind == "int8" else "CTranslate2 float32"
     if peer in medians:
         case["vs_ctranslate2"] = medians[peer] / ours
+    peer = "llama.cpp q8_0" if kind == "int8" else "llama.cpp float32"
+    if peer in medians:
+        case["vs_llama_cpp"] = medians[peer] / ours
     if "nanoGPT float32" in medians:
         case["vs_nanogpt"] = medians["nanoGPT float32"] / ours
     if n_new > 1:  # else the time is the prompt's
