@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
@@ -120,38 +121,34 @@ def ctranslate2_contenders(reference: GPT2LMHeadModel, threads: int) -> dict[str
     return contenders
 
 
-def llama_cpp_contenders(reference: GPT2LMHeadModel, threads: int) -> dict[str, Contender]:
+def llama_cpp_contenders(reference: GPT2LMHeadModel, threads: int, kind: str) -> dict[str, Contender]:
     """One text at a time; the greatest logit is taken of its own memory, without its sampler."""
     import llama_cpp
     import numpy as np
 
-    folder = Path(tempfile.mkdtemp())
+    path = Path(tempfile.mkdtemp()) / f"{kind}.gguf"
     config = config_from_gpt2(reference.config)
     weights = from_gpt2_state_dict(reference.state_dict(), config)
-    contenders: dict[str, Contender] = {}
-    for kind in ("float32", "q8_0"):
-        path = folder / f"{kind}.gguf"
-        write_gguf(config, weights, load_tokenizer("bytes"), path, kind)
-        model = llama_cpp.Llama(
-            str(path),
-            n_ctx=config.max_position_embeddings,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+    write_gguf(config, weights, load_tokenizer("bytes"), path, kind)
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=config.max_position_embeddings,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
 
-        def run(prompts: list[list[int]], n_new: int, model: Any = model) -> list[list[int]]:
-            (text,) = prompts
-            model.reset()
-            new: list[int] = []
-            for _ in range(n_new):
-                model.eval([new[-1]] if new else text)
-                logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-                new.append(int(np.ctypeslib.as_array(logits, shape=(config.vocab_size,)).argmax()))
-            return [new]
+    def run(prompts: list[list[int]], n_new: int) -> list[list[int]]:
+        (text,) = prompts
+        model.reset()
+        new: list[int] = []
+        for _ in range(n_new):
+            model.eval([new[-1]] if new else text)
+            logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+            new.append(int(np.ctypeslib.as_array(logits, shape=(config.vocab_size,)).argmax()))
+        return [new]
 
-        contenders[f"llama.cpp {kind}"] = run
-    return contenders
+    return {f"llama.cpp {kind}": run}
 
 
 def _word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
@@ -212,8 +209,8 @@ def _begin(project: str, prompts: list[list[int]], layers: int, threads: int) ->
         _contenders.update(our_contenders(reference, batch))
     elif project == "transformers":
         _contenders.update(transformers_contenders(reference))
-    elif project == "llama.cpp":
-        _contenders.update(llama_cpp_contenders(reference, threads))
+    elif project.startswith("llama.cpp"):
+        _contenders.update(llama_cpp_contenders(reference, threads, project.split()[1]))
     else:
         _contenders.update(ctranslate2_contenders(reference, threads))
 
@@ -245,7 +242,7 @@ def measure(batch: int, watch: Watch, options: argparse.Namespace) -> dict[str, 
     if importlib.util.find_spec("ctranslate2") is not None:
         projects.insert(1, "CTranslate2")
     if importlib.util.find_spec("llama_cpp") is not None and batch == 1:
-        projects.insert(1, "llama.cpp")
+        projects[1:1] = ["llama.cpp float32", "llama.cpp q8_0"]  # apart, since a build's kernel may die
     with ExitStack() as stack:
         contenders: dict[str, ProcessPoolExecutor] = {}
         for project in projects:
@@ -278,9 +275,13 @@ def _rounds(
     for _ in range(options.rounds):
         watch.look()
         rates.append(read_rate())
-        for name, process in contenders.items():
-            took, texts[name] = process.submit(_turn, name, options.new).result()
-            seconds[name].append(took)
+        for name in [*seconds]:
+            try:
+                took, texts[name] = contenders[name].submit(_turn, name, options.new).result()
+                seconds[name].append(took)
+            except BrokenProcessPool:
+                print(f"batch {batch} {name:22} died: left out")
+                del seconds[name]
     for name, text in texts.items():
         same = "the" if text == texts["transformers float32"] else "not the"
         print(f"batch {batch} {name:22} writes {same} text of transformers float32")
