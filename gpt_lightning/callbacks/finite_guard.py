@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -16,6 +15,7 @@ from gpt_lightning.exit_codes import NON_FINITE, UserError
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.muon import MuonWithAdamW
+from gpt_lightning.training.step_flags import greatest
 from gpt_lightning.training.trainer import GPTTrainer, SaveCallback, is_logging_step
 
 # Where the host reads results at once; on these the fused optimizers leave a step out by themselves.
@@ -88,9 +88,7 @@ class FiniteGuard(SaveCallback):
     ) -> None:
         number, step = trainer.global_step + 1, self._step
         self._step, self._batch = _Seen(), None
-        refused = (~_looked_at(trainer, pl_module, step.losses).isfinite()).float()
-        if trainer.world_size > 1:
-            dist.all_reduce(refused, op=dist.ReduceOp.MAX)
+        refused = greatest((~_looked_at(trainer, pl_module, step.losses).isfinite()).float(), trainer)
         if self._device_decides:
             self._leave_out_on_device(optimizer, refused)
             self._unseen.append((number, step, refused))
