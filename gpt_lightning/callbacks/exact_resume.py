@@ -1,11 +1,9 @@
 """Saves what else a resumed run needs, beside weights, optimizer and data, to be the one that never ended."""
 
 import logging
-import random
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
@@ -15,12 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from gpt_lightning.callbacks.random_states import of_all_ranks, own_state, set_random_state
 from gpt_lightning.checkpoint.files import OPTIMIZERS
 from gpt_lightning.checkpoint.optimizer_state import problem_of_optimizer, problem_of_options
+from gpt_lightning.checkpoint.training_state import STATES
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import rank_and_ranks
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import are_alike, gathered
 from gpt_lightning.training.trainer import ResumeCallback, validation_is_due
 
 RESUME_KEY = "resume"
@@ -70,10 +70,10 @@ class ExactResume(ResumeCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds what a resumed run needs; gathers it, for which Lightning has all ranks call this."""
+        """Adds what a resumed run needs, for which Lightning has all ranks call this."""
         fit_loop = checkpoint["loops"]["fit_loop"]
         checkpoint[RESUME_KEY] = {
-            "random_states": _compact(gathered(_random_state(pl_module.device))),
+            **of_all_ranks(pl_module.device),
             "validation_is_due": validation_is_due(trainer),
             "validation_is_done": not self._validating and not _inside_a_batch(fit_loop),
             "epoch_is_finished": _epoch_is_finished(fit_loop, trainer.num_training_batches),
@@ -98,7 +98,7 @@ class ExactResume(ResumeCallback):
                 "without a TextDataModule no loader goes on where it was: an epoch that was interrupted is "
                 "read from its beginning again"
             )
-        self._random_state = _own(saved["random_states"], trainer)
+        self._random_state = _own_random_state(trainer, saved)
         self._samples_per_step = saved["samples_per_step"]
         self._monitored = saved.get("monitored", {})
         if saved["epoch_is_finished"] and isinstance(trainer.datamodule, TextDataModule):
@@ -126,7 +126,7 @@ class ExactResume(ResumeCallback):
         self._owes_plateau = False
         # Not earlier: what sets up a run may draw, and the run that was never killed has done that before.
         if self._random_state is not None:
-            _set_random_state(self._random_state, pl_module.device)
+            set_random_state(self._random_state, pl_module.device)
             self._random_state = None
             if former not in (0, self._samples_per_step) and trainer.is_global_zero:
                 _log.info(
@@ -136,7 +136,19 @@ class ExactResume(ResumeCallback):
                 )
 
 
+def _own_random_state(trainer: Trainer, saved: dict[str, Any]) -> dict[str, Any]:
+    state = own_state(saved, trainer.global_rank, trainer.world_size)
+    if state is None and trainer.is_global_zero:
+        _log.warning(
+            "the checkpoint holds the random states of another number of ranks than there are now "
+            f"({trainer.world_size}): all go on with the first one's"
+        )
+    return saved[STATES][0] if state is None else state
+
+
 def _check_that_all_go_on_alike(trainer: Trainer) -> None:
+    if are_alike(str(trainer.global_step).encode(), trainer.strategy.root_device):
+        return
     steps = gathered(trainer.global_step)
     for rank, step in enumerate(steps):
         if step != steps[0]:
@@ -208,54 +220,6 @@ def _check_state(trainer: Trainer, optimizer: Optimizer, state: dict[str, Any]) 
 def _refusal(trainer: Trainer, problem: str) -> UserError:
     remedy = "go on with it as it was trained, or name another"
     return UserError(f"ckpt_path={trainer.ckpt_path} {problem}; {remedy}")
-
-
-# ---- random states, as plain values that `weights_only` reads
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-        "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(state["numpy"])
-    if device.type != "cpu" and state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"])
-
-
-def _compact(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keeps of the other ranks' states what differs from the first one's.
-
-    One state is left where all are alike, as they are unless a user's code draws differently by rank; from it
-    any number of ranks goes on.
-    """
-    first, *others = states
-    kept = [{name: part for name, part in state.items() if not _same(part, first[name])} for state in others]
-    return [first, *kept] if any(kept) else [first]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
-
-
-def _own(states: list[dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
-    if len(states) not in (1, trainer.world_size):
-        if trainer.is_global_zero:
-            _log.warning(
-                f"the checkpoint holds the random states of {len(states)} ranks, and there are "
-                f"{trainer.world_size} now: all go on with the first one's"
-            )
-        return states[0]
-    return {**states[0], **states[trainer.global_rank if len(states) > 1 else 0]}
 
 
 # ---- Lightning's loops

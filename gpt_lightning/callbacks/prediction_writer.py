@@ -25,7 +25,7 @@ from gpt_lightning.generation.journal import (
     read_journals,
     remove_journals,
 )
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import from_first, gathered
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.prediction import CompletionCallback
 
@@ -59,7 +59,7 @@ class PredictionWriter(CompletionCallback):
             options["trainer.precision"] = trainer.precision
             options["data.parse_special_tokens"] = trainer.datamodule.parse_special_tokens
             settings = journal_settings(self.checkpoint.digest, trainer.datamodule.all_prompts, options)
-            settings = gathered(settings)[0]  # all ranks must take the same, and need not see the same files
+            settings = from_first(settings)  # all ranks must take the same, and need not see the same files
             self._go_on(trainer, settings, pl_module.generation.num_samples)
             if self._is_keeping:
                 self._journal = Journal(self.output, trainer.global_rank, settings)

@@ -15,7 +15,7 @@ from gpt_lightning.data.loader import TokenBatch, rank_and_ranks, token_batch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.device import peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import total
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import PARTS, GPTTrainer, Stopwatch, is_logging_step
 
@@ -104,7 +104,7 @@ class Throughput(Callback):
     def _look_at_peak(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises the peak where devices do more than before: other programs may have held them up then."""
         trainer.strategy.barrier()  # to measure at the same time where it has to be measured
-        found = sum(gathered(peak_flops(pl_module.device, str(trainer.precision))))
+        found = total(peak_flops(pl_module.device, str(trainer.precision)), pl_module.device)
         self._peak_flops = max(self._peak_flops, found)
         self._looks += 1
 

@@ -44,6 +44,7 @@ _SCHEDULE: dict[str, Callable[[Any, int], bool]] = {
     "lr_lambdas": lambda value, groups: value == [None] * groups,
 }
 _RESUME_FLAGS = ("validation_is_due", "validation_is_done", "epoch_is_finished")
+STATES, ROWS = "random_states", "random_state_rows"  # of all ranks, see callbacks/random_states.py
 _POSITION = ("consumed_samples", "batches", "epoch_batches")
 
 
@@ -114,7 +115,7 @@ def problem_of_schedulers(states: Any, groups: int) -> str | None:
 def problems_of_resume(saved: Any) -> Iterator[str]:
     """Yields what ExactResume could not go on from."""
     match saved:
-        case {"random_states": [_, *_] as states, "samples_per_step": samples} if is_count(samples):
+        case {"random_states": [first, *others], "samples_per_step": samples} if is_count(samples):
             pass
         case _:
             yield f"holds resume={short(saved)}, from which no run goes on; name another"
@@ -125,13 +126,16 @@ def problems_of_resume(saved: Any) -> Iterator[str]:
     monitored = saved.get("monitored", {})
     if not is_named(monitored) or not all(type(value) is float for value in monitored.values()):
         yield f"holds resume.monitored={short(monitored)}, no metrics; name another"
-    for rank, state in enumerate(states):
-        whole = {**states[0], **state} if isinstance(states[0], dict) and isinstance(state, dict) else state
-        if (problem := _problem_of_generators(whole)) is not None:
-            yield f"holds no random states of rank {rank} ({problem}); name another"
+    if (problem := problem_of_generators(first)) is not None:
+        yield f"holds no random states of rank 0 ({problem}); name another"
+    rows = saved.get(ROWS)
+    are_rows = rows is None or isinstance(rows, Tensor) and rows.dim() == 2 and rows.dtype == torch.uint8
+    # Of the other ranks each tries its own, when it takes it: to try all would take as long as there are.
+    if not are_rows or not all(isinstance(state, dict) for state in others):
+        yield f"holds {short(others or rows)} as random states of the other ranks; name another"
 
 
-def _problem_of_generators(state: Any) -> str | None:
+def problem_of_generators(state: Any) -> str | None:
     """Tries the states on generators of its own."""
     try:
         torch.Generator().set_state(state["torch"])

@@ -29,7 +29,7 @@ from gpt_lightning.parallel.rank_signs import (
     MachineLinks,
     Sign,
 )
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import from_first, gathered
 
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
 PATIENCE_SECONDS = 5.0  # for what ends at its own pace: other ranks, a file that is being written
@@ -91,12 +91,12 @@ class RankWatch:
         """Begins to see the others; all ranks call it."""
         machines = gathered(self._machine_number)
         self._machine = [rank for rank, number in enumerate(machines) if number == self._machine_number]
-        secret, port, file = gathered(secrets.token_hex())[0], 0, None
+        secret, port, file = from_first(secrets.token_hex()), 0, None
         links, n_machines = MachineLinks(secret), len(set(machines))
         if self._rank == 0 and n_machines > 1:
             with self._warning():
                 port = links.listen()
-        port = gathered(port)[0]
+        port = from_first(port)
         path = Path(tempfile.gettempdir(), f"gpt_lightning-{secret}-{self._machine[0]}")
         with self._warning():
             file = MachineFile(path, self._rank, self._machine)

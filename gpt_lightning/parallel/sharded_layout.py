@@ -44,7 +44,7 @@ from gpt_lightning.checkpoint.folder import (
 )
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import from_first, gathered
 from gpt_lightning.parallel.shard import (
     Shard,
     model_state,
@@ -72,7 +72,7 @@ class ShardedLayout:
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         """Writes the folder, which gets its name when it is whole; the options are for files."""
-        folder = Path(gathered(str(path))[0])
+        folder = Path(from_first(str(path)))
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors, scalars = _split(checkpoint, tied)
         check_rest(scalars)

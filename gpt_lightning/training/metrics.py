@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
@@ -34,7 +35,7 @@ class OptimizerStep:
             return {}
         nll = sum(self.nlls, torch.zeros((), device=device))
         if rank_and_ranks(trainer)[1] > 1:
-            nll = trainer.strategy.reduce(nll, reduce_op="sum")
+            nll = summed(nll, trainer.strategy)
         loss = nll / self.tokens
         return {"train/loss": loss, "train/ppl": loss.exp()}
 
@@ -50,6 +51,16 @@ def gradient_norm(trainer: Trainer, module: LightningModule) -> Tensor:
     if isinstance(trainer.strategy, TensorParallelDDPStrategy):
         return trainer.strategy.gradient_norm(module.parameters())
     return norm(p.grad for p in module.parameters() if p.grad is not None)
+
+
+def summed(values: Tensor, strategy: Strategy) -> Tensor:
+    """Sums over the ranks that read other samples, which call it together.
+
+    Before its own reductions Lightning has all ranks wait for each other, and each host for its device.
+    """
+    group = strategy.mesh.dp_group if isinstance(strategy, TensorParallelDDPStrategy) else None
+    dist.all_reduce(values, group=group)
+    return values
 
 
 class StepRow:
@@ -103,8 +114,9 @@ class TokenLoss:
 
     def compute(self, strategy: Strategy) -> Tensor:
         """Sums over all ranks, which call it together."""
-        self.nll = strategy.reduce(self.nll, reduce_op="sum")
-        self.tokens = strategy.reduce(self.tokens, reduce_op="sum")
+        if dist.is_initialized():
+            sums = summed(torch.stack([self.nll, self.tokens.to(self.nll.dtype)]), strategy)
+            self.nll, self.tokens = sums[0], sums[1].long()
         return self.nll / self.tokens
 
 

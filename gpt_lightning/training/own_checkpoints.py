@@ -14,7 +14,7 @@ from gpt_lightning.checkpoint.files import WEIGHTS, is_own
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.checkpoint.values import short
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.parallel.ranks import gathered
+from gpt_lightning.parallel.ranks import from_first
 
 
 def forget_other_folders(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def of_own_folder(callback: ModelCheckpoint, state: dict[str, Any]) -> dict[str,
     here = {path: str(folder / Path(path).name) for path in paths if Path(path).parent == former}
     # Ranks have to decide alike, and may not all see the folder.
     own = [path for path in here.values() if is_own(folder, Path(path)) and Path(path).name != LAST]
-    present = gathered(own)[0]
+    present = from_first(own)
     scores = {here[path]: score for path, score in state["best_k_models"].items() if path in here}
     sign = 1 if callback.mode == "min" else -1
     ranked = sorted((p for p in scores if p in present), key=lambda path: sign * float(scores[path]))

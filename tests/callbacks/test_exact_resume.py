@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_lightning.callbacks.exact_resume import ExactResume, _compact, _own, _random_state, _set_random_state
+from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.exit_codes import UserError
@@ -269,41 +269,3 @@ def test_without_the_callback_dropout_differs(corpus: Path, tmp_path: Path) -> N
     del checkpoint["resume"]
     torch.save(checkpoint, path)
     assert fit(corpus, tmp_path, "resumed", ckpt_path=path, **options) != whole
-
-
-class Rank:
-    """What is asked of a Trainer about its rank."""
-
-    is_global_zero = True
-
-    def __init__(self, global_rank: int, world_size: int) -> None:
-        self.global_rank, self.world_size = global_rank, world_size
-
-
-def test_random_states_that_differ_between_ranks_are_stored_once_and_by_what_differs() -> None:
-    device = torch.device("cpu")
-    common = _random_state(device)
-    torch.rand(1)
-    drawn = {**common, "torch": torch.get_rng_state()}
-    assert [list(state) for state in _compact([common] * 4)] == [list(common)]
-    stored = _compact([common, drawn, common])
-    assert [list(state) for state in stored] == [list(common), ["torch"], []]
-    for rank, state in enumerate([common, drawn, common]):
-        for states in (stored, [common, drawn, common]):  # the second as earlier versions stored it
-            own: Any = _own(states, Rank(rank, 3))  # type: ignore[arg-type]
-            assert own.keys() == state.keys() and own["numpy"] == state["numpy"]
-            assert torch.equal(own["torch"], state["torch"])
-    assert _own(stored, Rank(3, 4)) is stored[0]  # type: ignore[arg-type]
-
-
-def test_a_device_draws_on_where_it_was_and_else_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, cpu, generator = torch.device("cuda"), torch.device("cpu"), torch.Generator()
-    monkeypatch.setattr(torch.cuda, "get_rng_state", generator.get_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", generator.set_state)
-    saved, of_cpu = _random_state(device), _random_state(cpu)
-    first, second = torch.rand(2, generator=generator)
-    _set_random_state(saved, device)
-    assert torch.rand((), generator=generator) == first
-    for state, other in ((of_cpu, device), (saved, cpu)):  # a checkpoint of the one that goes on on the other
-        _set_random_state(state, other)
-    assert torch.rand((), generator=generator) == second

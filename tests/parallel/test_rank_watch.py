@@ -395,15 +395,17 @@ def accept_without_descriptors(rank: int, watch: RankWatch) -> None:
 
 
 def exhaust_after_exchange(kind: type, rank: int, watch: RankWatch) -> None:
-    gathered = rank_watch.gathered
+    def exhausting(exchange: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def exchanged_and_exhausted(value: Any) -> Any:
+            result = exchange(value)
+            if rank == 0 and isinstance(value, kind):
+                exhaust_descriptors()
+            return result
 
-    def gathered_and_exhausted(value: Any) -> list[Any]:
-        values = gathered(value)
-        if rank == 0 and isinstance(value, kind):
-            exhaust_descriptors()
-        return values
+        return exchanged_and_exhausted
 
-    setattr(rank_watch, "gathered", gathered_and_exhausted)
+    for name in ("gathered", "from_first"):
+        setattr(rank_watch, name, exhausting(getattr(rank_watch, name)))
     watch_again(watch)
     reduce_for_a_while()
 
