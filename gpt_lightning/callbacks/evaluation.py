@@ -20,6 +20,7 @@ from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.parallel.ranks import gathered
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.prediction import whole_model
 from gpt_lightning.training.trainer import counted_as, loggers_may_fail
 
 
@@ -105,7 +106,7 @@ class Evaluation(Callback):
             return
         assert self._scorer is not None
         torch.get_device_module(pl_module.device).synchronize()  # steps are to be counted as such
-        with counted_as(trainer, "validation"), isolate_rng(include_cuda=False):
+        with counted_as(trainer, "validation"), isolate_rng(include_cuda=False), whole_model(trainer):
             # In eager mode, since each length of a text would be compiled.
             with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
                 results = evaluate(self.tasks, self._scorer)

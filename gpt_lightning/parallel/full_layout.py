@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpt_lightning.checkpoint.atomic import set_aside
@@ -22,6 +22,7 @@ from gpt_lightning.parallel.shard import (
     parameters_of,
     sharded_parameters,
 )
+from gpt_lightning.parallel.sharded_replicas import rows_of, shared_like, sharing_group
 
 
 class FullLayout:
@@ -35,17 +36,26 @@ class FullLayout:
 
     def model_state(self) -> dict[str, Any]:
         """Returns the state dict of the whole model."""
-        if self.mesh.dp_rank != 0:  # replicas have nothing to add
+        if self.mesh.copy != 0:  # other copies have nothing to add
             return {}
-        whole = model_state(self.module, partial(gather_to_first, mesh=self.mesh))
-        return whole if self.mesh.tp_rank == 0 else {}
+        whole = model_state(self.module, self._whole)
+        return whole if dist.get_rank() == 0 else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the state dict that the optimizer of the whole model would have."""
-        if self.mesh.dp_rank != 0:
+        if self.mesh.copy != 0:
             return {}
-        whole = optimizer_state(optimizer, self.module, partial(gather_to_first, mesh=self.mesh))
-        return whole if self.mesh.tp_rank == 0 else {}
+        whole = optimizer_state(optimizer, self.module, self._whole)
+        return whole if dist.get_rank() == 0 else {}
+
+    def _whole(self, part: Tensor, shard: Shard | None) -> Tensor | None:
+        """Gathers a tensor, first from the replicas that share it and then from the peers, on rank 0."""
+        whole: Tensor | None = part
+        if isinstance(part, DTensor):
+            whole = gather(part.to_local(), rows_of(part), sharing_group(part))
+        if whole is None or shard is None:
+            return whole
+        return gather_to_first(whole.to(self.mesh.device_type), shard, self.mesh)
 
     def save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         """Writes the file, in the first rank; a sharded checkpoint of that name makes way."""
@@ -84,25 +94,32 @@ class FullLayout:
 
 
 def gather_to_first(part: Tensor, shard: Shard, mesh: ParallelMesh) -> Tensor | None:
-    """Returns the full tensor, in host memory, on the first tensor-parallel peer; None on the others.
+    """Returns the full tensor, in host memory, on the first tensor-parallel peer; None on the others."""
+    return gather(part, shard, mesh.tp_group)
+
+
+def gather(part: Tensor, shard: Shard, group: dist.ProcessGroup) -> Tensor | None:
+    """Returns the full tensor, in host memory, on the first rank of the group; None on the others.
 
     Parts arrive one after the other, so that a device never holds more than its own part and one more.
     """
-    if mesh.tp_rank != 0:
-        dist.send(part.detach().contiguous(), dst=mesh.tp_peer(0), group=mesh.tp_group)
+    if dist.get_rank(group) != 0:
+        if part.numel():  # a tensor of few rows may have none for the last ranks
+            dist.send(part.detach().contiguous(), group=group, group_dst=0)
         return None
     full = torch.empty(shard.full_shape(part), dtype=part.dtype)
     own, *others = full.split(shard.sizes, shard.dim)
     own.copy_(part.detach())
     for peer, target in enumerate(others, start=1):
-        arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
-        dist.recv(arrived, src=mesh.tp_peer(peer), group=mesh.tp_group)
-        target.copy_(arrived)
+        if target.numel():
+            arrived = torch.empty(target.shape, dtype=part.dtype, device=part.device)
+            dist.recv(arrived, group=group, group_src=peer)
+            target.copy_(arrived)
     return full
 
 
 def _cut(value: Any, own: Any, shards: Mapping[nn.Parameter, Shard]) -> Any:
     """Cuts this rank's part of a whole tensor; another shape stays, for `load_state_dict` to refuse."""
     if isinstance(value, Tensor) and own in shards and list(value.shape) == shards[own].full_shape(own):
-        return shards[own].cut(value)
-    return value
+        value = shards[own].cut(value)
+    return shared_like(value, own)

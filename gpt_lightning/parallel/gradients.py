@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,35 +19,46 @@ from typing_extensions import override
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard
+from gpt_lightning.parallel.shard import Shard, parameters_of
+from gpt_lightning.parallel.sharded_replicas import local, sharing_group
 
 WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
 
 
 def norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Returns their 2-norm, in float32 at least: half precision would round it, or not hold it."""
+    """Returns their 2-norm, in float32 at least: half precision would round it, or not hold it.
+
+    Of what replicas share it is that of this rank's rows.
+    """
     return get_total_norm(
         vector_norm(gradient, dtype=torch.float32) if gradient.element_size() < 4 else gradient
-        for gradient in gradients
+        for gradient in map(local, gradients)
     )
 
 
 def gradient_norm(
     parameters: Iterable[nn.Parameter], shards: Mapping[nn.Parameter, Shard], mesh: ParallelMesh
 ) -> Tensor:
-    """Returns the 2-norm of the whole model's gradient, in which a replicated tensor counts once."""
+    """Returns the 2-norm of the whole model's gradient, in which a replicated tensor counts once.
+
+    Replicas share the gradient of every parameter or of none.
+    """
     gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
     cut = norm(gradient for parameter, gradient in gradients if parameter in shards)
     replicated = norm(gradient for parameter, gradient in gradients if parameter not in shards)
-    device = gradients[0][1].device  # the norm of no tensors is on the host
-    return (all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()).sqrt()
+    first = gradients[0][1]
+    device = first.device  # the norm of no tensors is on the host
+    square = all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()
+    if isinstance(first, DTensor):
+        dist.all_reduce(square, group=sharing_group(first))
+    return square.sqrt()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> None:
     """Sums the parameters' gradients over the tensor-parallel peers, in place and in one message."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
@@ -54,14 +68,40 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Non
 
 
 def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) -> None:
-    """Refuses optimizers whose step for one element depends on others: a peer has only some of them."""
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
-    cut = any(parameter in shards for group in optimizer.param_groups for parameter in group["params"])
-    if cut and any(name in names for name in WHOLE_TENSOR_OPTIMIZERS):
-        raise UserError(
-            f"{type(optimizer).__name__} needs whole parameters, and tensor-parallel ranks hold parts; "
-            "choose one that works element by element, or trainer.strategy.tensor_parallel_size=1"
-        )
+    """Refuses optimizers whose step for one element depends on others: a rank has only some of them."""
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__]
+    if not any(kind in kinds for kind in WHOLE_TENSOR_OPTIMIZERS):
+        return
+    parameters = parameters_of(optimizer)
+    for is_cut, whose, remedy in (
+        (any(p in shards for p in parameters), "tensor-parallel ranks", "tensor_parallel_size=1"),
+        (any(isinstance(p, DTensor) for p in parameters), "data-parallel ranks", "shard_replicas=none"),
+    ):
+        if is_cut:
+            raise UserError(
+                f"{type(optimizer).__name__} needs whole parameters, and {whose} hold parts; "
+                f"choose one that works element by element, or trainer.strategy.{remedy}"
+            )
+
+
+def reduce_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Is torch's hook, which by its own name DDP would take with NCCL alone."""
+    return bf16_compress_hook(group, bucket)
+
+
+def register_hook(
+    model: DistributedDataParallel,
+    group: dist.ProcessGroup,
+    hook: Callable[..., Any] | None,
+    state: Any,
+    wrapper: Callable[..., Any] | None,
+) -> None:
+    """Has DDP reduce gradients by a hook, over this group: torch's own take all ranks by themselves."""
+    if hook is None:
+        return
+    if getattr(state, "process_group", group) is None:  # as PowerSGDState has it unless told otherwise
+        state.process_group = group
+    model.register_comm_hook(group if state is None else state, hook if wrapper is None else wrapper(hook))
 
 
 class ClippingByWholeNorm(Precision):
@@ -91,7 +131,7 @@ def by_whole_norm(
 
 
 class TensorParallelGradScaler(torch.amp.GradScaler):
-    """Skips a step on all peers when the gradient of any peer's part overflows."""
+    """Skips a step on all ranks that share the model when the gradient of any rank's part overflows."""
 
     def __init__(self, scaler: torch.amp.GradScaler, mesh: ParallelMesh) -> None:
         super().__init__(scaler._device, enabled=scaler.is_enabled())
@@ -102,4 +142,6 @@ class TensorParallelGradScaler(torch.amp.GradScaler):
         found_inf = super()._unscale_grads_(*args, **kwargs)
         for found in found_inf.values():
             all_reduce(found, self._mesh, dist.ReduceOp.MAX)
+            if self._mesh.shard_size > 1:
+                dist.all_reduce(found, dist.ReduceOp.MAX, self._mesh.parts_mesh.get_group("shard"))
         return found_inf

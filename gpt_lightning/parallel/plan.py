@@ -145,12 +145,13 @@ def _check_size(name: str, size: int, style: ParallelStyle, tp_size: int) -> Non
         )
 
 
-def check_module(module: LightningModule, *, sequence_parallel: bool) -> None:
+def check_module(module: LightningModule, *, sequence_parallel: bool, shard_replicas: bool = False) -> None:
     """Raises UserError for a module whose steps or layers no plan can make parallel."""
-    if sequence_parallel and not module.automatic_optimization:
+    if (sequence_parallel or shard_replicas) and not module.automatic_optimization:
+        option = "sequence_parallel" if sequence_parallel else "shard_replicas"
         raise UserError(
-            "trainer.strategy.sequence_parallel=true cannot tell where a step ends of "
-            f"{type(module).__name__}, which optimizes manually; leave it out, or use automatic optimization"
+            f"trainer.strategy.{option} cannot tell where a step ends of {type(module).__name__}, which "
+            "optimizes manually; leave it out, or use automatic optimization"
         )
     elsewhere = "or build the model outside of trainer.init_module(empty_init=True)"
     for name, layer in module.named_modules():

@@ -3,9 +3,11 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import sharded_parameters
+from gpt_lightning.parallel.sharded_replicas import local
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -13,15 +15,17 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
     """Raises RuntimeError, on all ranks, if a parameter is not bit for bit the same wherever it should be.
 
-    Parts are compared over the data-parallel ranks and all else over all ranks, by the sums of their bits.
+    Parts are compared over the ranks that hold the same part, all else over all ranks, by the sums of their
+    bits; of what replicas share, the rows.
     """
     shards = sharded_parameters(module)
     named = list(module.named_parameters())
     if not named:
         return
     cut = torch.tensor([parameter in shards for _, parameter in named])
-    sums = torch.stack([_bit_sum(parameter.detach()) for _, parameter in named])
-    differs = _differs(sums, mesh.dp_group)
+    sums = torch.stack([_bit_sum(local(parameter.detach())) for _, parameter in named]).to(mesh.device_type)
+    is_shared = isinstance(named[0][1], DTensor)
+    differs = _differs(sums, mesh.copy_group if is_shared else mesh.dp_group)
     differs |= _differs(sums, mesh.tp_group) & ~cut.to(differs.device)
     # A rank that sees a difference tells all others, so that all stop together.
     verdict = differs.to(torch.int32)

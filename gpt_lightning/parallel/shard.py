@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpt_lightning.exit_codes import UserError
@@ -56,11 +57,16 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def model_state(module: nn.Module, change: Callable[[Tensor, Shard], Any]) -> dict[str, Any]:
-    """Returns a module's state dict with `change` applied to each part, once to one that is tied."""
+def model_state(module: nn.Module, change: Callable[[Tensor, Shard | None], Any]) -> dict[str, Any]:
+    """Returns a module's state dict with `change` applied to each part, once to one that is tied.
+
+    Parts are what the tensor-parallel peers have cut, with the shard that says how, and what replicas share.
+    """
+    shards = sharded_parameters(module)
     changed: dict[Tensor, Any] = {}
-    for parameter, shard in sharded_parameters(module).items():
-        changed[parameter] = change(parameter.detach(), shard)
+    for parameter in module.parameters():
+        if parameter in shards or isinstance(parameter, DTensor):
+            changed[parameter] = change(parameter.detach(), shards.get(parameter))
     return {
         name: changed.get(value, value.detach()) if isinstance(value, Tensor) else value
         for name, value in module.state_dict(keep_vars=True).items()
@@ -68,20 +74,21 @@ def model_state(module: nn.Module, change: Callable[[Tensor, Shard], Any]) -> di
 
 
 def optimizer_state(
-    optimizer: Optimizer, module: nn.Module, change: Callable[[Tensor, Shard], Any]
+    optimizer: Optimizer, module: nn.Module, change: Callable[[Tensor, Shard | None], Any]
 ) -> dict[str, Any]:
     """Returns an optimizer's state dict with `change` applied to all that is cut like its parameter."""
     shards, parameters = sharded_parameters(module), parameters_of(optimizer)
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
-        if parameter not in shards or not isinstance(value, Tensor) or value.dim() == 0:
+        is_part = parameter in shards or isinstance(parameter, DTensor)
+        if not is_part or not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape != parameter.shape:
             raise UserError(
                 f"the optimizer keeps {list(value.shape)} numbers for a part {list(parameter.shape)} of a "
                 "parameter, and nothing tells how to join them; choose one that works element by element"
             )
-        return change(value, shards[parameter])
+        return change(value, shards.get(parameter))
 
     state_dict = optimizer.state_dict()
     state = {

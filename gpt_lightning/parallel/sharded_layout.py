@@ -52,6 +52,7 @@ from gpt_lightning.parallel.shard import (
     parameters_of,
     sharded_parameters,
 )
+from gpt_lightning.parallel.sharded_replicas import local, with_rows
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ class ShardedLayout:
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors, scalars = _split(checkpoint, tied)
         check_rest(scalars)
-        parts = ((name, _local(value)) for name, value in tensors.items())
+        parts = ((name, local(value)) for name, value in tensors.items())
         if (name := _first_of(first_non_finite(parts))) is not None:
             raise NonFiniteCheckpointError(name)
         temporary = unfinished_folder(folder)
@@ -117,7 +118,9 @@ class ShardedLayout:
         # What the module lacks was not read; the module refuses it by its name.
         nothing = torch.empty(0)
         read = {name: wanted.get(f"{WEIGHTS}/{first}", nothing) for name, first in first_names.items()}
-        self.module.load_state_dict({name: _local(value) for name, value in read.items()}, strict=strict)
+        kept = self.module.state_dict(keep_vars=True)
+        parts = {name: _like(value, kept.get(name)) for name, value in read.items()}
+        self.module.load_state_dict(parts, strict=strict)
 
     def load_optimizers(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
         """Reads this rank's part of the optimizers' state."""
@@ -127,29 +130,38 @@ class ShardedLayout:
         for key, meta in tensors_in(folder, f"{OPTIMIZERS}/"):
             _, number, index, _ = key.split("/")
             parameter, dtype = parameters[int(number)][int(index)], meta.properties.dtype
-            if parameter in shards and list(meta.size) == shards[parameter].full_shape(parameter):
-                parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shards[parameter])
+            shard = shards.get(parameter)
+            full_shape = list(parameter.shape) if shard is None else shard.full_shape(parameter)
+            is_part = shard is not None or isinstance(parameter, DTensor)
+            if is_part and list(meta.size) == full_shape:
+                parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shard)
             else:
                 parts[key] = torch.empty(meta.size, dtype=dtype)
         with complaining(folder):
             dcp.load(parts, storage_reader=Reader(folder))
         states = copy.deepcopy(checkpoint[OPTIMIZERS])
-        put_back(states, {key: _local(part) for key, part in parts.items()})
+        own = {key: parameters[int(key.split("/")[1])][int(key.split("/")[2])] for key in parts}
+        put_back(states, {key: _like(part, own[key]) for key, part in parts.items()})
         for optimizer, state in zip(optimizers, states):
             optimizer.load_state_dict(state)
 
-    def _as_dtensor(self, part: Tensor, shard: Shard) -> DTensor:
-        placements: list[Placement] = [Replicate(), DTensorShard(shard.dim)]
-        shape = torch.Size(shard.full_shape(part))
+    def _as_dtensor(self, part: Tensor, shard: Shard | None) -> DTensor:
+        """Says where in the whole a part lies that is cut over the peers and then shared by replicas."""
+        mesh, shape = self.mesh.parts_mesh, list(part.shape) if shard is None else shard.full_shape(part)
+        placements: list[Placement] = [Replicate() if shard is None else DTensorShard(shard.dim)]
+        if mesh.ndim == 2:
+            placements.append(DTensorShard(0) if isinstance(part, DTensor) else Replicate())
         stride = torch.empty(shape, device="meta").stride()
+        rows = local(part).detach()
         return DTensor.from_local(
-            part.detach(), self.mesh.device_mesh, placements, run_check=False, shape=shape, stride=stride
+            rows, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
 
 
-def _local(value: Tensor) -> Tensor:
-    """Returns this rank's part, without communication."""
-    return value.to_local() if isinstance(value, DTensor) else value
+def _like(value: Tensor, own: Any) -> Tensor:
+    """Returns this rank's part, as the module or the optimizer has it."""
+    rows = local(value)
+    return with_rows(rows, own) if isinstance(own, DTensor) and isinstance(value, DTensor) else rows
 
 
 # ---- what the ranks tell each other
@@ -191,8 +203,9 @@ def _tied_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
     first: dict[int, str] = {}
     tied = {}
     for name, value in state_dict.items():
-        local = _local(value)
-        if local.numel() and (original := first.setdefault(local.data_ptr(), name)) != name:
+        # Of a shared tensor a rank may have no rows, but it is one object under both names.
+        place = id(value) if isinstance(value, DTensor) else value.data_ptr()
+        if value.numel() and (original := first.setdefault(place, name)) != name:
             tied[name] = original
     return tied
 

@@ -2,21 +2,23 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
@@ -24,11 +26,20 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.full_layout import FullLayout
-from gpt_lightning.parallel.gradients import by_whole_norm, check_optimizer, gradient_norm, sum_gradients
+from gpt_lightning.parallel.gradients import (
+    by_whole_norm,
+    check_optimizer,
+    gradient_norm,
+    reduce_in_bf16,
+    register_hook,
+    sum_gradients,
+)
 from gpt_lightning.parallel.mesh import ParallelMesh, check_devices
+from gpt_lightning.parallel.options import check_options
 from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
+from gpt_lightning.parallel.sharded_replicas import NONE, ShardedReplica, check_use, shard_size, share_out
 
 if TYPE_CHECKING:  # slow to import
     from gpt_lightning.parallel.sharded_layout import ShardedLayout
@@ -42,17 +53,29 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     Args:
         tensor_parallel_size: Devices that share one replica of the model; divides the devices of a node.
+        shard_replicas: What the replicas of a node share out instead of each holding it, by FSDP in DDP's
+            place: none; optimizer for gradients, moments and, between steps, parameters; full for parameters
+            within a step too, which are then gathered layer by layer.
+        reduce_dtype: Sum gradients over the replicas in bf16, which halves that traffic; null for their own.
         sequence_parallel: In training, cut the activations between the parallel layers along the sequence,
             which saves memory; the length must be divisible by tensor_parallel_size.
         save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large
             for one file; `gpt-lightning consolidate` makes a file of it.
         replica_check_every_n_steps: Compare the parameters that ranks should hold alike, at the start and
             every so many optimizer steps, and stop the run if they differ; 0 for never.
-        find_unused_parameters: As in DistributedDataParallel.
-        static_graph: As in DistributedDataParallel.
-        gradient_as_bucket_view: As in DistributedDataParallel.
+        find_unused_parameters: As in DistributedDataParallel, like the next three.
+        static_graph: As there.
+        gradient_as_bucket_view: As there.
+        bucket_cap_mb: As there.
+        ddp_comm_hook: As in DDPStrategy, like all that follow; on CPUs too.
+        ddp_comm_state: What the hook is given; the replicas' process group when left out.
+        ddp_comm_wrapper: As there.
         process_group_backend: nccl on GPUs and gloo on CPUs by default.
         timeout: How long a rank waits for the others in a collective operation.
+        start_method: popen, spawn, fork or forkserver.
+        parallel_devices: Those of a node, in the Trainer's place.
+        cluster_environment: Which tells a process its rank, in the Trainer's place.
+        checkpoint_io: Which writes and reads files, in the Trainer's place.
     """
 
     mesh: ParallelMesh  # the process groups of this rank, from setup_distributed on
@@ -60,28 +83,48 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
+        shard_replicas: Literal["none", "optimizer", "full"] = "none",
+        reduce_dtype: Literal["bf16"] | None = None,
         sequence_parallel: bool = False,
         save_sharded: bool = False,
         replica_check_every_n_steps: int = 100,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         gradient_as_bucket_view: bool = True,
+        bucket_cap_mb: int | None = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_state: Any = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
     ) -> None:
         super().__init__(
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            ddp_comm_state=ddp_comm_state,
+            ddp_comm_hook=ddp_comm_hook,
+            ddp_comm_wrapper=ddp_comm_wrapper,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            start_method=start_method,
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
             gradient_as_bucket_view=gradient_as_bucket_view,
+            bucket_cap_mb=bucket_cap_mb,
         )
         self.tensor_parallel_size = tensor_parallel_size
+        self.shard_replicas, self.reduce_dtype = shard_replicas, reduce_dtype
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
         self.save_sharded = save_sharded
         self.replica_check_every_n_steps = replica_check_every_n_steps
         self._styles: dict[str, ParallelStyle] = {}
         self._parallelized: LightningModule | None = None
+        self._shared_out: ShardedReplica | None = None  # around the module, from its first fit on
         self._optimizer_steps = 0
 
     # ---- the ranks
@@ -90,8 +133,10 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def set_world_ranks(self) -> None:
         """Refuses settings that cannot work, before Lightning, which calls this, starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
-        if (every := self.replica_check_every_n_steps) < 0:
-            raise UserError(f"trainer.strategy.replica_check_every_n_steps={every} is below 0; raise it")
+        names = ("tensor_parallel_size", "shard_replicas", "reduce_dtype", "replica_check_every_n_steps")
+        ours = {name: getattr(self, name) for name in names}
+        theirs = {"ddp_comm_hook": self._ddp_comm_hook, "start_method": self._start_method}
+        check_options({**self._ddp_kwargs, **theirs, **ours})
         if self._layer_sync is not None:
             raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         super().set_world_ranks()
@@ -101,7 +146,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         super().setup_distributed()
         if not hasattr(self, "mesh"):  # called again by every fit, validate, test and predict
             device_type, size = self.root_device.type, self.tensor_parallel_size
-            self.mesh = ParallelMesh(device_type, self.world_size, size, self._timeout)
+            shards = shard_size(self.shard_replicas, self.world_size // size, self.num_nodes)
+            self.mesh = ParallelMesh(device_type, self.world_size, size, self._timeout, shards)
             if "PL_GLOBAL_SEED" not in os.environ:
                 # Tensor-parallel peers have to draw alike, also in a run that nobody seeded.
                 torch.manual_seed(self.broadcast(torch.initial_seed()))
@@ -130,7 +176,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     def check(self, module: LightningModule) -> None:
         """Raises UserError for a module or a plan that cannot work, before any process waits for another."""
-        check_module(module, sequence_parallel=self.sequence_parallel)
+        shares = self.shard_replicas != NONE
+        check_module(module, sequence_parallel=self.sequence_parallel, shard_replicas=shares)
         # The hook configure_model builds the layers that the plan names.
         if module is not self._parallelized and not is_overridden("configure_model", module):
             styles_of(module, self.tensor_parallel_size)
@@ -154,19 +201,43 @@ class TensorParallelDDPStrategy(DDPStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self._parallelize()
-        self.model = self.precision_plugin.convert_module(self._module)
-        self.model_to_device()
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if self._shared_out is None:
+            self.model = self.precision_plugin.convert_module(self._module)
+            self._check_replicas("at the start")
+            if fits and self.mesh.shard_size > 1:
+                kind, dtype = self.shard_replicas, self.reduce_dtype
+                self._shared_out = share_out(self._module, self.mesh, kind, dtype)
+        if self._shared_out is not None:
+            check_use(trainer.state.fn, self.shard_replicas)
+            self.model = self._shared_out
+            self.model_to_device()
+            self._module.to(self.root_device)  # tells it where it is
+        else:
+            self.model_to_device()
         self.precision_plugin = by_whole_norm(self.precision_plugin, self.mesh, self.gradient_norm)
         self._reduce_metrics_over(self.mesh.dp_group)
-        self._check_replicas("at the start")
-        if trainer.state.fn == TrainerFn.FITTING:
-            if self.mesh.dp_size > 1:  # gradients are averaged over the ranks that hold the same parts
+        if fits:
+            if self._shared_out is None and self.mesh.dp_size > 1:
+                # Gradients are averaged over the ranks that hold the same parts.
                 self._ddp_kwargs["process_group"] = self.mesh.dp_group
                 self.configure_ddp()
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 check_optimizer(optimizer, sharded_parameters(self._module))
         self.setup_precision_plugin()
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        """Registers one on CPUs too, and has it reduce over the replicas, not over all ranks."""
+        assert isinstance(self.model, DistributedDataParallel)
+        register_hook(
+            self.model,
+            self.mesh.dp_group,
+            reduce_in_bf16 if self.reduce_dtype else self._ddp_comm_hook,
+            self._ddp_comm_state,
+            self._ddp_comm_wrapper,
+        )
 
     def _parallelize(self, *, draw: bool = True) -> None:
         """Cuts the model at the first call: when its weights are restored, or else in `setup`."""
@@ -178,7 +249,13 @@ class TensorParallelDDPStrategy(DDPStrategy):
             self._styles = styles_of(module, self.tensor_parallel_size)
             cuts_sequence = self.sequence_parallel
             parallelize(module, self._styles, self.mesh, cuts_sequence=cuts_sequence, draw=draw)
-        self._parallelized = module
+        self._parallelized, self._shared_out = module, None
+
+    @contextmanager
+    def gathered(self) -> Generator[None, None, None]:
+        """Has all ranks' models whole inside, for passes that are not the strategy's steps."""
+        with nullcontext() if self._shared_out is None else self._shared_out.gathered():
+            yield
 
     def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:
         for module in self._module.modules():
@@ -208,6 +285,12 @@ class TensorParallelDDPStrategy(DDPStrategy):
             return super().backward(*args, **kwargs)
         finally:  # not earlier: the pass may recompute parts of the forward pass
             self.mesh.cuts_sequence = False
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        with super().block_backward_sync() if self._shared_out is None else self._shared_out.no_sync():
+            yield
 
     @override
     def optimizer_step(
@@ -257,6 +340,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
     # ---- checkpoints: saved in the layout that `save_sharded` chooses, loaded from either
 
     def _layout(self, *, sharded: bool) -> "FullLayout | ShardedLayout":
+        if self._shared_out is not None:
+            self._shared_out.put_away()
         if sharded:
             from gpt_lightning.parallel.sharded_layout import ShardedLayout  # slow to import
 

@@ -57,6 +57,7 @@ from gpt_lightning.training.prediction import (
     continued,
     make_engine,
     predict,
+    whole_model,
 )
 from gpt_lightning.training.saving import (
     arguments_of_child_classes,
@@ -295,8 +296,9 @@ class GPTLightningModule(LightningModule):
     ) -> list[str]:
         """Returns one continuation of each tokenized prompt, by the `generation` settings or by others."""
         settings = replace(settings or self.generation, num_samples=1)
-        engine = make_engine(self._trainer, self.model, settings, tokenizer, len(prompts))
-        return continued(engine, tokenizer, prompts, settings)
+        with whole_model(self._trainer):
+            engine = make_engine(self._trainer, self.model, settings, tokenizer, len(prompts))
+            return continued(engine, tokenizer, prompts, settings)
 
     # Tensor parallelism
 

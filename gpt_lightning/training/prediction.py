@@ -1,6 +1,7 @@
 """Tells callbacks of the completions of `predict`, while they grow and when they have ended."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -31,6 +32,12 @@ class CompletionCallback(Callback):
 
     def on_completion(self, row: dict[str, Any]) -> None:
         """Called when a completion has ended; `row` is as `predict_step` returns it."""
+
+
+def whole_model(trainer: Trainer | None) -> AbstractContextManager[None]:
+    """Lets ranks call the model as often as each likes, also where replicas share out its parameters."""
+    strategy = trainer.strategy if trainer is not None else None
+    return strategy.gathered() if isinstance(strategy, TensorParallelDDPStrategy) else nullcontext()
 
 
 def changed_settings(settings: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:

@@ -8,11 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.full_layout import gather_to_first
 from gpt_lightning.parallel.shard import sharded_parameters
+from gpt_lightning.parallel.sharded_replicas import local
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.metrics import TokenLoss
 from gpt_lightning.training.module import GPTLightningModule
@@ -57,7 +59,9 @@ class RecordingModule(GPTLightningModule):
 def whole_gradients(module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
     shards = sharded_parameters(module)
     for name, parameter in module.named_parameters():
-        gradient: Tensor | None = parameter.grad.clone()
+        gradient: Any = parameter.grad.clone()
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()
         if parameter in shards:
             gradient = gather_to_first(gradient, shards[parameter], module.trainer.strategy.mesh)
         if gradient is not None:
@@ -145,13 +149,14 @@ def fit(run: Run, corpus: Path) -> dict[str, Any]:
     if run.save_to is not None:
         trainer.save_checkpoint(run.save_to)
     shards = sharded_parameters(module)
+    own = {n: local(p.detach()) for n, p in module.named_parameters()}
     return {
         "losses": recorder.losses,
         "norms": recorder.norms,
         "scales": recorder.scales,
         "gradients": module.gradients,
-        "replicated": {n: p.detach() for n, p in module.named_parameters() if p not in shards},
-        "parts": {n: p.detach() for n, p in module.named_parameters() if p in shards},
+        "replicated": {n: own[n] for n, p in module.named_parameters() if p not in shards},
+        "parts": {n: own[n] for n, p in module.named_parameters() if p in shards},
         "bytes": state_bytes(module, trainer),
     }
 
@@ -161,7 +166,7 @@ def state_bytes(module: pl.LightningModule, trainer: pl.Trainer) -> int:
     tensors: list[Any] = list(module.parameters())
     for optimizer in trainer.optimizers:
         tensors += [value for entry in optimizer.state.values() for value in entry.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 def run_everywhere(run: Run, corpus: Path) -> list[dict[str, Any]]:

@@ -8,15 +8,18 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, Dataset
 
 from gpt_lightning.parallel.gradients import TensorParallelGradScaler, norm
@@ -218,11 +221,35 @@ def test_worker_seeds_follow_the_data_parallel_rank(tmp_path: Path) -> None:
     assert a != b, "Lightning no longer seeds workers by global rank: the override can go"
 
 
-def test_no_communication_hook_can_be_given() -> None:
-    """Those of DDP reduce over the world unless told otherwise."""
+class HooksOverTheWorld(TensorParallelDDPStrategy):
+    def _register_ddp_hooks(self) -> None:
+        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+
+
+def by_state(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return allreduce_hook(state.process_group, bucket)
+
+
+def test_communication_hooks_reduce_over_data_parallel_ranks(
+    shared_corpus: Path, one_process: OneProcess
+) -> None:
+    one = one_process(steps=6, **EVEN)["losses"]
+    plain = {"ddp_comm_hook": allreduce_hook, **UNCHECKED}
+    with_state = {"ddp_comm_hook": by_state, "ddp_comm_state": SimpleNamespace(process_group=None)}
+    for strategy in (plain, with_state):
+        right = run_everywhere(Run(2, 2, steps=6, strategy=strategy, **EVEN), shared_corpus)
+        assert right[0]["losses"] == pytest.approx(one, abs=2e-6, rel=0)
+    naive = Run(2, 2, steps=6, strategy=plain, strategy_class=HooksOverTheWorld, **EVEN)
+    wrong = run_everywhere(naive, shared_corpus)
+    assert max(abs(a - b) for a, b in zip(wrong[0]["losses"], one)) > 1e-4
+
+
+def test_all_parameters_of_lightnings_strategy_are_there_by_name() -> None:
     parameters = inspect.signature(TensorParallelDDPStrategy).parameters
-    assert not any("comm" in name or "averaging" in name for name in parameters)
     assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # The Trainer gives the first two; the third lets replicas differ, which the check of replicas ends.
+    left_out = {"self", "accelerator", "precision_plugin", "model_averaging_period", "kwargs"}
+    assert inspect.signature(DDPStrategy.__init__).parameters.keys() - left_out <= parameters.keys()
 
 
 def decisions(run: Run, folder: Path) -> tuple[bool, bool, bool]:

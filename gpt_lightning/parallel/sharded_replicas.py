@@ -1,0 +1,179 @@
+"""Replicas that share out what they hold alike: parameters, gradients and moments, by torch's fully_shard.
+
+Of every parameter, or of this tensor-parallel peer's part of it, each of the data-parallel ranks keeps some
+rows, as a DTensor. A layer's are gathered while it computes, and its gradients are summed into rows. All that
+knows of these DTensors is here, and what is called by their rows alone goes through `local`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as DTensorShard
+
+from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.mesh import ParallelMesh
+from gpt_lightning.parallel.shard import Shard
+
+NONE, OPTIMIZER, FULL = KINDS = ("none", "optimizer", "full")
+
+
+def shard_size(kind: str, replicas: int, nodes: int) -> int:
+    """Returns how many replicas share one copy: those of a node, or all where a node has only one."""
+    if kind == NONE:
+        return 1
+    in_node = replicas // nodes
+    return in_node if in_node > 1 else replicas
+
+
+def check_use(function: TrainerFn | None, kind: str) -> None:
+    """Refuses to predict with what a fit has left, for which all ranks would need as many passes."""
+    if function == TrainerFn.PREDICTING:
+        left = f"of which a fit with trainer.strategy.shard_replicas={kind} has left each rank its rows"
+        raise UserError(f"predict needs whole layers, {left}; build the module anew and give its ckpt_path")
+
+
+# ---- the module
+
+
+class ShardedReplica(nn.Module):
+    """Takes DDP's place around a module, for `fully_shard` to hook into; `share_out` makes it."""
+
+    def __init__(self, module: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.module, self.kind = module, kind
+        self._stays_gathered = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def _layers(self) -> Iterator[FSDPModule]:
+        return (layer for layer in self.modules() if isinstance(layer, FSDPModule))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keeps the gradients of a micro-batch, whole, for the last one of the step to reduce."""
+        self._synchronize(False)
+        try:
+            yield
+        finally:
+            self._synchronize(True)
+
+    def _synchronize(self, at_once: bool) -> None:
+        root = cast(FSDPModule, self)
+        root.set_requires_gradient_sync(at_once)
+        if self.kind == OPTIMIZER:  # gathered once a step, not once a micro-batch
+            root.set_reshard_after_backward(at_once)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Has all parameters whole inside, for passes that do not begin at the root, or differ by rank."""
+        self._stays_gathered = True
+        for layer in self._layers():
+            layer.unshard()
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            self._stays_gathered = False
+            self.put_away()
+
+    def put_away(self) -> None:
+        """Leaves the module with its rows alone, whatever was gathered since the last backward pass."""
+        for layer in self._layers():
+            layer.reshard()
+            layer.set_reshard_after_forward(self.kind == FULL and layer is not self, recurse=False)
+
+    def after_forward(self, *_: Any) -> None:
+        """Puts away, as a hook, what no backward pass will: nobody sees gathered parameters between steps."""
+        if not torch.is_grad_enabled() and not self._stays_gathered:
+            self.put_away()
+
+
+def share_out(
+    module: nn.Module, mesh: ParallelMesh, kind: str, reduce_dtype: str | None
+) -> ShardedReplica:
+    """Leaves in the module this rank's rows of every parameter; the parameters are other objects then."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            rows = "which trainer.strategy.shard_replicas cuts by rows"
+            raise UserError(f"{name} is a single number, {rows}; give it the shape [1]")
+    replica = ShardedReplica(module, kind)
+    policy = MixedPrecisionPolicy(reduce_dtype=None if reduce_dtype is None else torch.bfloat16)
+    for layer in [*gathered_apart(module), replica]:
+        again = kind == FULL and layer is not replica  # what the root has is needed again at once
+        fully_shard(layer, mesh=mesh.replica_mesh, reshard_after_forward=again, mp_policy=policy)
+    replica.register_forward_hook(replica.after_forward)  # after fully_shard's own
+    return replica
+
+
+def gathered_apart(module: nn.Module) -> list[nn.Module]:
+    """Finds the layers that are gathered one at a time: the members of the outermost lists of layers.
+
+    One that shares a tensor with the rest is left to the root: in two groups it would be two tensors.
+    """
+    of_all = _uses(module)
+
+    def found_in(parent: nn.Module) -> Iterator[nn.Module]:
+        for child in parent.children():
+            is_called = type(child).forward is not nn.Module.forward  # which a list of layers is not
+            is_listed = isinstance(parent, (nn.ModuleList, nn.Sequential)) and is_called
+            own = _uses(child)
+            if is_listed and own and all(of_all[parameter] == n for parameter, n in own.items()):
+                yield child
+            else:
+                yield from found_in(child)
+
+    return [*found_in(module)]
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+# ---- its tensors
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's rows of a tensor that replicas share, without communication; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Tells whether replicas have rows of a tensor between them, and nothing else is done to it."""
+    if not isinstance(tensor, DTensor):
+        return False
+    *copies, shard = tensor.placements
+    return shard == DTensorShard(0) and all(copy.is_replicate() for copy in copies)
+
+
+def rows_of(tensor: DTensor) -> Shard:
+    """Says which rows of a tensor that replicas share this rank has."""
+    mesh = tensor.device_mesh
+    return Shard(0, tensor.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
+
+
+def sharing_group(tensor: DTensor) -> dist.ProcessGroup:
+    """Returns the ranks that have the rows of one copy between them."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+
+
+def with_rows(rows: Tensor, like: DTensor) -> DTensor:
+    """Returns the tensor, shared as another one is, of which these are this rank's rows."""
+    mesh, placements = like.device_mesh, like.placements
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def shared_like(whole: Any, own: Any) -> Any:
+    """Takes this rank's rows of a tensor that replicas have whole, where they share `own` of that shape."""
+    if isinstance(own, DTensor) and isinstance(whole, Tensor) and whole.shape == own.shape:
+        return with_rows(rows_of(own).cut(whole), own)
+    return whole

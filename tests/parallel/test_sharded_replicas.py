@@ -1,0 +1,406 @@
+"""Replicas that share out parameters, gradients and moments: the numbers and files of one process."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from gpt_lightning.checkpoint.checkpoint import Checkpoint, consolidate
+from gpt_lightning.parallel.sharded_replicas import gathered_apart, local
+from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from tests.distributed import run_ranks
+from tests.parallel.runs import Recorder, RecordingModule, Run, build, fit, run_everywhere, trainer_of
+from tests.parallel.test_equality import assert_equal_runs
+from tests.parallel.test_other_modules import (
+    BuiltLate,
+    Frozen,
+    Manual,
+    Plain,
+    Quasi,
+    SecondName,
+)
+from tests.parallel.test_traps import half_precision
+from tests.shapes import SHARED
+
+pytestmark = pytest.mark.slow
+OneProcess = Callable[..., dict[str, Any]]
+FULL, OPTIMIZER = {"shard_replicas": "full"}, {"shard_replicas": "optimizer"}
+NODES = {"devices": 2, "num_nodes": 2}
+
+
+def assert_equal(ranks: list[dict[str, Any]], one: dict[str, Any], **options: float) -> None:
+    for rank in ranks:
+        rank["replicated"] = {}  # what is not cut is shared: its rows differ
+    assert_equal_runs(ranks, one, **options)
+
+
+@pytest.mark.parametrize(
+    "tp, dp, strategy, shape",
+    [(1, 2, FULL, {}), (2, 2, FULL, {}), (1, 2, OPTIMIZER, {}), (2, 2, OPTIMIZER, SHARED)],
+)
+def test_training_with_clipping_and_accumulation(
+    tp: int,
+    dp: int,
+    strategy: dict[str, Any],
+    shape: dict[str, Any],
+    shared_corpus: Path,
+    one_process: OneProcess,
+) -> None:
+    ranks = run_everywhere(Run(tp, dp, strategy=strategy, config=shape), shared_corpus)
+    qk_norm = {"drift": 100.0, "norms": 2.0} if shape else {}  # as without sharing
+    assert_equal(ranks, one_process(config=shape), **qk_norm)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied, without biases, activation checkpointing": {
+        "config": {"tie_embeddings": False, "bias": False},
+        "module": {"activation_checkpointing": True},
+    },
+    "blocks compiled": {"module": {"compile_backend": "aot_eager"}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name: str, shared_corpus: Path, one_process: OneProcess) -> None:
+    options = {"steps": 8, **VARIANTS[name]}
+    ranks = run_everywhere(Run(1, 2, strategy=FULL, **options), shared_corpus)
+    assert_equal(ranks, one_process(**options))
+
+
+def test_nodes_hold_copies(shared_corpus: Path, one_process: OneProcess) -> None:
+    ranks = run_ranks(fit, 4, Run(1, 4, strategy=FULL, trainer=NODES), shared_corpus, nodes=2)
+    rows = [rank["replicated"] for rank in ranks]
+    for one, other, is_copy in ((0, 2, True), (1, 3, True), (0, 1, False)):
+        assert all(torch.equal(own, rows[other][name]) for name, own in rows[one].items()) == is_copy
+    assert_equal(ranks, one_process())
+
+
+def test_lower_precision_differs_by_its_rounding(shared_corpus: Path, one_process: OneProcess) -> None:
+    """Tolerances are those without sharing; gathered are float32 parameters, and float32 is reduced."""
+    for extra, tolerance in (
+        ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
+        ({"plugins": half_precision, "accumulate": 1}, 4.1e-4),
+    ):
+        one = one_process(steps=10, **extra)
+        for rank in run_everywhere(Run(2, 2, strategy=FULL, steps=10, **extra), shared_corpus):
+            assert rank["losses"] == pytest.approx(one["losses"], abs=tolerance, rel=0)
+            assert rank["scales"] == one["scales"]
+
+
+def test_bf16_gradients_differ_by_their_rounding_alone(shared_corpus: Path, one_process: OneProcess) -> None:
+    one = one_process(steps=10)["losses"]
+    for strategy in ({}, FULL):
+        strategy = {"reduce_dtype": "bf16", **strategy}
+        losses = run_everywhere(Run(1, 2, strategy=strategy, steps=10), shared_corpus)[0]["losses"]
+        assert losses[0] == pytest.approx(one[0], abs=2e-6)
+        assert 1e-6 < max(abs(a - b) for a, b in zip(losses, one)) < 2e-3
+
+
+# ---- checkpoints
+
+Part = tuple[int, int, dict[str, Any]]
+STEPS = 15
+FILES: list[Part] = [(1, 1, {}), (2, 2, FULL), (4, 1, {}), (1, 2, {}), (1, 1, {})]
+FOLDERS: list[Part] = [(1, 2, FULL), (2, 2, FULL), (4, 1, {}), (1, 4, OPTIMIZER), (1, 2, {})]
+
+
+@pytest.mark.parametrize("save_sharded", [False, True], ids=["one file", "folder"])
+def test_a_run_goes_on_at_other_topologies(
+    save_sharded: bool, shared_corpus: Path, tmp_path: Path, one_process: OneProcess
+) -> None:
+    losses, path = [], None
+    options: dict[str, Any] = {"accumulate": 1, "steps": STEPS}
+    for number, (tp, dp, strategy) in enumerate(FOLDERS if save_sharded else FILES):
+        strategy = {"save_sharded": save_sharded, **strategy} if tp * dp > 1 else {}
+        own = {"stop_after": 3 * number + 3, "resume_from": path, "save_to": str(tmp_path / f"{number}.ckpt")}
+        losses += run_everywhere(Run(tp, dp, strategy=strategy, **own, **options), shared_corpus)[0]["losses"]
+        path = own["save_to"]
+    assert losses == pytest.approx(one_process(**options)["losses"], abs=2e-6, rel=0)
+
+
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(shared_corpus: Path, tmp_path: Path) -> None:
+    """Bit for bit, moments and all."""
+    options: dict[str, Any] = {"steps": 8, "strategy": FULL, "accumulate": 1}
+    ranks = run_everywhere(Run(2, 2, **options), shared_corpus)
+    path = str(tmp_path / "run.ckpt")
+    first = run_everywhere(Run(2, 2, stop_after=4, save_to=path, **options), shared_corpus)
+    rest = run_everywhere(Run(2, 2, resume_from=path, **options), shared_corpus)
+    assert first[0]["losses"] + rest[0]["losses"] == ranks[0]["losses"]
+    for name, own in ranks[3]["replicated"].items():
+        assert torch.equal(rest[3]["replicated"][name], own), name
+
+
+def test_the_file_is_that_of_one_process(shared_corpus: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 4, "config": {**SHARED, "positions": "learned", "bias": True}}
+    for name, run in (
+        ("one", Run(**options)),
+        ("full", Run(2, 2, strategy=FULL, **options)),
+        ("folder", Run(2, 2, strategy={**FULL, "save_sharded": True}, **options)),
+    ):
+        run_everywhere(replace(run, save_to=str(tmp_path / name)), shared_corpus)
+    consolidate(tmp_path / "folder", tmp_path / "whole")
+    one = Checkpoint.open(tmp_path / "one").contents
+    for name in ("full", "whole"):
+        other = Checkpoint.open(tmp_path / name).contents
+        assert one.keys() == other.keys() and one["state_dict"].keys() == other["state_dict"].keys()
+        for key, tensor in one["state_dict"].items():
+            torch.testing.assert_close(other["state_dict"][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+        (own,), (theirs,) = one["optimizer_states"], other["optimizer_states"]
+        assert own["param_groups"] == theirs["param_groups"]
+        for index, entry in own["state"].items():
+            for key, value in entry.items():
+                torch.testing.assert_close(theirs["state"][index][key], value, rtol=1e-3, atol=1e-6)
+
+
+# ---- what looks at parameters and gradients
+
+class Overflowing(RecordingModule):
+    """The rows of one rank get an infinite gradient in the fourth step."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 3 and self.trainer.global_rank == 1:
+            local(self.model.blocks[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
+
+
+def overflow(run: Run, corpus: Path) -> list[float]:
+    module, datamodule = build(corpus, run)
+    module.__class__ = Overflowing
+    recorder = Recorder(None)
+    trainer_of(run, corpus.parent, recorder).fit(module, datamodule)
+    return recorder.scales
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(shared_corpus: Path) -> None:
+    strategy = {**FULL, "replica_check_every_n_steps": 0}
+    run = Run(2, 2, steps=6, accumulate=1, plugins=half_precision, strategy=strategy)
+    for scales in run_ranks(overflow, 4, run, shared_corpus):
+        assert scales == [256.0, 256.0, 256.0, 128.0, 128.0, 128.0]
+
+
+class Drifting(RecordingModule):
+    """After the third step one number on rank 3 is another: `drifting` says in which parameter."""
+
+    drifting = ""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        if self.trainer.global_step == 3 and self.trainer.global_rank == 3:
+            with torch.no_grad():
+                local(self.get_parameter(self.drifting)).view(-1)[0] += 1
+
+
+def drift(run: Run, corpus: Path, name: str, nodes: int) -> tuple[int, str]:
+    module, datamodule = build(corpus, run)
+    module.__class__, module.drifting = Drifting, name
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    try:
+        trainer.fit(module, datamodule)
+    except RuntimeError as error:
+        return trainer.global_step, str(error)
+    return trainer.global_step, ""
+
+
+@pytest.mark.parametrize(
+    "tp, nodes, name, is_found",
+    [
+        (2, 1, "model.ln_f.weight", True),  # rank 2 has the same rows
+        (2, 1, "model.blocks.0.mlp.up_proj.weight", False),  # nobody has
+        (1, 2, "model.blocks.0.mlp.up_proj.weight", True),  # the other node's copy has
+    ],
+)
+def test_replicas_are_compared_where_they_hold_the_same(
+    tp: int, nodes: int, name: str, is_found: bool, shared_corpus: Path
+) -> None:
+    strategy = {**FULL, "replica_check_every_n_steps": 2}
+    sizes = {"devices": 4 // nodes, "num_nodes": nodes}
+    run = Run(tp, 4 // tp, steps=6, accumulate=1, strategy=strategy, trainer=sizes)
+    for step, message in run_ranks(drift, 4, run, shared_corpus, name, nodes, nodes=nodes):
+        assert step == (3 if is_found else 6)
+        assert ("is not the same on all ranks" in message) == is_found
+
+
+def evaluate_after_fit(run: Run, corpus: Path, path: str) -> dict[str, Any]:
+    """In a rank: what validation and a generated text are during, after and from a file of a fit."""
+    module, datamodule = build(corpus, run)
+    trainer = trainer_of(run, corpus.parent, Recorder(None))
+    trainer.fit(module, datamodule)
+    during = float(trainer.callback_metrics["val/loss"])
+    text = module.generate("The ", max_new_tokens=3 + trainer.global_rank, do_sample=False)
+    gathered = any(not isinstance(p, DTensor) for p in module.parameters())
+    trainer.save_checkpoint(path)
+    (after,) = trainer.validate(module, datamodule, verbose=False)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            local(parameter).zero_()
+    (restored,) = trainer.validate(module, datamodule, ckpt_path=path, weights_only=True, verbose=False)
+    refusal = ""
+    if run.tp * run.dp > 1:
+        with pytest.raises(ValueError) as error:
+            trainer.predict(module, datamodule)
+        refusal = str(error.value)
+    losses = [during, after["val/loss"], restored["val/loss"]]
+    return {"losses": losses, "text": text, "gathered": gathered, "refusal": refusal}
+
+
+def test_validation_and_text_between_and_after_steps(shared_corpus: Path, tmp_path: Path) -> None:
+    validations = {"limit_val_batches": 1.0, "val_check_interval": 3, "num_sanity_val_steps": 2}
+    options: dict[str, Any] = {"steps": 4, "trainer": validations}
+    path = str(tmp_path / "run.ckpt")
+    (one,) = run_ranks(evaluate_after_fit, 1, Run(**options), shared_corpus, path)
+    for kind in (FULL, OPTIMIZER):
+        ranks = run_ranks(evaluate_after_fit, 2, Run(1, 2, strategy=kind, **options), shared_corpus, path)
+        for rank in ranks:
+            assert rank["losses"] == pytest.approx(one["losses"], abs=2e-6)
+            assert rank["text"].startswith(one["text"]) and not rank["gathered"]
+            assert "predict needs whole layers" in rank["refusal"]
+
+
+# ---- memory
+
+
+class Counting(RecordingModule):
+    """Counts, where gradients are and layers compute, what this rank has of each."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.counts: dict[str, int] = {"within a block": 0, "at rest": 0}
+        for block in self.model.blocks:
+            block.mlp.register_forward_pre_hook(lambda *_: self.count_gathered("within a block"))
+
+    def count_gathered(self, when: str) -> None:
+        whole = sum(p.numel() for p in self.parameters() if not isinstance(p, DTensor))
+        self.counts[when] = max(self.counts[when], whole)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.counts["gradients"] = sum(local(p.grad).numel() for p in self.parameters())
+        self.counts["parameters"] = sum(local(p).numel() for p in self.parameters())
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        self.count_gathered("at rest")
+        moments = [v for entry in self.optimizers().state.values() for v in entry.values() if v.dim()]
+        self.counts["moments"] = sum(local(moment).numel() for moment in moments)
+
+
+def count(run: Run, corpus: Path) -> dict[str, int]:
+    module, datamodule = build(corpus, run)
+    module.__class__ = Counting
+    trainer_of(run, corpus.parent, Recorder(None)).fit(module, datamodule)
+    return module.counts
+
+
+@pytest.mark.parametrize("tp, dp", [(1, 2), (1, 4), (2, 2)])
+def test_a_rank_holds_its_share_of_parameters_gradients_and_moments(
+    tp: int, dp: int, shared_corpus: Path
+) -> None:
+    options: dict[str, Any] = {"steps": 2, "accumulate": 1, "config": {"n_layers": 6}}
+    (one,) = run_ranks(count, 1, Run(**options), shared_corpus)
+    dense = one["parameters"]
+    model = build(shared_corpus, Run(**options))[0].model
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    root = dense - 6 * block
+    assert one["moments"] == 2 * dense and one["gradients"] == dense
+    full = run_ranks(count, tp * dp, Run(tp, dp, strategy=FULL, **options), shared_corpus)
+    rows = 4 * 36 * len([*model.parameters()])  # of a tensor that does not divide, and what peers replicate
+    for rank in full:
+        held = rank["parameters"] + rank["gradients"] + rank["moments"]
+        assert held <= 4 * (dense / (tp * dp) + rows)
+        assert held + rank["within a block"] <= 4 * dense / (tp * dp) + 4 * rows + (root + block) / tp + rows
+        assert rank["at rest"] == 0
+    if tp == 1:  # each element on one rank
+        assert sum(rank["parameters"] for rank in full) == dense
+        optimizer = run_ranks(count, dp, Run(tp, dp, strategy=OPTIMIZER, **options), shared_corpus)
+        assert all(rank["within a block"] > root + block for rank in optimizer)
+
+
+# ---- other modules
+
+
+class Listed(Plain):
+    """Has layers in a list, two of which share a tensor, and a parameter of its own."""
+
+    def build(self) -> None:
+        torch.manual_seed(4)
+        self.net = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 7), nn.Linear(6, 6), nn.Linear(7, 3)])
+        self.net[2].weight = self.net[0].weight
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def output(self, x: Tensor) -> Tensor:
+        first, second, third, last = self.net
+        return self.scale * last(torch.tanh(second(third(torch.tanh(first(x))))))
+
+
+def train(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> list[float]:
+    """In a rank: the losses, of the same rows on all of them."""
+    module = kind()
+    rows = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=TensorParallelDDPStrategy(**strategy),
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        gradient_clip_val=0.1,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=8))
+    return module.losses
+
+
+@pytest.mark.parametrize("kind", [Plain, SecondName, BuiltLate, Frozen, Listed])
+def test_any_module_without_a_plan(kind: Callable[[], Plain], tmp_path: Path) -> None:
+    (one,) = run_ranks(train, 1, kind, tmp_path, {})
+    assert one[-1] < one[0]
+    for losses in run_ranks(train, 2, kind, tmp_path, FULL):
+        assert losses == pytest.approx(one, abs=1e-6)
+
+
+def test_layers_that_share_a_tensor_stay_together() -> None:
+    module = Listed()
+    assert gathered_apart(module) == [module.net[1], module.net[3]]
+    nested = nn.Sequential(nn.ModuleList([nn.ReLU(), layer := nn.Linear(2, 2)]))
+    assert gathered_apart(nested) == [layer]
+
+
+class Scalar(Plain):
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def refusal(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as error:
+        train(kind, folder, strategy)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, strategy, words",
+    [
+        (Quasi, FULL, "LBFGS needs whole parameters, and data-parallel ranks hold parts"),
+        (Manual, FULL, "shard_replicas cannot tell where a step ends of Manual"),
+        (Scalar, FULL, "scale is a single number"),
+        (Plain, {"shard_replicas": "some"}, "shard_replicas=some is unknown"),
+        (Plain, {"reduce_dtype": "fp8"}, "reduce_dtype=fp8 is unknown"),
+        (Plain, {**FULL, "static_graph": True}, "static_graph=True is for DDP"),
+        (Plain, {"reduce_dtype": "bf16", "ddp_comm_hook": print}, "both say how gradients are reduced"),
+        (Plain, {**FULL, "start_method": "fork"}, "start_method=fork gives the first process"),
+    ],
+)
+def test_what_would_go_wrong_is_refused(
+    kind: Callable[[], Plain], strategy: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    for message in run_ranks(refusal, 2, kind, tmp_path, strategy):
+        assert words in message
