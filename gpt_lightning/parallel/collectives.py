@@ -34,11 +34,11 @@ def exchange(
     to_peers: Sequence[Sequence[Tensor]],
     shapes: Sequence[Sequence[torch.Size]],
     like: Tensor,
-    mesh: ParallelMesh,
+    group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:
-    """Sends each peer some tensors, in one message, and returns those of these shapes that each sends here.
+    """Sends each rank of a group some tensors, and returns those of these shapes that each sends here.
 
-    All have the dtype and the device of `like`. They go as bytes: not every backend knows bfloat16.
+    All have the dtype and the device of `like`, and go as bytes: not every backend knows bfloat16.
     """
     flat = [tensor.flatten() for tensors in to_peers for tensor in tensors]
     outgoing = torch.cat([like.new_empty(0), *flat]).view(torch.uint8)
@@ -46,7 +46,7 @@ def exchange(
     lengths = [[shape.numel() for shape in each] for each in shapes]
     received = [like.itemsize * sum(each) for each in lengths]
     arrived = outgoing.new_empty(sum(received))
-    dist.all_to_all_single(arrived, outgoing, received, sent, group=mesh.tp_group)
+    dist.all_to_all_single(arrived, outgoing, received, sent, group=group)
     pieces = iter(arrived.view(like.dtype).split([length for each in lengths for length in each]))
     return [[next(pieces).view(shape) for shape in each] for each in shapes]
 

@@ -1,7 +1,8 @@
 """Muon (Jordan et al., 2024): orthogonal updates for the matrices of the blocks, AdamW for everything else.
 
 The arithmetic is that of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"` and of torch.optim.AdamW.
-A matrix that tensor-parallel peers have cut gets the update of the whole: that of a part would be another.
+A matrix that tensor-parallel peers have cut, or that replicas share, gets the update of the whole: that of a
+part would be another.
 """
 
 import math
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard
+from gpt_lightning.parallel.sharded_replicas import local, rows_of, sharing_group
 from gpt_lightning.parallel.whole import on_whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -46,6 +49,20 @@ class BlockMatrix:
             return [self.shard for _ in self.parts]
         sizes = [self.shard.full_size * part // sum(self.parts) for part in self.parts]
         return [replace(self.shard, full_size=size) for size in sizes]
+
+    def add(self, own: Tensor, update: Tensor, factor: float) -> None:
+        """Adds to what this rank has of the weight, each matrix's update at the scale of AdamW's."""
+        weight = self.weight
+        columns = weight.shape[1] if self.shard is None or self.shard.dim == 0 else self.shard.full_size
+        n_rows = weight.shape[0] if self.shard is None or self.shard.dim == 1 else self.shard.full_size
+        scales = [math.sqrt(max(n_rows * part // sum(self.parts), columns)) for part in self.parts]
+        if not isinstance(weight, DTensor):
+            for target, each, scale in zip(self.views(own), self.views(update), scales):
+                target.add_(each, alpha=factor * scale)
+            return
+        of_rows = own.new_tensor(scales).repeat_interleave(torch.tensor(self.parts, device=own.device))
+        of_rows = of_rows.repeat(weight.shape[0] // len(of_rows))[:, None] * factor
+        own.addcmul_(update.to(own.dtype), rows_of(weight).cut(of_rows))
 
 
 class MuonWithAdamW(Optimizer):
@@ -101,37 +118,59 @@ class MuonWithAdamW(Optimizer):
         return loss
 
     def _step_matrices(self, group: dict[str, Any], left_out: Tensor | None) -> None:
-        lr, momentum, matrices = group["lr"], group["momentum"], []
-        pieces: list[Tensor] = []
-        shards: list[Shard | None] = []
-        for matrix in self._matrices:
-            if (gradient := matrix.weight.grad) is None:
-                continue
-            state = self.state[matrix.weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix.weight)
-            buffer = _to_change(state["momentum_buffer"], left_out)
-            ahead = gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum).bfloat16()  # Nesterov's
-            _changed(state["momentum_buffer"], buffer, left_out)
-            matrices.append(matrix)
-            pieces += [piece.flatten(0, 1) for piece in matrix.views(ahead)]
-            shards += matrix.shards
-        updates = iter(zip(self._updates(pieces, shards), shards))
-        for matrix in matrices:
-            new = _to_change(matrix.weight, left_out).mul_(1 - lr * group["weight_decay"])
-            for part, (update, shard) in zip(matrix.views(new), updates):
-                whole = update.shape if shard is None else shard.full_shape(update)
-                part.add_(update.view(part.shape), alpha=-lr * 0.2 * math.sqrt(max(whole)))
-            _changed(matrix.weight, new, left_out)
+        lr, momentum = group["lr"], group["momentum"]
+        matrices = [matrix for matrix in self._matrices if matrix.weight.grad is not None]
+        ahead = [self._ahead(matrix.weight, momentum, left_out) for matrix in matrices]
+        for matrix, update in zip(matrices, self._updates(matrices, ahead)):
+            weight = local(matrix.weight)
+            new = _to_change(weight, left_out).mul_(1 - lr * group["weight_decay"])
+            matrix.add(new, update, -lr * 0.2)
+            _changed(weight, new, left_out)
 
-    def _updates(self, pieces: Sequence[Tensor], shards: Sequence[Shard | None]) -> list[Tensor]:
+    def _ahead(self, weight: nn.Parameter, momentum: float, left_out: Tensor | None) -> Tensor:
+        """Returns Nesterov's momentum of what this rank has of a weight."""
+        assert weight.grad is not None
+        state, gradient = self.state[weight], local(weight.grad)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        own = local(state["momentum_buffer"])
+        buffer = _to_change(own, left_out)
+        ahead = gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum).bfloat16()
+        _changed(own, buffer, left_out)
+        return ahead
+
+    def _updates(self, matrices: Sequence[BlockMatrix], ahead: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what this rank has of each update; a weight that replicas share is dealt to one of them."""
+        shared = [weight for matrix in matrices if isinstance(weight := matrix.weight, DTensor)]
+        if not shared:  # all are or none is
+            return self._of_replica(matrices, ahead)
+
+        def compute(numbers: list[int], wholes: list[Tensor]) -> list[Tensor]:
+            return self._of_replica([matrices[n] for n in numbers], wholes)
+
+        return on_whole(compute, ahead, [rows_of(weight) for weight in shared], sharing_group(shared[0]))
+
+    def _of_replica(self, matrices: Sequence[BlockMatrix], ahead: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the update of each weight, of which tensor-parallel peers may have parts."""
+        views = [matrix.views(each) for matrix, each in zip(matrices, ahead)]
+        pieces = [piece.flatten(0, 1) for each in views for piece in each]
+        shards = [shard for matrix in matrices for shard in matrix.shards]
         cut = {index: shard for index, shard in enumerate(shards) if shard is not None}
         whole = [index for index in range(len(pieces)) if index not in cut]
         found = dict(zip(whole, orthogonalized([pieces[index] for index in whole])))
         if cut and self._mesh is not None:
-            parts = on_whole(orthogonalized, [pieces[index] for index in cut], [*cut.values()], self._mesh)
+            parts = on_whole(
+                lambda _, wholes: orthogonalized(wholes),
+                [pieces[index] for index in cut],
+                [*cut.values()],
+                self._mesh.tp_group,
+            )
             found.update(zip(cut, parts))
-        return [found[index] for index in range(len(pieces))]
+        updates = [torch.empty_like(each) for each in ahead]
+        targets = [view for matrix, each in zip(matrices, updates) for view in matrix.views(each)]
+        for index, target in enumerate(targets):
+            target.copy_(found[index].view(target.shape))
+        return updates
 
 
 def _to_change(tensor: Tensor, left_out: Tensor | None) -> Tensor:

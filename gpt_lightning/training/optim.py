@@ -17,6 +17,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.optimizer_state import problem_of_name
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import ParallelLayer
+from gpt_lightning.parallel.sharded_replicas import is_shared
 from gpt_lightning.training.muon import BlockMatrix, MuonWithAdamW
 
 NAMES = ("adamw", "muon")
@@ -161,15 +162,17 @@ def block_matrices(model: nn.Module) -> list[BlockMatrix]:
     for name, layer in model.get_submodule("blocks").named_modules():
         if not isinstance(layer, (nn.Linear, ParallelLayer)) or not layer.weight.requires_grad:
             continue
-        if type(layer.weight) is not nn.Parameter or layer.weight.dim() != 2:
+        weight = layer.weight
+        is_whole = type(weight) is nn.Parameter or is_shared(weight)
+        if not is_whole or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             raise UserError(
                 f"model.optimizer.name=muon needs whole matrices, and blocks.{name}.weight is none (a "
-                f"{type(layer.weight).__name__} {list(layer.weight.shape)}); choose adamw, or a "
-                "trainer.strategy that leaves parameters as they are"
+                f"{type(weight).__name__} {list(weight.shape)}); choose adamw, or a trainer.strategy that "
+                "leaves parameters as they are"
             )
-        parts = getattr(layer, "parts", None) or (layer.weight.shape[0],)
+        parts = getattr(layer, "parts", None) or (weight.shape[0],)
         shard = layer.shards["weight"] if isinstance(layer, ParallelLayer) else None
-        found[layer.weight] = BlockMatrix(layer.weight, parts, shard)
+        found[weight] = BlockMatrix(weight, parts, shard)
     return [*found.values()]
 
 

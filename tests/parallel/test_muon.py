@@ -18,7 +18,7 @@ from gpt_lightning.training import muon
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
 from tests.distributed import run_ranks
-from tests.parallel.runs import Run, run_everywhere
+from tests.parallel.runs import Run, fit, run_everywhere
 from tests.shapes import SHARED
 
 pytestmark = pytest.mark.slow
@@ -115,6 +115,33 @@ def test_training_differs_by_the_rounding_of_bfloat16(
     assert min(one["norms"]) > 0.3, "nothing was clipped"
     for rank in ranks[1:]:
         assert rank["losses"] == ranks[0]["losses"]
+
+
+def fit_and_count(run: Run, corpus: Path) -> tuple[list[float], int]:
+    """In a rank: the losses, and how many matrices it has orthogonalised."""
+    compute, counted = muon.orthogonalized, []
+
+    def counting(matrices: list[Tensor]) -> list[Tensor]:
+        counted.append(len(matrices))
+        return compute(matrices)
+
+    setattr(muon, "orthogonalized", counting)
+    return fit(run, corpus)["losses"], sum(counted)
+
+
+@pytest.mark.parametrize("tp, dp", [(1, 2), (2, 2)])
+def test_replicas_that_share_a_matrix_compute_it_once(
+    tp: int, dp: int, shared_corpus: Path, one_process: OneProcess
+) -> None:
+    options = {**MUON, "config": {}}
+    one, run = one_process(**options)["losses"], Run(tp, dp, strategy={"shard_replicas": "full"}, **options)
+    ranks = run_ranks(fit_and_count, tp * dp, run, shared_corpus)
+    n_matrices = 2 * (3 + 3)  # layers; q, k and v, and three others
+    assert sum(count for _, count in ranks) == 20 * n_matrices
+    for losses, count in ranks:
+        assert losses[:2] == pytest.approx(one[:2], abs=2e-6)
+        assert losses == pytest.approx(one, abs=ROUNDING, rel=0)
+        assert count > 0
 
 
 def test_training_in_float16_scales_and_skips_on_all_peers_together(
