@@ -38,8 +38,9 @@ OF_THE_WEIGHTS = {"data.tokenizer", *(name for name in SHRUNK if name.startswith
 def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    devices = settings["trainer"].get("devices", 1)
-    options = {**SHRUNK, "data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
+    devices = min(4, settings["trainer"].get("devices", 1))
+    options = {**SHRUNK, "trainer.devices": str(devices)}
+    options |= {"data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
     if "n_kv_heads" in settings["model"].get("config", {}):
         options["model.config.n_kv_heads"] = "1"
     if "init_from" in settings:  # whose architecture and tokenizer it takes
