@@ -60,10 +60,10 @@ def _wait(ranks: list[Any], folder: Path) -> None:
 def torchrun_environments(world_size: int, nodes: int = 1) -> list[dict[str, str]]:
     """What torchrun would tell each rank."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
-    return [{**common, **_own(rank, world_size, nodes)} for rank in range(world_size)]
+    return [{**common, **environment_of(rank, world_size, nodes)} for rank in range(world_size)]
 
 
-def _own(rank: int, world_size: int, nodes: int) -> dict[str, str]:
+def environment_of(rank: int, world_size: int, nodes: int) -> dict[str, str]:
     """What torchrun tells one rank of itself."""
     local = world_size // nodes
     own = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}

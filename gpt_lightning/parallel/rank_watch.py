@@ -29,7 +29,7 @@ from gpt_lightning.parallel.rank_signs import (
     MachineLinks,
     Sign,
 )
-from gpt_lightning.parallel.ranks import from_first, gathered
+from gpt_lightning.parallel.ranks import from_first, gathered_numbers, together
 
 STALE_SECONDS = 3.0  # a silence that says enough where a collective operation has run into its timeout
 PATIENCE_SECONDS = 5.0  # for what ends at its own pace: other ranks, a file that is being written
@@ -89,7 +89,7 @@ class RankWatch:
 
     def connect(self) -> None:
         """Begins to see the others; all ranks call it."""
-        machines = gathered(self._machine_number)
+        machines = gathered_numbers(self._machine_number)
         self._machine = [rank for rank, number in enumerate(machines) if number == self._machine_number]
         secret, port, file = from_first(secrets.token_hex()), 0, None
         links, n_machines = MachineLinks(secret), len(set(machines))
@@ -105,7 +105,7 @@ class RankWatch:
                 if self._rank != 0:
                     links.call(self._rank, os.environ["MASTER_ADDR"], port)
                 links.join(1 if self._rank else n_machines - 1)
-        gathered(None)
+        together()
         with suppress(OSError):
             path.unlink()  # all have opened it, or cannot: nothing stays of it when all are killed
         self._file, self._links = file, links

@@ -20,6 +20,23 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_numbers(number: int) -> list[int]:
+    """Returns the numbers of all ranks, which call it: of objects each would take its time."""
+    if not dist.is_initialized():
+        return [number]
+    is_on_gpu = dist.get_backend() == "nccl"
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.long, device="cuda" if is_on_gpu else "cpu")
+    numbers[dist.get_rank()] = number
+    dist.all_reduce(numbers)
+    return [int(each) for each in numbers.tolist()]
+
+
+def together() -> None:
+    """Waits until all ranks have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def from_first(value: Any) -> Any:
     """Returns the first rank's value; all ranks call it."""
     values = [value]

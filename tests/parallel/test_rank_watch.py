@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from gpt_lightning.exit_codes import LOST_RANK
 from gpt_lightning.parallel import rank_signs, rank_watch
+from gpt_lightning.parallel import ranks as exchanges
 from gpt_lightning.parallel.rank_signs import TICK_SECONDS, MachineFile, MachineLinks
 from gpt_lightning.parallel.rank_watch import Lost, RankWatch
 
@@ -404,8 +405,9 @@ def exhaust_after_exchange(kind: type, rank: int, watch: RankWatch) -> None:
 
         return exchanged_and_exhausted
 
-    for name in ("gathered", "from_first"):
-        setattr(rank_watch, name, exhausting(getattr(rank_watch, name)))
+    together = exhausting(lambda _: exchanges.together())
+    setattr(rank_watch, "from_first", exhausting(exchanges.from_first))
+    setattr(rank_watch, "together", lambda: together(None))
     watch_again(watch)
     reduce_for_a_while()
 
