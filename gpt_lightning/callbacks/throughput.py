@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from gpt_lightning.callbacks.peak_flops import peak_flops
 from gpt_lightning.data.loader import TokenBatch, rank_and_ranks, token_batch
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.device import peak_memory_gib
 from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.parallel.ranks import total
+from gpt_lightning.planning.peak_flops import peak_flops
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer import PARTS, GPTTrainer, Stopwatch, is_logging_step
 

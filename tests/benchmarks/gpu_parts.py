@@ -35,12 +35,12 @@ from gpu_training import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.attention import Attend, dense_mask
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.planning.peak_flops import known_flops, measured_flops
 from gpt_lightning.training.optim import OptimizerConfig
 
 Figures = dict[str, Any]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gpt_lightning.callbacks import peak_flops as device_peak
-from gpt_lightning.callbacks.peak_flops import known_flops, measured_flops, peak_flops
+from gpt_lightning.planning import peak_flops as device_peak
+from gpt_lightning.planning.peak_flops import known_flops, measured_flops, peak_flops
 
 
 @pytest.mark.parametrize(
