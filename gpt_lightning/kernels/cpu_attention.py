@@ -26,13 +26,19 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Te
     return output
 
 
+def scores_kept(B: int, T: int, H: int, dropout_p: float) -> int:
+    """Counts the scores that a layer keeps for its backward pass."""
+    is_kept = dropout_p > 0 or B * H * T * (T + BLOCK) // 2 <= _SCORES_KEPT
+    return B * H * sum((end - start) * end for start, end in _blocks(T)) if is_kept else 0
+
+
 class _AttentionInBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         B, T, H, K = q.shape
         output = q.new_empty(B, T, H, K)
         kept: list[Tensor] = []
-        ctx.keep_scores = dropout_p > 0 or B * H * T * (T + BLOCK) // 2 <= _SCORES_KEPT
+        ctx.keep_scores = scores_kept(B, T, H, dropout_p) > 0
         ctx.dropout_p = dropout_p
         future = _future(q)
         for rows in _rows(q):

@@ -17,7 +17,7 @@ from gpt_lightning.kernels.linear import product
 CHUNK_BYTES = 2**26  # of logits; fewer rows add up the weight's gradient more often, more take more memory
 CHUNK_BYTES_ON_ACCELERATORS = 2**29  # and, where it is of half precision, twice as much for its softmax
 _MULTIPLE = 64  # of columns and rows: products in half precision are slow with others, as GPT-2's 50257
-_SOFTMAX_ELEMENTS = 2**21  # at a time on a CPU, within its cache
+SOFTMAX_ELEMENTS = 2**21  # at a time on a CPU, within its cache
 _NOT_SCORED = -100  # F.cross_entropy's own default
 
 
@@ -72,8 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=grad_dtype) if needs_grad else None
         # The same on all ranks that share the vocabulary, since they exchange numbers once a chunk.
         columns = V if shard is None else shard.largest_shard
-        n_rows = _chunk_rows(len(hidden), columns * compute_dtype.itemsize, device)
-        n_softmax_rows = max(1, _SOFTMAX_ELEMENTS // V) if device == "cpu" and shard is None else n_rows
+        n_rows = chunk_rows(len(hidden), columns * compute_dtype.itemsize, device)
+        n_softmax_rows = max(1, SOFTMAX_ELEMENTS // V) if device == "cpu" and shard is None else n_rows
         with torch.autocast(device, enabled=False):
             compute_weight = weight.to(compute_dtype)
             if compute_dtype.itemsize == 2 and V % _MULTIPLE:
@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def _chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
+def chunk_rows(n_rows: int, row_bytes: int, device_type: str) -> int:
     """Returns the rows of a chunk: as many as the memory allows, in chunks that are about even."""
     n_bytes = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_ON_ACCELERATORS
     most = max(1, n_bytes // row_bytes)

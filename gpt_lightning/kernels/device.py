@@ -28,6 +28,14 @@ def peak_memory_gib(device: torch.device) -> float | None:
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # kibibytes on Linux
 
 
+def host_memory() -> int:
+    """Returns the bytes of memory that this machine has, or that a container's limit leaves of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    with suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=2**63)
+
+
 def trains_on_cpu(x: Tensor) -> bool:
     """Tells where our kernels for training may replace PyTorch's: on a CPU, uncompiled, with gradients."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -1,0 +1,141 @@
+"""Estimates what a device has to hold in a step: bytes by kind, and the most at a time.
+
+Weights, moments and, where something accumulates in them, gradients are always there. Beside them a step is
+at its fullest when the loss is made, when it is traversed, in the first block that is, when the last gradient
+is made, or in the optimizer. Shapes: V vocabulary, D d_model.
+"""
+
+from dataclasses import dataclass
+
+from gpt_lightning.kernels.cross_entropy import SOFTMAX_ELEMENTS, chunk_rows
+from gpt_lightning.planning.activations import kept_activations, residual_bytes, total_bytes
+from gpt_lightning.planning.parameters import Parameters, count_parameters
+from gpt_lightning.planning.setup import Setup
+
+GIB = 2**30
+_MULTIPLE = 64  # to which the loss pads a vocabulary in half precision
+_AT_ONCE = 2**24  # numbers that Muon orthogonalises together
+# What a process holds beside its tensors: on a CPU the libraries, on a GPU the context and their buffers.
+PROGRAM_ON_CPU, PROGRAM_ON_GPU = int(0.55 * GIB), int(0.75 * GIB)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Holds bytes of one device; `peak` is the most at a time, where not all is there at once."""
+
+    weights: int
+    gradients: int
+    moments: int
+    gathered: int  # of shared weights, for the layers that compute
+    activations: int
+    logits: int  # and all else that the loss makes
+    program: int
+    peak: int
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+def memory_of(setup: Setup) -> Memory:
+    """Estimates a step after the first, which makes the moments."""
+    counts, share = count_parameters(setup.part), _Shares(setup)
+    weights = share.of_weights(counts.total * setup.weight_bytes)
+    gradients = share.of_gradients(counts.total * setup.weight_bytes)
+    moments = share.of_moments(_moment_bytes(setup, counts))
+    gathered = _gathered(setup, counts)
+    kept = kept_activations(setup)
+    activations = total_bytes(kept, setup)
+    loss = _Loss(setup)
+    resident = weights + moments
+    stays = gradients if _gradients_stay(setup) else 0
+    table = counts.tokens * setup.weight_bytes
+    again = kept.block if setup.activation_checkpointing else 0
+    # Of a tied table the head's gradient waits for the lookup's; a bucket is filled from one of its own.
+    waiting = table * ((1 if setup.config.tie_embeddings else 0) + (1 if stays else 0))
+    moments_of_a_step = (
+        stays + gathered + activations + loss.forward,
+        stays + gathered + activations + loss.backward,
+        stays + gathered + activations + again + _working(setup) + loss.gradient_of_weight,
+        gradients + _gathered_in_block(setup, counts) + waiting + again + _working(setup),
+        gradients + _optimizer_bytes(setup, share, counts),
+    )
+    program = PROGRAM_ON_CPU if setup.on_cpu else PROGRAM_ON_GPU
+    peak = program + resident + max(moments_of_a_step)
+    return Memory(weights, gradients, moments, gathered, activations, loss.forward, program, peak)
+
+
+class _Shares:
+    """Tells which part of each kind this device holds where replicas share them."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._sharding, self._replicas = setup.sharding, setup.replicas
+
+    def of_weights(self, n_bytes: int) -> int:
+        return n_bytes if self._sharding == "none" else -(-n_bytes // self._replicas)
+
+    of_gradients = of_moments = of_weights
+
+
+def _moment_bytes(setup: Setup, counts: Parameters) -> int:
+    """AdamW has two moments, Muon one of the matrices."""
+    two = counts.total - (counts.matrices if setup.optimizer == "muon" else 0)
+    return (2 * two + counts.total - two) * setup.weight_bytes
+
+
+def _gradients_stay(setup: Setup) -> bool:
+    """Tells whether gradients are there when a pass begins: sums of earlier ones, or DDP's buckets."""
+    return setup.accumulation > 1 or setup.replicas > 1
+
+
+def _gathered(setup: Setup, counts: Parameters) -> int:
+    """Counts the whole weights, at the end of a forward pass, that replicas gather of their parts."""
+    if setup.sharding == "none":
+        return 0
+    if setup.sharding == "optimizer":
+        return counts.total * setup.weight_bytes
+    return _gathered_in_block(setup, counts)
+
+
+def _gathered_in_block(setup: Setup, counts: Parameters) -> int:
+    """Counts what is whole within a block: two of them, one on its way, and what is outside of blocks."""
+    if setup.sharding == "none":
+        return 0
+    blocks = counts.matrices + counts.vectors
+    if setup.sharding == "optimizer":
+        return counts.total * setup.weight_bytes
+    outside = counts.total - blocks
+    a_block = blocks // setup.config.n_layers
+    # And the gradients of a block, whole until they are summed.
+    return (outside + 3 * a_block) * setup.weight_bytes
+
+
+class _Loss:
+    """Counts what `linear_cross_entropy` makes, chunk by chunk."""
+
+    def __init__(self, setup: Setup) -> None:
+        V, D, e = setup.part.vocab_size, setup.config.d_model, setup.compute_bytes
+        n, device = setup.pass_tokens, "cpu" if setup.on_cpu else "cuda"
+        rows = min(n, chunk_rows(n, V * e, device))
+        padded = -(-V // _MULTIPLE) * _MULTIPLE if e == 2 else V
+        self.gradient_of_weight = V * D * max(4, setup.weight_bytes)
+        of_hidden = n * D * residual_bytes(setup)
+        logits = rows * padded * e
+        softmax = min(rows * V, SOFTMAX_ELEMENTS if setup.on_cpu else rows * V) * 4 if e == 2 else 0
+        narrow = padded * D * e if e != setup.weight_bytes or padded != V else 0
+        product = padded * D * e
+        laid_out = logits if setup.on_cpu and e == 2 else 0
+        self.forward = self.gradient_of_weight + of_hidden + logits + narrow
+        self.forward += max(softmax, product + laid_out)
+        self.backward = 2 * (self.gradient_of_weight + of_hidden)
+
+
+def _working(setup: Setup) -> int:
+    """Counts what the backward pass of a block makes for a moment: gradients of its widest activations."""
+    return setup.pass_tokens * setup.compute_bytes * (2 * setup.part.mlp_width + 2 * setup.config.d_model)
+
+
+def _optimizer_bytes(setup: Setup, share: _Shares, counts: Parameters) -> int:
+    """Counts Muon's updates of all matrices, in bfloat16, before and after; fused AdamW makes nothing."""
+    if setup.optimizer != "muon":
+        return 0
+    return share.of_moments(4 * counts.matrices) + 4 * 2 * min(_AT_ONCE, counts.matrices)

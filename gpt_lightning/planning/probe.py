@@ -1,0 +1,139 @@
+"""Times the parts of a step on this machine for about two seconds: a block, the rest, the optimizer."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.kernels.attention import Attend
+from gpt_lightning.kernels.device import keep_freed_memory
+from gpt_lightning.model.flops import training_flops_per_token
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.meta import Uninitialized
+from gpt_lightning.planning.peak_flops import measured_flops
+from gpt_lightning.planning.setup import Setup
+from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
+
+SECONDS_A_PART = 0.5
+_LONGEST = 0.3  # seconds of a block's pass, beyond which fewer tokens stand for all
+
+
+class Probe(NamedTuple):
+    """Holds seconds: of a micro-batch's forward and backward pass, and of the optimizer's step."""
+
+    a_pass: float
+    optimizer: float
+
+
+def probe(setup: Setup, device: torch.device) -> Probe:
+    """Measures with the threads that each of several processes on a CPU has."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, threads // setup.devices))
+        keep_freed_memory()
+    try:
+        return _measured(setup, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(setup: Setup, device: torch.device) -> Probe:
+    config = replace(setup.part, n_layers=1)
+    with Uninitialized(), torch.device("meta"):
+        model = GPTModel(config)
+    model = model.to_empty(device=device).to(_dtype(setup.weight_bytes)).train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    layers = setup.config.n_layers
+    rows, seq_len, share = _sample(setup, device)
+    ids = torch.randint(config.vocab_size, (rows, seq_len), device=device)
+    block = _Block(setup, model, ids)
+    block_seconds = _median(block.run, device)
+    of_block = _optimizer_seconds(setup, model.blocks, device) if model.blocks else 0.0
+    model.blocks = nn.ModuleList()
+    outside = _median(lambda: _pass(setup, model, ids), device)
+    of_rest = _optimizer_seconds(setup, model, device)
+    return Probe((layers * block_seconds + outside) / share, layers * of_block + of_rest)
+
+
+class _Block:
+    """Runs one block forward and backward, as often as a step computes it."""
+
+    def __init__(self, setup: Setup, model: GPTModel, ids: Tensor) -> None:
+        self._setup, self._model, self._block = setup, model, model.blocks[0]
+        self._attend = Attend(ids, head_dim=setup.config.head_dim, dropout_p=setup.config.dropout)
+        with torch.no_grad(), _precision(setup, ids.device):
+            self._x = model.token_embedding(ids)
+        self._x = self._x.to(torch.bfloat16) if setup.on_cpu and setup.is_mixed else self._x
+
+    def run(self) -> None:
+        x = self._x.detach().requires_grad_()
+        with _precision(self._setup, x.device):
+            turn = self._model.rotary(self._attend.positions)
+            if self._setup.activation_checkpointing:
+                with torch.no_grad():
+                    self._block(x, self._attend, turn)
+            y = self._block(x, self._attend, turn)
+        y.backward(x.detach())
+        self._block.zero_grad()
+
+
+def _pass(setup: Setup, model: GPTModel, ids: Tensor) -> None:
+    with _precision(setup, ids.device):
+        loss = model(ids, ids, reduction="sum").loss
+    loss.backward()
+    model.zero_grad()
+
+
+def _optimizer_seconds(setup: Setup, parameters: nn.Module, device: torch.device) -> float:
+    """Times clipping, a step and what follows it."""
+    holder = nn.Module()
+    holder.blocks = parameters if isinstance(parameters, nn.ModuleList) else nn.ModuleList()
+    holder.rest = nn.ModuleList() if isinstance(parameters, nn.ModuleList) else parameters
+    if not any(True for _ in holder.parameters()):
+        return 0.0
+    name = setup.optimizer if len(holder.blocks) else "adamw"
+    optimizer = build_optimizer(holder, OptimizerConfig(name=name))
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(holder.parameters(), 1.0)
+        optimizer.step()
+
+    for parameter in holder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return _median(step, device)
+
+
+def _sample(setup: Setup, device: torch.device) -> tuple[int, int, float]:
+    """Returns the rows and length that are timed, and which share of a pass's tokens they are."""
+    rate = measured_flops(device, _dtype(setup.compute_bytes), 0.1)
+    one = replace(setup.part, n_layers=1)
+    most = int(_LONGEST * rate / training_flops_per_token(one, setup.seq_len))
+    rows = max(1, min(setup.batch_size, most // setup.seq_len))
+    seq_len = max(1, min(setup.seq_len, most))
+    return rows, seq_len, rows * seq_len / setup.pass_tokens
+
+
+def _median(call: Callable[[], None], device: torch.device) -> float:
+    """Returns the median of as many calls as there is time for, three at least, after a first one."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < SECONDS_A_PART:
+        torch.get_device_module(device).synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.get_device_module(device).synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def _precision(setup: Setup, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, _dtype(setup.compute_bytes), enabled=setup.is_mixed)
+
+
+def _dtype(item_size: int) -> torch.dtype:
+    return {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[item_size]
