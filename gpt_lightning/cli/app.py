@@ -33,6 +33,7 @@ from gpt_lightning.cli.checks import (
     check_monitors,
     check_options,
     check_paths,
+    check_processes,
     check_whole_weights,
     refused_arguments,
 )
@@ -124,9 +125,7 @@ class GPTLightningCLI(LightningCLI):
         for group, callback in of_fit.items():
             parser.add_class_arguments(callback, group, instantiate=False, sub_configs=True)
         parser.add_class_arguments(GenerationConfig, "generation")
-        arguments = "model.init_args" if self.subclass_mode_model else "model"
-        vocab_size = f"{arguments}.config.vocab_size"
-        parser.link_arguments("data", vocab_size, compute_fn=self._choose_vocabulary, apply_on="instantiate")
+        self._link_vocabulary(parser)
         if self.subclass_mode_model:
             parser.set_defaults({"model": {"class_path": DEFAULT_CLASS}})  # of files that name none
         if self.verb != "prepare":
@@ -135,6 +134,11 @@ class GPTLightningCLI(LightningCLI):
         if self.verb == "predict":
             parser.set_defaults({"return_predictions": False})
             parser.add_argument("--output", type=str | None, default=None, help=OUTPUT_HELP)
+
+    def _link_vocabulary(self, parser: LightningArgumentParser) -> None:
+        arguments = "model.init_args" if self.subclass_mode_model else "model"
+        vocab_size = f"{arguments}.config.vocab_size"
+        parser.link_arguments("data", vocab_size, compute_fn=self._choose_vocabulary, apply_on="instantiate")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -152,17 +156,24 @@ class GPTLightningCLI(LightningCLI):
         if self.verb in ("fit", "prepare"):
             settings.run_name = name_of_run(settings)
             run_folder(root, settings.run_name)
-        self._origin = find_origin(self.verb, settings, root)
+        self._origin = self._find_origin(root)
         if (checkpoint := self._origin.checkpoint) is not None:
             self._restored = checkpoint.contents if self._origin.init_from is None else {}
             take_settings(self.verb, settings, self._given, self._origin)
             if self.subclass_mode_model:
                 take_arguments(settings, self._given, checkpoint, parser)
         check_options(self.verb, settings)
+        self._check_machine()
         if self.verb != "prepare":
             settings.weights_only = True
         if self.verb == "fit":
             self._begin_run(settings, root)
+
+    def _find_origin(self, root: Path) -> Origin:
+        return find_origin(self.verb, self.config, root)
+
+    def _check_machine(self) -> None:
+        check_processes(self.config)
 
     def _begin_run(self, settings: Any, root: Path) -> None:
         check_options_under_launcher(settings.trainer.devices, settings.trainer.num_nodes)

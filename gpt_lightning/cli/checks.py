@@ -100,10 +100,15 @@ def check_options(verb: str, settings: Any) -> None:
         raise UserError(f"{option}={settings[option]}{rule}")
 
 
+def check_processes(settings: Any) -> None:
+    """Raises where this machine is not for so many processes."""
+    for option, rule in _refused_devices(settings.trainer):
+        raise UserError(f"{option}={settings[option]}{rule}")
+
+
 def _refused(verb: str, settings: Any, positions: int | None) -> Iterator[tuple[str, str]]:
     """Yields options that cannot be as they are, and what is said of each after its value."""
     yield from _refused_of_trainer(verb, settings.trainer)
-    yield from _refused_devices(settings.trainer)
     seed = settings.seed_everything
     if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
         yield "seed_everything", f" is not in [0, {LARGEST_SEED}]; choose e.g. 42"

@@ -82,6 +82,22 @@ def import_model(name: str, option: str) -> dict[str, Any]:
 # ---- where
 
 
+def local_config(name: str, option: str) -> GPTConfig:
+    """Reads a model's architecture from a folder or the hub's cache, without the network and its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(os.path.expanduser(name))
+    try:
+        if not folder.exists() and is_hub_name(name):
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG], local_files_only=True))
+        return _read_config(folder)[2]
+    except LocalEntryNotFoundError:
+        raise UserError(f"{option}={name} is not on this machine; give a folder or a checkpoint") from None
+    except UserError as error:
+        raise UserError(f"{option}={name}: {error}") from None
+
+
 def _find(name: str, option: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
