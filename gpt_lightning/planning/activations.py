@@ -65,7 +65,7 @@ def _norm(config: GPTConfig, tokens: int, item: int) -> int:
 def _positions(setup: Setup) -> int:
     """Counts indices into the table, or the angles' sines and cosines."""
     if setup.config.positions == "learned":
-        return setup.seq_len * INDEX_BYTES // (setup.tensor_parallel_size if setup.cuts_sequence else 1)
+        return setup.seq_len * INDEX_BYTES
     tables = 2 * setup.seq_len * setup.config.head_dim * 4
     if setup.activation_checkpointing:  # which holds them to compute the blocks again
         return tables + setup.seq_len * INDEX_BYTES
@@ -85,23 +85,21 @@ def _normed_wide(setup: Setup) -> bool:
 def _attention(setup: Setup) -> int:
     config, n, e = setup.part, setup.pass_tokens, setup.compute_bytes
     H, N, K = config.n_heads, config.kv_heads, config.head_dim
-    is_grouped = H > N
-    qkv, per_head = n * (H + 2 * N) * K * e, n * K * e
     total = _outer_tokens(setup) * config.d_model * e  # the input
-    is_changed = config.positions == "rope" or config.qk_norm
-    if is_grouped:  # queries on their own, keys and values once a query's head
-        total += 3 * H * per_head
-    else:  # the values are a part of `qkv`, and so are the others where nothing changes them
-        total += qkv + (2 * H * per_head if is_changed else 0)
+    is_grouped, is_changed = H > N, config.positions == "rope" or config.qk_norm
+    is_copied = is_grouped and N > 1  # the queries, that lie apart from each other
+    tensors = 1 + (is_changed or is_copied) + (is_changed or is_grouped) + is_grouped  # output, q, k, v
+    keeps_qkv = not is_grouped or not (is_changed or is_copied)  # of which the others are parts
     if config.qk_norm:
         total += n * (H + N) * STATISTIC_BYTES
         if _normed_wide(setup):
             total += (n * (H + N) + 2) * K * setup.weight_bytes  # the inputs, and the two norms' weights
-        elif is_grouped:
-            total += H * per_head + qkv
+        else:
+            keeps_qkv, tensors = True, tensors + is_copied
+    total += n * K * e * (H * tensors + (H + 2 * N) * keeps_qkv)
     if config.positions == "rope" and _turns_narrow(setup):
         total += 4 * setup.seq_len * K * e
-    return total + H * per_head + _scores(setup)  # with the output
+    return total + _scores(setup)
 
 
 def _scores(setup: Setup) -> int:

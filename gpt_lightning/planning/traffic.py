@@ -23,16 +23,22 @@ def traffic_of(setup: Setup) -> Traffic:
 
 
 def _among_peers(setup: Setup) -> float:
-    """Counts 4 L + 2 all-reduces of [n, D] a pass, or of reduce-scatters so many and 6 L + 2 gatherings.
+    """Counts messages of [n, D], in halves of all-reduces.
 
-    Each block that is computed again adds the two all-reduces of its forward pass.
+    A column-parallel layer has an all-reduce backward, a row-parallel one forward. Where the sequence is cut
+    the first gathers, gathers again and scatters, the second scatters and gathers. The token table and the
+    head have one each. A block that is computed again ends before the last message of its forward pass.
     """
-    size, layers = setup.tensor_parallel_size, setup.config.n_layers
-    message = setup.pass_tokens * setup.config.d_model * setup.compute_bytes * (size - 1) / size
-    halves = 10 * layers + 4 if setup.cuts_sequence else 8 * layers + 4
-    if setup.activation_checkpointing:
-        halves += 4 * layers
-    return halves * message * setup.accumulation
+    size, config = setup.tensor_parallel_size, setup.config
+    columns, rows = 3 if config.activation == "swiglu" else 2, 2
+    if setup.cuts_sequence:
+        a_block, again = 3 * columns + 2 * rows, columns + rows - 1
+    else:
+        a_block, again = 2 * columns + 2 * rows, 2 * (rows - 1)
+    halves = config.n_layers * (a_block + (again if setup.activation_checkpointing else 0)) + 2
+    table = 2 * setup.weight_bytes  # whose vectors are not yet rounded
+    numbers = setup.pass_tokens * config.d_model * (size - 1) / size
+    return numbers * (halves * setup.compute_bytes + table) * setup.accumulation
 
 
 def _among_replicas(setup: Setup) -> tuple[float, float]:
