@@ -14,6 +14,7 @@ from rich.live import Live
 from typing_extensions import override
 
 from gpt_lightning import __version__
+from gpt_lightning.callbacks.memory_estimate import memory_lines
 from gpt_lightning.callbacks.progress_line import Progress, ProgressLine, shortened
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.terminal import printable
@@ -32,8 +33,8 @@ REFRESHES_PER_SECOND = 2  # each takes 2 ms of CPU
 class StepProgressBar(ProgressBar, CompletionCallback):
     """Shows optimizer steps; Lightning's bars count an epoch's batches, of which a GPT may need a part.
 
-    Everything goes to stderr, by the first rank. Each fit begins with what is trained, where and on what, and
-    has a line after each validation.
+    Everything goes to stderr, by the first rank. Each fit begins with what is trained, where, on what and
+    with how much memory, and has a line after each validation.
 
     Args:
         every_n_seconds: Where there is no terminal, write a line that often; null for none.
@@ -85,6 +86,8 @@ class StepProgressBar(ProgressBar, CompletionCallback):
             f"epoch of {batches:,} batch{'es' if batches != 1 else ''}; "
             f"training to {_end(total, total * trainer.accumulate_grad_batches / batches)}"
         )
+        for line in memory_lines(trainer, pl_module):
+            self._say(line)
         self._start("step", total, trainer.global_step)
 
     @override

@@ -27,7 +27,7 @@ from gpt_lightning.planning.advice import fits, proposal, remedies
 from gpt_lightning.planning.devices import Device, device_named, this_device
 from gpt_lightning.planning.memory import memory_of
 from gpt_lightning.planning.probe import probe
-from gpt_lightning.planning.setup import SHARDINGS, Setup
+from gpt_lightning.planning.setup import PRECISIONS, SHARDINGS, Setup
 from gpt_lightning.planning.speed import speed_of
 from gpt_lightning.planning.summary import Plan, as_dict, as_text
 
@@ -167,10 +167,9 @@ def _n_devices(given: Any) -> int:
 def _precision(given: Any) -> str:
     name = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
     precision = name.get(str(given), str(given))
-    known = ("64-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
-    if precision not in known:
+    if precision not in PRECISIONS:
         problem = f"trainer.precision={given} is none that plan knows"
-        raise UserError(f"{problem}; choose one of {', '.join(known)}")
+        raise UserError(f"{problem}; choose one of {', '.join(PRECISIONS)}")
     return precision
 
 

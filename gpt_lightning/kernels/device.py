@@ -36,6 +36,15 @@ def host_memory() -> int:
     return min(limits, default=2**63)
 
 
+def available_host_memory() -> int | None:
+    """Returns the bytes that programs can still have, or None where the system does not tell."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        return min(host_memory(), int(line.split()[1]) * 1024)
+    return None
+
+
 def trains_on_cpu(x: Tensor) -> bool:
     """Tells where our kernels for training may replace PyTorch's: on a CPU, uncompiled, with gradients."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ from gpt_lightning.parallel.mesh import check_devices
 
 SHARDINGS = ("none", "optimizer", "full")
 # Bytes of a number: of the weights, of their gradients and moments, and of what layers compute.
-_ITEM_SIZES = {
+PRECISIONS = {
     **{"64-true": (8, 8), "32-true": (4, 4), "bf16-true": (2, 2), "16-true": (2, 2)},
     **{"bf16-mixed": (4, 2), "16-mixed": (4, 2)},
 }
@@ -87,7 +87,7 @@ class Setup:
 
     @property
     def _item_sizes(self) -> tuple[int, int]:
-        return _ITEM_SIZES[self.precision]
+        return PRECISIONS[self.precision]
 
     @property
     def part(self) -> GPTConfig:

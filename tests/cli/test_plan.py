@@ -1,4 +1,4 @@
-"""What a fit would take is told of its words alone: without text, without network, and in one line if wrong."""
+"""What a fit would take is told of its words alone, without text and network, and a mistake in one line."""
 
 import json
 from collections.abc import Callable
