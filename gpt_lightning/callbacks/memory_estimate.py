@@ -45,6 +45,7 @@ def setup_of_run(trainer: Trainer, module: GPTLightningModule) -> Setup | None:
         tensor_parallel_size=getattr(strategy, "tensor_parallel_size", 1),
         sequence_parallel=getattr(strategy, "sequence_parallel", False),
         shard_replicas=getattr(strategy, "shard_replicas", "none"),
+        reduce_dtype=getattr(strategy, "reduce_dtype", None),
         on_cpu=module.device.type == "cpu",
     )
 

@@ -141,6 +141,7 @@ def setup_of(settings: Any, config: GPTConfig, *, on_cpu: bool) -> Setup:
         tensor_parallel_size=arguments.get("tensor_parallel_size", 1),
         sequence_parallel=arguments.get("sequence_parallel", False),
         shard_replicas=settings.shard_replicas or arguments.get("shard_replicas", "none"),
+        reduce_dtype=arguments.get("reduce_dtype"),
         on_cpu=on_cpu,
     )
 

@@ -38,10 +38,11 @@ class Memory:
 
 def memory_of(setup: Setup) -> Memory:
     """Estimates a step after the first, which makes the moments."""
-    counts, share = count_parameters(setup.part), _Shares(setup)
-    weights = share.of_weights(counts.total * setup.weight_bytes)
-    gradients = share.of_gradients(counts.total * setup.weight_bytes)
-    moments = share.of_moments(_moment_bytes(setup, counts))
+    counts = count_parameters(setup.part)
+    whole = counts.total * setup.weight_bytes
+    weights, moments = _share(setup, whole), _share(setup, _moment_bytes(setup, counts))
+    # While micro-batches add up their gradients, they are whole.
+    gradients = whole if setup.accumulation > 1 else _share(setup, whole)
     gathered = _gathered(setup, counts)
     kept = kept_activations(setup)
     activations = total_bytes(kept, setup)
@@ -57,23 +58,16 @@ def memory_of(setup: Setup) -> Memory:
         stays + gathered + activations + loss.backward,
         stays + gathered + activations + again + _working(setup) + loss.gradient_of_weight,
         gradients + _gathered_in_block(setup, counts) + waiting + again + _working(setup),
-        gradients + _optimizer_bytes(setup, share, counts),
+        gradients + _optimizer_bytes(setup, counts),
     )
     program = PROGRAM_ON_CPU if setup.on_cpu else PROGRAM_ON_GPU
     peak = program + resident + max(moments_of_a_step)
     return Memory(weights, gradients, moments, gathered, activations, loss.forward, program, peak)
 
 
-class _Shares:
-    """Tells which part of each kind this device holds where replicas share them."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._sharding, self._replicas = setup.sharding, setup.replicas
-
-    def of_weights(self, n_bytes: int) -> int:
-        return n_bytes if self._sharding == "none" else -(-n_bytes // self._replicas)
-
-    of_gradients = of_moments = of_weights
+def _share(setup: Setup, n_bytes: int) -> int:
+    """Returns this device's share of what replicas share out."""
+    return -(-n_bytes // setup.shards)
 
 
 def _moment_bytes(setup: Setup, counts: Parameters) -> int:
@@ -84,7 +78,7 @@ def _moment_bytes(setup: Setup, counts: Parameters) -> int:
 
 def _gradients_stay(setup: Setup) -> bool:
     """Tells whether gradients are there when a pass begins: sums of earlier ones, or DDP's buckets."""
-    return setup.accumulation > 1 or setup.replicas > 1
+    return setup.accumulation > 1 or (setup.replicas > 1 and setup.sharding == "none")
 
 
 def _gathered(setup: Setup, counts: Parameters) -> int:
@@ -134,8 +128,8 @@ def _working(setup: Setup) -> int:
     return setup.pass_tokens * setup.compute_bytes * (2 * setup.part.mlp_width + 2 * setup.config.d_model)
 
 
-def _optimizer_bytes(setup: Setup, share: _Shares, counts: Parameters) -> int:
+def _optimizer_bytes(setup: Setup, counts: Parameters) -> int:
     """Counts Muon's updates of all matrices, in bfloat16, before and after; fused AdamW makes nothing."""
     if setup.optimizer != "muon":
         return 0
-    return share.of_moments(4 * counts.matrices) + 4 * 2 * min(_AT_ONCE, counts.matrices)
+    return _share(setup, 4 * counts.matrices) + 4 * 2 * min(_AT_ONCE, counts.matrices)

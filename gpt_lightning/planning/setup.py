@@ -33,6 +33,7 @@ class Setup:
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
     shard_replicas: str = "none"
+    reduce_dtype: str | None = None
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +63,14 @@ class Setup:
     def sharding(self) -> str:
         """Is what one replica alone leaves of `shard_replicas`: there is no other to share with."""
         return self.shard_replicas if self.replicas > 1 else "none"
+
+    @property
+    def shards(self) -> int:
+        """Counts the replicas that share one copy: those of a node, or all where a node has only one."""
+        if self.sharding == "none":
+            return 1
+        in_node = self.replicas // self.nodes
+        return in_node if in_node > 1 else self.replicas
 
     @property
     def pass_tokens(self) -> int:

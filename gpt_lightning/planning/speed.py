@@ -41,9 +41,10 @@ def speed_of(setup: Setup, device: Device, measured: tuple[float, float] | None 
     a_pass, optimizer = measured or (_pass_seconds(setup, device), _optimizer_seconds(setup, device))
     traffic = traffic_of(setup)
     within, between = LINK_EFFICIENCY * device.link, LINK_EFFICIENCY * device.node_link
-    slowest = between if setup.nodes > 1 else within
+    stays_in_node = setup.nodes == 1 or 1 < setup.shards < setup.replicas
+    slowest = within if stays_in_node else between
     peers = traffic.peers / within
-    gradients, weights = traffic.gradients / slowest, traffic.weights / slowest
+    gradients, weights = traffic.gradients / slowest + traffic.nodes / between, traffic.weights / slowest
     # Gradients travel during the last backward pass; weights, block by block, before they are needed.
     exposed = max(0.0, gradients - BACKWARD * a_pass) + max(0.0, weights - a_pass * setup.accumulation)
     return Speed(
@@ -72,8 +73,7 @@ def _pass_seconds(setup: Setup, device: Device) -> float:
 def _optimizer_seconds(setup: Setup, device: Device) -> float:
     """AdamW reads weight, gradient and moments and writes all but the gradient; Muon multiplies, too."""
     counts = count_parameters(setup.part)
-    shared = setup.replicas if setup.sharding != "none" else 1
-    seconds = 7 * setup.weight_bytes * counts.total / shared / device.bandwidth
+    seconds = 7 * setup.weight_bytes * counts.total / setup.shards / device.bandwidth
     if setup.optimizer == "muon":
         # Five rounds of three products, of matrices with d_model columns at the least.
         flops = 5 * 6 * counts.matrices * setup.config.d_model

@@ -151,8 +151,9 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "time of a step", f"{speed.step:.3g} s ({source})"
     yield "tokens a second", f"{speed.tokens_per_second:,.0f}"
     if plan.setup.world_size > 1:
-        names = {"peers": "tensor parallel", "gradients": "gradients", "weights": "weights"}
-        sent = [f"{names[name]} {n / 10**9:.3g} GB" for name, n in speed.traffic._asdict().items() if n]
+        names = {"peers": "tensor parallel", "nodes": "gradients to other nodes"}
+        traffic = speed.traffic._asdict().items()
+        sent = [f"{names.get(name, name)} {n / 10**9:.3g} GB" for name, n in traffic if n]
         yield "sent by a device", f"{', '.join(sent)} a step"
         yield "messages", (
             f"{speed.messages:.3g} s a step, of which {speed.exposed:.3g} s ({speed.exposed_share:.0%} "

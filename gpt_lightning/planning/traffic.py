@@ -11,11 +11,16 @@ from gpt_lightning.planning.setup import Setup
 
 
 class Traffic(NamedTuple):
-    """Holds bytes that a device sends in a step: to tensor-parallel peers, and to replicas of both kinds."""
+    """Holds bytes that a device sends in a step.
+
+    To tensor-parallel peers; to replicas, of gradients and of weights; of gradients that replicas have shared
+    out within their nodes, to other nodes.
+    """
 
     peers: float
     gradients: float
     weights: float
+    nodes: float
 
 
 def traffic_of(setup: Setup) -> Traffic:
@@ -41,11 +46,19 @@ def _among_peers(setup: Setup) -> float:
     return numbers * (halves * setup.compute_bytes + table) * setup.accumulation
 
 
-def _among_replicas(setup: Setup) -> tuple[float, float]:
-    """Counts one all-reduce of the gradients a step, or a scattering of them and the gathering of weights."""
-    replicas, n_bytes = setup.replicas, count_parameters(setup.part).total * setup.weight_bytes
-    one_way = n_bytes * (replicas - 1) / replicas
+def _among_replicas(setup: Setup) -> tuple[float, float, float]:
+    """Counts an all-reduce of the gradients a step, or what fully_shard does in its place.
+
+    That scatters them once a step, and sums the own part over the nodes; it gathers the weights once a step
+    (optimizer), or those of the blocks twice a pass and the others once (full).
+    """
+    counts, replicas, shards = count_parameters(setup.part), setup.replicas, setup.shards
+    of_gradients = counts.total * (2 if setup.reduce_dtype == "bf16" else setup.weight_bytes)
     if setup.sharding == "none":
-        return 2 * one_way, 0.0
-    times = {"optimizer": 1, "full": 2}[setup.sharding]
-    return one_way, times * one_way * setup.accumulation
+        return 2 * of_gradients * (replicas - 1) / replicas, 0.0, 0.0
+    copies, share = replicas // shards, (shards - 1) / shards
+    gathered = counts.total
+    if setup.sharding == "full":
+        gathered = setup.accumulation * (counts.total + counts.matrices + counts.vectors)
+    between = 2 * of_gradients / shards * (copies - 1) / copies
+    return of_gradients * share, gathered * setup.weight_bytes * share, between

@@ -3,10 +3,10 @@
     python tests/benchmarks/plan.py                        all sizes, some eight minutes
     python tests/benchmarks/plan.py --sizes small gpt2     some
 
-Six sizes, each as one process, with activation checkpointing, and as two processes that share the model (tp 2)
-or the batch (dp 2). A case is a short fit in processes of its own, with clipping and the guard against NaN;
-memory is the first process's peak by the operating system, time the median of its steps. The plan is made before
-it, by the verb's own functions: it measures for two seconds. The last line is the result as JSON.
+Six sizes, each as one process, with activation checkpointing, and as two processes that share the model
+(tp 2) or the batch (dp 2). A case is a short fit in processes of its own, with clipping and the guard against
+NaN; memory is the peak of the first process by the operating system, time the median of its steps. The plan
+is made before it, by the functions of the verb: it measures for two seconds. The last line is JSON.
 """
 
 import argparse

@@ -65,7 +65,8 @@ def test_a_recipe_is_planned_without_its_text(capsys: pytest.CaptureFixture[str]
     assert plan["cost"] == pytest.approx(2 * 8 * plan["hours"])
     assert plan["hours"] == pytest.approx(600_000 * plan["seconds_a_step"] / 3600)
     assert plan["checkpoint_bytes"] == 12 * 124_439_808
-    assert plan["bytes_sent_a_step"] == {"peers": 0, "gradients": 2 * 7 / 8 * 4 * 124_439_808, "weights": 0}
+    sent = {"peers": 0, "gradients": 2 * 7 / 8 * 4 * 124_439_808, "weights": 0, "nodes": 0}
+    assert plan["bytes_sent_a_step"] == sent
     assert not [*tmp_path.iterdir()]
 
 
