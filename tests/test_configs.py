@@ -1,5 +1,6 @@
 """Every shipped configuration runs, shrunk; none contradicts itself."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_it_runs_shrunk(path: Path, corpus: Path, tmp_path: Path, monkeypatch: p
     devices = min(4, settings["trainer"].get("devices", 1))
     options = {**SHRUNK, "trainer.devices": str(devices)}
     options |= {"data.train_files": f'["{corpus}"]', "data.cache_dir": str(tmp_path / "cache")}
+    if settings["trainer"].get("num_nodes", 1) > 1:  # one node of two has to do
+        devices = 2
+        cut = {"trainer.devices": "2", "trainer.num_nodes": "1", "trainer.strategy.tensor_parallel_size": "2"}
+        options |= {**cut, "model.config.d_ff": "32", "trainer.strategy.save_sharded": "false"}
     if "n_kv_heads" in settings["model"].get("config", {}):
         options["model.config.n_kv_heads"] = "1"
     if "init_from" in settings:  # whose architecture and tokenizer it takes
@@ -85,6 +90,15 @@ def test_its_heads_can_be_cut(path: Path) -> None:
     size = strategy["init_args"].get("tensor_parallel_size", 1)
     assert GPTConfig(**settings["model"]["config"]).kv_heads % size == 0
     assert settings["trainer"].get("devices", 1) % size == 0
+
+
+def test_llama_7b_fits_its_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """And has the parameters that Meta counts: 6,738,415,616."""
+    main(["plan", "--config", "llama_7b_2x8", "--device", "h100", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == 6_738_415_616 and plan["fits"]
+    assert (plan["setup"]["devices"], plan["setup"]["nodes"]) == (8, 2)
+    assert plan["tokens_a_step"] == 4 * 2**20
 
 
 def test_gpt2_xl_has_its_parameter_count() -> None:

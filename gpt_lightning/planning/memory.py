@@ -15,8 +15,10 @@ from gpt_lightning.planning.setup import Setup
 GIB = 2**30
 _MULTIPLE = 64  # to which the loss pads a vocabulary in half precision
 _AT_ONCE = 2**24  # numbers that Muon orthogonalises together
-# What a process holds beside its tensors: on a CPU the libraries, on a GPU the context and their buffers.
-PROGRAM_ON_CPU, PROGRAM_ON_GPU = int(0.55 * GIB), int(0.75 * GIB)
+# What a process holds beside its tensors: on a CPU the libraries, and what the allocator keeps of the freed
+# (docs/planning.md); on a GPU the context and the libraries' buffers.
+PROGRAM_ON_CPU, PROGRAM_ON_GPU = 430 * 2**20, 768 * 2**20
+_GAPS_ON_CPU = 1 / 8  # of what tensors take
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def memory_of(setup: Setup) -> Memory:
         gradients + _gathered_in_block(setup, counts) + waiting + again + _working(setup),
         gradients + _optimizer_bytes(setup, counts),
     )
-    program = PROGRAM_ON_CPU if setup.on_cpu else PROGRAM_ON_GPU
-    peak = program + resident + max(moments_of_a_step)
-    return Memory(weights, gradients, moments, gathered, activations, loss.forward, program, peak)
+    tensors = resident + max(moments_of_a_step)
+    program = PROGRAM_ON_CPU + int(_GAPS_ON_CPU * tensors) if setup.on_cpu else PROGRAM_ON_GPU
+    kinds = (weights, gradients, moments, gathered, activations, loss.forward, program)
+    return Memory(*kinds, peak=program + tensors)
 
 
 def _share(setup: Setup, n_bytes: int) -> int:

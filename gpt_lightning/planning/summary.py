@@ -153,7 +153,7 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.setup.world_size > 1:
         names = {"peers": "tensor parallel", "nodes": "gradients to other nodes"}
         traffic = speed.traffic._asdict().items()
-        sent = [f"{names.get(name, name)} {n / 10**9:.3g} GB" for name, n in traffic if n]
+        sent = [f"{names.get(name, name)} {figure(n / 10**9)} GB" for name, n in traffic if n]
         yield "sent by a device", f"{', '.join(sent)} a step"
         yield "messages", (
             f"{speed.messages:.3g} s a step, of which {speed.exposed:.3g} s ({speed.exposed_share:.0%} "
@@ -163,15 +163,15 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _run(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.steps is None:
-        yield "a billion tokens", f"{plan.hours:,.3g} hours"
+        yield "a billion tokens", f"{figure(plan.hours)} hours"
     else:
-        yield "the run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.hours:,.3g} hours"
+        yield "the run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {figure(plan.hours)} hours"
         ratio = plan.tokens / plan.n_parameters
-        yield "tokens a parameter", f"{ratio:.3g} (about 20 are the best use of a given arithmetic)"
+        yield "tokens a parameter", f"{figure(ratio)} (about 20 are the best use of a given arithmetic)"
     if plan.cost is not None:
         yield "price", f"{plan.cost:,.2f} at {plan.price:g} a device and hour"
     n, size = plan.checkpoints, plan.checkpoint_bytes / 10**9
-    yield "checkpoints", f"{n} of {size:.3g} GB: {n * size:.3g} GB of disk"
+    yield "checkpoints", f"{n} of {figure(size)} GB: {figure(n * size)} GB of disk"
 
 
 def _advice(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -195,3 +195,8 @@ def _described(change: Change, plan: Plan) -> str:
 
 def gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:,.{2 if n_bytes >= GIB else 4}f}"
+
+
+def figure(value: float) -> str:
+    """Writes three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
