@@ -14,11 +14,12 @@ from gpt_lightning.planning.speed import speed_of
 USABLE = 0.95  # of a device's memory: allocators leave gaps
 _MOST_ROWS = 64
 _GAIN = 1.05  # of the least time, within which times are taken for equal
+STRATEGY = "gpt_lightning.TensorParallelDDPStrategy"
 WORDS = {
-    **OPTIONS,
     "tensor_parallel_size": "trainer.strategy.tensor_parallel_size",
     "sequence_parallel": "trainer.strategy.sequence_parallel",
     "shard_replicas": "trainer.strategy.shard_replicas",
+    **OPTIONS,
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
@@ -34,11 +35,14 @@ class Change:
     def options(self, former: Setup) -> list[str]:
         """Says by which options it differs."""
         changed = {name: getattr(self.setup, name) for name in WORDS}
-        return [
+        options = [
             f"--{WORDS[name]} {str(value).lower()}"
             for name, value in changed.items()
             if value != getattr(former, name)
         ]
+        is_plain = former.tensor_parallel_size == 1 and former.shard_replicas == "none"
+        needs_ours = any(option.startswith("--trainer.strategy.") for option in options)
+        return [f"--trainer.strategy {STRATEGY}", *options] if is_plain and needs_ours else options
 
 
 def fits(setup: Setup, device: Device) -> bool:

@@ -1,6 +1,5 @@
 """Times the parts of a step on this machine for about two seconds: a block, the rest, the optimizer."""
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,10 +51,10 @@ def _measured(setup: Setup, device: torch.device) -> Probe:
     rows, seq_len, share = _sample(setup, device)
     ids = torch.randint(config.vocab_size, (rows, seq_len), device=device)
     block = _Block(setup, model, ids)
-    block_seconds = _median(block.run, device)
+    block_seconds = _least(block.run, device)
     of_block = _optimizer_seconds(setup, model.blocks, device) if model.blocks else 0.0
     model.blocks = nn.ModuleList()
-    outside = _median(lambda: _pass(setup, model, ids), device)
+    outside = _least(lambda: _pass(setup, model, ids), device)
     of_rest = _optimizer_seconds(setup, model, device)
     return Probe((layers * block_seconds + outside) / share, layers * of_block + of_rest)
 
@@ -105,7 +104,7 @@ def _optimizer_seconds(setup: Setup, parameters: nn.Module, device: torch.device
 
     for parameter in holder.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return _median(step, device)
+    return _least(step, device)
 
 
 def _sample(setup: Setup, device: torch.device) -> tuple[int, int, float]:
@@ -118,8 +117,8 @@ def _sample(setup: Setup, device: torch.device) -> tuple[int, int, float]:
     return rows, seq_len, rows * seq_len / setup.pass_tokens
 
 
-def _median(call: Callable[[], None], device: torch.device) -> float:
-    """Returns the median of as many calls as there is time for, three at least, after a first one."""
+def _least(call: Callable[[], None], device: torch.device) -> float:
+    """Returns the least of as many calls as there is time for: other programs may hold some of them up."""
     call()
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS_A_PART:
@@ -128,7 +127,7 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
         call()
         torch.get_device_module(device).synchronize()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _precision(setup: Setup, device: torch.device) -> torch.autocast:

@@ -15,7 +15,7 @@ from gpt_lightning.planning.setup import Setup
 from tests.log import untimed
 
 
-@pytest.mark.parametrize("there, warns", [(64 * GIB, False), (GIB // 2, True), (None, False)])
+@pytest.mark.parametrize("there, warns", [(64 * GIB, False), (GIB // 4, True), (None, False)])
 def test_a_fit_begins_with_its_estimate(
     there: int | None,
     warns: bool,

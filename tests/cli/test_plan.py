@@ -107,7 +107,9 @@ def test_what_does_not_fit_is_told_with_what_would(
     words = ["--config", "gpt2_xl_tp2", "--trainer.strategy", "auto", "--trainer.devices", "8", "--device"]
     main(["plan", *words, "l4"])
     said = capsys.readouterr().out
-    assert "DOES NOT FIT" in said and "--trainer.strategy.shard_replicas full" in said
+    ours = "--trainer.strategy gpt_lightning.TensorParallelDDPStrategy"
+    cut = f"{ours} --trainer.strategy.tensor_parallel_size 2"
+    assert "DOES NOT FIT" in said and f"{cut} --trainer.accumulate_grad_batches 240: " in said
     main(["plan", *words, "h100"])
     said = capsys.readouterr().out
     assert "fits" in said and "DOES NOT FIT" not in said and "would make it fit" not in said
