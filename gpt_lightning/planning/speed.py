@@ -47,6 +47,8 @@ def speed_of(setup: Setup, device: Device, measured: tuple[float, float] | None 
     gradients, weights = traffic.gradients / slowest + traffic.nodes / between, traffic.weights / slowest
     # Gradients travel during the last backward pass; weights, block by block, before they are needed.
     exposed = max(0.0, gradients - BACKWARD * a_pass) + max(0.0, weights - a_pass * setup.accumulation)
+    if setup.on_cpu:  # whose cores send and compute by turns
+        exposed = gradients + weights
     return Speed(
         arithmetic=a_pass * setup.accumulation,
         optimizer=optimizer,
