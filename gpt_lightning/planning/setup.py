@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.parallel.mesh import check_devices
+from gpt_lightning.parallel.sharded_replicas import KINDS as SHARDINGS
+from gpt_lightning.parallel.sharded_replicas import shard_size
 
-SHARDINGS = ("none", "optimizer", "full")
 # Bytes of a number: of the weights, of their gradients and moments, and of what layers compute.
 PRECISIONS = {
     **{"64-true": (8, 8), "32-true": (4, 4), "bf16-true": (2, 2), "16-true": (2, 2)},
@@ -67,10 +68,7 @@ class Setup:
     @property
     def shards(self) -> int:
         """Counts the replicas that share one copy: those of a node, or all where a node has only one."""
-        if self.sharding == "none":
-            return 1
-        in_node = self.replicas // self.nodes
-        return in_node if in_node > 1 else self.replicas
+        return shard_size(self.sharding, self.replicas, self.nodes)
 
     @property
     def pass_tokens(self) -> int:
