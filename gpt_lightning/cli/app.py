@@ -83,8 +83,8 @@ class GPTLightningCLI(LightningCLI):
         self.verb, *args = words
         self._words, self._shows_all = words, "--help-all" in args
         self._rank_guard, self._ending = rank_guard, ending
-        self._origin = Origin()
-        self._given: Any = {}  # what the words and the files say, without defaults
+        self.origin = Origin()
+        self.given: Any = {}  # what the words and the files say, without defaults
         self._restored: dict[str, Any] = {}  # what the Trainer restores
         super().__init__(
             GPTLightningModule,
@@ -144,8 +144,8 @@ class GPTLightningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
-        self._given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
-        give_way(settings.trainer, self._given)
+        self.given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+        give_way(settings.trainer, self.given)
         check_paths(settings)
         if settings.get("weights_only") is False:
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
@@ -156,12 +156,12 @@ class GPTLightningCLI(LightningCLI):
         if self.verb in ("fit", "prepare"):
             settings.run_name = name_of_run(settings)
             run_folder(root, settings.run_name)
-        self._origin = self._find_origin(root)
-        if (checkpoint := self._origin.checkpoint) is not None:
-            self._restored = checkpoint.contents if self._origin.init_from is None else {}
-            take_settings(self.verb, settings, self._given, self._origin)
+        self.origin = self._find_origin(root)
+        if (checkpoint := self.origin.checkpoint) is not None:
+            self._restored = checkpoint.contents if self.origin.init_from is None else {}
+            take_settings(self.verb, settings, self.given, self.origin)
             if self.subclass_mode_model:
-                take_arguments(settings, self._given, checkpoint, parser)
+                take_arguments(settings, self.given, checkpoint, parser)
         check_options(self.verb, settings)
         self._check_machine()
         if self.verb != "prepare":
@@ -177,7 +177,7 @@ class GPTLightningCLI(LightningCLI):
 
     def _begin_run(self, settings: Any, root: Path) -> None:
         check_options_under_launcher(settings.trainer.devices, settings.trainer.num_nodes)
-        self._fit = FitRun(settings, self._origin, self._restored, self._words)
+        self._fit = FitRun(settings, self.origin, self._restored, self._words)
         self._fit.open_folder(root, self._ending)
 
     # From options to objects
@@ -187,7 +187,7 @@ class GPTLightningCLI(LightningCLI):
 
         Its model may know more ids than its tokenizer gives.
         """
-        checkpoint = self._origin.checkpoint
+        checkpoint = self.origin.checkpoint
         if checkpoint is None:
             return datamodule.vocab_size
         datamodule.use_tokenizer(checkpoint.tokenizer)
@@ -223,7 +223,7 @@ class GPTLightningCLI(LightningCLI):
             settings[name] = [*given] if isinstance(given, (list, tuple)) else [given]
         callbacks = settings["callbacks"]
         if self._restored:
-            named = self._given.get("trainer.callbacks") or []
+            named = self.given.get("trainer.callbacks") or []
             specs = named if isinstance(named, list) else [named]
             arguments = [getattr(spec, "init_args", None) or {} for spec in specs]
             callbacks.append(GivenArguments([*zip(callbacks, map(dict, arguments))]))
@@ -251,7 +251,7 @@ class GPTLightningCLI(LightningCLI):
 
     def _prediction_writer(self) -> PredictionWriter:
         """Locks the file that is written: a mistake in it fails now rather than after the generation."""
-        checkpoint = self._origin.checkpoint
+        checkpoint = self.origin.checkpoint
         assert checkpoint is not None
         given = self.config.output
         if given is not None and (not given or Path(given).exists() and not Path(given).is_file()):

@@ -80,13 +80,13 @@ class _Planned(GPTLightningCLI):
 
     def architecture(self) -> GPTConfig:
         """Returns that of the checkpoint or model that the run begins with, or that of the options."""
-        settings, checkpoint = self.config, self._origin.checkpoint
+        settings, checkpoint = self.config, self.origin.checkpoint
         if checkpoint is not None:
             return checkpoint.config
         if settings.init_from is not None:
             return local_config(settings.init_from, "init_from")
         options = model_options(settings, "config")
-        given = self._given.get(VOCABULARY) or self._given.get(f"model.init_args.{VOCABULARY[6:]}")
+        given = self.given.get(VOCABULARY) or self.given.get(f"model.init_args.{VOCABULARY[6:]}")
         return GPTConfig(**{**options, "vocab_size": given or _vocabulary_of(settings.data.tokenizer)})
 
 
