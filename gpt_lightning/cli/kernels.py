@@ -8,7 +8,7 @@ from gpt_lightning.cli.model_options import add_model_options, open_model
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.choose import choose, keep, measure
+from gpt_lightning.kernels.choose import choose, keep, measure, pinned
 from gpt_lightning.kernels.packed_linear import decoding_shapes
 
 MICROSECOND = 1e-6
@@ -21,6 +21,7 @@ def run_kernels(words: list[str]) -> None:
     if options.device not in (None, "cpu"):
         raise UserError(f"device={options.device} has one kernel: a CPU has several; leave --device out")
     quantize = GenerationConfig(quantize=options.quantize).quantize
+    pinned()  # before anything is measured, which is kept
     _, model, _ = open_model(options, torch.device("cpu"))
     shapes = decoding_shapes(model, quantize=quantize, n_rows=options.rows)
     if not shapes:

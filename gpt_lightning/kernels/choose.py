@@ -51,8 +51,8 @@ class Shape(NamedTuple):
 def choose(shapes: Sequence[Shape]) -> str:
     """Returns the kernel, pinned or else the fastest, of layers that have these shapes and one dtype."""
     kernels = kernels_of(shapes[0].dtype)
-    if pinned := [name for name in _pinned() if name in kernels]:
-        return pinned[0]
+    if taken := [name for name in pinned() if name in kernels]:
+        return taken[0]
     if len(candidates := _measured_ones(kernels)) == 1:
         return next(iter(candidates))
     kept = _read()
@@ -125,8 +125,9 @@ def _call(shape: Shape, make: Callable[..., Callable[..., Tensor]]) -> Callable[
     return call
 
 
-def _pinned() -> list[str]:
-    names = [name for name in os.environ.get(PIN, "").split(",") if name]
+def pinned() -> list[str]:
+    """Returns the kernels that the environment names; raises UserError for a name that none has."""
+    names = [name for part in os.environ.get(PIN, "").split(",") if (name := part.strip())]
     for name in names:
         if name not in _NAMES:
             known = ", ".join(_NAMES)

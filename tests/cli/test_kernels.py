@@ -47,6 +47,17 @@ def test_a_pinned_kernel_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().out.endswith(" take: linear\n")
 
 
+def test_an_unknown_pinned_kernel_is_refused_before_anything_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PIN, "linear, quick")
+    with pytest.raises(SystemExit) as ended:
+        main(["kernels"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and not shown.out and not (folder / "cache").exists()
+    assert f"error: {PIN}=linear, quick: no kernel is called quick; name some of linear" in shown.err
+
+
 def test_a_folder_that_cannot_be_written_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "cache").write_text("a file in the folder's place")
     with pytest.raises(SystemExit) as ended:
