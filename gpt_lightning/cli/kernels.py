@@ -12,12 +12,15 @@ from gpt_lightning.kernels.choose import choose, keep, measure, pinned
 from gpt_lightning.kernels.packed_linear import decoding_shapes
 
 MICROSECOND = 1e-6
+MOST_ROWS = 2**16
 
 
 def run_kernels(words: list[str]) -> None:
     options = _parser().parse_args(words)
     if options.rows < 1:
         raise UserError(f"rows={options.rows} is below 1; give how many texts are written at a time")
+    if options.rows > MOST_ROWS:
+        raise UserError(f"rows={options.rows} is above {MOST_ROWS}; give how many are written at a time")
     if options.device not in (None, "cpu"):
         raise UserError(f"device={options.device} has one kernel: a CPU has several; leave --device out")
     quantize = GenerationConfig(quantize=options.quantize).quantize

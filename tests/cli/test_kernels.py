@@ -70,6 +70,7 @@ def test_a_folder_that_cannot_be_written_is_said(folder: Path, capsys: pytest.Ca
     "words, message",
     [
         (["--rows", "0"], "rows=0 is below 1"),
+        (["--rows", "10000000000"], "rows=10000000000 is above 65536; give how many"),
         (["--device", "cuda"], "device=cuda has one kernel"),
         (["--quantize", "int3"], "generation.quantize='int3' is unknown"),
     ],
