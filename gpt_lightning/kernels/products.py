@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.kernels.device import is_x86
 from gpt_lightning.kernels.linear import onednn_multiplies, product
 
@@ -121,7 +122,14 @@ class QuantizedTensorProduct(IntegerProduct):
         scaled, inside = self._room(x.shape)
         # Rounded here: some of the kernels round after adding 128, which turns what is nearly a tie.
         torch.round(torch.div(x, step), out=inside)
-        output: Tensor = self._multiply(scaled, self._weight, self._reduce_range)
+        try:
+            output: Tensor = self._multiply(scaled, self._weight, self._reduce_range)
+        except RuntimeError as error:  # which it raises where it finds no ends
+            if not inside.isnan().any():
+                raise
+            raise UserError(
+                "the model's activations are not finite: its weights diverged; use an earlier checkpoint"
+            ) from error
         return output
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.kernels.choose import PIN
@@ -275,6 +276,17 @@ def test_diverged_weights_are_an_error_in_int8_too() -> None:
         model.blocks[1].mlp.up_proj.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite.*; use an earlier checkpoint"):
         packed(model, quantize="int8", n_rows=1)
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS)
+def test_a_diverged_norm_is_an_error_in_int8_too(kernel: str) -> None:
+    """It leaves the weights of the linear layers finite, and makes NaN of what they multiply."""
+    model = make_model()
+    with torch.no_grad():
+        model.ln_f.weight[3] = torch.nan
+    copy = packed(model, quantize="int8", n_rows=1, kernel=kernel)
+    with pytest.raises(UserError, match="not finite: its weights diverged; use an earlier checkpoint"):
+        generate(copy, [[1, 2, 3]], GenerationConfig(), eos_token_id=None)
 
 
 def test_int8_is_refused_where_it_does_not_run() -> None:
