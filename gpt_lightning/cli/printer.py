@@ -10,6 +10,7 @@ from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.errors import say
 from gpt_lightning.data.prompts import encode_prompts, special_token_hint
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.engine import Engine, Request, Step
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
@@ -101,13 +102,22 @@ class TextWriter:
             if is_interrupted():
                 sample.end("interrupt")
             else:
-                request, token_id, _, completion = next(steps)
+                request, token_id, _, completion = self._next(steps)
                 drawn = samples[request.sample]
                 drawn.token_ids += [] if token_id is None else [token_id]
                 if completion is not None:
                     drawn.end(completion.finish_reason)
         self._show(sample.text.text[n_written:] + "\n")
         self._output.flush()
+
+    def _next(self, steps: Iterator[Step]) -> Step:
+        """Ends the line before a refusal, which has one of its own."""
+        try:
+            return next(steps)
+        except UserError:
+            self._show("\n")
+            self._output.flush()
+            raise
 
     def _show(self, text: str) -> None:
         self._output.write(for_readers(text, self._output))

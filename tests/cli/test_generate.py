@@ -90,6 +90,15 @@ def test_the_text_is_that_of_predict(checkpoint: Path, run: Run, prompt: str, st
     assert reason.get(row["finish_reason"], "the end of the document") in messages
 
 
+def test_a_refusal_has_a_line_of_its_own(checkpoint: Path, run: Run) -> None:
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["state_dict"]["model.ln_f.weight"][3] = torch.nan
+    torch.save(contents, checkpoint)
+    text, messages, code = run("--prompt", "The cat")
+    assert text == "The cat\n" and code == 2
+    assert messages.splitlines()[-1].startswith("error: the model's logits are not finite: its weights")
+
+
 def test_special_tokens_are_parsed_where_it_is_said(checkpoint: Path, run: Run) -> None:
     prompt = "The<|endoftext|>"
     settings = ["--generation.max_new_tokens", "20", "--generation.temperature", "3"]
