@@ -106,9 +106,6 @@ class TensorParallelDDPStrategy(DDPStrategy):
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
-            ddp_comm_state=ddp_comm_state,
-            ddp_comm_hook=ddp_comm_hook,
-            ddp_comm_wrapper=ddp_comm_wrapper,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
@@ -119,6 +116,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         )
         self.tensor_parallel_size = tensor_parallel_size
         self.shard_replicas, self.reduce_dtype = shard_replicas, reduce_dtype
+        self.ddp_comm_hook, self.ddp_comm_state = ddp_comm_hook, ddp_comm_state
+        self.ddp_comm_wrapper, self.start_method = ddp_comm_wrapper, start_method
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
         self.save_sharded = save_sharded
         self.replica_check_every_n_steps = replica_check_every_n_steps
@@ -134,9 +133,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         """Refuses settings that cannot work, before Lightning, which calls this, starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
         names = ("tensor_parallel_size", "shard_replicas", "reduce_dtype", "replica_check_every_n_steps")
-        ours = {name: getattr(self, name) for name in names}
-        theirs = {"ddp_comm_hook": self._ddp_comm_hook, "start_method": self._start_method}
-        check_options({**self._ddp_kwargs, **theirs, **ours})
+        own = {name: getattr(self, name) for name in (*names, "ddp_comm_hook", "start_method")}
+        check_options({**self._ddp_kwargs, **own})
         if self._layer_sync is not None:
             raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         super().set_world_ranks()
@@ -228,16 +226,12 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     @override
-    def _register_ddp_hooks(self) -> None:
-        """Registers one on CPUs too, and has it reduce over the replicas, not over all ranks."""
+    def configure_ddp(self) -> None:
+        """Registers the hook here, for CPUs too, and has it reduce over the replicas, not over all ranks."""
+        super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
-        register_hook(
-            self.model,
-            self.mesh.dp_group,
-            reduce_in_bf16 if self.reduce_dtype else self._ddp_comm_hook,
-            self._ddp_comm_state,
-            self._ddp_comm_wrapper,
-        )
+        hook = reduce_in_bf16 if self.reduce_dtype else self.ddp_comm_hook
+        register_hook(self.model, self.mesh.dp_group, hook, self.ddp_comm_state, self.ddp_comm_wrapper)
 
     def _parallelize(self, *, draw: bool = True) -> None:
         """Cuts the model at the first call: when its weights are restored, or else in `setup`."""

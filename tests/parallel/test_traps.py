@@ -222,8 +222,9 @@ def test_worker_seeds_follow_the_data_parallel_rank(tmp_path: Path) -> None:
 
 
 class HooksOverTheWorld(TensorParallelDDPStrategy):
-    def _register_ddp_hooks(self) -> None:
-        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+    def configure_ddp(self) -> None:
+        DDPStrategy.configure_ddp(self)
+        self.model.register_comm_hook(None, self.ddp_comm_hook)
 
 
 def by_state(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
