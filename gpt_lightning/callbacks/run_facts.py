@@ -25,6 +25,7 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.notes import FACTS, HELD_OUT, note, part_of
+from gpt_lightning.training.prediction import whole_model
 from gpt_lightning.training.scored_text import as_plain, shown_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy")
@@ -74,8 +75,9 @@ class RunFacts(Callback):
         tokenizer = data.text_tokenizer
         room = min(HELD_OUT_TOKENS, data.seq_len - 1)
         token_ids = [tokenizer.eos_token_id, *_beginning(data.prepare()["val"], room)]
-        with torch.compiler.set_stance("force_eager"):  # a length of its own would be compiled
-            scored = score_tokens(pl_module.model, token_ids)  # on every rank: peers can only do it together
+        # In eager mode, since a length of its own would be compiled; on every rank: they do it together.
+        with torch.compiler.set_stance("force_eager"), whole_model(trainer):
+            scored = score_tokens(pl_module.model, token_ids)
         if trainer.is_global_zero:
             note(trainer, HELD_OUT, as_plain(shown_tokens(scored[1:], tokenizer)))
 

@@ -104,6 +104,25 @@ def test_every_verb_gives_the_numbers_of_one_process(
     assert count in resumed.err, "the parameters of one part were shown"
 
 
+def test_replicas_that_share_give_the_numbers_of_one_process(
+    program: Program, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = str(tiny_config(trainer={"gradient_clip_val": 0.5}))
+    fit = ["fit", "--config", config, "--run_name"]
+    program(*fit, "one", "--data.batch_size", "8")
+    program(*fit, "shared", *strategy(1, 2, shard_replicas="full"), ranks=2)
+    folder = tmp_path / "checkpoints"
+    assert_equal_curves(folder, "one", "shared")
+    checkpoint = ["--ckpt_path", str(folder / "shared" / "last.ckpt")]
+    (many,) = validation_lines(program("validate", *checkpoint, ranks=2))  # with the saved strategy
+    (one,) = validation_lines(program("validate", *checkpoint, "--config", config))
+    assert many == pytest.approx(one, rel=1e-7)
+    words = ["predict", *checkpoint, "--data.prompts", PROMPTS]
+    program(*words, "--output", "one.jsonl", *ONE_PROCESS)
+    program(*words, "--output", "two.jsonl", ranks=2)
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
 def validation_lines(done: Said) -> list[float]:
     return [float(line.split("│")[2]) for line in done.out.splitlines() if "/loss" in line]
 
