@@ -64,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "config": {"tie_embeddings": False, "bias": False},
         "module": {"activation_checkpointing": True},
     },
-    "blocks compiled": {"module": {"compile_backend": "aot_eager"}},
+    "blocks compiled": {"module": {"compile_backend": "aot_eager"}, "config": {"n_layers": 1}},
 }
 
 
@@ -89,8 +89,8 @@ def test_lower_precision_differs_by_its_rounding(shared_corpus: Path, one_proces
         ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
         ({"plugins": half_precision, "accumulate": 1}, 4.1e-4),
     ):
-        one = one_process(steps=10, **extra)
-        for rank in run_everywhere(Run(2, 2, strategy=FULL, steps=10, **extra), shared_corpus):
+        one = one_process(steps=6, **extra)
+        for rank in run_everywhere(Run(2, 2, strategy=FULL, steps=6, **extra), shared_corpus):
             assert rank["losses"] == pytest.approx(one["losses"], abs=tolerance, rel=0)
             assert rank["scales"] == one["scales"]
 
@@ -129,13 +129,13 @@ def test_a_run_goes_on_at_other_topologies(
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(shared_corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, moments and all."""
     options: dict[str, Any] = {"steps": 8, "strategy": FULL, "accumulate": 1}
-    ranks = run_everywhere(Run(2, 2, **options), shared_corpus)
+    ranks = run_everywhere(Run(1, 2, **options), shared_corpus)
     path = str(tmp_path / "run.ckpt")
-    first = run_everywhere(Run(2, 2, stop_after=4, save_to=path, **options), shared_corpus)
-    rest = run_everywhere(Run(2, 2, resume_from=path, **options), shared_corpus)
+    first = run_everywhere(Run(1, 2, stop_after=4, save_to=path, **options), shared_corpus)
+    rest = run_everywhere(Run(1, 2, resume_from=path, **options), shared_corpus)
     assert first[0]["losses"] + rest[0]["losses"] == ranks[0]["losses"]
-    for name, own in ranks[3]["replicated"].items():
-        assert torch.equal(rest[3]["replicated"][name], own), name
+    for name, own in ranks[1]["replicated"].items():
+        assert torch.equal(rest[1]["replicated"][name], own), name
 
 
 def test_the_file_is_that_of_one_process(shared_corpus: Path, tmp_path: Path) -> None:
@@ -183,6 +183,36 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(shared_corpus: Path) -> N
     run = Run(2, 2, steps=6, accumulate=1, plugins=half_precision, strategy=strategy)
     for scales in run_ranks(overflow, 4, run, shared_corpus):
         assert scales == [256.0, 256.0, 256.0, 128.0, 128.0, 128.0]
+
+
+class LeavingOut(RecordingModule):
+    """Leaves out the second step as the guard does on a GPU; notes which steps have changed no parameter."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.unchanged: list[bool] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before = [local(parameter).clone() for parameter in self.parameters()]
+        setattr(optimizer, "found_inf", torch.tensor(float(self.trainer.global_step == 1)))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        pairs = zip(self.before, map(local, self.parameters()))
+        self.unchanged.append(all(torch.equal(before, now) for before, now in pairs))
+
+
+def leave_out(run: Run, corpus: Path) -> list[bool]:
+    module, datamodule = build(corpus, run)
+    module.__class__ = LeavingOut
+    trainer_of(run, corpus.parent, Recorder(None)).fit(module, datamodule)
+    return module.unchanged
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_the_device_leaves_out_changes_nothing(name: str, shared_corpus: Path) -> None:
+    run = Run(1, 2, steps=3, accumulate=1, strategy=FULL, optimizer={"name": name})
+    assert run_ranks(leave_out, 2, run, shared_corpus) == [[False, True, False]] * 2
 
 
 class Drifting(RecordingModule):
