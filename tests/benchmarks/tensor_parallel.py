@@ -172,7 +172,7 @@ def main() -> None:
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         for name, rows in results.items()
     }
-    columns = ["ms", "cpu_ms", "check_ms", "held_mib", "sent_mib", "activation_mib", "loss"]
+    columns = ["ms", "cpu_ms", "check_ms", "held_mib", "sent_mib", "activation_mib"]
     print(f"{'':16}" + "".join(f"{column:>16}" for column in columns))
     for name, row in summary.items():
         print(f"{name:16}" + "".join(f"{row.get(column, float('nan')):16.3f}" for column in columns))
