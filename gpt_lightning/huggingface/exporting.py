@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,6 @@ def _write_model(
     config: GPTConfig, weights: dict[str, Tensor], tokenizer: TextTokenizer, folder: Path
 ) -> None:
     import transformers
-    from safetensors.torch import save_file
 
     family = family_of(config)
     ends: dict[str, Any] = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -83,5 +83,18 @@ def _write_model(
     theirs = family.weights_to(ours, config)
     if config.tie_embeddings:  # transformers makes it of the token table
         del theirs["lm_head.weight"]
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    _save(theirs, folder / "model.safetensors")
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else its owner alone reads it
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    """Writes the file of weights; a full disk is the system's error, of which safetensors has only a text."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error

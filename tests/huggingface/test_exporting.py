@@ -1,6 +1,7 @@
 """What `export-hf` writes is what transformers opens: the same bits, logits, texts and token ids."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,22 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(SystemExit) as exit:
         main(["export-hf", "x.ckpt", "back"])
     assert exit.value.code == 5 and "back cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_a_disk_that_fills_amid_the_weights_leaves_nothing_behind(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in Path().iterdir())
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main(["export-hf", "x.ckpt", "back"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit.value.code == 5 and "back cannot be written (File too large" in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == before
 
 
