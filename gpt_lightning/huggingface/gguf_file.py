@@ -48,15 +48,16 @@ def write_gguf(
     theirs = weights_to_gguf(weights, config, gguf)
     tensors = {name: _stored(name, weight, dtype, gguf) for name, weight in theirs.items()}
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with naming(f"output={output}"), written_file(output) as file:
-            writer = gguf.GGUFWriter(file.name, family.model_type)
-            writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
-            _add_shape(writer, config, family, gguf)
-            vocabulary.add_to(writer)
-            for name, (array, kind) in tensors.items():
-                writer.add_tensor(name, array, raw_dtype=kind)
-            _write(writer)
+        with naming(f"output={output}"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with written_file(output) as file:
+                writer = gguf.GGUFWriter(file.name, family.model_type)
+                writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+                _add_shape(writer, config, family, gguf)
+                vocabulary.add_to(writer)
+                for name, (array, kind) in tensors.items():
+                    writer.add_tensor(name, array, raw_dtype=kind)
+                _write(writer)
     except OSError as error:
         raise write_error(output, error) from error
 

@@ -365,6 +365,14 @@ def test_a_file_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[st
     assert line == "error: output=x.gguf exists already; name another file, or remove it"
 
 
+def test_a_file_in_the_folders_place_is_a_mistake(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_of()
+    for output in ("x.ckpt/x.gguf", "x.ckpt/deep/x.gguf"):
+        line = refused(["--ckpt_path", "x.ckpt", "--output", output], capsys)
+        assert line.startswith(f"error: output={output} cannot be written (")
+        assert line.endswith(": x.ckpt); name another place") or ": x.ckpt/deep); name" in line
+
+
 def test_weights_that_float16_has_no_number_for_are_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
