@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt_lightning.checkpoint.atomic import naming, written_folder
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
-from gpt_lightning.checkpoint.files import write_error
+from gpt_lightning.checkpoint.files import first_non_finite, write_error
 from gpt_lightning.data.tokenizer import TextTokenizer, is_read_by_transformers
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.families import LLAMA, QWEN2, family_of
@@ -31,6 +31,7 @@ def export_model(path: Path, folder: Path) -> None:
     if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"FOLDER={folder} exists already; name another, or remove it")
     checkpoint = Checkpoint.open(path).whole()
+    check_finite(checkpoint)
     config, weights = _as_opened(checkpoint)  # before anything is written
     place = folder.resolve()  # of "." or a link, that which has a name
     card = model_card(checkpoint, place.name, family_of(config))
@@ -45,6 +46,15 @@ def export_model(path: Path, folder: Path) -> None:
             target.rmdir()
     except OSError as error:
         raise write_error(folder, error) from error
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raises UserError for weights with which no program computes anything."""
+    if (name := first_non_finite(checkpoint.weights.items())) is not None:
+        raise UserError(
+            f"ckpt_path={checkpoint.path} holds NaN or infinity in {name}: its weights diverged; use an "
+            "earlier checkpoint"
+        )
 
 
 def _as_opened(checkpoint: Checkpoint) -> tuple[GPTConfig, dict[str, Tensor]]:

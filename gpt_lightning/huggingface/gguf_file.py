@@ -19,12 +19,14 @@ from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.checkpoint.files import write_error
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.huggingface.exporting import check_finite
 from gpt_lightning.huggingface.families import GPT2, LLAMA, Family, family_of
 from gpt_lightning.huggingface.gguf_vocabulary import vocabulary_of
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.rope import speeds_of
 
 DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}  # ours -> gguf's
+FLOAT16_MAX = torch.finfo(torch.float16).max
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
 
@@ -34,6 +36,7 @@ def export_gguf(path: Path, output: Path, dtype: str) -> None:
     if output.exists():
         raise UserError(f"output={output} exists already; name another file, or remove it")
     checkpoint = Checkpoint.open(path).whole()
+    check_finite(checkpoint)
     write_gguf(checkpoint.config, checkpoint.weights, checkpoint.tokenizer, output, dtype)
 
 
@@ -145,8 +148,11 @@ def _stored(name: str, weight: Tensor, dtype: str, gguf: Any) -> tuple[Any, Any]
     kind = kinds[DTYPES[dtype]] if weight.ndim > 1 and name != "position_embd.weight" else kinds.F32
     if kind == kinds.Q8_0 and weight.shape[-1] % 32:  # a block of q8_0 is 32 weights of a row
         kind = kinds.F16
-    if kind == kinds.F16 and float(weight.abs().max()) > torch.finfo(torch.float16).max:
-        raise UserError(f"dtype={dtype} cannot hold {name}, which has weights above 65504; choose float32")
+    # A block of q8_0 is integers to 127, and a scale in float16.
+    greatest = {kinds.F16: FLOAT16_MAX, kinds.Q8_0: 127 * FLOAT16_MAX}.get(kind, math.inf)
+    if float(weight.abs().max()) > greatest:
+        problem = f"dtype={dtype} cannot hold {name}, which has weights above {greatest:.0f}"
+        raise UserError(f"{problem}; choose float32")
     return gguf.quants.quantize(weight.numpy(), kind), kind
 
 

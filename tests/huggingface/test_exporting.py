@@ -293,6 +293,16 @@ def test_a_disk_that_fills_amid_the_weights_leaves_nothing_behind(
     assert sorted(path.name for path in Path().iterdir()) == before
 
 
+def test_diverged_weights_are_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["state_dict"]["model.token_embedding.weight"][2, 3] = -torch.inf
+    torch.save(contents, checkpoint)
+    with pytest.raises(SystemExit) as exit:
+        main(["export-hf", "x.ckpt", "new/back"])
+    assert exit.value.code == 2 and not Path("new").exists()
+    assert "holds NaN or infinity in token_embedding.weight" in capsys.readouterr().err
+
+
 # ---- the model card
 
 

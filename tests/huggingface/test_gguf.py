@@ -373,14 +373,26 @@ def test_a_file_in_the_folders_place_is_a_mistake(here: Path, capsys: pytest.Cap
         assert line.endswith(": x.ckpt); name another place") or ": x.ckpt/deep); name" in line
 
 
-def test_weights_that_float16_has_no_number_for_are_refused(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("dtype, weight, limit", [("float16", -7e4, 65504), ("q8_0", 9e6, 8319008)])
+def test_weights_that_a_dtype_has_no_number_for_are_refused(
+    dtype: str, weight: float, limit: int, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    checkpoint_of(d_model=64)
+    contents = torch.load("x.ckpt", weights_only=True)
+    contents["state_dict"]["model.blocks.1.mlp.up_proj.weight"][2, 3] = weight
+    torch.save(contents, "x.ckpt")
+    line = refused([*TO_NEW, "--dtype", dtype], capsys)
+    assert f"dtype={dtype} cannot hold blk.1.ffn_up.weight, which has weights above {limit};" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
+def test_diverged_weights_are_refused(dtype: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint_of()
     contents = torch.load("x.ckpt", weights_only=True)
-    contents["state_dict"]["model.blocks.1.mlp.up_proj.weight"][2, 3] = -7e4
+    contents["state_dict"]["model.blocks.1.ln_2.weight"][2] = torch.nan
     torch.save(contents, "x.ckpt")
-    assert "dtype=float16 cannot hold blk.1.ffn_up.weight" in refused([*TO_NEW, "--dtype", "float16"], capsys)
+    line = refused([*TO_NEW, "--dtype", dtype], capsys)
+    assert "ckpt_path=x.ckpt holds NaN or infinity in blocks.1.ln_2.weight: its weights diverged; use" in line
 
 
 def test_without_its_package_the_line_for_pip_is_given(
