@@ -4,7 +4,7 @@ import difflib
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from gpt_lightning import __version__
@@ -77,7 +77,9 @@ def _run(words: list[str]) -> None:
         _refuse(words)
     elif words[0] in WITHOUT_TRAINER:
         file, name = WITHOUT_TRAINER[words[0]]
-        _run_verb(words[1:], file, name)
+        # The others write little, or handle signals themselves.
+        with StartSignals(words[0]) if file == "convert" else nullcontext() as signals:
+            _run_verb(words[1:], file, name, signals.check if signals else lambda: None)
     else:
         _show_life(words)
         with StartSignals(words[0]) as signals:

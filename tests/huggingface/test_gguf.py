@@ -1,6 +1,8 @@
 """What `export-gguf` writes is what llama.cpp runs: the same weights by its names, token ids and logits."""
 
+import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -401,6 +403,25 @@ def test_without_its_package_the_line_for_pip_is_given(
     monkeypatch.setitem(sys.modules, "gguf", None)
     line = refused(TO_NEW, capsys)
     assert line == "error: export-gguf needs gguf; pip install 'gpt_lightning[ecosystem]'"
+
+
+def test_an_export_that_is_ended_leaves_nothing_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(*args: object) -> None:
+        assert list(here.glob(".x.gguf.*.tmp"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint_of()
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", end)
+    former = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody handles SIGTERM"))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main(["export-gguf", "--ckpt_path", "x.ckpt", "--output", "x.gguf"])
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert exit.value.code == 143 and capsys.readouterr().err.endswith("SIGTERM: export-gguf ended\n")
+    assert sorted(path.name for path in here.iterdir()) == ["theirs", "x.ckpt"]
 
 
 @pytest.mark.parametrize("limit", [1000, 99000])
