@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.terminal import printable
 from gpt_lightning.callbacks.text_samples import TextSamples
+from gpt_lightning.checkpoint.files import is_sharded
 from gpt_lightning.cli.errors import say, shorten
 from gpt_lightning.cli.parser import ALLOW_IMPORT
 from gpt_lightning.cli.program import called_as
@@ -56,6 +57,10 @@ def tell_how_to_go_on(trainer: Trainer, run_folder: Path, samples: TextSamples) 
     last = saver and (_best(saver, trainer) or saver.last_model_path or saver.best_model_path)
     if last and os.path.exists(last):
         path = shlex.quote(os.path.relpath(last))
+        if is_sharded(Path(last)):  # which a model without its ranks does not read
+            whole = shlex.quote(f"{run_folder.name}.ckpt")
+            say(f"{called_as()} consolidate --ckpt_path {path} --output {whole}", to_copy=True)
+            path = whole
         kind = type(trainer.lightning_module)
         own = f" --model {kind.__module__}.{kind.__qualname__} {ALLOW_IMPORT} {kind.__module__.split('.')[0]}"
         own = "" if kind is GPTLightningModule else own
