@@ -53,25 +53,25 @@ class TensorParallelDDPStrategy(DDPStrategy):
 
     Args:
         tensor_parallel_size: Devices that share one replica of the model; divides the devices of a node.
-        shard_replicas: What the replicas of a node share out instead of each holding it, by FSDP in DDP's
-            place: none; optimizer for gradients, moments and, between steps, parameters; full for parameters
-            within a step too, which are then gathered layer by layer.
-        reduce_dtype: Sum gradients over the replicas in bf16, which halves that traffic; null for their own.
         sequence_parallel: In training, cut the activations between the parallel layers along the sequence,
             which saves memory; the length must be divisible by tensor_parallel_size.
         save_sharded: Write checkpoints as a folder to which every rank adds its part, for models too large
             for one file; `gpt-lightning consolidate` makes a file of it.
         replica_check_every_n_steps: Compare the parameters that ranks should hold alike, at the start and
             every so many optimizer steps, and stop the run if they differ; 0 for never.
-        find_unused_parameters: As in DistributedDataParallel, like the next three.
-        static_graph: As there.
-        gradient_as_bucket_view: As there.
-        bucket_cap_mb: As there.
+        find_unused_parameters: As in DistributedDataParallel.
+        static_graph: As in DistributedDataParallel.
+        gradient_as_bucket_view: As in DistributedDataParallel.
+        process_group_backend: nccl on GPUs and gloo on CPUs by default.
+        timeout: How long a rank waits for the others in a collective operation.
+        shard_replicas: What the replicas of a node share out instead of each holding it, by FSDP in DDP's
+            place: none; optimizer for gradients, moments and, between steps, parameters; full for parameters
+            within a step too, which are then gathered layer by layer.
+        reduce_dtype: Sum gradients over the replicas in bf16, which halves that traffic; null for their own.
+        bucket_cap_mb: As in DistributedDataParallel.
         ddp_comm_hook: As in DDPStrategy, like all that follow; on CPUs too.
         ddp_comm_state: What the hook is given; the replicas' process group when left out.
         ddp_comm_wrapper: As there.
-        process_group_backend: nccl on GPUs and gloo on CPUs by default.
-        timeout: How long a rank waits for the others in a collective operation.
         start_method: popen, spawn, fork or forkserver.
         parallel_devices: Those of a node, in the Trainer's place.
         cluster_environment: Which tells a process its rank, in the Trainer's place.
@@ -83,20 +83,20 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
-        shard_replicas: Literal["none", "optimizer", "full"] = "none",
-        reduce_dtype: Literal["bf16"] | None = None,
         sequence_parallel: bool = False,
         save_sharded: bool = False,
         replica_check_every_n_steps: int = 100,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         gradient_as_bucket_view: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        shard_replicas: Literal["none", "optimizer", "full"] = "none",
+        reduce_dtype: Literal["bf16"] | None = None,
         bucket_cap_mb: int | None = None,
         ddp_comm_hook: Callable[..., Any] | None = None,
         ddp_comm_state: Any = None,
         ddp_comm_wrapper: Callable[..., Any] | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,

@@ -64,6 +64,7 @@ class ReducesOverTheWorld(TensorParallelDDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
         self._reduce_metrics_over(None)
+        self.mesh.dp_group = dist.group.WORLD
 
 
 class DecidesByDataParallelRank(TensorParallelDDPStrategy):
