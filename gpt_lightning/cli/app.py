@@ -52,11 +52,13 @@ from gpt_lightning.cli.ranks import (
     follow_launcher,
     is_tensor_parallel,
     leaving_together,
+    others_at_work,
     tell_of_no_rank,
 )
 from gpt_lightning.cli.recipes import give_way, name_of_run
 from gpt_lightning.cli.trainer_parser import TrainerParser, files_in_utf8, limited_imports
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.parts import OthersAtWork
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
@@ -268,7 +270,10 @@ class GPTLightningCLI(LightningCLI):
     def run_verb(self) -> None:
         if self.verb != "predict":
             # Before the Trainer starts: unusable text is to be found before anything is written.
-            self._prepare_text()
+            try:
+                self._prepare_text()
+            except OthersAtWork as work:
+                say(str(work))
         if self.verb == "prepare":
             return
         self._rank_guard.begin(self.trainer)
@@ -284,7 +289,7 @@ class GPTLightningCLI(LightningCLI):
         saved = self._restored.get(DATA_KEY, {})
         if self.verb == "fit":
             self.datamodule.trained_text.resume(saved)
-        splits = self.datamodule.prepare()
+        splits = self.datamodule.prepare(others_at_work() if self.verb == "prepare" else None)
         for name, split in splits.items():
             where = "repeat another" if name == "train" else "also in train"
             repeated = f", {split.n_repeated:,} of them {where}" if split.n_repeated else ""

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -81,6 +81,19 @@ def check_launcher(devices: int, nodes: int) -> None:
             f"{devices * nodes} that trainer.devices={devices}, trainer.num_nodes={nodes} make; unset what "
             "another run has left over"
         )
+
+
+def others_at_work() -> Literal["wait", "leave"] | None:
+    """Tells what a launcher's other processes are to one that has no more to do, if it has started others.
+
+    Those of torchrun or srun run at one time and end together. The tasks of an array each run when there is
+    room, and one that waits for others may keep them from starting.
+    """
+    n_tasks = os.environ.get("SLURM_ARRAY_TASK_COUNT", "")
+    if n_tasks.isdecimal() and int(n_tasks) > 1:
+        return "leave"
+    sizes = (os.environ.get(size, "") for size, rank in LAUNCHERS.items() if rank in os.environ)
+    return "wait" if any(size.isdecimal() and int(size) > 1 for size in sizes) else None
 
 
 def tell_of_no_rank(processes: int) -> None:

@@ -5,11 +5,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gpt_lightning.checkpoint.atomic import naming, written_file, written_folder
 from gpt_lightning.data.block_digests import SUFFIX, is_damaged, write_digests
@@ -21,6 +22,37 @@ _META = "meta.json"
 _log = logging.getLogger("gpt_lightning")
 
 
+class BeingBuilt(Exception):
+    """Tells that another process is at a folder that nobody wants to wait for."""
+
+
+def folder_of(cache_dir: str, kind: str, settings: dict[str, Any], sources: Sequence[str]) -> Path:
+    """Names the folder for these settings and sources."""
+    key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache_dir).absolute() / f"{kind}-{key}"
+
+
+def is_fresh(folder: Path, sources: Sequence[str]) -> bool:
+    """Tells whether a folder is built and needs nothing; waits for who builds it."""
+    if not folder.exists():
+        return False
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        return _stale_reason(folder, sources) is None
+
+
+def build_number(folder: Path) -> int | None:
+    """Differs after another process has built the folder; None before the first has."""
+    try:
+        return os.stat(folder).st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def sources_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns what a built folder knows of its sources' content, by their names."""
+    return {source["source"]: source for source in _read_meta(folder)["sources"]}
+
+
 @contextlib.contextmanager
 def built_folder(
     cache_dir: str,
@@ -29,26 +61,34 @@ def built_folder(
     sources: Sequence[str],
     build: Callable[[Path], dict[str, Any]],
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
+    *,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    waits: bool = True,
+    log_level: int = logging.INFO,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields the folder for these settings, and what `build` returned for it; others wait until it is built.
 
     `build(folder)` fills an empty folder and returns what to remember of it, as JSON. Nobody replaces the
     folder inside the `with`. `check_sources` hears the content hash of each source before anything is built,
-    and may refuse.
+    and may refuse. Of sources that are `known` and still as they were, the content is not read again. Without
+    `waits` there is a BeingBuilt where others would wait.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, settings, sources], sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir).absolute() / f"{kind}-{key}"
+    folder = folder_of(cache_dir, kind, settings, sources)
     made = [parent for parent in folder.parents if not parent.exists()]
     with naming(f"data.cache_dir={cache_dir}", "choose a writable folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        lock.acquire()
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=waits)
+    if not lock.is_locked:
+        raise BeingBuilt(str(folder))
     try:
         if (reason := _stale_reason(folder, sources)) is not None:
-            _log.info("%s %s: %s", "rebuilding" if folder.exists() else "building", folder, reason)
+            does = "rebuilding" if folder.exists() else "building"
+            _log.log(log_level, "%s %s: %s", does, folder, reason)
             try:
                 # Before they are read: a source that changes meanwhile is found stale the next time.
-                described = [_describe(source) for source in sources]
+                described = [_describe(source, known) for source in sources]
                 check_sources([source["hash"] for source in described])
                 _build(folder, described, build)
             except BaseException:
@@ -109,7 +149,11 @@ def _stale_reason(folder: Path, sources: Sequence[str]) -> str | None:
     return None
 
 
-def _describe(source: str) -> dict[str, Any]:
+def _describe(
+    source: str, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> dict[str, Any]:
+    if source in known and known[source]["stat"] == _stat(source):
+        return known[source]
     return {"source": source, "stat": _stat(source), "hash": _content_hash(source)}
 
 

@@ -87,14 +87,22 @@ class Corpus:
         self, on_bytes: Callable[[int], None], on_empty: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[str, Piece]]:
         """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
-        if self.val_files or not self.val_fraction:
+        if not self.holds_out_by_size:
             return (("train", piece) for piece in self.read(self.train_files, on_bytes, on_empty))
-        cuts = plan_split(self._document_sizes(), self.val_fraction, self.seed)
+        cuts = plan_split(self.document_sizes(self.train_files), self.val_fraction, self.seed)
         return split_pieces(self.read(self.train_files, on_bytes, on_empty), cuts)
 
-    def _document_sizes(self) -> NDArray[np.int64]:
+    @property
+    def holds_out_by_size(self) -> bool:
+        """Tells whether the size of each training document decides what is held out."""
+        return bool(self.train_files) and not self.val_files and self.val_fraction > 0
+
+    def document_sizes(
+        self, files: tuple[str, ...], on_bytes: Callable[[int], None] = lambda n_bytes: None
+    ) -> NDArray[np.int64]:
+        """Counts the UTF-8 bytes of each document."""
         sizes, size = array("q"), 0
-        for piece in self.read(self.train_files, lambda n_bytes: None):
+        for piece in self.read(files, on_bytes):
             size += utf8_length(piece.text)
             if piece.ends_document:
                 sizes.append(size)

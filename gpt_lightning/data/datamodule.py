@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -144,10 +144,11 @@ class TextDataModule(LightningDataModule):
         self._text_tokenizer = tokenizer
         self._splits = None
 
-    def prepare(self) -> dict[str, TokenSplit]:
+    def prepare(self, others: Literal["wait", "leave"] | None = None) -> dict[str, TokenSplit]:
         """Opens the token cache, building what is missing or stale: the splits that have tokens, by name.
 
-        Every process may call it: one builds, the others wait.
+        Every process may call it: one builds, the others wait. With `others` each builds some of it, and then
+        waits for them, or leaves with OthersAtWork.
         """
         if self._splits is None:
             corpus = self._corpus()
@@ -155,7 +156,7 @@ class TextDataModule(LightningDataModule):
                 raise no_train_files()
             checks = (self._check_tokens, partial(self.trained_text.take, corpus))
             cache = (corpus, self.text_tokenizer, self.cache_dir)
-            splits = prepare_tokens(*cache, *checks, drop_repeated=self.drop_repeated)
+            splits = prepare_tokens(*cache, *checks, drop_repeated=self.drop_repeated, others=others)
             if corpus.train_files:
                 self._check_tokens(splits["train"].n_tokens)
             self._splits = splits

@@ -27,9 +27,14 @@ class EncodedText(NamedTuple):
     n_bytes: int
 
 
-def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer) -> Iterator[EncodedText]:
-    """Yields each split's text in its order; all threads are busy while there is more to read."""
-    encode = partial(_encode, tokenizer.corpus_encoder(), tokenizer.eos_token_id)
+def encode_pieces(
+    marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer, encoder: Encoder | None = None
+) -> Iterator[EncodedText]:
+    """Yields each split's text in its order; all threads are busy while there is more to read.
+
+    The `encoder`, if it is there already, is the tokenizer's `corpus_encoder`.
+    """
+    encode = partial(_encode, encoder or tokenizer.corpus_encoder(), tokenizer.eos_token_id)
     threads = available_cores()
     waiting: deque[Future[EncodedText]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")

@@ -3,6 +3,7 @@
 import filecmp
 import hashlib
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from gpt_lightning.exit_codes import UserError
 
 _DIGEST_BYTES = 8
 _DOCUMENTS_AT_A_TIME = 1 << 20
+_KEPT = ".repeats.bin"
 
 Marked = Iterable[tuple[str, Piece]]
+Dropped = dict[str, NDArray[np.bool_]]  # of each split that is held out, its documents
 
 
 def refuse_shared_files(files: dict[str, tuple[str, ...]]) -> None:
@@ -57,18 +60,48 @@ class DocumentDigests:
         for split, piece in marked:
             documents[split].update(piece.text.encode("utf-8"))
             if piece.ends_document:
-                if split not in self._files:
-                    self._files[split] = TemporaryFile(dir=self._folder)
-                self._files[split].write(documents.pop(split).digest())
+                self._file(split).write(documents.pop(split).digest())
             yield split, piece
 
-    def repeated(self) -> dict[str, NDArray[np.bool_]]:
+    def keep(self) -> dict[str, int]:
+        """Leaves what was noted in the folder, for `take`, and counts the documents of each split."""
+        n_documents = {}
+        for split, file in self._files.items():
+            n_documents[split] = file.tell() // _DIGEST_BYTES
+            file.seek(0)
+            with open(self._folder / f"{split}{_KEPT}", "wb") as kept:
+                shutil.copyfileobj(file, kept)
+        return n_documents
+
+    def take(self, folder: Path) -> None:
+        """Adds what was kept in another folder, of documents that come after those noted so far."""
+        for kept in sorted(folder.glob(f"*{_KEPT}")):
+            with open(kept, "rb") as more:
+                shutil.copyfileobj(more, self._file(kept.name.removesuffix(_KEPT)))
+
+    def _file(self, split: str) -> BinaryIO:
+        if split not in self._files:
+            self._files[split] = TemporaryFile(dir=self._folder)
+        return self._files[split]
+
+    def repeated(self) -> Dropped:
         """Tells of each document of a held-out split whether it also occurs in the training text."""
         return {
             split: np.concatenate([self._are_trained_on(some) for some in self._parts(split)])
             for split in self._files
             if split != "train"
         }
+
+    def repeated_to_drop(self) -> Dropped:
+        """Refuses to leave nothing of a split that is held out."""
+        repeated = self.repeated()
+        for name, of_split in repeated.items():
+            if of_split.all():
+                problem = f"data.drop_repeated=true leaves nothing of {name}"
+                n = len(of_split)
+                its = "its 1 document is" if n == 1 else f"its {n:,} documents are all"
+                raise UserError(f"{problem}: {its} in train; give other text")
+        return repeated
 
     def n_repeated_in_train(self) -> int:
         """Counts the training documents that say just what another one before them says."""
@@ -111,7 +144,7 @@ def _different(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return found[np.diff(found, prepend=~found[:1]) != 0]
 
 
-def without(marked: Marked, dropped: dict[str, NDArray[np.bool_]]) -> Iterator[tuple[str, Piece]]:
+def without(marked: Marked, dropped: Dropped) -> Iterator[tuple[str, Piece]]:
     """Leaves out the documents of each split that are marked to be dropped."""
     number: Counter[str] = Counter()
     for split, piece in marked:

@@ -3,6 +3,7 @@
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from gpt_lightning.data.documents import Piece
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -36,6 +37,23 @@ class TextSample:
         if end < len(piece.text) or not piece.ends_document:
             text = text.rstrip()
         return text
+
+    def keep(self) -> dict[str, Any]:
+        """Returns plain data for `joined`."""
+        return {"n_seen": self._n_seen, "stretches": self._stretches}
+
+    @classmethod
+    def joined(cls, kept: list[dict[str, Any]]) -> "TextSample":
+        """Makes one sample of those of consecutive texts: each of their stretches is equally likely again."""
+        sample = cls()
+        left = [part["n_seen"] for part in kept]
+        unused = [sample._random.sample(part["stretches"], len(part["stretches"])) for part in kept]
+        for _ in range(min(_STRETCHES, sum(left))):
+            [part] = sample._random.choices(range(len(kept)), left)
+            sample._stretches.append(unused[part].pop())
+            left[part] -= 1
+        sample._n_seen = sum(part["n_seen"] for part in kept)
+        return sample
 
     def lost_share(self, tokenizer: TextTokenizer) -> float:
         """Decodes the sample's ids, and returns the share of its characters that are not as they were."""

@@ -7,25 +7,28 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 """
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 
-from gpt_lightning.data.block_digests import CheckedFile, DigestedFile
-from gpt_lightning.data.cache_folder import built_folder
+from gpt_lightning.data.block_digests import CheckedFile
+from gpt_lightning.data.cache_folder import built_folder, folder_of
 from gpt_lightning.data.corpus import Corpus
-from gpt_lightning.data.encoding import EncodedText, encode_pieces
-from gpt_lightning.data.overlap import DocumentDigests, without
+from gpt_lightning.data.encoding import encode_pieces
+from gpt_lightning.data.overlap import DocumentDigests, Dropped, without
+from gpt_lightning.data.parts import SharedWork, parts_folder_of
 from gpt_lightning.data.progress import reading
 from gpt_lightning.data.text_loss import TextSample, sampled
+from gpt_lightning.data.token_files import with_notes, write_encoded
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
@@ -111,31 +114,49 @@ def prepare_tokens(
     check_sources: Callable[[list[str]], None] = lambda hashes: None,
     *,
     drop_repeated: bool = False,
+    others: Literal["wait", "leave"] | None = None,
 ) -> dict[str, TokenSplit]:
     """Opens the splits that have tokens, in any process; one builds them where the cache is not fresh.
 
-    `check_train` hears the number of training tokens before a new cache is kept, and may refuse it;
-    `check_sources` the content hashes of `corpus.sources`, before one is built. With `drop_repeated` no
-    document is held out that the training text has, too.
+    With `others`, or where such work was left undone, all processes that come here build it; who has nothing
+    left to do waits for the others, or leaves with OthersAtWork. `check_train` hears the number of training
+    tokens before a new cache is kept, and may refuse it; `check_sources` the content hashes of
+    `corpus.sources`, before one is built. With `drop_repeated` no document is held out that the training text
+    has, too.
     """
     settings = {**asdict(corpus), "tokenizer": tokenizer.encoding}
     if drop_repeated:
         settings["drop_repeated"] = True
 
+    where = cache_dir, "tokens", settings, corpus.sources
+    parts_folder = parts_folder_of(folder_of(*where))
+    work = SharedWork(folder_of(*where), corpus, tokenizer, drop_repeated=drop_repeated)
+    is_shared = others is not None or parts_folder.exists()
+    if is_shared:
+        work.do(waits=others != "leave")
+
     def build(folder: Path) -> dict[str, Any]:
-        dropped = _repeated(folder, corpus) if drop_repeated else {}
-        counts = _write_tokens(folder, corpus, tokenizer, dropped)
-        if corpus.train_files:
-            check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
+        if is_shared:
+            counts = work.join(folder)
+        else:
+            dropped = _repeated(folder, corpus) if drop_repeated else {}
+            counts = _write_tokens(folder, corpus, tokenizer, dropped)
+        try:
+            if corpus.train_files:
+                check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
+        except UserError:
+            shutil.rmtree(parts_folder, ignore_errors=True)
+            raise
         noted = {"is_separated": corpus.is_separated, "windows_files": corpus.n_with_windows_line_ends}
         return {**counts, **noted}
 
-    with built_folder(cache_dir, "tokens", settings, corpus.sources, build, check_sources) as (folder, built):
+    with built_folder(*where, build, check_sources, known=work.known) as (folder, built):
         order: tuple[str, ...] = ("train", "val", "test")
         splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
         # Mapped before another process may replace the folder: from here on these maps never change.
         for split in splits.values():
             split.map()
+        shutil.rmtree(parts_folder, ignore_errors=True)
     for warning in _warnings(built, corpus):
         rank_zero_only(_log.warning)("warning: %s", warning)
     return splits
@@ -172,71 +193,24 @@ def loss_warning(losing: list[TokenSplit]) -> str:
     return f"{problem}; ppl there is of what is left, and no bpb is shown"
 
 
-def _repeated(folder: Path, corpus: Corpus) -> dict[str, NDArray[np.bool_]]:
+def _repeated(folder: Path, corpus: Corpus) -> Dropped:
     """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
     digests = DocumentDigests(folder)
     with reading("Comparing documents", corpus.sources) as advance:
         for _ in digests.noted(corpus.read_marked(advance)):
             pass
-    repeated = digests.repeated()
-    for name, of_split in repeated.items():
-        if of_split.all():
-            problem = f"data.drop_repeated=true leaves nothing of {name}"
-            its = "its 1 document is" if len(of_split) == 1 else f"its {len(of_split):,} documents are all"
-            raise UserError(f"{problem}: {its} in train; give other text")
-    return repeated
+    return digests.repeated_to_drop()
 
 
 def _write_tokens(
-    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: dict[str, NDArray[np.bool_]]
+    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: Dropped
 ) -> dict[str, Any]:
-    writers: dict[str, _SplitWriter] = {}
     samples: defaultdict[str, TextSample] = defaultdict(TextSample)
     digests = DocumentDigests(folder)
     empty_rows = count()
     with reading("Tokenizing", corpus.sources) as advance:
         read = corpus.read_marked(advance, partial(next, empty_rows))
         marked = digests.noted(without(read, dropped))
-        for text in encode_pieces(sampled(marked, samples), tokenizer):
-            if text.split not in writers:
-                writers[text.split] = _SplitWriter(folder, text.split, tokenizer.vocab_size)
-            writers[text.split].add(text)
-    described: dict[str, Any] = {name: writer.finish() for name, writer in writers.items()}
-    for name, found in digests.repeated().items():
-        described[name]["n_repeated"] = int(found.sum())
-    if "train" in described:
-        described["train"]["n_repeated"] = digests.n_repeated_in_train()
-    for name, sample in samples.items():
-        described[name]["lost_share"] = sample.lost_share(tokenizer)
-    return {**described, "empty_rows": next(empty_rows)}
-
-
-class _SplitWriter:
-    """Appends documents to the files of one split."""
-
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self._tokens_file = DigestedFile(folder / f"{name}.tokens.bin")
-        self._documents_file = DigestedFile(folder / f"{name}.documents.bin")
-        self._dtype = "uint16" if vocab_size <= 65536 else "uint32"
-        self._n_tokens = self._n_bytes = self._n_documents = self._n_longest = self._last_end = 0
-        self._documents_file.write(np.zeros(1, dtype=np.uint64).data)
-
-    def add(self, text: EncodedText) -> None:
-        # Not `tofile`, whose error does not say that the disk is full.
-        self._tokens_file.write(text.tokens.astype(self._dtype).data)
-        ends = text.document_ends + np.uint64(self._n_tokens)
-        self._documents_file.write(ends.data)
-        if len(ends):
-            lengths = np.diff(ends, prepend=np.uint64(self._last_end))
-            self._n_longest = max(self._n_longest, int(lengths.max()))
-            self._last_end = int(ends[-1])
-        self._n_tokens += len(text.tokens)
-        self._n_bytes += text.n_bytes
-        self._n_documents += len(text.document_ends)
-
-    def finish(self) -> dict[str, Any]:
-        """Returns the counts of the split, once its files are written."""
-        self._tokens_file.close()
-        self._documents_file.close()
-        counts = {"n_tokens": self._n_tokens, "n_bytes": self._n_bytes, "n_documents": self._n_documents}
-        return {"dtype": self._dtype, **counts, "n_longest": self._n_longest}
+        encoded = encode_pieces(sampled(marked, samples), tokenizer)
+        counts = write_encoded(folder, encoded, tokenizer.vocab_size)
+    return {**with_notes(counts, digests, samples, tokenizer), "empty_rows": next(empty_rows)}

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt_lightning.__main__ import main
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, load_model
 from gpt_lightning.checkpoint.contents import VALIDATION_KEY
+from gpt_lightning.data.cache_folder import BeingBuilt
+from gpt_lightning.data.parts import SharedWork
 from gpt_lightning.generation.journal import lock_output
 from tests.cli.conftest import Program
 from tests.log import TIME
@@ -271,6 +275,29 @@ def test_prepare_fills_the_cache_that_fit_uses(
     changed = tokens.stat().st_mtime_ns
     main(["fit", "--config", config])
     assert tokens.stat().st_mtime_ns == changed
+
+
+def test_prepare_in_a_task_of_an_array_leaves_what_others_are_at(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    words = ["prepare", "--config", str(tiny_config())]
+    main(words)
+    (tokens,) = (tmp_path / "cache").glob("tokens-*/train.tokens.bin")
+    assert "with other processes: parts to tokenize: 1" in capfd.readouterr().err
+    shutil.rmtree(tokens.parent)
+    opened = SharedWork._opened
+
+    def refused(*args: Any, waits: bool = True) -> Any:
+        if not waits and args[1] == "tokens":
+            raise BeingBuilt
+        return opened(*args, waits=waits)
+
+    monkeypatch.setattr(SharedWork, "_opened", refused)
+    main(words)
+    assert "parts made here: 0 of 1; other processes are at the rest" in capfd.readouterr().err
+    assert not tokens.exists()
 
 
 def test_epochs_mean_passes_over_the_corpus(

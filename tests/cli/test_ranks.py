@@ -16,6 +16,7 @@ from gpt_lightning.cli.ranks import (
     check_launcher,
     check_options_under_launcher,
     follow_launcher,
+    others_at_work,
     tell_of_no_rank,
 )
 from tests.distributed import run_ranks
@@ -28,7 +29,7 @@ SRUN = {"SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NNODES": "3", "
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME")
+    others = ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME", "SLURM_ARRAY_TASK_COUNT")
     for name in [*LAUNCHERS, *LAUNCHERS.values(), *TORCHRUN, *SRUN, *others]:
         monkeypatch.delenv(name, raising=False)
 
@@ -173,3 +174,22 @@ def test_two_processes_on_a_cpu_train_one_model(
         run_ranks(launched, 2, [*fit, "alone", "--trainer.devices", "1"])
     assert "a launcher has started 2 processes" in capfd.readouterr().err
     assert not Path("checkpoints/alone").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "wait"),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, "wait"),
+        ({"SLURM_ARRAY_TASK_COUNT": "1"}, None),
+        ({"SLURM_ARRAY_TASK_COUNT": "8"}, "leave"),
+    ],
+)
+def test_processes_that_prepare_text_together(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str | None
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert others_at_work() == expected

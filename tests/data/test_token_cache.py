@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_lightning.data import documents, encoding, token_cache, tokenizer_cache
+from gpt_lightning.data import documents, encoding, token_cache, token_files, tokenizer_cache
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.token_cache import TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
@@ -240,13 +240,13 @@ def test_a_failed_or_killed_build_leaves_no_cache(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
 def test_a_full_disk_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, cache = write_documents(tmp_path / "a.jsonl"), tmp_path / "cache"
-    start = token_cache._SplitWriter.__init__
+    start = token_files._SplitWriter.__init__
 
     def on_a_full_disk(self: Any, *args: Any) -> None:
         start(self, *args)
         self._tokens_file = open("/dev/full", "wb")
 
-    monkeypatch.setattr(token_cache._SplitWriter, "__init__", on_a_full_disk)
+    monkeypatch.setattr(token_files._SplitWriter, "__init__", on_a_full_disk)
     with pytest.raises(OSError, match="No space left on device") as error:
         prepare_tokens(corpus(source), BYTES, str(cache))
     assert str(error.value.filename).startswith(str(cache))
@@ -254,7 +254,7 @@ def test_a_full_disk_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.
 
 
 def _die_while_building(source: Path, cache: str) -> None:
-    token_cache._SplitWriter.finish = lambda self: os._exit(9)  # type: ignore[method-assign]
+    token_files._SplitWriter.finish = lambda self: os._exit(9)  # type: ignore[method-assign]
     prepare_tokens(corpus(source), BYTES, cache)
 
 
