@@ -53,6 +53,21 @@ def test_the_share_of_what_is_lost() -> None:
     assert lost_share(word_level) == 0
 
 
+def test_samples_of_consecutive_texts_make_one_in_which_each_has_its_weight() -> None:
+    def joined(*texts: str) -> TextSample:
+        samples = [TextSample() for _ in texts]
+        for sample, text in zip(samples, texts, strict=True):
+            sample.add(Piece(text, ends_document=True))
+        return TextSample.joined([sample.keep() for sample in samples])
+
+    word_level = TextTokenizer(words(), "</s>")
+    assert joined("The cat", "a dog ").lost_share(word_level) == lost_share(word_level, "The cat", "a dog ")
+    # A quarter of the stretches is lost; if samples of 64 weighed the same, it would be half.
+    english = "mat. cat " * 33_334
+    for texts in ([english, CHINESE * 8334, ""], [CHINESE * 8334, "", english]):
+        assert 0.12 < joined(*texts).lost_share(word_level) < 0.38
+
+
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), train_bpe([ENGLISH, CHINESE], 300)])
 def test_a_byte_level_tokenizer_loses_nothing(tokenizer: TextTokenizer) -> None:
     assert lost_share(tokenizer, ENGLISH * 300, CHINESE * 3000, " \n </s>\x00\ufffd<|endoftext|> ") == 0
