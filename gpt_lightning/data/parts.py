@@ -255,6 +255,7 @@ def _read_tokens(folder: Path, name: str, counts: dict[str, Any]) -> Iterator[En
     n_bytes = counts["n_bytes"]
     for start in range(0, len(tokens), _JOINED_TOKENS):
         some = np.asarray(tokens[start : start + _JOINED_TOKENS])
-        first, last = np.searchsorted(ends, [start, start + len(some)], side="right")
+        edges = np.array([start, start + len(some)], dtype=np.uint64)
+        first, last = np.searchsorted(ends, edges, side="right")
         yield EncodedText(name, some, ends[first:last] - np.uint64(start), n_bytes)
         n_bytes = 0
