@@ -27,26 +27,37 @@ class EncodedText(NamedTuple):
     n_bytes: int
 
 
-def encode_pieces(
-    marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer, encoder: Encoder | None = None
-) -> Iterator[EncodedText]:
-    """Yields each split's text in its order; all threads are busy while there is more to read.
+class Encoding:
+    """Encodes one text after the other; tiktoken is slow at first on each thread, so these stay."""
 
-    The `encoder`, if it is there already, is the tokenizer's `corpus_encoder`.
-    """
-    encode = partial(_encode, encoder or tokenizer.corpus_encoder(), tokenizer.eos_token_id)
-    threads = available_cores()
-    waiting: deque[Future[EncodedText]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-    try:
-        for split, pieces in _batches(marked if tokenizer.may_be_cut else _whole_documents(marked)):
-            waiting.append(pool.submit(encode, split, pieces))
-            if len(waiting) > 2 * threads:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer, self.encoder = tokenizer, tokenizer.corpus_encoder()
+        self.n_threads = available_cores()
+        self.pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="encode")
+
+    def pieces(self, marked: Iterable[tuple[str, Piece]]) -> Iterator[EncodedText]:
+        """Yields each split's text in its order; all threads are busy while there is more to read."""
+        encode = partial(_encode, self.encoder, self.tokenizer.eos_token_id)
+        waiting: deque[Future[EncodedText]] = deque()
+        try:
+            for split, pieces in _batches(marked if self.tokenizer.may_be_cut else _whole_documents(marked)):
+                waiting.append(self.pool.submit(encode, split, pieces))
+                if len(waiting) > 2 * self.n_threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # whoever ends early does not wait for what is queued
+                future.cancel()
+
+
+def encode_pieces(marked: Iterable[tuple[str, Piece]], tokenizer: TextTokenizer) -> Iterator[EncodedText]:
+    """Encodes a single text, as `Encoding` does."""
+    encoding = Encoding(tokenizer)
+    try:
+        yield from encoding.pieces(marked)
     finally:
-        pool.shutdown(cancel_futures=True)  # whoever ends early does not wait for what is queued
+        encoding.pool.shutdown()
 
 
 def available_cores() -> int:

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from gpt_lightning.data.cache_folder import BeingBuilt, build_number, built_folder, is_fresh, sources_of
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.documents import source_bytes
-from gpt_lightning.data.encoding import EncodedText, encode_pieces
+from gpt_lightning.data.encoding import EncodedText, Encoding
 from gpt_lightning.data.overlap import DocumentDigests, Dropped, Marked, without
 from gpt_lightning.data.progress import reading
 from gpt_lightning.data.split import plan_split, split_pieces
 from gpt_lightning.data.text_loss import TextSample, sampled
 from gpt_lightning.data.token_files import with_notes, write_encoded
-from gpt_lightning.data.tokenizer import Encoder, TextTokenizer
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
 _MOST_PARTS = 512  # of one split, unless its files are many and uneven
@@ -133,8 +133,8 @@ class SharedWork:
         return cut_in_parts(self._corpus)
 
     @cached_property
-    def _encoder(self) -> Encoder:
-        return self._tokenizer.corpus_encoder()
+    def _encoding(self) -> Encoding:
+        return Encoding(self._tokenizer)
 
     # ---- one part after the other
 
@@ -179,7 +179,7 @@ class SharedWork:
         with self._reading("Tokenizing", part) as advance:
             read = self._read(part, advance, partial(next, empty_rows))
             marked = digests.noted(without(read, self._dropped.get(part.number, {})))
-            encoded = encode_pieces(sampled(marked, samples), self._tokenizer, self._encoder)
+            encoded = self._encoding.pieces(sampled(marked, samples))
             counts = write_encoded(folder, encoded, self._tokenizer.vocab_size)
         digests.keep()
         kept = {name: sample.keep() for name, sample in samples.items()}
