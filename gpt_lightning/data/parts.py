@@ -8,7 +8,7 @@ process would have written.
 
 import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property, partial
@@ -24,11 +24,11 @@ from gpt_lightning.data.cache_folder import BeingBuilt, build_number, built_fold
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.encoding import EncodedText, Encoding
-from gpt_lightning.data.overlap import DocumentDigests, Dropped, Marked, without
+from gpt_lightning.data.overlap import DocumentDigests, Dropped, Marked
 from gpt_lightning.data.progress import reading
 from gpt_lightning.data.split import plan_split, split_pieces
-from gpt_lightning.data.text_loss import TextSample, sampled
-from gpt_lightning.data.token_files import with_notes, write_encoded
+from gpt_lightning.data.text_loss import TextSample
+from gpt_lightning.data.token_files import with_notes, write_encoded, write_text
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
@@ -174,16 +174,13 @@ class SharedWork:
         return ((part.split, piece) for piece in pieces)
 
     def _tokenize(self, part: _Part, folder: Path) -> dict[str, Any]:
-        samples: defaultdict[str, TextSample] = defaultdict(TextSample)
-        digests, empty_rows = DocumentDigests(folder), count()
+        empty_rows, dropped = count(), self._dropped.get(part.number, {})
         with self._reading("Tokenizing", part) as advance:
             read = self._read(part, advance, partial(next, empty_rows))
-            marked = digests.noted(without(read, self._dropped.get(part.number, {})))
-            encoded = self._encoding.pieces(sampled(marked, samples))
-            counts = write_encoded(folder, encoded, self._tokenizer.vocab_size)
-        digests.keep()
-        kept = {name: sample.keep() for name, sample in samples.items()}
-        return {"splits": counts, "samples": kept, "empty_rows": next(empty_rows)}
+            written = write_text(folder, read, dropped, self._encoding.pieces, self._tokenizer.vocab_size)
+        written.digests.keep()
+        kept = {name: sample.keep() for name, sample in written.samples.items()}
+        return {"splits": written.counts, "samples": kept, "empty_rows": next(empty_rows)}
 
     def _reading(self, title: str, part: _Part) -> AbstractContextManager[Callable[[int], None]]:
         return reading(f"{title}, part {part.number + 1} of {len(self._parts)}", part.files)

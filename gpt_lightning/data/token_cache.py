@@ -8,7 +8,6 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 
 import logging
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -24,11 +23,10 @@ from gpt_lightning.data.block_digests import CheckedFile
 from gpt_lightning.data.cache_folder import built_folder, folder_of
 from gpt_lightning.data.corpus import Corpus
 from gpt_lightning.data.encoding import encode_pieces
-from gpt_lightning.data.overlap import DocumentDigests, Dropped, without
+from gpt_lightning.data.overlap import DocumentDigests, Dropped
 from gpt_lightning.data.parts import SharedWork, parts_folder_of
 from gpt_lightning.data.progress import reading
-from gpt_lightning.data.text_loss import TextSample, sampled
-from gpt_lightning.data.token_files import with_notes, write_encoded
+from gpt_lightning.data.token_files import with_notes, write_text
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 
@@ -129,8 +127,9 @@ def prepare_tokens(
         settings["drop_repeated"] = True
 
     where = cache_dir, "tokens", settings, corpus.sources
-    parts_folder = parts_folder_of(folder_of(*where))
-    work = SharedWork(folder_of(*where), corpus, tokenizer, drop_repeated=drop_repeated)
+    cache_folder = folder_of(*where)
+    parts_folder = parts_folder_of(cache_folder)
+    work = SharedWork(cache_folder, corpus, tokenizer, drop_repeated=drop_repeated)
     is_shared = others is not None or parts_folder.exists()
     if is_shared:
         work.do(waits=others != "leave")
@@ -205,12 +204,8 @@ def _repeated(folder: Path, corpus: Corpus) -> Dropped:
 def _write_tokens(
     folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: Dropped
 ) -> dict[str, Any]:
-    samples: defaultdict[str, TextSample] = defaultdict(TextSample)
-    digests = DocumentDigests(folder)
-    empty_rows = count()
+    empty_rows, encode = count(), partial(encode_pieces, tokenizer=tokenizer)
     with reading("Tokenizing", corpus.sources) as advance:
         read = corpus.read_marked(advance, partial(next, empty_rows))
-        marked = digests.noted(without(read, dropped))
-        encoded = encode_pieces(sampled(marked, samples), tokenizer)
-        counts = write_encoded(folder, encoded, tokenizer.vocab_size)
-    return {**with_notes(counts, digests, samples, tokenizer), "empty_rows": next(empty_rows)}
+        written = write_text(folder, read, dropped, encode, tokenizer.vocab_size)
+    return {**with_notes(*written, tokenizer), "empty_rows": next(empty_rows)}

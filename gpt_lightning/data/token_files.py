@@ -1,16 +1,38 @@
 """Writes the files of a cache's splits: token ids, where documents start, and what is known of them."""
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_lightning.data.block_digests import DigestedFile
 from gpt_lightning.data.encoding import EncodedText
-from gpt_lightning.data.overlap import DocumentDigests
-from gpt_lightning.data.text_loss import TextSample
+from gpt_lightning.data.overlap import DocumentDigests, Dropped, Marked, without
+from gpt_lightning.data.text_loss import TextSample, sampled
 from gpt_lightning.data.tokenizer import TextTokenizer
+
+
+class Written(NamedTuple):
+    """Holds the counts of the splits that were written, and what was noted of their text."""
+
+    counts: dict[str, Any]
+    digests: DocumentDigests
+    samples: Mapping[str, TextSample]
+
+
+def write_text(
+    folder: Path,
+    read: Marked,
+    dropped: Dropped,
+    encode: Callable[[Marked], Iterator[EncodedText]],
+    vocab_size: int,
+) -> Written:
+    """Writes the text that is read, but for documents to drop, and notes what `with_notes` tells of it."""
+    digests, samples = DocumentDigests(folder), defaultdict[str, TextSample](TextSample)
+    encoded = encode(sampled(digests.noted(without(read, dropped)), samples))
+    return Written(write_encoded(folder, encoded, vocab_size), digests, samples)
 
 
 def write_encoded(folder: Path, encoded: Iterable[EncodedText], vocab_size: int) -> dict[str, Any]:
