@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.kernels.device import host_memory
+from gpt_lightning.kernels.device import GIB, host_memory
 from gpt_lightning.planning.peak_flops import known_flops, measured_flops
 from gpt_lightning.planning.setup import Setup
 
-GIB, GB = 2**30, 10**9
+GB = 10**9
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from gpt_lightning.planning.activations import kept_activations, residual_bytes,
 from gpt_lightning.planning.parameters import Parameters, count_parameters
 from gpt_lightning.planning.setup import Setup
 
-GIB = 2**30
 _MULTIPLE = 64  # to which the loss pads a vocabulary in half precision
 _AT_ONCE = 2**24  # numbers that Muon orthogonalises together
 # What a process holds beside its tensors: on a CPU the libraries, and what the allocator keeps of the freed
@@ -42,7 +41,7 @@ def memory_of(setup: Setup) -> Memory:
     """Estimates a step after the first, which makes the moments."""
     counts = count_parameters(setup.part)
     whole = counts.total * setup.weight_bytes
-    weights, moments = _share(setup, whole), _share(setup, _moment_bytes(setup, counts))
+    weights, moments = _share(setup, whole), _share(setup, moment_bytes(setup, counts))
     # While micro-batches add up their gradients, they are whole.
     gradients = whole if setup.accumulation > 1 else _share(setup, whole)
     gathered = _gathered(setup, counts)
@@ -73,7 +72,7 @@ def _share(setup: Setup, n_bytes: int) -> int:
     return -(-n_bytes // setup.shards)
 
 
-def _moment_bytes(setup: Setup, counts: Parameters) -> int:
+def moment_bytes(setup: Setup, counts: Parameters) -> int:
     """AdamW has two moments, Muon one of the matrices."""
     two = counts.total - (counts.matrices if setup.optimizer == "muon" else 0)
     return (2 * two + counts.total - two) * setup.weight_bytes

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gpt_lightning.kernels.device import GIB
 from gpt_lightning.planning.advice import USABLE, Change
 from gpt_lightning.planning.devices import Device
-from gpt_lightning.planning.memory import GIB, Memory
+from gpt_lightning.planning.memory import Memory, moment_bytes
 from gpt_lightning.planning.parameters import count_parameters
 from gpt_lightning.planning.setup import Setup
 from gpt_lightning.planning.speed import Speed, speed_of
@@ -55,8 +56,7 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Counts weights and moments of the whole model, which a checkpoint holds."""
         counts = count_parameters(self.setup.config)
-        moments = 2 * counts.total - (counts.matrices if self.setup.optimizer == "muon" else 0)
-        return (counts.total + moments) * self.setup.weight_bytes
+        return counts.total * self.setup.weight_bytes + moment_bytes(self.setup, counts)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import yaml
 
 from gpt_lightning.__main__ import main
 from gpt_lightning.callbacks import memory_estimate
+from gpt_lightning.kernels.device import GIB
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.planning.memory import GIB, memory_of
+from gpt_lightning.planning.memory import memory_of
 from gpt_lightning.planning.setup import Setup
 from tests.log import untimed
 
