@@ -28,10 +28,12 @@ class Drifting(RecordingModule):
                 parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))
 
 
-def drift(run: Run, corpus: Path, name: str) -> tuple[int, str]:
+def drift(
+    run: Run, corpus: Path, name: str, kind: type[RecordingModule] = Drifting
+) -> tuple[int, str]:
+    """In a rank: the step at which such a run has ended, in which `name` drifts, and by what error."""
     module, datamodule = build(corpus, run)
-    module.__class__ = Drifting
-    module.drifting = name
+    module.__class__, module.drifting = kind, name
     trainer = trainer_of(run, corpus.parent, Recorder(None))
     try:
         trainer.fit(module, datamodule)

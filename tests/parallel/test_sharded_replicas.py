@@ -27,6 +27,7 @@ from tests.parallel.test_other_modules import (
     Quasi,
     SecondName,
 )
+from tests.parallel.test_replicas import drift
 from tests.parallel.test_traps import half_precision
 from tests.shapes import SHARED
 
@@ -215,7 +216,7 @@ def test_a_step_that_the_device_leaves_out_changes_nothing(name: str, shared_cor
     assert run_ranks(leave_out, 2, run, shared_corpus) == [[False, True, False]] * 2
 
 
-class Drifting(RecordingModule):
+class DriftingRows(RecordingModule):
     """After the third step one number on rank 3 is another: `drifting` says in which parameter."""
 
     drifting = ""
@@ -225,17 +226,6 @@ class Drifting(RecordingModule):
         if self.trainer.global_step == 3 and self.trainer.global_rank == 3:
             with torch.no_grad():
                 local(self.get_parameter(self.drifting)).view(-1)[0] += 1
-
-
-def drift(run: Run, corpus: Path, name: str, nodes: int) -> tuple[int, str]:
-    module, datamodule = build(corpus, run)
-    module.__class__, module.drifting = Drifting, name
-    trainer = trainer_of(run, corpus.parent, Recorder(None))
-    try:
-        trainer.fit(module, datamodule)
-    except RuntimeError as error:
-        return trainer.global_step, str(error)
-    return trainer.global_step, ""
 
 
 @pytest.mark.parametrize(
@@ -252,7 +242,7 @@ def test_replicas_are_compared_where_they_hold_the_same(
     strategy = {**FULL, "replica_check_every_n_steps": 2}
     sizes = {"devices": 4 // nodes, "num_nodes": nodes}
     run = Run(tp, 4 // tp, steps=6, accumulate=1, strategy=strategy, trainer=sizes)
-    for step, message in run_ranks(drift, 4, run, shared_corpus, name, nodes, nodes=nodes):
+    for step, message in run_ranks(drift, 4, run, shared_corpus, name, DriftingRows, nodes=nodes):
         assert step == (3 if is_found else 6)
         assert ("is not the same on all ranks" in message) == is_found
 
