@@ -23,6 +23,7 @@ Product = Callable[[Tensor], Tensor]  # [..., D] to [..., N]
 Room = Callable[[torch.Size], tuple[Tensor, Tensor]]
 # Without VNNI the kernels for x86 add two products in 16 bits, which overflow at the full range.
 _INT8_FITS = torch.cpu._is_vnni_supported() or not is_x86()
+_ZERO = 128  # stands for 0 where integers have no sign
 
 
 def float_kernels(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor | None, int], Product]]:
@@ -83,7 +84,11 @@ class IntegerProduct:
 
 
 class OneDNNIntegerProduct(IntegerProduct):
-    """Calls oneDNN, as PyTorch's compiler does for a quantized model."""
+    """Calls oneDNN, as PyTorch's compiler does for a quantized model.
+
+    It is given x + 128, without a sign: of signed numbers it has no fast product without AMX (ref_int8, some
+    thousand times slower on a Zen 4).
+    """
 
     def __init__(self, integers: Tensor, n_rows: int, room: Room) -> None:
         n_outputs, n_inputs = integers.shape
@@ -93,10 +98,10 @@ class OneDNNIntegerProduct(IntegerProduct):
         self._multiply = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, x: Tensor, step: Tensor) -> Tensor:
-        rows = torch.div(x, step).round_().to(torch.int8)
+        rows = torch.div(x, step).round_().add_(_ZERO).to(torch.uint8)
         weight = self._weight, self._scales, self._zeros
         output: Tensor = self._multiply(
-            rows, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+            rows, 1.0, _ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return output
 

@@ -314,3 +314,21 @@ def test_int8_weights_do_not_depend_on_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(each, int8_layer(layer, "plain")(x)) for each in actual)
+
+
+@pytest.mark.slow  # a process of its own, in which oneDNN tells what it runs
+@pytest.mark.skipif("onednn" not in INTEGER_KERNELS, reason="not on this processor")
+def test_integers_of_a_prompt_are_not_multiplied_by_a_reference() -> None:
+    """oneDNN's takes a thousand times as long; it is what signed inputs get on a processor without AMX."""
+    code = """
+import torch
+from gpt_lightning.kernels.products import integer_kernels, make_room
+x = torch.randn(40, 64)
+make = integer_kernels()["onednn"]
+make(torch.ones(48, 64, dtype=torch.int8), 1, make_room)(x, x.abs().amax(-1, keepdim=True) / 127)
+"""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    products = [line for line in run.stdout.splitlines() if ",exec," in line and "matmul" in line]
+    assert products, run.stdout + run.stderr
+    assert not [line for line in products if ",ref" in line]
