@@ -5,9 +5,9 @@ import time
 
 import torch
 
-# Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers, which print twice as
-# much where half of the weights are zeros. GeForce: with float32 accumulation, as PyTorch multiplies.
-# Where a row lacks a format, or a device is missing, the rate is measured.
+# Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers (compared as in
+# devices.py), which print twice as much where half of the weights are zeros. GeForce: with float32
+# accumulation, as PyTorch multiplies. Where a row lacks a format, or a device is missing, the rate is measured.
 _TFLOPS: dict[str, dict[str, float]] = {
     r"GB200": {"bf16": 2500, "fp16": 2500, "tf32": 1250, "fp32": 80},
     r"B200": {"bf16": 2250, "fp16": 2250, "tf32": 1125, "fp32": 75},
@@ -30,7 +30,7 @@ _TFLOPS: dict[str, dict[str, float]] = {
     r"V100-SXM[23]": {"fp16": 125, "fp32": 15.7},
     r"V100-PCIE": {"fp16": 112, "fp32": 14},
     r"T4": {"fp16": 65, "fp32": 8.1},
-    r"MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},
+    r"MI300X|MI325X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},
 }
 # A part of a device, and siblings of other rates that bear its name and more.
 _OTHER_DEVICE = re.compile(r" (MIG|Laptop|Max-Q|Ti|SUPER|D)\b")

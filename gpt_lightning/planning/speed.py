@@ -77,7 +77,7 @@ def _optimizer_seconds(setup: Setup, device: Device) -> float:
     counts = count_parameters(setup.part)
     seconds = 7 * setup.weight_bytes * counts.total / setup.shards / device.bandwidth
     if setup.optimizer == "muon":
-        # Five rounds of three products, of matrices with d_model columns at the least.
+        # Five rounds of three products, of matrices with d_model columns at the least, in bfloat16.
         flops = 5 * 6 * counts.matrices * setup.config.d_model
-        seconds += flops / (device.peak_flops("bf16") * device.utilization)
+        seconds += flops / (device.peak_flops("bf16-mixed") * device.utilization)
     return seconds

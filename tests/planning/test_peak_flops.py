@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt_lightning.planning import peak_flops as device_peak
+from gpt_lightning.planning.devices import DEVICES
 from gpt_lightning.planning.peak_flops import known_flops, measured_flops, peak_flops
 
 
@@ -22,6 +23,7 @@ from gpt_lightning.planning.peak_flops import known_flops, measured_flops, peak_
         ("NVIDIA L4", "bf16", 121),
         ("NVIDIA L40S", "bf16", 362),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("AMD Instinct MI325X", "bf16", 1307.4),
         ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2),
         ("Tesla V100-SXM2-16GB", "fp16", 125),
         ("Tesla T4", "fp16", 65),
@@ -34,6 +36,15 @@ from gpt_lightning.planning.peak_flops import known_flops, measured_flops, peak_
 )
 def test_known_devices(name: str, number_format: str, tera: float | None) -> None:
     assert known_flops(name, number_format) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_of_the_table_has_its_rates(name: str) -> None:
+    """And its memory is faster than its links, and these than the network."""
+    device = DEVICES[name]
+    half, single = device.peak_flops("16-mixed"), known_flops(device.name, "fp32")
+    assert single is not None and half >= 1.9 * single
+    assert 150e9 < device.bandwidth < 10e12 and device.node_link <= device.link < device.bandwidth
 
 
 @pytest.mark.parametrize(
