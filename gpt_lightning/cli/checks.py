@@ -18,6 +18,7 @@ from gpt_lightning.huggingface.families import family_of
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.training.optim import OptimizerConfig, ScheduleConfig
 
+VOCABULARY = "model.config.vocab_size"
 LARGEST_SEED = 2**32 - 1  # NumPy's
 PATHS = (
     "trainer.default_root_dir checkpoint.dirpath data.cache_dir data.tokenizer data.prompts_file ckpt_path "
@@ -104,6 +105,19 @@ def check_processes(settings: Any) -> None:
     """Raises where this machine is not for so many processes."""
     for option, rule in _refused_devices(settings.trainer):
         raise UserError(f"{option}={settings[option]}{rule}")
+
+
+def given_vocabulary(given: Any) -> int | None:
+    """Returns the vocabulary size that the options say, which the text's tokenizer decides, too."""
+    size: int | None = given.get(VOCABULARY) or given.get(VOCABULARY.replace("model", "model.init_args", 1))
+    return size
+
+
+def check_vocabulary(given: Any, size: int, source: str) -> None:
+    """Refuses a vocabulary size that is not that of the source of the ids."""
+    if (own := given_vocabulary(given)) not in (None, size):
+        problem = f"{VOCABULARY}={own} contradicts {source}, which has {size} ids"
+        raise UserError(f"{problem}; leave the option out, or change the other")
 
 
 def _refused(verb: str, settings: Any, positions: int | None) -> Iterator[tuple[str, str]]:

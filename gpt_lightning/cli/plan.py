@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing_extensions import override
 from gpt_lightning.callbacks.rank_guard import RankGuard
 from gpt_lightning.callbacks.terminal import for_readers
 from gpt_lightning.cli.app import GPTLightningCLI
+from gpt_lightning.cli.checks import VOCABULARY, check_vocabulary, given_vocabulary
 from gpt_lightning.cli.config_file import complete_words
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.model_class import model_options
@@ -28,11 +30,13 @@ from gpt_lightning.planning.devices import Device, device_named, this_device
 from gpt_lightning.planning.memory import memory_of
 from gpt_lightning.planning.probe import probe
 from gpt_lightning.planning.setup import PRECISIONS, SHARDINGS, Setup
-from gpt_lightning.planning.speed import speed_of
+from gpt_lightning.planning.speed import Speed, speed_of
 from gpt_lightning.planning.summary import Plan, as_dict, as_text
+from gpt_lightning.training.compilation import choose_backend
 
 VOCABULARIES = {"gpt2": 50257, "openai-community/gpt2": 50257}  # of names on the hub that recipes have
-VOCABULARY = "model.config.vocab_size"
+MODELS = {"gpt2": GPTConfig(), "openai-community/gpt2": GPTConfig()}
+LEAST_OF_A_LAYER = 1e-3  # seconds of a pass, below which a host may be slower than its GPU
 SINGLE, REPLICATED = ("auto", "single_device"), ("auto", "ddp", "DDPStrategy", "TensorParallelDDPStrategy")
 HELP = {
     "device": "Plan for such devices (h100, a100, ...), not for this machine, which is measured.",
@@ -82,12 +86,19 @@ class _Planned(GPTLightningCLI):
         """Returns that of the checkpoint or model that the run begins with, or that of the options."""
         settings, checkpoint = self.config, self.origin.checkpoint
         if checkpoint is not None:
-            return checkpoint.config
-        if settings.init_from is not None:
-            return local_config(settings.init_from, "init_from")
-        options = model_options(settings, "config")
-        given = self.given.get(VOCABULARY) or self.given.get(f"model.init_args.{VOCABULARY[6:]}")
-        return GPTConfig(**{**options, "vocab_size": given or _vocabulary_of(settings.data.tokenizer)})
+            config, source = checkpoint.config, str(self.origin.init_from or checkpoint.path)
+        elif settings.init_from is not None:
+            source = settings.init_from
+            config = MODELS.get(source) or local_config(source, "init_from")
+        else:
+            size = _vocabulary_of(settings.data.tokenizer) or given_vocabulary(self.given)
+            source = f"data.tokenizer={settings.data.tokenizer}"
+            if size is None:
+                problem = f"{source}: only the text or the network tells how many ids it has"
+                raise UserError(f"{problem}; give --{VOCABULARY}, such as 32000")
+            config = GPTConfig(**{**model_options(settings, "config"), "vocab_size": size})
+        check_vocabulary(self.given, config.vocab_size, source)
+        return config
 
 
 def run_plan(words: list[str]) -> None:
@@ -107,15 +118,17 @@ def make_plan(settings: Any, config: GPTConfig) -> Plan:
     if settings.device is None:
         measured = probe(setup, torch.device("cpu" if setup.on_cpu else "cuda"))
     steps = settings.trainer.max_steps
+    speed = speed_of(setup, device, measured)
     return Plan(
         setup=setup,
         device=device,
         memory=memory_of(setup),
-        speed=speed_of(setup, device, measured),
+        speed=speed,
         is_measured=measured is not None,
         steps=steps if steps is not None and steps > 0 else None,
         checkpoints=_kept_checkpoints(settings.checkpoint, steps or 0, settings.trainer.val_check_interval),
         price=settings.price,
+        not_counted=[*_not_counted(settings, setup, None if measured else speed)],
         remedies=[] if fits(setup, device) else remedies(setup, device),
         proposal=proposal(setup, device),
     )
@@ -142,8 +155,26 @@ def setup_of(settings: Any, config: GPTConfig, *, on_cpu: bool) -> Setup:
         sequence_parallel=arguments.get("sequence_parallel", False),
         shard_replicas=settings.shard_replicas or arguments.get("shard_replicas", "none"),
         reduce_dtype=arguments.get("reduce_dtype"),
+        document_mask=data.document_mask,
         on_cpu=on_cpu,
     )
+
+
+def _not_counted(settings: Any, setup: Setup, reckoned: Speed | None) -> Iterator[str]:
+    """Says what makes a run differ from its plan; `reckoned` is a speed that is not measured."""
+    layers = setup.accumulation * setup.config.n_layers
+    if reckoned is not None and reckoned.arithmetic < LEAST_OF_A_LAYER * layers:
+        yield "a host's time to start kernels, which may be longer than so little arithmetic"
+    backend = choose_backend(
+        _model_option(settings, "compile_backend"),
+        device="cpu" if setup.on_cpu else "cuda",
+        passes=(settings.trainer.max_steps or 0) * setup.accumulation,
+        can_compile=True,
+    )
+    if backend is not None:
+        yield f"blocks compiled by {backend} (model.compile_backend), which keep less and are faster"
+    if setup.document_mask:
+        yield "attention that documents cut short (data.document_mask): it is timed over whole rows"
 
 
 def _model_option(settings: Any, name: str) -> Any:
@@ -174,18 +205,13 @@ def _precision(given: Any) -> str:
     return precision
 
 
-def _vocabulary_of(tokenizer: str) -> int:
-    """Returns the ids of a tokenizer that needs neither text nor network."""
+def _vocabulary_of(tokenizer: str) -> int | None:
+    """Counts the ids of a tokenizer that needs neither text nor network; None of another."""
     if is_trained_here(tokenizer):
-        size = requested_vocab_size(tokenizer)
-    elif tokenizer == "bytes" or Path(tokenizer).expanduser().is_dir():
-        size = load_tokenizer(tokenizer).vocab_size
-    else:
-        size = VOCABULARIES.get(tokenizer)
-    if size is None:
-        problem = f"data.tokenizer={tokenizer}: only the text or the network tells how many ids it has"
-        raise UserError(f"{problem}; give --{VOCABULARY}, such as 32000")
-    return size
+        return requested_vocab_size(tokenizer)
+    if tokenizer == "bytes" or Path(tokenizer).expanduser().is_dir():
+        return load_tokenizer(tokenizer).vocab_size
+    return VOCABULARIES.get(tokenizer)
 
 
 def _device(settings: Any, setup: Setup) -> Device:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpt_lightning.kernels.attention import runs_in_blocks
+from gpt_lightning.kernels.attention import LONG_ROW, MIN_HEAD_DIM, runs_in_blocks
 from gpt_lightning.kernels.cpu_attention import scores_kept
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.planning.setup import Setup
@@ -20,25 +20,29 @@ STATISTIC_BYTES = 4
 
 
 class Activations(NamedTuple):
-    """Holds bytes: of a block, of its input, which alone is kept to compute it again, and of all else."""
+    """Holds bytes: of a block, of its input, which alone is kept to compute it again, and of all else.
+
+    `narrow_weights` are those of the block's bytes that hold weights as autocast rounds them.
+    """
 
     block: int
     block_input: int
     outside: int
+    narrow_weights: int
 
 
 def kept_activations(setup: Setup) -> Activations:
     config, m = setup.part, _outer_tokens(setup)
     stream = residual_bytes(setup)
-    block = _attention(setup) + _mlp(setup)
-    block += 2 * _norm(config, m, stream) + _converted_weights(setup)
+    narrow_weights = _converted_weights(setup)
+    block = _attention(setup) + _mlp(setup) + 2 * _norm(config, m, stream) + narrow_weights
     outside = _norm(config, m, stream) + setup.pass_tokens * INDEX_BYTES + _positions(setup)
     if setup.tensor_parallel_size > 1:
         outside += setup.pass_tokens  # a byte a token: which of them this peer has the vectors of
     if config.dropout > 0:
         noise = m * config.d_model * (stream if setup.on_cpu else 1)
         block, outside = block + 2 * noise, outside + noise
-    return Activations(block, m * config.d_model * stream, outside)
+    return Activations(block, m * config.d_model * stream, outside, narrow_weights)
 
 
 def total_bytes(kept: Activations, setup: Setup) -> int:
@@ -63,13 +67,32 @@ def _norm(config: GPTConfig, tokens: int, item: int) -> int:
 
 
 def _positions(setup: Setup) -> int:
-    """Counts indices into the table, or the angles' sines and cosines."""
+    """Counts indices into the table, or the angles' sines and cosines, and masks that wait for their use."""
+    indices = _n_positions(setup) * INDEX_BYTES
+    # Checkpointing holds all that a block is called with.
+    mask = _mask_numbers(setup) if setup.activation_checkpointing else 0
     if setup.config.positions == "learned":
-        return setup.seq_len * INDEX_BYTES
-    tables = 2 * setup.seq_len * setup.config.head_dim * 4
-    if setup.activation_checkpointing:  # which holds them to compute the blocks again
-        return tables + setup.seq_len * INDEX_BYTES
+        return indices + mask
+    tables = 2 * _n_positions(setup) * setup.config.head_dim * 4
+    if setup.activation_checkpointing:
+        return tables + indices + mask
     return 0 if _turns_narrow(setup) else tables
+
+
+def _n_positions(setup: Setup) -> int:
+    """Counts positions, which each row has of its own where they restart with documents."""
+    return setup.pass_tokens if setup.document_mask else setup.seq_len
+
+
+def _mask_numbers(setup: Setup) -> int:
+    """Counts those of a mask of documents, where no kernel does without one."""
+    if not setup.document_mask:
+        return 0
+    if setup.on_cpu:
+        needs_none = setup.seq_len >= LONG_ROW
+    else:
+        needs_none = setup.config.head_dim >= MIN_HEAD_DIM and setup.config.dropout == 0
+    return 0 if needs_none else setup.pass_tokens * setup.seq_len
 
 
 def _turns_narrow(setup: Setup) -> bool:
@@ -98,7 +121,7 @@ def _attention(setup: Setup) -> int:
             keeps_qkv, tensors = True, tensors + is_copied
     total += n * K * e * (H * tensors + (H + 2 * N) * keeps_qkv)
     if config.positions == "rope" and _turns_narrow(setup):
-        total += 4 * setup.seq_len * K * e
+        total += 4 * _n_positions(setup) * K * e
     return total + _scores(setup)
 
 
@@ -106,14 +129,17 @@ def _scores(setup: Setup) -> int:
     """Counts the softmax's sums, or its results where a CPU computes them block by block."""
     H, e, T = setup.part.n_heads, setup.compute_bytes, setup.seq_len
     sums = setup.pass_tokens * H * STATISTIC_BYTES
+    sums += _mask_numbers(setup) * e
     if not setup.on_cpu:
         return sums
+    dropout = setup.config.dropout
+    if setup.document_mask and setup.seq_len >= LONG_ROW and dropout == 0:
+        return sums + setup.pass_tokens * H * setup.part.head_dim * e  # each document's output, and the row's
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[e]
     shape = (setup.batch_size, T, H, setup.part.head_dim)
-    dropout = setup.config.dropout
-    if runs_in_blocks(torch.empty((), dtype=dtype).expand(shape)):
+    if not setup.document_mask and runs_in_blocks(torch.empty((), dtype=dtype).expand(shape)):
         return scores_kept(*shape[:3], dropout) * (e + (dropout > 0))
-    # PyTorch's own kernel has no dropout: it then keeps weights, dropped weights and noise.
+    # PyTorch's own kernel has no dropout: it then keeps weights, dropped weights and noise, at most of rows.
     return sums if dropout == 0 else 3 * setup.pass_tokens * H * T * e
 
 

@@ -29,6 +29,7 @@ class Memory:
     moments: int
     gathered: int  # of shared weights, for the layers that compute
     activations: int
+    narrow_weights: int  # as autocast rounds them; layers keep them for the backward pass
     logits: int  # and all else that the loss makes
     program: int
     peak: int
@@ -63,7 +64,8 @@ def memory_of(setup: Setup) -> Memory:
     )
     tensors = resident + max(moments_of_a_step)
     program = PROGRAM_ON_CPU + int(_GAPS_ON_CPU * tensors) if setup.on_cpu else PROGRAM_ON_GPU
-    kinds = (weights, gradients, moments, gathered, activations, loss.forward, program)
+    narrow = 0 if setup.activation_checkpointing else setup.config.n_layers * kept.narrow_weights
+    kinds = (weights, gradients, moments, gathered, activations - narrow, narrow, loss.forward, program)
     return Memory(*kinds, peak=program + tensors)
 
 

@@ -35,6 +35,7 @@ class Setup:
     sequence_parallel: bool = False
     shard_replicas: str = "none"
     reduce_dtype: str | None = None
+    document_mask: bool = False
     on_cpu: bool = False
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class Plan:
     steps: int | None
     checkpoints: int  # that the run keeps
     price: float | None  # of a device and hour
+    not_counted: list[str]  # of what the setup does not tell
     remedies: list[Change]
     proposal: Change | None
 
@@ -82,6 +83,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_parameter": plan.tokens / plan.n_parameters if plan.steps else None,
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoints": plan.checkpoints,
+        "not_counted": plan.not_counted,
         "remedies": [_change_as_dict(change, plan) for change in plan.remedies],
         "proposal": None if plan.proposal is None else _change_as_dict(plan.proposal, plan),
     }
@@ -139,6 +141,7 @@ NAMES = {
     "moments": "optimizer's moments",
     "gathered": "gathered weights",
     "activations": "activations",
+    "narrow_weights": "rounded weights",
     "logits": "logits and loss",
     "program": "program, libraries",
 }
@@ -163,15 +166,16 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _run(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.steps is None:
-        yield "a billion tokens", f"{figure(plan.hours)} hours"
+        yield "a billion tokens", duration(plan.hours)
     else:
-        yield "the run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {figure(plan.hours)} hours"
+        yield "the run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {duration(plan.hours)}"
         ratio = plan.tokens / plan.n_parameters
         yield "tokens a parameter", f"{figure(ratio)} (about 20 are the best use of a given arithmetic)"
     if plan.cost is not None:
         yield "price", f"{plan.cost:,.2f} at {plan.price:g} a device and hour"
     n, size = plan.checkpoints, plan.checkpoint_bytes / 10**9
     yield "checkpoints", f"{n} of {figure(size)} GB: {figure(n * size)} GB of disk"
+    yield from (("not counted", text) for text in plan.not_counted)
 
 
 def _advice(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -195,6 +199,14 @@ def _described(change: Change, plan: Plan) -> str:
 
 def gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:,.{2 if n_bytes >= GIB else 4}f}"
+
+
+def duration(hours: float) -> str:
+    """Writes hours, or what makes the number a readable one."""
+    if hours >= 2:
+        return f"{figure(hours)} hours"
+    minutes = 60 * hours
+    return f"{figure(minutes)} minutes" if minutes >= 2 else f"{figure(60 * minutes)} seconds"
 
 
 def figure(value: float) -> str:

@@ -37,11 +37,17 @@ def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, A
         ),
         ([*H100, "--data.tokenizer", "bpe"], "give --model.config.vocab_size"),
         ([*H100, "--data.tokenizer", "nobody/nothing"], "give --model.config.vocab_size"),
+        (
+            [*H100, "--data.tokenizer", "bytes", "--model.config.vocab_size", "512"],
+            "model.config.vocab_size=512 contradicts data.tokenizer=bytes, which has 257 ids",
+        ),
         ([*H100, "--shard_replicas", "some"], "shard_replicas='some' is unknown; choose one of none, "),
         ([*H100, "--nodes", "0"], "trainer.num_nodes=0 is below 1"),
         ([*H100, "--price", "-1"], "price=-1.0 is not above 0"),
         ([*H100, "--trainer.strategy", "fsdp"], "trainer.strategy=fsdp is none that plan knows"),
         ([*H100, "--trainer.precision", "transformer-engine"], "trainer.precision=transformer-engine"),
+        (["--device", "t4", "--config", "gpt2_small"], "no rate of T4 is known for bf16; choose 16-mixed"),
+        ([*H100, "--trainer.precision", "64-true"], "no rate of H100 is known for fp64; choose another"),
         ([*H100, "--init_from", "nobody/nothing"], "init_from=nobody/nothing is not on this machine"),
         ([*H100, "--node", "2"], "did you mean --nodes"),
     ],
@@ -99,6 +105,28 @@ def test_a_checkpoint_has_architecture_and_vocabulary(
     write_checkpoint(path)
     config = planned([*H100, "--init_from", str(path)], capsys)["setup"]["config"]
     assert (config["n_layers"], config["d_model"]) == (2, 16)
+
+
+def test_the_shipped_recipe_that_begins_with_gpt2_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned([*H100, "--config", "finetune_gpt2"], capsys)["parameters"] == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.max_steps", "5000"], ["blocks compiled by inductor"]),
+        (["--trainer.max_steps", "1000"], []),
+        (["--model.compile_backend", "none"], []),
+        (["--model.compile_backend", "none", "--data.document_mask", "true"], ["attention that documents"]),
+        (["--model.compile_backend", "none", "--data.batch_size", "1"], ["a host's time to start kernels"]),
+    ],
+)
+def test_what_a_plan_does_not_count_is_told(
+    words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [*H100, "--config", "gpt2_small", "--trainer.accumulate_grad_batches", "1", *words]
+    found = planned([*recipe, "--data.batch_size", "64", *words], capsys)["not_counted"]
+    assert len(found) == len(said) and all(text.startswith(start) for text, start in zip(found, said))
 
 
 def test_what_does_not_fit_is_told_with_what_would(

@@ -34,8 +34,10 @@ def counted(setup: Setup) -> int:
     ids = torch.randint(setup.config.vocab_size, (setup.batch_size, setup.seq_len))
     bf16 = setup.precision == "bf16-mixed"
 
+    documents = (ids == 0).cumsum(1) + (ids == 1).cumsum(1) if setup.document_mask else None
+
     def forward() -> torch.Tensor:
-        return model.hidden_states(ids)
+        return model.hidden_states(ids, document_ids=documents)
 
     if setup.on_cpu:
         return bytes_kept(model, model.blocks, forward, bf16=bf16)
@@ -65,4 +67,23 @@ def test_the_formula_equals_what_autograd_keeps(
 def test_dropout_keeps_its_noise(precision: str) -> None:
     config = replace(GPT2, dropout=0.1, n_heads=3)
     setup = Setup(config, seq_len=300, batch_size=8, precision=precision, on_cpu=True)  # in blocks
+    assert total_bytes(kept_activations(setup), setup) == counted(setup)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("seq_len", [300, 520], ids=["by a mask", "one by one"])
+@pytest.mark.parametrize("shape", ["gpt2", "modern", "llama"])
+def test_documents_keep_their_masks_or_outputs(
+    shape: str, seq_len: int, precision: str, checkpointing: bool
+) -> None:
+    setup = Setup(
+        replace(SHAPES[shape], max_position_embeddings=seq_len),
+        seq_len,
+        batch_size=3,
+        precision=precision,
+        activation_checkpointing=checkpointing,
+        document_mask=True,
+        on_cpu=True,
+    )
     assert total_bytes(kept_activations(setup), setup) == counted(setup)

@@ -47,7 +47,8 @@ def test_moments_are_those_of_the_optimizer(optimizer: str) -> None:
 def test_each_option_saves_what_it_is_for() -> None:
     plain = memory_of(XL)
     again = memory_of(replace(XL, activation_checkpointing=True))
-    assert again.activations < plain.activations / 9 and again.peak < plain.peak
+    assert again.activations < plain.activations / 8 and again.peak < plain.peak
+    assert again.narrow_weights == 0 and plain.narrow_weights == 2 * count_parameters(LARGE).matrices
     for way in ("optimizer", "full"):
         shared = memory_of(replace(XL, shard_replicas=way))
         assert shared.moments == -(-plain.moments // 8) and shared.peak < plain.peak
@@ -55,7 +56,7 @@ def test_each_option_saves_what_it_is_for() -> None:
     assert plain.weights / 4 < cut.weights < plain.weights / 3.9
     both = memory_of(replace(XL, tensor_parallel_size=4, sequence_parallel=True))
     assert both.activations < cut.activations
-    assert memory_of(replace(XL, batch_size=4)).activations < 0.6 * plain.activations  # and converted weights
+    assert memory_of(replace(XL, batch_size=4)).activations < 0.51 * plain.activations
 
 
 def test_sharing_moves_the_bytes_that_fsdp_moves() -> None:
@@ -100,7 +101,7 @@ def test_the_proposal_fits_and_is_no_slower_than_what_was_given() -> None:
     assert better is not None and better.step_seconds < speed_of(slow, device).step
     small = replace(XL, config=GPT2, seq_len=256, batch_size=4)
     assert fits(small, device) and proposal(small, device).setup == small  # type: ignore[union-attr]
-    tiny = replace(DEVICES["t4"], memory=2**30)
+    tiny = replace(DEVICES["l4"], memory=2**30)
     assert proposal(XL, tiny) is None
 
 
