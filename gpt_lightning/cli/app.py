@@ -34,6 +34,7 @@ from gpt_lightning.cli.checks import (
     check_options,
     check_paths,
     check_processes,
+    check_vocabulary,
     check_whole_weights,
     refused_arguments,
 )
@@ -191,9 +192,12 @@ class GPTLightningCLI(LightningCLI):
         """
         checkpoint = self.origin.checkpoint
         if checkpoint is None:
-            return datamodule.vocab_size
-        datamodule.use_tokenizer(checkpoint.tokenizer)
-        return checkpoint.config.vocab_size
+            size, source = datamodule.vocab_size, f"data.tokenizer={datamodule.tokenizer}"
+        else:
+            datamodule.use_tokenizer(checkpoint.tokenizer)
+            size, source = checkpoint.config.vocab_size, str(self.origin.init_from or checkpoint.path)
+        check_vocabulary(self.given, size, source)
+        return size
 
     @override
     def instantiate_classes(self) -> None:

@@ -1,10 +1,13 @@
 """What is no mistake, but may not be meant, is told in a line before the run begins."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gpt_lightning.__main__ import main
 from gpt_lightning.cli.checks import warn_of_no_validation
 
 
@@ -26,3 +29,19 @@ def test_a_run_that_ends_before_its_first_validation_says_so(
     warn_of_no_validation(SimpleNamespace(**given))
     said = capsys.readouterr().err
     assert said.count("\n") == told and (f"trainer.max_steps={max_steps}" in said) is told
+
+
+@pytest.mark.parametrize("verb", ["fit", "prepare"])
+def test_a_vocabulary_in_a_file_that_is_not_the_texts_is_refused(
+    verb: str, tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"vocab_size": 512, "max_position_embeddings": 16, "n_layers": 1, "n_heads": 2, "d_model": 16}
+    model, data = {"config": config}, {"tokenizer": "bytes", "train_files": str(tmp_path / "*.txt")}
+    (tmp_path / "text.txt").write_text("some words\n" * 500)
+    data |= {"seq_len": 16, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}
+    path = tiny_config(model=model, data=data)
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--config", str(path)])
+    assert exit.value.code == 2
+    said = "model.config.vocab_size=512 contradicts data.tokenizer=bytes, which has 257 ids"
+    assert said in capsys.readouterr().err and not (tmp_path / "checkpoints").exists()
