@@ -44,11 +44,12 @@ class Device:
         return found
 
 
-# Memory as the driver tells it, about; bandwidth and links by the data sheets of NVIDIA (for GeForce its white
-# papers) and AMD, compared on 2026-11-30 with what glennklockwood.com/garden/processors, techpowerup.com and
-# resellers quote of them. NVLink and Infinity Fabric count one way, half of what sheets sum up; devices without
-# them talk by PCIe x16. Between nodes, as clusters of them are built: 400 Gbit/s a device for the newest, 200
-# for A100, 100 for others. The shares of the peak were chosen with the runs of docs/planning.md in view.
+# Memory as the driver tells it, about; bandwidth and links by the data sheets of NVIDIA (for GeForce its
+# white papers) and AMD, compared on 2026-11-30 with what glennklockwood.com/garden/processors,
+# techpowerup.com and resellers quote of them. NVLink and Infinity Fabric count one way, half of what sheets
+# sum up; devices without them talk by PCIe x16. Between nodes, as clusters of them are built: 400 Gbit/s a
+# device for the newest, 200 for A100, 100 for others. The shares of the peak were chosen with the runs of
+# docs/planning.md in view.
 DEVICES = {
     "b200": Device("B200", 178 * GIB, 8.0e12, 900 * GB, 50 * GB, 0.35),
     "h200": Device("H200", 139 * GIB, 4.8e12, 450 * GB, 50 * GB),

@@ -7,7 +7,7 @@ import torch
 
 # Dense rates in TFLOPS by NVIDIA's and AMD's data sheets and architecture white papers (compared as in
 # devices.py), which print twice as much where half of the weights are zeros. GeForce: with float32
-# accumulation, as PyTorch multiplies. Where a row lacks a format, or a device is missing, the rate is measured.
+# accumulation, as PyTorch multiplies. Where a row lacks a format, or a device is missing, it is measured.
 _TFLOPS: dict[str, dict[str, float]] = {
     r"GB200": {"bf16": 2500, "fp16": 2500, "tf32": 1250, "fp32": 80},
     r"B200": {"bf16": 2250, "fp16": 2250, "tf32": 1125, "fp32": 75},
