@@ -28,6 +28,7 @@ for room in ("training", "planning", "callbacks"):  # each may import all rooms 
 MAY_IMPORT["planning"] = {"kernels", "model", "parallel.mesh", "parallel.sharded_replicas"}
 MAY_IMPORT["planning"] |= {"training.optim"}
 MAY_IMPORT["report"] = {"data", "checkpoint", "generation", "training"}
+MAY_IMPORT["server"] = {"model", "checkpoint", "generation", "report", "data.tokenizer", "data.token_names"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # A file that may import more than its room.
 EXCEPTIONS = {"generation.text_stream": {"data.tokenizer"}}

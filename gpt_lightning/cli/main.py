@@ -18,6 +18,7 @@ VERBS = {
     "test": "the same on the test files",
     "predict": "continue prompts with a trained model",
     "generate": "print text as it is written; interactive without a prompt",
+    "serve": "answer over HTTP as OpenAI does, with a page to try the model",
     "evaluate": "answer multiple-choice questions, of files or of lm-eval's tasks",
     "report": "write a page on a run, or on several side by side: curves, samples, options",
     "prepare": "tokenize the texts into the cache, without training",
@@ -48,6 +49,7 @@ NO_FITS = {"-h", "--help", "--help-all", "--print_config"}
 # The verbs that need no Trainer of their own: their file and function.
 WITHOUT_TRAINER = {
     "generate": ("generate", "run_generate"),
+    "serve": ("serve", "run_serve"),
     "evaluate": ("evaluate", "run_evaluate"),
     "sweep": ("sweep", "run_sweep"),
     "report": ("report", "run_report"),

@@ -17,8 +17,9 @@ from gpt_lightning.model.gpt import GPTModel
 _Precision = Literal["float32", "bfloat16"]
 
 
-def add_model_options(parser: PlainParser) -> None:
-    parser.add_argument("--ckpt_path", type=str, help="The checkpoint; the newest one by default.")
+def add_model_options(parser: PlainParser, *, several: bool = False) -> None:
+    help = "The checkpoint; the newest one by default."
+    parser.add_argument("--ckpt_path", type=str, help=help, action="append" if several else "store")
     parser.add_argument("--model", type=str, help="The class that saved it, if it is one of your own.")
     parser.add_argument(ALLOW_IMPORT, type=str, action="append", help="The package to import it from.")
     parser.add_argument("--default_root_dir", type=str, help="Where checkpoints/ is looked for.")

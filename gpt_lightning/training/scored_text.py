@@ -5,10 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from gpt_lightning.data.token_names import token_name
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.surprise import ScoredToken
-
-UNKNOWN = "\ufffd"  # stands for a character of which there are only some bytes
 
 
 class ShownToken(NamedTuple):
@@ -31,8 +30,8 @@ def shown_tokens(scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> lis
     parts: list[int] = []  # where the tokens are of which a character has begun
     for place, (token_id, logprob, others) in enumerate(scored):
         begun, found = decoder.getstate()[0], tokenizer.bytes_of(token_id)
-        likely = [(_name(tokenizer, other, begun), value) for other, value in others]
-        shown.append(ShownToken(piece(token_id), _name(tokenizer, token_id, begun), logprob, likely))
+        likely = [(token_name(tokenizer, other, begun), value) for other, value in others]
+        shown.append(ShownToken(piece(token_id), token_name(tokenizer, token_id, begun), logprob, likely))
         text = decoder.decode(found or b"\n")  # what stands for no bytes ends a character, too
         if begun and text.encode().startswith(begun):
             for part in parts:
@@ -40,19 +39,6 @@ def shown_tokens(scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> lis
         left = decoder.getstate()[0]
         parts = [*(parts if left == begun + found else []), place] if left else []
     return shown
-
-
-def _name(tokenizer: TextTokenizer, token_id: int, begun: bytes) -> str:
-    """Writes a token for people: its text, or its name if it has none.
-
-    Of some bytes of a character, which stand in ‹›, it is the character that they end: 我‹91›, or else �‹e6›.
-    """
-    found = tokenizer.bytes_of(token_id)
-    try:
-        return found.decode() if found else tokenizer.name_of(token_id)
-    except UnicodeDecodeError:
-        text = (begun + found).decode("utf-8", "replace")
-        return f"{UNKNOWN if UNKNOWN in text else text}‹{found.hex()}›"
 
 
 def as_plain(tokens: Sequence[ShownToken]) -> list[Any]:

@@ -1,0 +1,113 @@
+"""Checks what a client sends, field by field, and says in OpenAI's form what is wrong with it."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+_SHOWN = 64  # characters of a name that a client has made up
+
+
+class Refusal(Exception):
+    """Tells a client what cannot be done, as OpenAI's programs expect it."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Reads a JSON object; what JSON does not have, such as NaN, is refused too."""
+    try:
+        found = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        raise Refusal("the body is no JSON; send an object such as {\"prompt\": \"The \"}") from None
+    if not isinstance(found, dict):
+        raise Refusal("the body is no JSON object; send one such as {\"prompt\": \"The \"}")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+class Fields:
+    """Takes the fields of a body one by one, null for left out; `finish` refuses the rest."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str) -> Any:
+        """Returns the value as it is, None where there is none."""
+        return self._left.pop(name, None)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self._left.pop(name, default)
+        if not isinstance(value, bool):
+            raise Refusal(f"{name} is neither true nor false; send one of them", name)
+        return value
+
+    def whole(self, name: str, default: int, least: int, most: int) -> int:
+        value = self._left.pop(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Refusal(f"{name} is no whole number; send one from {least} to {most}", name)
+        if not least <= value <= most:
+            raise Refusal(f"{name} is not from {least} to {most}; send a number that is", name)
+        return value
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        return as_number(self._left.pop(name, default), name, least, most)
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        value = self._left.pop(name, default)
+        return value if value is None else as_text(value, name)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Refuses a field that OpenAI has and this server has not."""
+        if name in self._left:
+            raise Refusal(f"{name} {reason}", name)
+
+    def ignore(self, *names: str) -> None:
+        """Drops what changes nothing in the answer."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def finish(self) -> None:
+        for name in self._left:
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            raise Refusal(f"{shown} is no field of this request; leave it out", shown)
+
+
+def as_number(value: object, name: str, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refusal(f"{name} is no number; send one from {least:g} to {most:g}", name)
+    if not least <= value <= most or isinstance(value, float) and math.isnan(value):
+        raise Refusal(f"{name} is not from {least:g} to {most:g}; send a number that is", name)
+    return float(value)
+
+
+def as_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise Refusal(f"{name} is no text; send a string", name)
+    if not is_unicode(value):
+        raise Refusal(f"{name} holds half of a surrogate pair; send whole characters", name)
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,83 @@
+"""Holds what the server knows of a model, and makes jobs for its worker."""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.generation.engine import Request
+from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.server.limits import Limits
+from gpt_lightning.server.stopgap import SettledRequest
+from gpt_lightning.server.worker import Job, Worker
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """Is a model by its name; `settings` are what requests leave out, and `seed` None another for each."""
+
+    name: str
+    tokenizer: TextTokenizer
+    vocab_size: int
+    context: int
+    settings: GenerationConfig
+    seed: int | None
+    worker: Worker
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def entry(self) -> dict[str, Any]:
+        """Describes the model to clients."""
+        names = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty".split()
+        settings = {name: getattr(self.settings, name, 0.0) for name in names}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "gpt_lightning",
+            "max_model_len": self.context,
+            "has_chat_template": False,
+            "vocab_size": self.vocab_size,
+            "settings": {**settings, "max_tokens": self.settings.max_new_tokens, "seed": self.seed},
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Is what a client asks for, checked: `n` completions of each prompt.
+
+    `n_likeliest` is how many tokens are told with each one, None: not even its log-probability. `echoes` are
+    the prompts as text, where each is to stand before its completions; without completions they are all.
+    """
+
+    model: ServedModel
+    prompts: list[list[int]]
+    settings: GenerationConfig
+    n: int = 1
+    has_completion: bool = True
+    n_likeliest: int | None = None
+    echoes: list[str] | None = None
+    is_stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def is_scored(self) -> bool:
+        """Tells whether the prompts' own tokens are given log-probabilities."""
+        return self.echoes is not None and self.n_likeliest is not None
+
+    def job(self, limits: Limits) -> Job:
+        texts: dict[Request, TextStream] = {}
+        numbered = enumerate(self.prompts if self.has_completion else [])
+        for number, prompt in numbered:
+            for sample in range(self.n):
+                text = TextStream(self.model.tokenizer, self.settings.stop)
+                request = SettledRequest(prompt, number, sample, text.add, self.settings)
+                texts[request] = text
+        to_score = self.prompts if self.is_scored else []
+        deadline = time.monotonic() + limits.request_seconds
+        return Job([*texts], texts, to_score, self.n_likeliest or 0, deadline)
+
+
+def any_seed() -> int:
+    return secrets.randbelow(2**31)
