@@ -129,7 +129,8 @@ def _refused(verb: str, settings: Any, positions: int | None) -> Iterator[tuple[
     if verb != "predict" and positions is not None and settings.data.seq_len > positions:
         remedy = "lower it" if settings.get("init_from") else "lower the one or raise the other"
         yield "data.seq_len", f" is over model.config.max_position_embeddings={positions}; {remedy}"
-    for name, default in (("quantize", None), ("num_samples", 1), ("logprobs", False)):
+    of_others = {"quantize": None, "num_samples": 1, "logprobs": False, "top_logprobs": 0}
+    for name, default in of_others.items():
         if verb == "fit" and settings.generation[name] != default:
             yield f"generation.{name}", " is for predict and generate; leave it out of fit"
 

@@ -11,7 +11,8 @@ from gpt_lightning.cli.errors import say
 from gpt_lightning.data.prompts import encode_prompts, special_token_hint
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.engine import Engine, Request, Step
+from gpt_lightning.generation.engine import Engine
+from gpt_lightning.generation.rows import Request, Step
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.kernels.packed_linear import packed
@@ -102,11 +103,11 @@ class TextWriter:
             if is_interrupted():
                 sample.end("interrupt")
             else:
-                request, token_id, _, completion = self._next(steps)
-                drawn = samples[request.sample]
-                drawn.token_ids += [] if token_id is None else [token_id]
-                if completion is not None:
-                    drawn.end(completion.finish_reason)
+                step = self._next(steps)
+                drawn = samples[step.request.sample]
+                drawn.token_ids += [] if step.token_id is None else [step.token_id]
+                if step.completion is not None:
+                    drawn.end(step.completion.finish_reason)
         self._show(sample.text.text[n_written:] + "\n")
         self._output.flush()
 

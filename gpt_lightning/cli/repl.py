@@ -128,8 +128,9 @@ def with_setting(settings: GenerationConfig, name: str, value: str) -> Generatio
 
 def check_shown(settings: GenerationConfig) -> GenerationConfig:
     """Refuses what a text alone cannot show."""
-    if settings.logprobs:
-        raise UserError("generation.logprobs=True is not seen in a text; use gpt-lightning predict")
+    for name, value in (("logprobs", settings.logprobs), ("top_logprobs", settings.top_logprobs)):
+        if value:
+            raise UserError(f"generation.{name}={value} is not seen in a text; use gpt-lightning predict")
     return settings
 
 

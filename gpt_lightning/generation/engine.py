@@ -6,95 +6,37 @@ next request takes its place.
 Shapes: B rows in use, D d_model, V vocabulary.
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, repeat
-from typing import Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.prefill import fill, visible_start
-from gpt_lightning.generation.sampling import GenerationConfig, Sampler
+from gpt_lightning.generation.prefill import compute, fill, holder
+from gpt_lightning.generation.rows import Completion, Request, Row, Step
+from gpt_lightning.generation.sampling import GenerationConfig, Sampler, choose_each
 from gpt_lightning.kernels.attention import KVCache
 from gpt_lightning.model.gpt import GPTModel
-
-FinishReason = Literal["eos", "stop", "length", "exhausted"]
-_BLOCK = 1024  # random numbers drawn at once
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """Asks for one continuation of a prompt.
-
-    Its random numbers follow from the seed, `number` and `sample`. `ends_with` is called with each new token,
-    and ends the completion with that token if it returns True.
-    """
-
-    prompt: list[int]
-    number: int = 0
-    sample: int = 0
-    ends_with: Callable[[int], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Holds the new tokens of one prompt, without the eos, and what ended them.
-
-    "exhausted" means that `no_repeat_ngram_size` left no token. `logprobs` has one of each token, if they
-    were asked for.
-    """
-
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None = None
-
-
-class Step(NamedTuple):
-    """Holds the next token of one request and, in its last step, the completion.
-
-    `token_id` is None where a completion ends without one: at the eos, or where no token is left. `logprob`
-    is None unless the settings ask for it.
-    """
-
-    request: Request
-    token_id: int | None
-    logprob: float | None
-    completion: Completion | None
-
-
-class _Row:
-    """Holds a request that is being continued."""
-
-    def __init__(self, request: Request, settings: GenerationConfig) -> None:
-        self.request = request
-        self.uniforms = _uniforms(settings, request.number, request.sample)  # one for each new token
-        self.tokens = list(request.prompt)  # the prompt and what followed
-        self.logprobs: list[float] | None = [] if settings.logprobs else None
-        self.n_steps_left = 0  # until it outgrows the context; 0 also where it is not in the cache
-
-    def end(self, reason: FinishReason, logprob: float | None, token_id: int | None = None) -> Step:
-        """Makes the last step of the request."""
-        new_tokens = self.tokens[len(self.request.prompt) :]
-        return Step(self.request, token_id, logprob, Completion(new_tokens, reason, self.logprobs))
 
 
 class Engine:
     """Continues the requests that are added, as many at a time as it has rows, a token of each in a step.
 
-    What is drawn for a request depends on it and the settings, not on the others, and not on `batch_size`.
+    What is drawn for a request depends on it and its settings, not on the others, and not on `batch_size`.
     `run` puts the model into evaluation mode; who calls `step` alone must have done so.
 
     Args:
-        settings: Those of all requests.
+        settings: Those of the requests that bring none.
         eos_token_id: Ends a text that draws it, or any of several; None of them: texts have no end.
         batch_size: Rows decoded together: more are faster and take more memory.
         broadcast: For processes that run a model together: gives all of them one process's numbers.
+        prefill_tokens: Tokens of prompts that a step reads at most while texts are continued, so that a long
+            prompt does not hold up the others; None: all prompts that have a row.
+        cache_length: Tokens of each row that memory is taken for at once; None: as requests need it.
     """
 
     def __init__(
@@ -105,28 +47,43 @@ class Engine:
         eos_token_id: int | Collection[int] | None,
         batch_size: int = 8,
         broadcast: Callable[[Tensor], Tensor] | None = None,
+        prefill_tokens: int | None = None,
+        cache_length: int | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} is below 1; choose a positive number")
-        self._context = model.config.max_position_embeddings
-        if settings.context_stride is not None and settings.context_stride > self._context:
-            raise UserError(
-                f"generation.context_stride={settings.context_stride} is above the model's "
-                f"max_position_embeddings={self._context}; use at most that, or null for half of it"
-            )
+        for name, value in (("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} is below 1; choose a positive number")
         self._model, self._settings = model, settings
+        self._context = model.config.max_position_embeddings
+        self._check(settings)
         self._ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-        self._batch_size, self._broadcast = batch_size, broadcast
-        self._sampler = Sampler(settings)
+        self._batch_size, self._broadcast, self._prefill_tokens = batch_size, broadcast, prefill_tokens
+        self._samplers: WeakValueDictionary[str, Sampler] = WeakValueDictionary()  # of the rows there are
         self._device = next(model.parameters()).device
-        self._waiting: deque[Request] = deque()
-        self._rows: list[_Row] = []
-        self._longest_prompt = 0
-        self._cache = self._in_use = KVCache(0, 0)  # no room yet; and its view of the rows
+        # The first one that waits may be in the cache in part, behind the rows in use.
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
+        self._longest = 0 if cache_length is None else min(cache_length, self._context)
+        self._cache = KVCache(0 if cache_length is None else batch_size, self._longest)
+
+    @property
+    def n_rows(self) -> int:
+        """Counts the requests that have a row."""
+        return len(self._rows) + self._n_in_part
+
+    @property
+    def n_waiting(self) -> int:
+        """Counts the requests that wait for a row."""
+        return len(self._waiting) - self._n_in_part
+
+    @property
+    def _n_in_part(self) -> int:
+        return int(bool(self._waiting) and self._waiting[0].n_cached > 0)
 
     def add(self, request: Request) -> None:
         """Has the request wait for a row; it is continued from the first step on that has one for it."""
         prompt, name = request.prompt, f"prompts[{request.number}]"
+        settings = self._settings if request.settings is None else request.settings
         vocab_size = self._model.config.vocab_size
         if not prompt:
             raise UserError(f"{name} holds no token; start it with one, e.g. the eos token")
@@ -135,8 +92,47 @@ class Engine:
                 f"{name} holds token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to "
                 f"{vocab_size - 1}; encode it with the tokenizer that the model was trained with"
             )
-        self._longest_prompt = max(self._longest_prompt, len(prompt))
-        self._waiting.append(request)
+        if settings is not self._settings:
+            self._check(settings)
+        self._longest = max(self._longest, min(len(prompt) + settings.max_new_tokens, self._context))
+        sampler = self._samplers.setdefault(settings.of_sampler, Sampler(settings))
+        self._waiting.append(Row(request, settings, sampler, self._context))
+
+    def _check(self, settings: GenerationConfig) -> None:
+        """Refuses what this model or this engine does not have."""
+        if settings.context_stride is not None and settings.context_stride > self._context:
+            raise UserError(
+                f"generation.context_stride={settings.context_stride} is above the model's "
+                f"max_position_embeddings={self._context}; use at most that, or null for half of it"
+            )
+        vocab_size = self._model.config.vocab_size
+        if settings.top_logprobs > vocab_size:
+            raise UserError(
+                f"generation.top_logprobs={settings.top_logprobs} is above the model's "
+                f"vocab_size={vocab_size}; use at most that"
+            )
+        if (greatest := max(settings.logit_bias, default=0)) >= vocab_size:
+            raise UserError(
+                f"generation.logit_bias holds the token id {greatest}, the model knows 0 to "
+                f"{vocab_size - 1}; leave it out"
+            )
+        if settings.quantize != self._settings.quantize:
+            raise UserError(
+                f"generation.quantize={settings.quantize} is not {self._settings.quantize}, as the weights "
+                "are that all requests share; leave it as it is"
+            )
+
+    @torch.inference_mode()
+    def cancel(self, request: Request) -> bool:
+        """Drops a request that waits or is continued, whose row is free at once; False if it is neither."""
+        for place, row in enumerate(self._rows):
+            if row.request is request:
+                self._release(place)
+                return True
+        found = next((row for row in self._waiting if row.request is request), None)
+        if found is not None:
+            self._waiting.remove(found)
+        return found is not None
 
     def complete(self, requests: list[Request]) -> list[Completion]:
         """Returns the completions of these requests, in their order."""
@@ -153,89 +149,100 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """Draws a token of each request that has a row, or gets one now."""
-        if self._waiting and len(self._rows) < self._batch_size:
-            self._admit()
-        if not self._rows:
-            return []
+        """Draws a token of each request that has a row and whose prompt is read, by now or before."""
         try:
+            if self._waiting and len(self._rows) < self._batch_size:
+                self._fill()
+            if not self._rows:
+                return []
             chosen = self._choose()
+            steps = [row.extend(numbers, self._ends) for row, numbers in zip(self._rows, chosen)]
         except BaseException:
-            for row in self._rows:  # the cache may hold tokens in some layers, or one that chose nothing
-                row.n_steps_left = 0
+            self._begin_anew()
             raise
-        steps = [self._extend(row, numbers) for row, numbers in zip(self._rows, chosen.tolist())]
         for place in reversed(range(len(steps))):
+            row = self._rows[place]
+            row.n_cached += 1
             if steps[place].completion is not None:
                 self._release(place)
+            elif row.has_outgrown_context():
+                self._release(place)
+                self._waiting.insert(self._n_in_part, row)  # before those that have had no row yet
         return steps
 
-    def _choose(self) -> Tensor:
+    def _choose(self) -> list[list[float]]:
         """Returns the sampler's numbers for each row, from one pass over their last tokens."""
-        if not all(row.n_steps_left for row in self._rows):
-            self._fill()
-        last = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._device)  # [B, 1]
-        hidden = self._model.hidden_states(last, kv_cache=self._in_use)[:, -1]
+        rows, in_use = self._rows, self._cache.rows(0, len(self._rows))
+        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)  # [B, 1]
+        hidden = self._model.hidden_states(last, kv_cache=in_use)[:, -1]
         logits = self._model.lm_head(hidden).float()  # [B, V]
-        texts, uniforms = [row.tokens for row in self._rows], [next(row.uniforms) for row in self._rows]
-        chosen = self._sampler.choose(logits, texts, uniforms)
-        return chosen if self._broadcast is None else self._broadcast(chosen)
-
-    def _admit(self) -> None:
-        """Gives free rows to requests that wait; a greater cache where they need it, which all enter anew."""
-        n_rows = min(self._batch_size, len(self._rows) + len(self._waiting))
-        length = min(self._longest_prompt + self._settings.max_new_tokens, self._context)
-        if n_rows > len(self._cache.lengths) or length > self._cache.max_length:
-            self._cache = KVCache(
-                max(n_rows, len(self._cache.lengths)), max(length, self._cache.max_length)
-            )
-            for row in self._rows:
-                row.n_steps_left = 0
-        while len(self._rows) < n_rows:
-            self._rows.append(_Row(self._waiting.popleft(), self._settings))
+        texts, starts = [row.tokens for row in rows], [len(row.request.prompt) for row in rows]
+        uniforms = [next(row.uniforms) for row in rows]
+        chosen = choose_each([row.sampler for row in rows], logits, texts, starts, uniforms)
+        if self._broadcast is not None:
+            chosen = self._broadcast(chosen)
+        return [numbers[: row.sampler.width] for row, numbers in zip(rows, chosen.tolist())]
 
     def _fill(self) -> None:
-        """Brings into the cache what rows see that are not in it, or have outgrown the context."""
-        lengths = [len(row.tokens) for row in self._rows]
-        stride = self._settings.context_stride
-        starts = [visible_start(length, self._context, stride) for length in lengths]
-        visible = {n: row.tokens[start:-1] for n, (row, start) in enumerate(zip(self._rows, starts))}
-        missing = {place for place, row in enumerate(self._rows) if row.n_steps_left == 0}
-        fill(self._model, self._cache, visible, missing, self._device)
-        for row, length, start in zip(self._rows, lengths, starts):
-            row.n_steps_left = self._context - (length - start) + 1
-        self._in_use = self._cache.rows(0, len(self._rows))
+        """Gives free rows to requests that wait, and reads as much of their texts as this step may."""
+        self._make_room()
+        left = self._allowance()
+        texts = {place: row.seen() for place, row in enumerate(self._rows)}
+        missing: set[int] = set()
+        while self._waiting and len(self._rows) < self._batch_size:
+            row, place = self._waiting[0], len(self._rows)
+            text = row.seen()
+            is_held = holder(text, texts) is not None
+            n_missing = 0 if is_held else len(text) - row.n_cached
+            if n_missing > left:
+                if left == self._prefill_tokens:  # which no step can read at once
+                    piece = text[: row.n_cached + self._prefill_tokens]
+                    row.n_cached = self._read(place, piece, row.n_cached)
+                break
+            if row.n_cached > 0 and not is_held:
+                row.n_cached = self._read(place, text, row.n_cached)
+            else:
+                missing.add(place)
+            left -= n_missing
+            texts[place] = text
+            self._rows.append(self._waiting.popleft())
+        fill(self._model, self._cache, texts, missing, self._device)
+        for place in missing:
+            self._rows[place].n_cached = len(texts[place])
 
-    def _extend(self, row: _Row, numbers: list[float]) -> Step:
-        """Appends to a row what was chosen for it, and sees whether it ends."""
-        row.n_steps_left -= 1
-        token, greatest, greatest_left, *logprobs = numbers
-        if not -math.inf < greatest < math.inf:  # NaN is not either
-            raise UserError(
-                "the model's logits are not finite: its weights diverged; use an earlier checkpoint"
-            )
-        if greatest_left == -math.inf:
-            return row.end("exhausted", None)
-        logprob = logprobs[0] if logprobs else None
-        if token in self._ends:
-            return row.end("eos", logprob)
-        token_id, ends_with = int(token), row.request.ends_with
-        row.tokens.append(token_id)
-        if row.logprobs is not None:
-            row.logprobs += logprobs
-        if ends_with is not None and ends_with(token_id):
-            return row.end("stop", logprob, token_id)
-        if len(row.tokens) == len(row.request.prompt) + self._settings.max_new_tokens:
-            return row.end("length", logprob, token_id)
-        return Step(row.request, token_id, logprob, None)
+    def _allowance(self) -> float:
+        """Returns how many tokens this step may read; a text that nobody waits behind is read at once."""
+        if self._prefill_tokens is None:
+            return math.inf
+        first = self._waiting[0]
+        return max(self._prefill_tokens, 0 if self._rows else len(first.seen()) - first.n_cached)
+
+    def _read(self, place: int, text: list[int], n_cached: int) -> int:
+        compute(self._model, self._cache, place, [text], self._device, n_cached)
+        return len(text)
+
+    def _make_room(self) -> None:
+        """Lets the cache grow where there are more or longer texts than it has room for."""
+        n_rows = max(min(self._batch_size, self.n_rows + self.n_waiting), len(self._cache.lengths))
+        if n_rows > len(self._cache.lengths) or self._longest > self._cache.max_length:
+            self._cache.grow(n_rows, max(self._longest, self._cache.max_length))
 
     def _release(self, place: int) -> None:
-        """Removes a finished row, and moves the last row into its place."""
+        """Removes a row, and moves the last one into its place, and what is read in part behind them."""
         last = self._rows.pop()
-        if place < len(self._rows):
+        n = len(self._rows)
+        if place < n:
             self._rows[place] = last
-            self._cache.copy_row(len(self._rows), place, int(self._cache.lengths[len(self._rows)]))
-        self._in_use = self._cache.rows(0, len(self._rows))
+            self._cache.copy_row(n, place, last.n_cached)
+        if self._n_in_part:
+            self._cache.copy_row(n + 1, n, self._waiting[0].n_cached)
+
+    def _begin_anew(self) -> None:
+        """Has all texts read again: a step that failed may have left tokens in some of the layers."""
+        self._waiting.extendleft(reversed(self._rows))
+        self._rows.clear()
+        for row in self._waiting:
+            row.n_cached = 0
 
 
 def generate(
@@ -265,17 +272,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _uniforms(settings: GenerationConfig, number: int, sample: int) -> Iterator[float]:
-    """Yields the random numbers of one completion, in [0, 1)."""
-    if settings.is_greedy:
-        return repeat(0.0)
-    # Hashed, so that neither neighbouring numbers nor neighbouring seeds share their text.
-    key = f"{settings.seed} {number}" if sample == 0 else f"{settings.seed} {number} {sample}"
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    # In blocks, since max_new_tokens may be as large as a text should ever be. The dtype is said outright:
-    # within a step, bf16-true makes half precision the default.
-    blocks = (torch.rand(_BLOCK, generator=generator, dtype=torch.float32).tolist() for _ in repeat(None))
-    return chain.from_iterable(blocks)

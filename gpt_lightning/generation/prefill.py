@@ -37,18 +37,18 @@ def fill(
     computed: dict[int, list[int]] = {}
     copies: list[tuple[int, int]] = []
     for place in sorted(missing):
-        source = _holder(texts[place], held)
+        source = holder(texts[place], held)
         if source is None:
             computed[place] = held[place] = texts[place]
         else:
             copies.append((source, place))
     for first, group in _groups(computed):
-        _compute(model, cache, first, group, device)
+        compute(model, cache, first, group, device)
     for source, place in copies:
         cache.copy_row(source, place, len(texts[place]))
 
 
-def _holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
+def holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
     """Finds a row that begins with these tokens."""
     n = len(tokens)
     # The last token first: of texts that begin alike, comparing all of them would take the longest.
@@ -73,14 +73,22 @@ def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]
         yield first, group
 
 
-def _compute(
-    model: GPTModel, cache: KVCache, first: int, texts: list[list[int]], device: torch.device
+def compute(
+    model: GPTModel,
+    cache: KVCache,
+    first: int,
+    texts: list[list[int]],
+    device: torch.device,
+    n_cached: int = 0,
 ) -> None:
-    """Runs one pass over texts, the shorter ones padded at their ends, which nothing before them sees."""
+    """Runs one pass over what follows the first `n_cached` tokens of some rows' texts, which the cache holds.
+
+    The shorter texts are padded at their ends, which nothing before them sees.
+    """
     rows = cache.rows(first, first + len(texts))
-    rows.lengths.zero_()
+    rows.lengths.fill_(n_cached)
     longest = max(map(len, texts))
-    if longest > 0:
-        padded = [tokens + [0] * (longest - len(tokens)) for tokens in texts]
+    if longest > n_cached:
+        padded = [tokens[n_cached:] + [0] * (longest - len(tokens)) for tokens in texts]
         model.hidden_states(torch.tensor(padded, device=device), kv_cache=rows)
         rows.lengths.copy_(torch.tensor([len(tokens) for tokens in texts]))

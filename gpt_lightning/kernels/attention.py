@@ -56,6 +56,15 @@ class KVCache:
         view._rows = slice(self._rows.start + start, self._rows.start + stop)
         return view
 
+    def grow(self, batch_size: int, max_length: int) -> None:
+        """Makes room for so many rows of so many tokens; what it holds stays."""
+        n_more = batch_size - self._storage_rows
+        more = (0, 0, 0, max_length - self.max_length, 0, 0, 0, n_more)
+        for n, layer in enumerate(self._layers):  # one after the other, so that only one is held twice
+            self._layers[n] = F.pad(layer[0], more), F.pad(layer[1], more)
+        self.lengths = F.pad(self.lengths, (0, n_more))
+        self.max_length, self._storage_rows, self._rows = max_length, batch_size, slice(0, batch_size)
+
     def copy_row(self, source: int, destination: int, length: int) -> None:
         """Makes one row hold the first `length` tokens of another."""
         first = self._rows.start

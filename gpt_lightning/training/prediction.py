@@ -12,7 +12,8 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.prompts import PromptBatch
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.engine import Completion, Engine, Request
+from gpt_lightning.generation.engine import Engine
+from gpt_lightning.generation.rows import Completion, Request
 from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.kernels.choose import choose
@@ -125,13 +126,13 @@ def _rows(
             texts[request] = text
             engine.add(request)
     rows = []
-    for request, token_id, _, completion in engine.run():
-        if token_id is not None:
+    for step in engine.run():
+        if step.token_id is not None:
             for listener in listeners:
                 listener.on_new_token()
-        if completion is not None:
-            whole = texts.pop(request).end()
-            rows.append(_row(request, prompts[request.number], whole, completion, settings.num_samples))
+        if step.completion is not None:
+            request, whole = step.request, texts.pop(step.request).end()
+            rows.append(_row(request, prompts[request.number], whole, step.completion, settings.num_samples))
             for listener in listeners:
                 listener.on_completion(rows[-1])
     return sorted(rows, key=lambda row: (row["index"], row.get("sample", 0)))
@@ -151,4 +152,7 @@ def _row(request: Request, prompt: str, text: str, completion: Completion, n_sam
         row["sample"] = request.sample
     if completion.logprobs is not None:
         row["logprobs"] = [round(logprob, 6) for logprob in completion.logprobs]
+    if completion.top_logprobs is not None:
+        pairs = completion.top_logprobs
+        row["top_logprobs"] = [[(token, round(logprob, 6)) for token, logprob in each] for each in pairs]
     return row

@@ -136,7 +136,8 @@ def test_what_contradicts_the_weights_is_refused(config: str, capsys: pytest.Cap
     assert "init_from=~nosuchuser/x is not there" in fails([*fit, "--init_from", "~nosuchuser/x"], capsys)
     message = fails([*fit, "--init_from", "theirs", "--ckpt_path", "x.ckpt"], capsys)
     assert "init_from=theirs begins a run, and ckpt_path=x.ckpt goes on with one; leave one out" in message
-    for name, value in (("quantize", "int8"), ("num_samples", "2"), ("logprobs", "true")):
+    others = {"quantize": "int8", "num_samples": "2", "logprobs": "true", "top_logprobs": "5"}
+    for name, value in others.items():
         message = fails([*fit, "--init_from", "x.ckpt", f"--generation.{name}", value], capsys)
         assert f"generation.{name}=" in message and "is for predict and generate" in message
     message = fails(["validate", "--init_from", "x.ckpt"], capsys)

@@ -5,10 +5,12 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_lightning.generation.engine import Completion, Engine, Request, _uniforms
+from gpt_lightning.generation.engine import Engine
 from gpt_lightning.generation.prefill import visible_start
+from gpt_lightning.generation.rows import Completion, Request, _uniforms
 from gpt_lightning.generation.sampling import GenerationConfig, Sampler
 from gpt_lightning.huggingface.gpt2 import config_to_gpt2, to_gpt2_state_dict
 from gpt_lightning.model.config import GPTConfig
@@ -26,6 +28,19 @@ def make_model(seed: int = 0, **changes: Any) -> GPTModel:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+class Counting(GPTModel):
+    """A model that counts its passes, and the tokens of each."""
+
+    def __init__(self, model: GPTModel) -> None:
+        super().__init__(model.config)
+        self.load_state_dict(model.state_dict())
+        self.shapes: list[tuple[int, ...]] = []
+
+    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
+        self.shapes.append(tuple(input_ids.shape))
+        return super().hidden_states(input_ids, **options)
 
 
 def make_prompts(*lengths: int) -> list[list[int]]:
@@ -79,7 +94,7 @@ def recomputed(
             text = prompts[number] + new
             seen = text[visible_start(len(text), context, settings.context_stride) :]
             logits = model.eval()(torch.tensor([seen])).logits[:, -1].float()
-            new.append(int(sampler.choose(logits, [text], [next(uniforms)])[0, 0]))
+            new.append(int(sampler.choose(logits, [text], [len(prompts[number])], [next(uniforms)])[0, 0]))
         ends = new[-1] == eos_token_id
         completions.append(Completion(new[:-1] if ends else new, "eos" if ends else "length"))
     return completions

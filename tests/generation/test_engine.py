@@ -7,15 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpt_lightning.generation.engine import Completion, Engine, Request, generate
+from gpt_lightning.generation.engine import Engine, generate
 from gpt_lightning.generation.prefill import visible_start
-from gpt_lightning.generation.sampling import (
-    GenerationConfig,
-    penalize_repetition,
-    pick,
-    top_k_filter,
-    top_p_filter,
-)
+from gpt_lightning.generation.processors import penalize_repetition
+from gpt_lightning.generation.rows import Completion, Request
+from gpt_lightning.generation.sampling import GenerationConfig, pick, top_k_filter, top_p_filter
 from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import (
     greedy_of_transformers,

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +11,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import NoRepeatNGramLogitsProcessor
 
-from gpt_lightning.generation.engine import Completion, Engine, Request, _uniforms, generate
-from gpt_lightning.generation.sampling import GenerationConfig, forbid_repeated_ngrams
+from gpt_lightning.generation.engine import Engine, generate
+from gpt_lightning.generation.processors import forbid_repeated_ngrams
+from gpt_lightning.generation.rows import Completion, Request, _uniforms
+from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import (
+    Counting,
     greedy_of_transformers,
     make_model,
     make_prompts,
@@ -93,19 +95,6 @@ def test_samples_are_those_of_any_batch_and_the_first_is_the_only_one(
     assert len({tuple(completion.token_ids) for completion in samples}) == 9
     alone = run_numbered([2], model, prompts[2:], settings, eos_token_id=7)
     assert alone == samples[6:]
-
-
-class Counting(GPTModel):
-    """A model that counts its passes, and the tokens of each."""
-
-    def __init__(self, model: GPTModel) -> None:
-        super().__init__(model.config)
-        self.load_state_dict(model.state_dict())
-        self.shapes: list[tuple[int, ...]] = []
-
-    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
-        self.shapes.append(tuple(input_ids.shape))
-        return super().hidden_states(input_ids, **options)
 
 
 def test_samples_of_a_prompt_are_computed_from_one_pass_over_it(model: GPTModel) -> None:

@@ -16,11 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from gpt_lightning.generation.processors import penalize_repetition
 from gpt_lightning.generation.sampling import (
     GenerationConfig,
     Sampler,
     min_p_filter,
-    penalize_repetition,
     pick,
     top_k_filter,
     top_p_filter,
@@ -128,14 +128,14 @@ def test_all_settings_together_follow_the_order_of_transformers() -> None:
     actual = probabilities_of(penalize_repetition(logits, ids.tolist(), 1.2), settings)
     assert torch.equal(actual, expected)
     uniforms = torch.rand(24, generator=torch.Generator().manual_seed(7))
-    chosen = Sampler(settings).choose(logits, ids.tolist(), uniforms.tolist())
+    chosen = Sampler(settings).choose(logits, ids.tolist(), [0] * 24, uniforms.tolist())
     assert torch.equal(chosen[:, 0].long(), pick(expected, uniforms))
 
 
 @pytest.mark.parametrize("settings", [GenerationConfig(temperature=0.0), GenerationConfig(do_sample=False)])
 def test_greedy_takes_the_likeliest_token(settings: GenerationConfig) -> None:
     logits = random_logits(seed=7)
-    tokens = Sampler(settings).choose(logits, [[0]] * 24, [0.999] * 24)[:, 0]
+    tokens = Sampler(settings).choose(logits, [[0]] * 24, [1] * 24, [0.999] * 24)[:, 0]
     assert torch.equal(tokens.long(), logits.argmax(dim=1))
 
 
