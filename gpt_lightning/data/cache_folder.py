@@ -53,6 +53,11 @@ def sources_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {source["source"]: source for source in _read_meta(folder)["sources"]}
 
 
+def unread(source: str) -> dict[str, Any]:
+    """Describes a source for `known` by its size and times: if these change, its content is taken to."""
+    return {"source": source, "stat": _stat(source), "hash": None}
+
+
 @contextlib.contextmanager
 def built_folder(
     cache_dir: str,

@@ -1,7 +1,7 @@
 """Names the text of a run, and reads it document by document, each marked with the split that it is of."""
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from gpt_lightning.data.documents import (
     has_windows_line_ends,
     occurs_in,
     read_pieces,
+    source_bytes,
     utf8_length,
 )
 from gpt_lightning.data.overlap import refuse_shared_files
 from gpt_lightning.data.sources import resolve_sources
 from gpt_lightning.data.split import plan_split, split_pieces
+from gpt_lightning.data.stretches import Stretch
 from gpt_lightning.exit_codes import UserError
 
 
@@ -50,6 +52,10 @@ class Corpus:
         return self.train_files + self.val_files + self.test_files
 
     @property
+    def n_bytes(self) -> int:
+        return sum(map(source_bytes, self.sources))
+
+    @property
     def is_separated(self) -> bool:
         """Tells whether a separator that is given occurs anywhere."""
         separator = self.document_separator
@@ -61,14 +67,22 @@ class Corpus:
 
     def read(
         self,
-        files: tuple[str, ...],
+        files: Iterable[str],
         on_bytes: Callable[[int], None],
         on_empty: Callable[[], object] = lambda: None,
     ) -> Iterator[Piece]:
-        key, separator = self.text_key, self.document_separator
-        for file in files:
+        return self.read_stretches(map(Stretch, files), on_bytes, on_empty)
+
+    def read_stretches(
+        self,
+        stretches: Iterable[Stretch],
+        on_bytes: Callable[[int], None],
+        on_empty: Callable[[], object] = lambda: None,
+    ) -> Iterator[Piece]:
+        how: dict[str, Any] = {"text_key": self.text_key, "document_separator": self.document_separator}
+        for file, within in stretches:
             try:
-                yield from read_pieces(file, on_bytes, on_empty, text_key=key, document_separator=separator)
+                yield from read_pieces(file, on_bytes, on_empty, within=within, **how)
             except NotUTF8 as error:
                 others = sum(not begins_as_utf8(other) for other in self.sources if other != file)
                 more = f"; so are {others} others of the {len(self.sources)} files" if others else ""
@@ -89,7 +103,8 @@ class Corpus:
         """Yields the training text, what is held out marked `val`; reads the files twice if any of it is."""
         if not self.holds_out_by_size:
             return (("train", piece) for piece in self.read(self.train_files, on_bytes, on_empty))
-        cuts = plan_split(self.document_sizes(self.train_files), self.val_fraction, self.seed)
+        sizes = document_sizes(self.read(self.train_files, lambda n_bytes: None))
+        cuts = plan_split(sizes, self.val_fraction, self.seed)
         return split_pieces(self.read(self.train_files, on_bytes, on_empty), cuts)
 
     @property
@@ -97,17 +112,16 @@ class Corpus:
         """Tells whether the size of each training document decides what is held out."""
         return bool(self.train_files) and not self.val_files and self.val_fraction > 0
 
-    def document_sizes(
-        self, files: tuple[str, ...], on_bytes: Callable[[int], None] = lambda n_bytes: None
-    ) -> NDArray[np.int64]:
-        """Counts the UTF-8 bytes of each document."""
-        sizes, size = array("q"), 0
-        for piece in self.read(files, on_bytes):
-            size += utf8_length(piece.text)
-            if piece.ends_document:
-                sizes.append(size)
-                size = 0
-        return np.asarray(sizes)
+
+def document_sizes(pieces: Iterable[Piece]) -> NDArray[np.int64]:
+    """Counts the UTF-8 bytes of each document."""
+    sizes, size = array("q"), 0
+    for piece in pieces:
+        size += utf8_length(piece.text)
+        if piece.ends_document:
+            sizes.append(size)
+            size = 0
+    return np.asarray(sizes)
 
 
 def no_train_files() -> UserError:

@@ -15,22 +15,13 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from gpt_lightning.data.charset import NotUTF8, not_utf8
+from gpt_lightning.data.parquet_text import parquet_texts
 from gpt_lightning.data.python_docs import SOURCE_NAME, python_documents
-from gpt_lightning.data.unpacking import damaged, unpacked_chunks
+from gpt_lightning.data.unpacking import unpacked_chunks
 from gpt_lightning.exit_codes import UserError
 
 _PIECE_CHARACTERS = 1 << 17
 _LONGEST_PIECE = 1 << 20  # where nothing separates a text, which would fill the memory
-# Bytes are how parquet keeps text that nobody said is text.
-_PARQUET_TEXT = (
-    "string",
-    "large_string",
-    "string_view",
-    "binary",
-    "large_binary",
-    "binary_view",
-    "fixed_size_binary",
-)
 # Control characters are space to Python, and to some tokenizers nothing.
 _LETTER_THEN_SPACE = re.compile(r"[^\W\d_](?=[^\S\x0b\x0c\x1c-\x1f\x85])")
 
@@ -67,23 +58,26 @@ def read_pieces(
     *,
     text_key: str,
     document_separator: str | None,
+    within: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
     """Streams the documents of one source; documents of nothing but whitespace are skipped.
 
-    `on_bytes` hears how many more bytes of the source were read, `on_empty` of each row that is skipped.
+    `on_bytes` hears how many more bytes of the source were read, `on_empty` of each row that is skipped. Of a
+    file that `stretches` cuts, only what lies `within` two such places is read.
     """
     if source == SOURCE_NAME:
         for document in python_documents():
             yield from _pieces([Piece(document, ends_document=True)])
             on_bytes(len(document))
     elif source.endswith(".parquet"):
-        yield from _pieces(_told(_parquet_documents(source, text_key, on_bytes), on_empty))
+        texts = parquet_texts(source, text_key, on_bytes, within)
+        yield from _pieces(_told((Piece(text, ends_document=True) for text in texts), on_empty))
     elif source.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        yield from _pieces(_told(_jsonl_documents(source, text_key, on_bytes), on_empty))
+        yield from _pieces(_told(_jsonl_documents(source, text_key, on_bytes, within), on_empty))
     elif document_separator is None:
         yield from _pieces(Piece(text, ends_document=False) for text in _decoded(source, on_bytes))
     else:
-        yield from _pieces(_separated(_decoded(source, on_bytes), document_separator))
+        yield from _pieces(_separated(_decoded(source, on_bytes, within), document_separator))
 
 
 def occurs_in(separator: str, source: str) -> bool:
@@ -176,10 +170,13 @@ def _separated(texts: Iterable[str], separator: str) -> Iterator[Piece]:
     yield Piece(rest, ends_document=True)
 
 
-def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+def _decoded(
+    path: str, on_bytes: Callable[[int], None], within: tuple[int, int] | None = None
+) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position, is_start = 0, True
-    for chunk in chain(unpacked_chunks(path, on_bytes), [b""]):
+    position = 0 if within is None else within[0]
+    is_start = position == 0
+    for chunk in chain(unpacked_chunks(path, on_bytes, within), [b""]):
         held_back = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -190,10 +187,13 @@ def _decoded(path: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
         position, is_start = position + len(chunk), is_start and not text
 
 
-def _jsonl_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-    for number, line in enumerate(_lines(_decoded(path, on_bytes)), start=1):
+def _jsonl_documents(
+    path: str, text_key: str, on_bytes: Callable[[int], None], within: tuple[int, int] | None
+) -> Iterator[Piece]:
+    place = f"{path}, from byte {within[0]} on" if within is not None and within[0] else path
+    for number, line in enumerate(_lines(_decoded(path, on_bytes, within)), start=1):
         if line.strip():
-            yield Piece(_json_text(line, text_key, f"{path}, line {number}"), ends_document=True)
+            yield Piece(_json_text(line, text_key, f"{place}, line {number}"), ends_document=True)
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -229,51 +229,3 @@ def _json_text(line: str, text_key: str, place: str) -> str:
     if "\\u" in line and has_half_character(text):  # only an escape such as \ud800 can bring one in
         raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff); mend it")
     return text
-
-
-def _parquet_documents(path: str, text_key: str, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-    row = 0
-    for batch, n_rows in _parquet_batches(path, text_key):
-        for row, value in enumerate(batch, start=row + 1):
-            yield Piece(_parquet_text(value, text_key, f"{path}, row {row}"), ends_document=True)
-        on_bytes(os.path.getsize(path) * len(batch) // n_rows)
-
-
-def _parquet_text(value: Any, text_key: str, place: str) -> str:
-    try:
-        text = value.as_py()
-        return text.decode("utf-8") if isinstance(text, bytes) else text or ""
-    except UnicodeDecodeError:
-        raise UserError(f"{place}: data.text_key={text_key} is not UTF-8; choose another column") from None
-
-
-def _parquet_batches(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
-    """Yields columns of a few rows each, and with each the number of the file's rows."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_is_text(file.schema_arrow, text_key, path)
-            for batch in file.iter_batches(batch_size=64, columns=[text_key]):
-                yield batch.column(0), file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
-            raise
-        raise damaged(path, error) from None
-
-
-def _check_is_text(schema: Any, text_key: str, path: str) -> None:
-    """Refuses a column of anything but text, its bytes, or categories of either."""
-    from pyarrow import types
-
-    if schema.names.count(text_key) > 1:
-        raise UserError(f"{path} has two columns data.text_key={text_key}; rename one")
-    if text_key not in schema.names:
-        raise UserError(f"{path} has no column data.text_key={text_key}; it has: {', '.join(schema.names)}")
-    kind = schema.field(text_key).type
-    values = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(getattr(types, f"is_{name}")(values) for name in _PARQUET_TEXT):
-        raise UserError(f"{path}: column data.text_key={text_key} is {kind}, not text; choose another")

@@ -1,9 +1,9 @@
 """Tokenizes a corpus by several processes, on any machines, that share nothing but the cache's folder.
 
-Text is cut into parts of whole files, by their sizes alone. Each process takes the next part that is not made
-and that nobody is at, so it does not matter how many there are, when they start, or which of them is killed:
-what is made stays, in a folder beside the cache. Who finds every part made joins them to the cache that one
-process would have written.
+Text is cut into parts, whole files together or stretches of a large one, by their sizes alone. Each
+process takes the next part that is not made and that nobody is at, so it does not matter how many there are,
+when they start, or which of them is killed: what is made stays, in a folder beside the cache. Who finds every
+part made joins them to the cache that one process would have written.
 """
 
 import hashlib
@@ -20,13 +20,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.cache_folder import BeingBuilt, build_number, built_folder, is_fresh, sources_of
-from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.cache_folder import (
+    BeingBuilt,
+    build_number,
+    built_folder,
+    is_fresh,
+    sources_of,
+    unread,
+)
+from gpt_lightning.data.corpus import Corpus, document_sizes
 from gpt_lightning.data.documents import source_bytes
 from gpt_lightning.data.encoding import EncodedText, Encoding
 from gpt_lightning.data.overlap import DocumentDigests, Dropped, Marked
 from gpt_lightning.data.progress import reading
+from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.split import plan_split, split_pieces
+from gpt_lightning.data.stretches import Stretch, cut_file
 from gpt_lightning.data.text_loss import TextSample
 from gpt_lightning.data.token_files import with_notes, write_encoded, write_text
 from gpt_lightning.data.tokenizer import TextTokenizer
@@ -52,7 +61,12 @@ class _JoinedMeanwhile(Exception):
 class _Part(NamedTuple):
     number: int
     split: str
-    files: tuple[str, ...]
+    stretches: tuple[Stretch, ...]
+    n_bytes: int
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(stretch.source for stretch in self.stretches)
 
 
 def parts_folder_of(folder: Path) -> Path:
@@ -61,19 +75,33 @@ def parts_folder_of(folder: Path) -> Path:
 
 
 def cut_in_parts(corpus: Corpus) -> list[_Part]:
-    """Groups the files of each split, in order; every process finds the same groups."""
+    """Groups the files of each split, in order, and cuts large ones; every process finds the same groups."""
     parts: list[_Part] = []
     files_of = {"train": corpus.train_files, "val": corpus.val_files, "test": corpus.test_files}
     for split, files in files_of.items():
-        sizes = [source_bytes(file) for file in files]
-        limit = max(_LEAST_BYTES, sum(sizes) // _MOST_PARTS)
-        first, size = 0, 0
-        for index, size_of_file in enumerate(sizes, start=1):
-            size += size_of_file
-            if size >= limit or index == len(files):
-                parts.append(_Part(len(parts), split, files[first:index]))
-                first, size = index, 0
+        limit = max(_LEAST_BYTES, sum(map(source_bytes, files)) // _MOST_PARTS)
+        group, size = list[Stretch](), 0
+        for stretch, n_bytes in _stretches(files, limit, corpus.document_separator):
+            group.append(stretch)
+            size += n_bytes
+            if size >= limit or stretch.within is not None:
+                parts.append(_Part(len(parts), split, tuple(group), size))
+                group, size = [], 0
+        if group:
+            parts.append(_Part(len(parts), split, tuple(group), size))
     return parts
+
+
+def _stretches(
+    files: tuple[str, ...], n_bytes: int, separator: str | None
+) -> Iterator[tuple[Stretch, int]]:
+    """Yields the files, of large ones what they are cut into, each with its size."""
+    for file in files:
+        size = source_bytes(file)
+        if file == SOURCE_NAME or size < 2 * n_bytes:
+            yield Stretch(file), size
+        else:
+            yield from cut_file(file, n_bytes, separator)
 
 
 class SharedWork:
@@ -148,7 +176,8 @@ class SharedWork:
         for part in self._parts:
             try:
                 with self._opened(kind, part, waits=waits) as (folder, _):
-                    self.known |= sources_of(folder)
+                    whole = {stretch.source for stretch in part.stretches if stretch.within is None}
+                    self.known |= {name: of for name, of in sources_of(folder).items() if name in whole}
             except BeingBuilt:
                 raise OthersAtWork(_AT_WORK.format(self._n_made, len(self._parts))) from None
 
@@ -163,12 +192,15 @@ class SharedWork:
             self._n_made += kind == "tokens"
             return built
 
-        settings = {"part": part.number, "decided": self._decided(part)}
+        within = [stretch.within for stretch in part.stretches]
+        settings = {"part": part.number, "within": within, "decided": self._decided(part)}
         where = str(self._parts_folder), kind, settings, part.files
-        return built_folder(*where, build, known=self.known, waits=waits, log_level=logging.DEBUG)
+        # A file that many read a part of is read as a whole by who joins them alone; here its time tells.
+        cut = {source: unread(source) for source, within in part.stretches if within is not None}
+        return built_folder(*where, build, known=self.known | cut, waits=waits, log_level=logging.DEBUG)
 
     def _read(self, part: _Part, advance: Callable[[int], None], on_empty: Callable[[], object]) -> Marked:
-        pieces = self._corpus.read(part.files, advance, on_empty)
+        pieces = self._corpus.read_stretches(part.stretches, advance, on_empty)
         if part.number in self._cuts:
             return split_pieces(pieces, self._cuts[part.number])
         return ((part.split, piece) for piece in pieces)
@@ -183,7 +215,7 @@ class SharedWork:
         return {"splits": written.counts, "samples": kept, "empty_rows": next(empty_rows)}
 
     def _reading(self, title: str, part: _Part) -> AbstractContextManager[Callable[[int], None]]:
-        return reading(f"{title}, part {part.number + 1} of {len(self._parts)}", part.files)
+        return reading(f"{title}, part {part.number + 1} of {len(self._parts)}", part.n_bytes)
 
     # ---- what all parts together decide
 
@@ -207,7 +239,7 @@ class SharedWork:
     def _measure(self, part: _Part, folder: Path) -> dict[str, Any]:
         if part.split == "train":
             with self._reading("Measuring documents", part) as advance:
-                sizes = self._corpus.document_sizes(part.files, advance)
+                sizes = document_sizes(self._corpus.read_stretches(part.stretches, advance))
             (folder / _SIZES).write_bytes(sizes.tobytes())
         return {}
 

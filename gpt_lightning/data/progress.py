@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from gpt_lightning.data.documents import source_bytes
-
 
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
@@ -22,12 +20,12 @@ def waiting(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def reading(title: str, sources: tuple[str, ...]) -> Iterator[Callable[[int], None]]:
-    """Shows on a terminal's stderr how many bytes of the sources have been read, until the block ends."""
+def reading(title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal's stderr how many of so many bytes have been read, until the block ends."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console, is_silent = Console(stderr=True), not sys.stderr.isatty()
     with Progress(*columns, console=console, transient=True, disable=is_silent) as bar:
-        yield partial(bar.advance, bar.add_task(title, total=sum(map(source_bytes, sources))))
+        yield partial(bar.advance, bar.add_task(title, total=n_bytes))

@@ -195,7 +195,7 @@ def loss_warning(losing: list[TokenSplit]) -> str:
 def _repeated(folder: Path, corpus: Corpus) -> Dropped:
     """Reads the text to find what of the held-out text is also in train; refuses to leave nothing of it."""
     digests = DocumentDigests(folder)
-    with reading("Comparing documents", corpus.sources) as advance:
+    with reading("Comparing documents", corpus.n_bytes) as advance:
         for _ in digests.noted(corpus.read_marked(advance)):
             pass
     return digests.repeated_to_drop()
@@ -205,7 +205,7 @@ def _write_tokens(
     folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: Dropped
 ) -> dict[str, Any]:
     empty_rows, encode = count(), partial(encode_pieces, tokenizer=tokenizer)
-    with reading("Tokenizing", corpus.sources) as advance:
+    with reading("Tokenizing", corpus.n_bytes) as advance:
         read = corpus.read_marked(advance, partial(next, empty_rows))
         written = write_text(folder, read, dropped, encode, tokenizer.vocab_size)
     return {**with_notes(*written, tokenizer), "empty_rows": next(empty_rows)}

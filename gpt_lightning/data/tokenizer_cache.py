@@ -55,7 +55,8 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int | None, cache_dir: str) ->
         with ExitStack() as merging:
 
             def read() -> Iterator[str]:
-                with reading("Reading text for the tokenizer", corpus.train_files) as advance:
+                n_bytes = sum(map(source_bytes, corpus.train_files))
+                with reading("Reading text for the tokenizer", n_bytes) as advance:
                     yield from texts(advance)
                 merging.enter_context(waiting("Merging pairs into tokens"))
 

@@ -17,12 +17,18 @@ _PACKED_BYTES = 1 << 10
 _LARGEST_WINDOW = 1 << 31  # the most that `zstd --long` packs with; memory is taken as a file needs it
 
 
-def unpacked_chunks(path: str, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches."""
+def unpacked_chunks(
+    path: str, on_bytes: Callable[[int], None], within: tuple[int, int] | None = None
+) -> Iterator[bytes]:
+    """Yields the unpacked bytes of a file, and tells how far into the packed file each chunk reaches.
+
+    Of a file that is not packed only what is `within` two places may be asked for.
+    """
     unpack = _unzstd if path.endswith(".zst") else _gunzip if path.endswith(".gz") else _plain
-    told = 0
+    told, end = within or (0, None)
     with open(path, "rb") as packed:
-        for chunk in unpack(path, packed):
+        packed.seek(told)
+        for chunk in unpack(path, packed) if end is None else _up_to(end, packed):
             on_bytes(packed.tell() - told)
             told = packed.tell()
             yield chunk
@@ -36,6 +42,11 @@ def damaged(path: str, error: Exception) -> UserError:
 
 def _plain(path: str, file: BinaryIO) -> Iterator[bytes]:
     return iter(partial(file.read, _CHUNK_BYTES), b"")
+
+
+def _up_to(end: int, file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(min(_CHUNK_BYTES, end - file.tell())):
+        yield chunk
 
 
 def _gunzip(path: str, packed: BinaryIO) -> Iterator[bytes]:

@@ -81,6 +81,29 @@ def rows_less_repeated(folder: Path) -> dict[str, Any]:
     return {**rows(folder), "drop_repeated": True}
 
 
+def one_large_file(folder: Path) -> dict[str, Any]:
+    """Beside small ones; some rows are longer than a part, and some lines empty."""
+    rows(folder)
+    texts = [text_of(number, 300 if number % 31 == 0 else number % 17) for number in range(300)]
+    lines = (json.dumps({"text": text}) + "\n" * (1 + number % 3) for number, text in enumerate(texts))
+    (folder / "30.jsonl").write_text("".join(lines))
+    return {"drop_repeated": True}
+
+
+def one_large_separated(folder: Path) -> dict[str, Any]:
+    """Of which some separators overlap."""
+    texts = [text_of(number % 40, 1 + number % 13) + "-" * (number % 5) for number in range(300)]
+    (folder / "all.txt").write_text("\ufeff" + "\n--".join(texts) + "\n-")
+    return {"document_separator": "--"}
+
+
+def one_large_table(folder: Path) -> dict[str, Any]:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [text_of(number, number % 17) or None for number in range(300)]
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "all.parquet", row_group_size=23)
+    return {}
+
+
 def separated(folder: Path) -> dict[str, Any]:
     for number in range(9):
         documents = [text_of(number * index, 4 + index) for index in range(20)]
@@ -98,6 +121,7 @@ def files_to_hold_out(folder: Path) -> dict[str, Any]:
 
 
 MORE = [many_files, one_file, two_books, rows_less_repeated, separated, files_to_hold_out]
+CUT = [one_large_file, one_large_separated, one_large_table]
 KINDS = [rows, *(pytest.param(make, marks=pytest.mark.slow) for make in MORE)]
 
 
@@ -144,6 +168,18 @@ def test_three_processes_make_the_cache_of_one(
     assert not [path for path in together.iterdir() if path.name.endswith(".parts")]
     assert contents(prepare_tokens(corpus, BYTES, str(together), **options)) == alone
     assert n_tokenized() == len(cut_in_parts(corpus))
+
+
+@pytest.mark.parametrize("make", CUT)
+def test_a_large_file_is_cut_and_gives_the_cache_of_the_whole(
+    tmp_path: Path, n_tokenized: Counted, make: Callable[[Path], dict[str, Any]]
+) -> None:
+    corpus, options = made(tmp_path / "text", make)
+    parts = cut_in_parts(corpus)
+    assert len([part for part in parts if part.stretches[-1].within is not None]) > 5
+    alone = contents(prepare_tokens(corpus, BYTES, str(tmp_path / "alone"), **options))
+    shared = prepare_tokens(corpus, BYTES, str(tmp_path / "shared"), **options, others="wait")
+    assert n_tokenized() == len(parts) and contents(shared) == alone
 
 
 def test_parts_are_whole_files_in_order_and_about_even(tmp_path: Path) -> None:
