@@ -9,6 +9,7 @@ end), digests of both, and `meta.json`. Every document ends with eos. Opening co
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -122,42 +123,46 @@ def prepare_tokens(
     `corpus.sources`, before one is built. With `drop_repeated` no document is held out that the training text
     has, too.
     """
-    settings = {**asdict(corpus), "tokenizer": tokenizer.encoding}
-    if drop_repeated:
-        settings["drop_repeated"] = True
-
+    dropping = {"drop_repeated": True} if drop_repeated else {}
+    settings = {**asdict(corpus), "tokenizer": tokenizer.encoding, **dropping}
     where = cache_dir, "tokens", settings, corpus.sources
-    cache_folder = folder_of(*where)
-    parts_folder = parts_folder_of(cache_folder)
+    parts_folder = parts_folder_of(cache_folder := folder_of(*where))
     work = SharedWork(cache_folder, corpus, tokenizer, drop_repeated=drop_repeated)
-    is_shared = others is not None or parts_folder.exists()
-    if is_shared:
+    if is_shared := others is not None or parts_folder.exists():
         work.do(waits=others != "leave")
 
     def build(folder: Path) -> dict[str, Any]:
-        if is_shared:
-            counts = work.join(folder)
-        else:
-            dropped = _repeated(folder, corpus) if drop_repeated else {}
-            counts = _write_tokens(folder, corpus, tokenizer, dropped)
-        try:
-            if corpus.train_files:
+        counts = work.join(folder) if is_shared else _write_tokens(folder, corpus, tokenizer, drop_repeated)
+        if corpus.train_files:
+            with _without_parts(parts_folder):
                 check_train(counts["train"]["n_tokens"] if "train" in counts else 0)
-        except UserError:
-            shutil.rmtree(parts_folder, ignore_errors=True)
-            raise
         noted = {"is_separated": corpus.is_separated, "windows_files": corpus.n_with_windows_line_ends}
         return {**counts, **noted}
 
     with built_folder(*where, build, check_sources, known=work.known) as (folder, built):
-        order: tuple[str, ...] = ("train", "val", "test")
-        splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
-        # Mapped before another process may replace the folder: from here on these maps never change.
-        for split in splits.values():
-            split.map()
+        splits = _opened(folder, built)
         shutil.rmtree(parts_folder, ignore_errors=True)
     for warning in _warnings(built, corpus):
         rank_zero_only(_log.warning)("warning: %s", warning)
+    return splits
+
+
+@contextmanager
+def _without_parts(folder: Path) -> Iterator[None]:
+    """Removes what a refused cache was made of."""
+    try:
+        yield
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _opened(folder: Path, built: dict[str, Any]) -> dict[str, TokenSplit]:
+    """Maps the files before another process may replace the folder: from here on these maps never change."""
+    order = ("train", "val", "test")
+    splits = {name: TokenSplit(folder, name, **built[name]) for name in order if name in built}
+    for split in splits.values():
+        split.map()
     return splits
 
 
@@ -202,8 +207,10 @@ def _repeated(folder: Path, corpus: Corpus) -> Dropped:
 
 
 def _write_tokens(
-    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, dropped: Dropped
+    folder: Path, corpus: Corpus, tokenizer: TextTokenizer, drop_repeated: bool
 ) -> dict[str, Any]:
+    """Fills the folder of a cache, for `built_folder`."""
+    dropped = _repeated(folder, corpus) if drop_repeated else {}
     empty_rows, encode = count(), partial(encode_pieces, tokenizer=tokenizer)
     with reading("Tokenizing", corpus.n_bytes) as advance:
         read = corpus.read_marked(advance, partial(next, empty_rows))

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/prepare_together.py --tokenizer FOLDER
 
-FOLDER holds GPT-2's tokenizer.json. The corpus is drawn sentences, in .jsonl files of about 2 MB. Each
-process is new, has its libraries loaded when the clock starts, and has the whole cache, joined and opened,
-when it stops. "alone" is `prepare` without others on one core; every cache is compared with that one's, byte
-for byte. The last line is the result as JSON, with the time that opening a cache takes.
+FOLDER holds GPT-2's tokenizer.json. The corpus is drawn sentences, in .jsonl files of about 2 MB or as large
+as is said: one of all megabytes is cut for the processes. Each process is new, has its libraries loaded when
+the clock starts, and has the whole cache, joined and opened, when it stops. "alone" is `prepare` without
+others on one core; every cache is compared with that one's, byte for byte. The last line is the result as
+JSON, with the time that opening a cache takes.
 """
 
 import argparse
@@ -28,7 +29,6 @@ from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.token_cache import prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer
 
-FILE_MEGABYTES = 2.0
 Others = Literal["wait"] | None
 
 
@@ -38,9 +38,9 @@ def corpus_of(folder: Path) -> Corpus:
     return Corpus.find(patterns, **options)
 
 
-def write_files(folder: Path, sources: list[str], count: int) -> None:
+def write_files(folder: Path, sources: list[str], count: int, megabytes: float) -> None:
     """Files of the same documents, but for a number before each, and in another order each."""
-    write_corpus(first := folder / "0.jsonl", sources, FILE_MEGABYTES)
+    write_corpus(first := folder / "0.jsonl", sources, megabytes)
     rows = first.read_text(encoding="utf-8").splitlines(keepends=True)
     for number in range(1, count):
         own = (row.replace('{"text": "', f'{{"text": "{number} ') for row in rows[number:] + rows[:number])
@@ -92,13 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--files", nargs="+", default=[SOURCE_NAME], help="whose sentences are drawn")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=96, help="size of the corpus")
+    parser.add_argument("--file_megabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     cores = sorted(os.sched_getaffinity(0))[: options.processes]
     took: dict[str, list[float]] = {"alone": [], "together": []}
     with tempfile.TemporaryDirectory() as name:
         (text := Path(name) / "text").mkdir()
-        write_files(text, options.files, round(options.megabytes / FILE_MEGABYTES))
+        n_files = round(options.megabytes / options.file_megabytes)
+        write_files(text, options.files, n_files, options.file_megabytes)
         found = set()
         for turn in range(options.rounds):
             for title, times in took.items():
