@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from gpt_lightning.kernels.attention import Attend
 from gpt_lightning.kernels.device import keep_freed_memory
-from gpt_lightning.model.flops import training_flops_per_token
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.meta import Uninitialized
-from gpt_lightning.planning.peak_flops import measured_flops
 from gpt_lightning.planning.setup import Setup
 from gpt_lightning.training.optim import OptimizerConfig, build_optimizer
 
 SECONDS_A_PART = 0.5
 _LONGEST = 0.3  # seconds of a block's pass, beyond which fewer tokens stand for all
+_FEWEST = 64  # tokens
 
 
 class Probe(NamedTuple):
@@ -48,9 +47,8 @@ def _measured(setup: Setup, device: torch.device) -> Probe:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     layers = setup.config.n_layers
-    rows, seq_len, share = _sample(setup, device)
-    ids = torch.randint(config.vocab_size, (rows, seq_len), device=device)
-    block = _Block(setup, model, ids)
+    block, ids = _sample(setup, model, device)
+    share = ids.numel() / setup.pass_tokens
     block_seconds = _least(block.run, device)
     of_block = _optimizer_seconds(setup, model.blocks, device) if model.blocks else 0.0
     model.blocks = nn.ModuleList()
@@ -107,14 +105,18 @@ def _optimizer_seconds(setup: Setup, parameters: nn.Module, device: torch.device
     return _least(step, device)
 
 
-def _sample(setup: Setup, device: torch.device) -> tuple[int, int, float]:
-    """Returns the rows and length that are timed, and which share of a pass's tokens they are."""
-    rate = measured_flops(device, _dtype(setup.compute_bytes), 0.1)
-    one = replace(setup.part, n_layers=1)
-    most = int(_LONGEST * rate / training_flops_per_token(one, setup.seq_len))
-    rows = max(1, min(setup.batch_size, most // setup.seq_len))
-    seq_len = max(1, min(setup.seq_len, most))
-    return rows, seq_len, rows * seq_len / setup.pass_tokens
+def _sample(setup: Setup, model: GPTModel, device: torch.device) -> tuple[_Block, Tensor]:
+    """Returns a block and the tokens to time it with: all of a pass, or as many as it can do in the time."""
+    n_tokens = min(setup.pass_tokens, _FEWEST)
+    while True:
+        seq_len = min(setup.seq_len, n_tokens)
+        ids = torch.randint(model.config.vocab_size, (n_tokens // seq_len, seq_len), device=device)
+        block = _Block(setup, model, ids)
+        block.run()
+        took = _seconds(block.run, device)
+        if n_tokens == setup.pass_tokens or 2 * took > _LONGEST:
+            return block, ids
+        n_tokens = min(setup.pass_tokens, n_tokens * max(2, int(_LONGEST / 2 / took)))
 
 
 def _least(call: Callable[[], None], device: torch.device) -> float:
@@ -122,12 +124,16 @@ def _least(call: Callable[[], None], device: torch.device) -> float:
     call()
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS_A_PART:
-        torch.get_device_module(device).synchronize()
-        begin = time.perf_counter()
-        call()
-        torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(_seconds(call, device))
     return min(seconds)
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    torch.get_device_module(device).synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter() - begin
 
 
 def _precision(setup: Setup, device: torch.device) -> torch.autocast:
