@@ -15,12 +15,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"checkpoint.atomic"},
     "data": {"checkpoint.atomic"},
     "model": {"kernels"},
-    "checkpoint": {"model", "data.tokenizer"},
+    "checkpoint": {"model", "data.tokenizer", "data.chat_template"},
     "parallel": {"kernels", "checkpoint.atomic", "checkpoint.files", "checkpoint.folder"},
     "generation": {"model", "kernels", "checkpoint.atomic"},
     "evaluation": {"model", "generation", "checkpoint"}
     | {"data.tokenizer", "data.charset", "data.documents", "data.hub"},
-    "huggingface": {"checkpoint", "model", "data.tokenizer", "data.hub"},
+    "huggingface": {"checkpoint", "model", "data.tokenizer", "data.chat_template", "data.hub"},
     "sweep": {"checkpoint"},
 }
 for room in ("training", "planning", "callbacks"):  # each may import all rooms before it
@@ -28,7 +28,8 @@ for room in ("training", "planning", "callbacks"):  # each may import all rooms 
 MAY_IMPORT["planning"] = {"kernels", "model", "parallel.mesh", "parallel.sharded_replicas"}
 MAY_IMPORT["planning"] |= {"training.optim"}
 MAY_IMPORT["report"] = {"data", "checkpoint", "generation", "training"}
-MAY_IMPORT["server"] = {"model", "checkpoint", "generation", "report", "data.tokenizer", "data.token_names"}
+MAY_IMPORT["server"] = {"model", "checkpoint", "generation", "report"}
+MAY_IMPORT["server"] |= {"data.tokenizer", "data.token_names", "data.chat_template"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # A file that may import more than its room.
 EXCEPTIONS = {"generation.text_stream": {"data.tokenizer"}}

@@ -37,6 +37,7 @@ from gpt_lightning.checkpoint.values import (
     short,
 )
 from gpt_lightning.checkpoint.weights import CONFIG_KEY, differences, groups_of_ours, problems_of_weights
+from gpt_lightning.data.chat_template import check_chat
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.model.config import GPTConfig
 
@@ -236,7 +237,9 @@ def _problems_of_data(state: Any) -> Iterator[str]:
 
 def _problems_of_tokenizer(state: Any, key: str) -> Iterator[str]:
     match state:
-        case {"tokenizer_json": str(), "eos_token": str()} if _are_ids(state.get("eos_token_ids", [])):
+        case {"tokenizer_json": str(), "eos_token": str()} if (
+            _are_ids(state.get("eos_token_ids", [])) and ("chat" not in state or check_chat(state["chat"]))
+        ):
             pass
         case _:
             yield f"holds no tokenizer and settings under {key}; name another"

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from gpt_lightning.cli.model_options import add_model_options, choose_device, op
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.generation.surprise import score_tokens
 from gpt_lightning.kernels.packed_linear import packed
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
@@ -38,6 +36,8 @@ def run_serve(words: list[str]) -> None:
         raise UserError("serve runs in one process, without tensor parallelism; start it without torchrun")
     if options.rows < 1:
         raise UserError(f"rows={options.rows} is below 1; choose a positive number, e.g. 32")
+    if options.prefill_tokens is not None and options.prefill_tokens < 1:
+        raise UserError(f"prefill_tokens={options.prefill_tokens} is below 1; choose e.g. 256, or null")
     limits = Limits(**options.limits.as_dict())
     access = make_access(
         options.host,
@@ -53,7 +53,7 @@ def run_serve(words: list[str]) -> None:
     host, port = opened.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     names = ", ".join(model.name for model in models)
-    sys.exit(serve(app, opened, limits, metrics, lambda: say(f"serving {names} at http://{shown}:{port}")))
+    sys.exit(serve(app, opened, limits, lambda: say(f"serving {names} at http://{shown}:{port}")))
 
 
 def _parser() -> PlainParser:
@@ -66,6 +66,8 @@ def _parser() -> PlainParser:
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free.")
     help = "Completions that are generated together; others wait."
     parser.add_argument("--rows", type=int, default=32, help=help)
+    help = "Tokens of prompts that a step reads at most beside texts that are being written; null for any."
+    parser.add_argument("--prefill_tokens", type=int | None, default=256, help=help)
     help = "A file with a key a line, one of which clients must send."
     parser.add_argument("--api_key_file", type=str, help=help)
     help = "Let everyone in who reaches the address."
@@ -83,9 +85,7 @@ def _parser() -> PlainParser:
 
 
 def _open_models(options: Any, limits: Limits, metrics: Metrics) -> list[Any]:
-    from gpt_lightning.server.served import ServedModel
-    from gpt_lightning.server.stopgap import ManyEngines
-    from gpt_lightning.server.worker import Worker
+    from gpt_lightning.server.served import served_model
 
     given = options.ckpt_path or [None]
     if len(given) > _MOST_MODELS:
@@ -95,24 +95,20 @@ def _open_models(options: Any, limits: Limits, metrics: Metrics) -> list[Any]:
     device = choose_device(options.device)
     opened = [open_model(Namespace({**vars(options), "ckpt_path": path}), device) for path in given]
     names = _names([path for path, *_ in opened], options.name)
-    models = []
-    for name, (_, model, tokenizer) in zip(names, opened):
-        model = packed(model, quantize=settings.quantize, n_rows=options.rows)
-        make_engine = partial(
-            ManyEngines, model, settings, eos_token_id=tokenizer.eos_token_ids, batch_size=options.rows
+    return [
+        served_model(
+            name,
+            packed(model, quantize=settings.quantize, n_rows=options.rows),
+            tokenizer,
+            settings,
+            seed=options.generation.seed,
+            n_rows=options.rows,
+            prefill_tokens=options.prefill_tokens,
+            limits=limits,
+            metrics=metrics,
         )
-
-        def score(ids: list[int], n: int, model: Any = model) -> Any:
-            return score_tokens(model, ids, n_others=n, context_stride=settings.context_stride)
-
-        worker = Worker(make_engine, score, metrics, options.rows + limits.max_queue)
-        config, seed = model.config, options.generation.seed
-        models.append(
-            ServedModel(
-                name, tokenizer, config.vocab_size, config.max_position_embeddings, settings, seed, worker
-            )
-        )
-    return models
+        for name, (_, model, tokenizer) in zip(names, opened)
+    ]
 
 
 def _names(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gpt_lightning.data.byte_fallback import ByteFallback, fallback_bytes, token_bytes
+from gpt_lightning.data.chat_template import TEMPLATE_FILE, read_chat
 from gpt_lightning.data.endless_text import train_on_bounded_words
 from gpt_lightning.data.fast_bpe import byte_alphabet, fast_bpe
 from gpt_lightning.data.hub import first_line, from_transformers, is_hub_name
@@ -41,8 +42,15 @@ class TextTokenizer:
     So the end-of-document id occurs only where this project appends it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_token: str, other_ends: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token: str,
+        other_ends: Iterable[int] = (),
+        chat: dict[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.chat = chat or {}  # as read_chat makes it; nothing where there is no template
         self._eos_token = eos_token
         # A token that is not marked special would still be found inside text.
         tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
@@ -65,8 +73,11 @@ class TextTokenizer:
 
     def parse_batch(self, texts: list[str]) -> list[list[int]]:
         """Encodes text in which the name of a special token stands for the token."""
-        parser = Tokenizer.from_str(self.state["tokenizer_json"])  # which is not told to leave them text
-        return [found.ids for found in parser.encode_batch_fast(texts, add_special_tokens=False)]
+        return [found.ids for found in self._parser.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _parser(self) -> Tokenizer:
+        return Tokenizer.from_str(self.state["tokenizer_json"])  # which is not told to leave them text
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -161,7 +172,8 @@ class TextTokenizer:
     def state(self) -> dict[str, Any]:
         """Holds plain data for a checkpoint, which `from_dict` reads."""
         several = {"eos_token_ids": self.eos_token_ids} if len(self.eos_token_ids) > 1 else {}
-        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token, **several}
+        chat = {"chat": self.chat} if self.chat else {}
+        return {"tokenizer_json": self._tokenizer.to_str(), "eos_token": self._eos_token, **several, **chat}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "TextTokenizer":
@@ -171,7 +183,7 @@ class TextTokenizer:
             raise UserError(f"the saved tokenizer cannot be read ({first_line(error)})") from None
         if tokenizer.token_to_id(eos_token := state["eos_token"]) is None:
             raise UserError(f"the saved tokenizer has no token {eos_token!r}, its eos_token")
-        return cls(tokenizer, eos_token, state.get("eos_token_ids", ()))
+        return cls(tokenizer, eos_token, state.get("eos_token_ids", ()), state.get("chat"))
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], "TextTokenizer"], tuple[dict[str, Any]]]:
         # The tokenizers library pickles its JSON alone, which does not hold how special tokens are read.
@@ -179,8 +191,8 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Is equal for equal tokenizers, also after a save and load, whatever else ends a generated text."""
-        state = {key: value for key, value in self.state.items() if key != "eos_token_ids"}
+        """Is equal for tokenizers that encode documents alike, also after a save and load."""
+        state = {key: self.state[key] for key in ("tokenizer_json", "eos_token")}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
     def with_ends(self, ids: Iterable[int]) -> "TextTokenizer":
@@ -193,6 +205,13 @@ class TextTokenizer:
         unused = [f"<|unused_{index}|>" for index in range(self.vocab_size, n_ids)]
         padded._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in unused])
         return self.from_dict(padded.state)
+
+    @property
+    def _chat_tokens(self) -> dict[str, str]:
+        """Names the special tokens that the chat template may ask for, those that there are."""
+        named: dict[str, str] = self.chat.get("tokens", {})
+        known = {name: self._tokenizer.token_to_id(token) for name, token in named.items()}
+        return {name: named[name] for name in known if name != "eos_token" and known[name] is not None}
 
     def save(self, folder: str | os.PathLike[str], max_length: int | None = None) -> None:
         """Writes a folder that `AutoTokenizer.from_pretrained` and `load_tokenizer` open.
@@ -210,10 +229,13 @@ class TextTokenizer:
             "eos_token": self._eos_token,
             "bos_token": self._eos_token,
             "unk_token": self._eos_token,  # as GPT-2's own has it; some readers insist on one
+            **self._chat_tokens,
             "clean_up_tokenization_spaces": False,
             **({} if max_length is None else {"model_max_length": max_length}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if self.chat:
+            (folder / TEMPLATE_FILE).write_text(self.chat["template"], encoding="utf-8")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
@@ -265,7 +287,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
 def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = None) -> TextTokenizer:
     """Opens a folder, called `option` in complaints; its model's `eos_token_id` is taken if it names none."""
     try:
-        named, tokenizer = named_eos(folder), read_tokenizer(folder)
+        named, tokenizer, chat = named_eos(folder), read_tokenizer(folder), read_chat(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{option} cannot be read ({first_line(error)}); save it anew") from None
     if tokenizer is None:
@@ -274,7 +296,7 @@ def load_tokenizer_folder(folder: Path, option: str, eos_token_id: int | None = 
     else:
         usual = usual_eos(tokenizer)
     of_model = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
-    return _ending(tokenizer, named or of_model or usual, option)
+    return _ending(tokenizer, named or of_model or usual, option, chat)
 
 
 def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> TextTokenizer:
@@ -284,7 +306,7 @@ def as_transformers_reads(folder: Path, ours: TextTokenizer, texts: Iterable[str
     except UserError:
         return ours
     eos_token = named_eos(folder) and eos_token or ours._eos_token
-    theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:])
+    theirs = TextTokenizer(tokenizer, eos_token, ours.eos_token_ids[1:], ours.chat)
     is_same = ours.eos_token_id == theirs.eos_token_id and same_ids(ours._tokenizer, theirs._tokenizer, texts)
     return ours if is_same else theirs
 
@@ -301,8 +323,10 @@ def is_read_by_transformers(ours: TextTokenizer, model_type: str) -> bool:
         return same_ids(Tokenizer.from_file(str(Path(name) / "tokenizer.json")), theirs, ())
 
 
-def _ending(tokenizer: Tokenizer, eos_token: str | None, option: str) -> TextTokenizer:
+def _ending(
+    tokenizer: Tokenizer, eos_token: str | None, option: str, chat: dict[str, Any] | None = None
+) -> TextTokenizer:
     """Takes the token that ends documents, which there must be."""
     if eos_token is None:
         raise UserError(f"{option} names no end-of-text token; add eos_token to its tokenizer_config.json")
-    return TextTokenizer(tokenizer, eos_token)
+    return TextTokenizer(tokenizer, eos_token, chat=chat)

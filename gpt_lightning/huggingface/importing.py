@@ -25,6 +25,7 @@ from gpt_lightning.checkpoint.contents import (
 )
 from gpt_lightning.checkpoint.files import first_non_finite
 from gpt_lightning.checkpoint.weights import MODEL_PREFIX
+from gpt_lightning.data.chat_template import TEMPLATE_FILE
 from gpt_lightning.data.hub import first_line, hub_is_reachable, is_hub_name
 from gpt_lightning.data.tokenizer import (
     TextTokenizer,
@@ -44,7 +45,7 @@ CONFIG, SAFETENSORS, BIN, INDEX = "config.json", "model.safetensors", "pytorch_m
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
+    *(TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
 )
 FORMS = (SAFETENSORS, BIN)  # of the weights, in one file or in parts that an index lists
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # each a float32 without rounding
@@ -157,7 +158,7 @@ def _read_config(folder: Path) -> tuple[Family, Any, GPTConfig]:
 
 
 def _read_tokenizer(folder: Path, config: GPTConfig) -> TextTokenizer:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES if name != TEMPLATE_FILE):
         raise UserError("it holds no tokenizer; put the tokenizer.json that belongs to it there")
     ends = _stored_ends(folder, config)
     ours = load_tokenizer_folder(folder, "its tokenizer", ends[0] if ends else None)

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_lightning.server.answer import Answer, Form
+from gpt_lightning.server.chat import ChatForm, read_chat_completion
 from gpt_lightning.server.completions import CompletionForm, read_completion
 from gpt_lightning.server.fields import Refusal, read_object
 from gpt_lightning.server.limits import Limits
@@ -72,9 +73,10 @@ class Service:
     async def completions(self, request: Request) -> ASGIApp:
         return await self._answer(request, read_completion, CompletionForm)
 
-    async def _answer(
-        self, request: Request, read: Reader, form: Callable[[Asked], Form]
-    ) -> ASGIApp:
+    async def chat_completions(self, request: Request) -> ASGIApp:
+        return await self._answer(request, read_chat_completion, ChatForm)
+
+    async def _answer(self, request: Request, read: Reader, form: Callable[[Asked], Form]) -> ASGIApp:
         if self.is_closing:
             raise Refusal("the server ends", status=503, kind="server_error", code="shutting_down")
         body = read_object(await self._body(request))
@@ -120,6 +122,7 @@ def make_app(models: Sequence[ServedModel], limits: Limits, metrics: Metrics, ac
         Route("/v1/models", service.models),
         Route("/v1/models/{name:path}", service.one_model),
         Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
     ]
     middleware = [Middleware(_Counting, service=service)]
     if access.origins:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.engine import Request
+from gpt_lightning.generation.engine import Engine, Request
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.generation.surprise import ScoredToken, score_tokens
 from gpt_lightning.generation.text_stream import TextStream
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.server.limits import Limits
-from gpt_lightning.server.stopgap import SettledRequest
+from gpt_lightning.server.metrics import Metrics
 from gpt_lightning.server.worker import Job, Worker
 
 
@@ -30,14 +32,14 @@ class ServedModel:
     def entry(self) -> dict[str, Any]:
         """Describes the model to clients."""
         names = "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty".split()
-        settings = {name: getattr(self.settings, name, 0.0) for name in names}
+        settings = {name: getattr(self.settings, name) for name in names}
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "gpt_lightning",
             "max_model_len": self.context,
-            "has_chat_template": False,
+            "has_chat_template": bool(self.tokenizer.chat),
             "vocab_size": self.vocab_size,
             "settings": {**settings, "max_tokens": self.settings.max_new_tokens, "seed": self.seed},
         }
@@ -72,11 +74,40 @@ class Asked:
         for number, prompt in numbered:
             for sample in range(self.n):
                 text = TextStream(self.model.tokenizer, self.settings.stop)
-                request = SettledRequest(prompt, number, sample, text.add, self.settings)
+                request = Request(prompt, number, sample, text.add, self.settings)
                 texts[request] = text
         to_score = self.prompts if self.is_scored else []
         deadline = time.monotonic() + limits.request_seconds
         return Job([*texts], texts, to_score, self.n_likeliest or 0, deadline)
+
+
+def served_model(
+    name: str,
+    model: GPTModel,
+    tokenizer: TextTokenizer,
+    settings: GenerationConfig,
+    *,
+    seed: int | None,
+    n_rows: int,
+    prefill_tokens: int | None,
+    limits: Limits,
+    metrics: Metrics,
+) -> ServedModel:
+    """Gives a model, in evaluation mode, a worker that continues so many texts together."""
+    ends = tokenizer.eos_token_ids
+
+    def make_engine() -> Engine:
+        return Engine(
+            model, settings, eos_token_id=ends, batch_size=n_rows, prefill_tokens=prefill_tokens
+        )
+
+    def score(token_ids: list[int], n_others: int) -> list[ScoredToken]:
+        stride = settings.context_stride
+        return score_tokens(model, token_ids, n_others=n_others, context_stride=stride)
+
+    worker = Worker(make_engine, score, metrics, n_rows + limits.max_queue)
+    context = model.config.max_position_embeddings
+    return ServedModel(name, tokenizer, model.config.vocab_size, context, settings, seed, worker)
 
 
 def any_seed() -> int:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from typing_extensions import override
 from gpt_lightning.exit_codes import INTERRUPTED, TERMINATED, UserError
 from gpt_lightning.server.connections import Connections
 from gpt_lightning.server.limits import Limits
-from gpt_lightning.server.metrics import Metrics
 
 _HEAD_BYTES = 2**14
 
@@ -35,14 +35,20 @@ def open_socket(host: str, port: int) -> socket.socket:
     return opened
 
 
-def serve(
-    app: Starlette, opened: socket.socket, limits: Limits, metrics: Metrics, said: Callable[[], None]
-) -> int:
+def serve(app: Starlette, opened: socket.socket, limits: Limits, said: Callable[[], None]) -> int:
     """Serves until a signal; returns the exit code: 0, or the signal's where a request was cut off."""
+    server = make_server(app, limits, said)
+    asyncio.run(server.serve([opened]))
+    if not app.state.service.metrics.cut:
+        return 0
+    return INTERRUPTED if server.ended_by == signal.SIGINT else TERMINATED
+
+
+def make_server(app: Starlette, limits: Limits, said: Callable[[], None]) -> "Server":
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do is no news
     config = uvicorn.Config(
         app,
-        http=Connections(limits, metrics).protocol(),  # type: ignore[arg-type]
+        http=Connections(limits, app.state.service.metrics).protocol(),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -54,14 +60,10 @@ def serve(
         timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]
         h11_max_incomplete_event_size=_HEAD_BYTES,
     )
-    server = _Server(config, app.state.service, said)
-    asyncio.run(server.serve([opened]))
-    if not metrics.cut:
-        return 0
-    return INTERRUPTED if server.ended_by == signal.SIGINT else TERMINATED
+    return Server(config, app.state.service, said)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Takes no new requests from a signal on, and ends at once at a second one."""
 
     def __init__(self, config: uvicorn.Config, service: Any, said: Callable[[], None]) -> None:
@@ -77,6 +79,9 @@ class _Server(uvicorn.Server):
     @override
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+            yield
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)

@@ -1,7 +1,6 @@
 """Reads from a request the settings that OpenAI has, and those of ours beside them."""
 
 from collections.abc import Sequence
-from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
@@ -32,16 +31,14 @@ def read_settings(
         "top_k": fields.whole("top_k", ours.top_k or 0, 0, 2**31),
         "min_p": fields.number("min_p", ours.min_p, 0, 1),
         "repetition_penalty": fields.number("repetition_penalty", ours.repetition_penalty, 0.01, 100),
-        "presence_penalty": fields.number("presence_penalty", _default(ours, "presence_penalty"), -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", _default(ours, "frequency_penalty"), -2, 2),
-        "logit_bias": _biases(fields.take("logit_bias"), model.vocab_size),
+        "presence_penalty": fields.number("presence_penalty", ours.presence_penalty, -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", ours.frequency_penalty, -2, 2),
+        "logit_bias": _biases(fields.take("logit_bias"), ours.logit_bias, model.vocab_size),
         "seed": fields.whole("seed", seed, -_SEEDS, _SEEDS - 1),
         "logprobs": n_likeliest is not None,
-        "top_logprobs": n_likeliest or 0,
+        "top_logprobs": min(n_likeliest or 0, model.vocab_size),
         "stop": _stops(fields.take("stop"), ours.stop),
     }
-    known = {field.name for field in fields_of(GenerationConfig)}
-    changes = {name: value for name, value in changes.items() if name in known}
     try:
         return replace(ours, **changes)
     except UserError as error:  # a rule of a setting's own, such as the least temperature
@@ -49,11 +46,9 @@ def read_settings(
         raise Refusal(message, message.partition("=")[0]) from None
 
 
-def _default(ours: GenerationConfig, name: str) -> Any:
-    return getattr(ours, name, 0.0)
-
-
-def read_n_tokens(fields: Fields, names: Sequence[str], model: ServedModel, limits: Limits, least: int) -> int:
+def read_n_tokens(
+    fields: Fields, names: Sequence[str], model: ServedModel, limits: Limits, least: int
+) -> int:
     """Reads how long a completion may be, by the first of these names that is given."""
     given = [fields.whole(name, 1, least, limits.max_tokens) for name in names if name in fields]
     return next(iter(given), min(model.settings.max_new_tokens, limits.max_tokens))
@@ -72,9 +67,9 @@ def _stops(value: object, default: list[str]) -> list[str]:
     return found
 
 
-def _biases(value: object, vocab_size: int) -> dict[int, float]:
+def _biases(value: object, default: dict[int, float], vocab_size: int) -> dict[int, float]:
     if value is None:
-        return {}
+        return default
     if not isinstance(value, dict) or len(value) > _MOST_BIASES:
         message = f"logit_bias is no object of at most {_MOST_BIASES} token ids with numbers; send one"
         raise Refusal(message, "logit_bias")

@@ -1,0 +1,74 @@
+"""Reads the chat template that belongs to a tokenizer, and renders conversations by it as transformers does.
+
+A template is a program in jinja's language. It runs in a sandbox, in which it reaches no file and no module.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt_lightning.exit_codes import UserError
+
+TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
+_NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+def read_chat(folder: Path) -> dict[str, Any]:
+    """Returns a folder's template and the special tokens that it may name; nothing where there is none.
+
+    Of several templates that older folders list, it is the one called default.
+    """
+    config = _options(folder / _CONFIG)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if (folder / TEMPLATE_FILE).is_file():
+        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if not isinstance(template, str) or not template:
+        return {}
+    options = {**_options(folder / "special_tokens_map.json"), **config}
+    tokens = {name: _content(options[name]) for name in _NAMED if options.get(name) is not None}
+    return {"template": template, "tokens": tokens}
+
+
+def check_chat(state: object) -> bool:
+    """Tells whether a checkpoint's entry is one that `read_chat` may have made."""
+    match state:
+        case {"template": str(), "tokens": dict(tokens)} if len(state) == 2:
+            return all(type(key) is str and type(value) is str for key, value in tokens.items())
+    return False
+
+
+def render_chat(
+    chat: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> str:
+    """Writes messages as the model was trained on them, up to where its answer begins.
+
+    `options` are names that the template knows beside the messages. Raises UserError with what the template
+    says of messages that it does not take.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        (text,), _ = render_jinja_template(
+            [[*messages]],
+            chat_template=chat["template"],
+            add_generation_prompt=True,
+            **{**chat["tokens"], **options},
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"messages do not fit the model's chat template ({reason}); send others") from None
+    return str(text)
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _options(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
