@@ -91,11 +91,12 @@ function tell(span) {
   });
   tip.replaceChildren(made("b", "", quoted(name)), ` ${found} `, ...rows);
   span.setAttribute("aria-describedby", "tip");
-  place(span.getClientRects()[0] ?? span.getBoundingClientRect());
+  place(span);
 }
 
 // Under the token where there is room, else over it; on a narrow screen the style sheet keeps it at the bottom.
-function place(token) {
+function place(span) {
+  const token = span.getClientRects()[0] ?? span.getBoundingClientRect(); // of one over two lines the first part
   const {width, height} = tip.getBoundingClientRect();
   const left = Math.min(Math.max(12, token.left - 12), document.documentElement.clientWidth - width - 12);
   const below = token.bottom + 8;
@@ -109,7 +110,7 @@ const focused = () => tokenAt(document.activeElement);
 document.addEventListener("pointerover", (event) => tell(tokenAt(event.target) ?? focused()));
 document.addEventListener("focusin", (event) => tell(tokenAt(event.target)));
 document.addEventListener("focusout", () => tell(null));
-document.addEventListener("scroll", () => tell(null), {passive: true});
+document.addEventListener("scroll", () => tip.of && place(tip.of), {passive: true});
 document.addEventListener("keydown", (event) => {
   const span = focused();
   const next = {ArrowRight: span?.nextElementSibling, ArrowLeft: span?.previousElementSibling};
