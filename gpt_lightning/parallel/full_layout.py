@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpt_lightning.checkpoint.atomic import set_aside
@@ -17,6 +16,7 @@ from gpt_lightning.checkpoint.files import OPTIMIZERS, WEIGHTS, is_sharded, veri
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import (
     Shard,
+    is_shared,
     model_state,
     optimizer_state,
     parameters_of,
@@ -51,7 +51,7 @@ class FullLayout:
     def _whole(self, part: Tensor, shard: Shard | None) -> Tensor | None:
         """Gathers a tensor, first from the replicas that share it and then from the peers, on rank 0."""
         whole: Tensor | None = part
-        if isinstance(part, DTensor):
+        if is_shared(part):
             whole = gather(part.to_local(), rows_of(part), sharing_group(part))
         if whole is None or shard is None:
             return whole

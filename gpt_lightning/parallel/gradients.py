@@ -9,7 +9,6 @@ import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -19,7 +18,7 @@ from typing_extensions import override
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.collectives import all_reduce
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard, parameters_of
+from gpt_lightning.parallel.shard import Shard, is_shared, parameters_of
 from gpt_lightning.parallel.sharded_replicas import local, sharing_group
 
 WHOLE_TENSOR_OPTIMIZERS = ("LBFGS", "Muon", "Adafactor")
@@ -51,7 +50,7 @@ def gradient_norm(
     first = gradients[0][1]
     device = first.device  # the norm of no tensors is on the host
     square = all_reduce(cut.to(device).square(), mesh) + replicated.to(device).square()
-    if isinstance(first, DTensor):
+    if is_shared(first):
         dist.all_reduce(square, group=sharing_group(first))
     return square.sqrt()
 
@@ -75,7 +74,7 @@ def check_optimizer(optimizer: Optimizer, shards: Mapping[nn.Parameter, Shard]) 
     parameters = parameters_of(optimizer)
     for is_cut, whose, remedy in (
         (any(p in shards for p in parameters), "tensor-parallel ranks", "tensor_parallel_size=1"),
-        (any(isinstance(p, DTensor) for p in parameters), "data-parallel ranks", "shard_replicas=none"),
+        (any(map(is_shared, parameters)), "data-parallel ranks", "shard_replicas=none"),
     ):
         if is_cut:
             raise UserError(

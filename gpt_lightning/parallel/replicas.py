@@ -3,10 +3,9 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import sharded_parameters
+from gpt_lightning.parallel.shard import is_shared, sharded_parameters
 from gpt_lightning.parallel.sharded_replicas import local
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,8 +23,7 @@ def check_replicas(module: nn.Module, mesh: ParallelMesh, when: str) -> None:
         return
     cut = torch.tensor([parameter in shards for _, parameter in named])
     sums = torch.stack([_bit_sum(local(parameter.detach())) for _, parameter in named]).to(mesh.device_type)
-    is_shared = isinstance(named[0][1], DTensor)
-    differs = _differs(sums, mesh.copy_group if is_shared else mesh.dp_group)
+    differs = _differs(sums, mesh.copy_group if is_shared(named[0][1]) else mesh.dp_group)
     differs |= _differs(sums, mesh.tp_group) & ~cut.to(differs.device)
     # A rank that sees a difference tells all others, so that all stop together.
     verdict = differs.to(torch.int32)

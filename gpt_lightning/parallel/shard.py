@@ -1,4 +1,4 @@
-"""Says how tensors are cut over the tensor-parallel peers, and which of a model and its optimizer are."""
+"""Says how tensors are cut over tensor-parallel peers, and which of a model and its optimizer are parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
+from typing_extensions import TypeIs
 
 from gpt_lightning.exit_codes import UserError
 
@@ -42,6 +44,14 @@ class Shard:
         return [*part.shape[: self.dim], self.full_size, *part.shape[self.dim + 1 :]]
 
 
+def is_shared(tensor: Any) -> "TypeIs[DTensor]":
+    """Tells whether replicas have the rows of a tensor between them, and nothing else is done to it."""
+    if not isinstance(tensor, DTensor):
+        return False
+    *copies, shard = tensor.placements
+    return shard == DTensorShard(0) and all(copy.is_replicate() for copy in copies)
+
+
 def sharded_parameters(module: nn.Module) -> dict[nn.Parameter, Shard]:
     """Finds the parameters that are parts; their layers' `shards` say so, also after a copy or a move."""
     return {
@@ -65,7 +75,7 @@ def model_state(module: nn.Module, change: Callable[[Tensor, Shard | None], Any]
     shards = sharded_parameters(module)
     changed: dict[Tensor, Any] = {}
     for parameter in module.parameters():
-        if parameter in shards or isinstance(parameter, DTensor):
+        if parameter in shards or is_shared(parameter):
             changed[parameter] = change(parameter.detach(), shards.get(parameter))
     return {
         name: changed.get(value, value.detach()) if isinstance(value, Tensor) else value
@@ -80,7 +90,7 @@ def optimizer_state(
     shards, parameters = sharded_parameters(module), parameters_of(optimizer)
 
     def changed(value: Any, parameter: nn.Parameter) -> Any:
-        is_part = parameter in shards or isinstance(parameter, DTensor)
+        is_part = parameter in shards or is_shared(parameter)
         if not is_part or not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if value.shape != parameter.shape:

@@ -47,6 +47,7 @@ from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.ranks import from_first, gathered
 from gpt_lightning.parallel.shard import (
     Shard,
+    is_shared,
     model_state,
     optimizer_state,
     parameters_of,
@@ -132,7 +133,7 @@ class ShardedLayout:
             parameter, dtype = parameters[int(number)][int(index)], meta.properties.dtype
             shard = shards.get(parameter)
             full_shape = list(parameter.shape) if shard is None else shard.full_shape(parameter)
-            is_part = shard is not None or isinstance(parameter, DTensor)
+            is_part = shard is not None or is_shared(parameter)
             if is_part and list(meta.size) == full_shape:
                 parts[key] = self._as_dtensor(torch.empty_like(parameter, dtype=dtype), shard)
             else:
@@ -150,7 +151,7 @@ class ShardedLayout:
         mesh, shape = self.mesh.parts_mesh, list(part.shape) if shard is None else shard.full_shape(part)
         placements: list[Placement] = [Replicate() if shard is None else DTensorShard(shard.dim)]
         if mesh.ndim == 2:
-            placements.append(DTensorShard(0) if isinstance(part, DTensor) else Replicate())
+            placements.append(DTensorShard(0) if is_shared(part) else Replicate())
         stride = torch.empty(shape, device="meta").stride()
         rows = local(part).detach()
         return DTensor.from_local(
@@ -161,7 +162,7 @@ class ShardedLayout:
 def _like(value: Tensor, own: Any) -> Tensor:
     """Returns this rank's part, as the module or the optimizer has it."""
     rows = local(value)
-    return with_rows(rows, own) if isinstance(own, DTensor) and isinstance(value, DTensor) else rows
+    return with_rows(rows, own) if is_shared(own) and isinstance(value, DTensor) else rows
 
 
 # ---- what the ranks tell each other

@@ -1,8 +1,8 @@
 """Replicas that share out what they hold alike: parameters, gradients and moments, by torch's fully_shard.
 
 Of every parameter, or of this tensor-parallel peer's part of it, each of the data-parallel ranks keeps some
-rows, as a DTensor. A layer's are gathered while it computes, and its gradients are summed into rows. All that
-knows of these DTensors is here, and what is called by their rows alone goes through `local`.
+rows, as a DTensor. A layer's are gathered while it computes, and its gradients are summed into rows. What
+is called by the rows alone goes through `local`.
 """
 
 from collections import Counter
@@ -16,11 +16,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as DTensorShard
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard
+from gpt_lightning.parallel.shard import Shard, is_shared
 
 NONE, OPTIMIZER, FULL = KINDS = ("none", "optimizer", "full")
 
@@ -143,15 +142,7 @@ def _uses(module: nn.Module) -> Counter[nn.Parameter]:
 
 def local(tensor: Tensor) -> Tensor:
     """Returns this rank's rows of a tensor that replicas share, without communication; others as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_shared(tensor: Tensor) -> bool:
-    """Tells whether replicas have rows of a tensor between them, and nothing else is done to it."""
-    if not isinstance(tensor, DTensor):
-        return False
-    *copies, shard = tensor.placements
-    return shard == DTensorShard(0) and all(copy.is_replicate() for copy in copies)
+    return tensor.to_local() if is_shared(tensor) else tensor
 
 
 def rows_of(tensor: DTensor) -> Shard:
@@ -174,6 +165,6 @@ def with_rows(rows: Tensor, like: DTensor) -> DTensor:
 
 def shared_like(whole: Any, own: Any) -> Any:
     """Takes this rank's rows of a tensor that replicas have whole, where they share `own` of that shape."""
-    if isinstance(own, DTensor) and isinstance(whole, Tensor) and whole.shape == own.shape:
+    if isinstance(whole, Tensor) and is_shared(own) and whole.shape == own.shape:
         return with_rows(rows_of(own).cut(whole), own)
     return whole

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
@@ -56,7 +55,7 @@ class BlockMatrix:
         columns = weight.shape[1] if self.shard is None or self.shard.dim == 0 else self.shard.full_size
         n_rows = weight.shape[0] if self.shard is None or self.shard.dim == 1 else self.shard.full_size
         scales = [math.sqrt(max(n_rows * part // sum(self.parts), columns)) for part in self.parts]
-        if not isinstance(weight, DTensor):
+        if not is_shared(weight):
             for target, each, scale in zip(self.views(own), self.views(update), scales):
                 target.add_(each, alpha=factor * scale)
             return
@@ -141,7 +140,7 @@ class MuonWithAdamW(Optimizer):
 
     def _updates(self, matrices: Sequence[BlockMatrix], ahead: Sequence[Tensor]) -> list[Tensor]:
         """Returns what this rank has of each update; a weight that replicas share is dealt to one of them."""
-        shared = [weight for matrix in matrices if isinstance(weight := matrix.weight, DTensor)]
+        shared = [weight for matrix in matrices if is_shared(weight := matrix.weight)]
         if not shared:  # all are or none is
             return self._of_replica(matrices, ahead)
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from gpt_lightning.checkpoint.optimizer_state import problem_of_name
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.layers import ParallelLayer
-from gpt_lightning.parallel.sharded_replicas import is_shared
+from gpt_lightning.parallel.shard import is_shared
 from gpt_lightning.training.muon import BlockMatrix, MuonWithAdamW
 
 NAMES = ("adamw", "muon")
