@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.swa_utils import SWALR
 
+from gpt_lightning.checkpoint.files import AVERAGING_KEY, TRAINED_KEY
 from gpt_lightning.checkpoint.values import is_count, is_named, is_number, numbers, short
-
-# Where a callback that averages the weights puts those that were trained, and what else it goes on from.
-TRAINED_KEY, AVERAGING_KEY = "current_model_state", "averaging_state"
 
 Fields = Mapping[str, Callable[[Any], bool]]
 

@@ -8,10 +8,10 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
-from gpt_lightning.checkpoint.callback_states import TRAINED_KEY
 from gpt_lightning.checkpoint.files import (
     FOLDER_KEY,
     OPTIMIZERS,
+    TRAINED_KEY,
     WEIGHTS,
     is_sharded,
     no_file,

@@ -27,6 +27,8 @@ JUST_NOW_SECONDS = 2
 REST = "rest.pt"  # the file by which a folder is a sharded checkpoint
 FOLDER_KEY = "sharded_folder"  # where it lies, among the contents of one that is opened
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"  # the parts that hold tensors
+# Where a callback that averages the weights puts those that were trained, and what else it goes on from.
+TRAINED_KEY, AVERAGING_KEY = "current_model_state", "averaging_state"
 ELSEWHERE = "choose another folder (checkpoint.dirpath)"
 REMEDIES = {
     errno.ENOSPC: f"make room, or {ELSEWHERE}",

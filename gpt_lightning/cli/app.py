@@ -35,7 +35,6 @@ from gpt_lightning.cli.checks import (
     check_paths,
     check_processes,
     check_vocabulary,
-    check_whole_weights,
     refused_arguments,
 )
 from gpt_lightning.cli.closing import show_held_out
@@ -63,6 +62,7 @@ from gpt_lightning.data.parts import OthersAtWork
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.journal import lock_output
 from gpt_lightning.generation.sampling import GenerationConfig
+from gpt_lightning.parallel.averages import check_callbacks
 from gpt_lightning.parallel.layers import check_sequence
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from gpt_lightning.training.module import GPTLightningModule
@@ -216,7 +216,7 @@ class GPTLightningCLI(LightningCLI):
             check_averaging(self.trainer.callbacks, self.trainer.max_steps)
         if isinstance(strategy := self.trainer.strategy, TensorParallelDDPStrategy):
             strategy.check(self.model)
-            check_whole_weights(self.trainer.callbacks)
+            check_callbacks(self.trainer.callbacks, save_sharded=strategy.save_sharded)
             if self.verb == "fit" and strategy.sequence_parallel:
                 check_sequence(self.datamodule.seq_len, strategy.tensor_parallel_size)
 

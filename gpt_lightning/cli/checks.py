@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from gpt_lightning.cli.errors import say
 from gpt_lightning.cli.model_class import model_options
@@ -53,16 +53,6 @@ def check_monitors(callbacks: Iterable[Callback]) -> None:
         if getattr(callback, "monitor", None) == "val/bpb":
             name, problem = type(callback).__name__, "which is not shown as the tokenizer loses text"
             raise UserError(f"{name} monitors val/bpb, {problem}; monitor val/loss")
-
-
-def check_whole_weights(callbacks: Iterable[Callback]) -> None:
-    """Refuses callbacks that copy the model before it is cut over several devices."""
-    for callback in callbacks:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} averages whole weights, and trainer.strategy="
-                "TensorParallelDDPStrategy cuts them; leave out the one or the other"
-            )
 
 
 def check_averaging(callbacks: Iterable[Callback], max_steps: int) -> None:

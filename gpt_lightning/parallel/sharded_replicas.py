@@ -168,3 +168,17 @@ def shared_like(whole: Any, own: Any) -> Any:
     if isinstance(whole, Tensor) and is_shared(own) and whole.shape == own.shape:
         return with_rows(rows_of(own).cut(whole), own)
     return whole
+
+
+def share_out_like(copy: nn.Module, shared: nn.Module) -> None:
+    """Leaves in a copy of a module, made before replicas shared it, this rank's rows of every parameter."""
+    rows: dict[Tensor, nn.Parameter] = {}
+    for name, own in shared.named_parameters(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        layer = copy.get_submodule(parent)
+        whole = layer._parameters[leaf]
+        if is_shared(own) and whole is not None and not is_shared(whole):
+            if whole not in rows:
+                part = with_rows(rows_of(own).cut(whole.detach()).clone(), own)
+                rows[whole] = nn.Parameter(part, requires_grad=whole.requires_grad)
+            layer._parameters[leaf] = rows[whole]

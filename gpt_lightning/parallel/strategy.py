@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from gpt_lightning.checkpoint.files import FOLDER_KEY, is_sharded
+from gpt_lightning.checkpoint.files import FOLDER_KEY, TRAINED_KEY, WEIGHTS, is_sharded
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.parallel.averages import Access, average_parts, averaging, check_callbacks
 from gpt_lightning.parallel.full_layout import FullLayout
 from gpt_lightning.parallel.gradients import (
     by_whole_norm,
@@ -39,7 +40,14 @@ from gpt_lightning.parallel.options import check_options
 from gpt_lightning.parallel.plan import ParallelStyle, check_module, parallelize, partial_gradients, styles_of
 from gpt_lightning.parallel.replicas import check_replicas
 from gpt_lightning.parallel.shard import sharded_parameters
-from gpt_lightning.parallel.sharded_replicas import NONE, ShardedReplica, check_use, shard_size, share_out
+from gpt_lightning.parallel.sharded_replicas import (
+    NONE,
+    ShardedReplica,
+    check_use,
+    shard_size,
+    share_out,
+    share_out_like,
+)
 
 if TYPE_CHECKING:  # slow to import
     from gpt_lightning.parallel.sharded_layout import ShardedLayout
@@ -140,6 +148,15 @@ class TensorParallelDDPStrategy(DDPStrategy):
         super().set_world_ranks()
 
     @override
+    def setup_environment(self) -> None:
+        """Readies, at the last moment before Lightning sets up the callbacks, those that average weights."""
+        super().setup_environment()
+        callbacks = self._module.trainer.callbacks
+        check_callbacks(callbacks, save_sharded=self.save_sharded)
+        access = Access(self._share_out_alike, self._put_away, self._whole_state, self._load_trained)
+        average_parts(callbacks, access)
+
+    @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
         if not hasattr(self, "mesh"):  # called again by every fit, validate, test and predict
@@ -200,6 +217,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
         self.accelerator.setup(trainer)
         self._parallelize()
         fits = trainer.state.fn == TrainerFn.FITTING
+        averages = averaging(trainer.callbacks) if fits else []
+        for callback in averages:
+            callback.begin(self._module)
         if self._shared_out is None:
             self.model = self.precision_plugin.convert_module(self._module)
             self._check_replicas("at the start")
@@ -213,6 +233,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
             self._module.to(self.root_device)  # tells it where it is
         else:
             self.model_to_device()
+        for callback in averages:
+            callback.share_out(self.root_device)
         self.precision_plugin = by_whole_norm(self.precision_plugin, self.mesh, self.gradient_norm)
         self._reduce_metrics_over(self.mesh.dp_group)
         if fits:
@@ -334,13 +356,16 @@ class TensorParallelDDPStrategy(DDPStrategy):
     # ---- checkpoints: saved in the layout that `save_sharded` chooses, loaded from either
 
     def _layout(self, *, sharded: bool) -> "FullLayout | ShardedLayout":
-        if self._shared_out is not None:
-            self._shared_out.put_away()
+        self._put_away()
         if sharded:
             from gpt_lightning.parallel.sharded_layout import ShardedLayout  # slow to import
 
             return ShardedLayout(self._module, self.mesh)
         return FullLayout(self._module, self.mesh, self.checkpoint_io)
+
+    def _put_away(self) -> None:
+        if self._shared_out is not None:
+            self._shared_out.put_away()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -371,3 +396,15 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._layout(sharded=FOLDER_KEY in checkpoint).load_optimizers(checkpoint, self.optimizers)
+
+    # ---- a copy of the model that holds averages
+
+    def _share_out_alike(self, averages: nn.Module) -> None:
+        if self._shared_out is not None:
+            share_out_like(averages, self._module)
+
+    def _whole_state(self, averages: nn.Module) -> dict[str, Any]:
+        return FullLayout(averages, self.mesh, self.checkpoint_io).model_state()
+
+    def _load_trained(self, checkpoint: Mapping[str, Any]) -> None:
+        self.load_model_state_dict({**checkpoint, WEIGHTS: checkpoint[TRAINED_KEY]})

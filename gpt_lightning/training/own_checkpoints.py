@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gpt_lightning.checkpoint.callback_states import AVERAGING_KEY, TRAINED_KEY, problem_of_saver
-from gpt_lightning.checkpoint.files import WEIGHTS, is_own
+from gpt_lightning.checkpoint.callback_states import problem_of_saver
+from gpt_lightning.checkpoint.files import AVERAGING_KEY, TRAINED_KEY, WEIGHTS, is_own
 from gpt_lightning.checkpoint.runs import LAST
 from gpt_lightning.checkpoint.values import short
 from gpt_lightning.exit_codes import UserError

@@ -176,8 +176,8 @@ def test_a_sharded_run_is_resumed_and_consolidated(
         ),
         (strategy(0, 2), "trainer.strategy.tensor_parallel_size=0 is below 1"),
         (
-            [*strategy(2, 2), "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"],
-            "trainer.callbacks: EMAWeightAveraging averages whole weights",
+            [*strategy(2, 2, save_sharded=True), "--trainer.callbacks+=EMAWeightAveraging"],
+            "trainer.callbacks: EMAWeightAveraging keeps averages in one file",
         ),
     ],
 )

@@ -44,6 +44,7 @@ class Run:
     save_to: str | None = None
     strategy_class: type[TensorParallelDDPStrategy] = TensorParallelDDPStrategy
     plugins: Any = None  # a function that makes them, in the rank
+    callbacks: Any = None  # likewise
 
 
 class RecordingModule(GPTLightningModule):
@@ -74,6 +75,7 @@ class Recorder(pl.Callback):
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.scales: list[float] = []
+        self.evaluated: list[float] = []
         self._step = None
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
@@ -85,6 +87,9 @@ class Recorder(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.scales.append(scaler.get_scale())
+
+    def on_validation_end(self, trainer: Any, *args: Any) -> None:
+        self.evaluated.append(float(trainer.callback_metrics["val/loss"]))
 
 
 def build(corpus: Path, run: Run) -> tuple[RecordingModule, TextDataModule]:
@@ -130,7 +135,7 @@ def trainer_of(run: Run, folder: Path, recorder: Recorder) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         strategy=strategy,
-        callbacks=[recorder],
+        callbacks=[recorder, *(run.callbacks() if run.callbacks else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -154,6 +159,7 @@ def fit(run: Run, corpus: Path) -> dict[str, Any]:
         "losses": recorder.losses,
         "norms": recorder.norms,
         "scales": recorder.scales,
+        "evaluated": recorder.evaluated,
         "gradients": module.gradients,
         "replicated": {n: own[n] for n, p in module.named_parameters() if p not in shards},
         "parts": {n: own[n] for n, p in module.named_parameters() if p in shards},

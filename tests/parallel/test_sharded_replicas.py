@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,57 @@ class Overflowing(RecordingModule):
     def on_after_backward(self) -> None:
         if self.trainer.global_step == 3 and self.trainer.global_rank == 1:
             local(self.model.blocks[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
+
+class SavedAfterFourSteps(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, i: int) -> None:
+        if i == 7:
+            trainer.save_checkpoint(self.path)
+
+
+def averages(path: Path) -> list[pl.Callback]:
+    return [pl.callbacks.EMAWeightAveraging(decay=0.8), SavedAfterFourSteps(path)]
+
+
+def test_averages_are_those_of_one_process(shared_corpus: Path, tmp_path: Path) -> None:
+    """They are evaluated and saved, and what was trained beside them; from the file a run goes on."""
+    evaluation = {"limit_val_batches": 2, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    files: dict[str, dict[str, Any]] = {}
+    one: dict[str, Any] = {}
+    for name, tp, dp, strategy in (
+        ("one", 1, 1, {}),
+        ("cut", 2, 1, {}),
+        ("by steps", 1, 2, OPTIMIZER),
+        ("shared", 2, 2, FULL),
+    ):
+        path = tmp_path / f"{name}.ckpt"
+        options = {"steps": 8, "strategy": strategy, "trainer": evaluation}
+        run = Run(tp, dp, callbacks=partial(averages, path), **options)
+        ranks = run_everywhere(run, shared_corpus)
+        files[name] = Checkpoint.open(path).contents
+        one = one or ranks[0]
+        assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=2e-6, rel=0)
+        assert ranks[0]["evaluated"] == pytest.approx(one["evaluated"], abs=2e-6, rel=0)
+    assert len(one["evaluated"]) == 3 and len(one["losses"]) == 8
+    of_one = files["one"]
+    averaged, trained = of_one["state_dict"], of_one["current_model_state"]
+    assert float((averaged["model.ln_f.weight"] - trained["model.ln_f.weight"]).abs().max()) > 1e-4
+    for file in files.values():
+        assert file.keys() == of_one.keys() and file["callbacks"].keys() == of_one["callbacks"].keys()
+        for key in ("state_dict", "current_model_state", "averaging_state"):
+            assert file[key].keys() == of_one[key].keys()
+            for name, tensor in file[key].items():
+                torch.testing.assert_close(tensor, of_one[key][name], rtol=0, atol=1e-6)
+    rest = run_everywhere(replace(run, resume_from=str(path)), shared_corpus)
+    assert ranks[0]["losses"][4:] == rest[0]["losses"]
+    for rank, resumed in zip(ranks, rest):  # the averages, which take the weights' place at the end
+        for part in ("replicated", "parts"):
+            assert all(torch.equal(resumed[part][name], own) for name, own in rank[part].items())
+    (at_one,) = run_everywhere(Run(resume_from=str(path), **{**options, "strategy": {}}), shared_corpus)
+    assert at_one["losses"] == pytest.approx(one["losses"][4:], abs=2e-6, rel=0)
+
 
 
 def overflow(run: Run, corpus: Path) -> list[float]:
@@ -424,3 +476,9 @@ def test_what_would_go_wrong_is_refused(
 ) -> None:
     for message in run_ranks(refusal, 2, kind, tmp_path, strategy):
         assert words in message
+class AveragedByEpoch(Plain):
+    def configure_callbacks(self) -> pl.Callback:
+        return pl.callbacks.StochasticWeightAveraging(0.1)
+
+
+        (AveragedByEpoch, {}, "StochasticWeightAveraging averages whole weights"),
