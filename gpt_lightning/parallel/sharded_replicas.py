@@ -156,6 +156,11 @@ def sharing_group(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
+def copies_group(tensor: DTensor) -> dist.ProcessGroup | None:
+    """Returns the ranks that have the same rows, one of each copy, where there are several copies."""
+    return tensor.device_mesh.get_group(0) if tensor.device_mesh.ndim > 1 else None
+
+
 def with_rows(rows: Tensor, like: DTensor) -> DTensor:
     """Returns the tensor, shared as another one is, of which these are this rank's rows."""
     mesh, placements = like.device_mesh, like.placements

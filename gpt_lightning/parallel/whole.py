@@ -35,6 +35,33 @@ def on_whole(
     return [found[index] for index in range(len(parts))]
 
 
+def on_whole_once(
+    compute: Compute,
+    parts: Sequence[Tensor],
+    shards: Sequence[Shard],
+    group: dist.ProcessGroup,
+    copies: dist.ProcessGroup,
+) -> list[Tensor]:
+    """Does so where several groups hold the same parts: each has some of the matrices, and tells the others.
+
+    `copies` are the ranks, one of each group, that hold what this one holds.
+    """
+    numbers = range(dist.get_world_size(copies))
+    owners = _dealt_out([shard.full_shape(part) for part, shard in zip(parts, shards)], len(numbers))
+    dealt = [[index for index, owner in enumerate(owners) if owner == copy] for copy in numbers]
+    own, made = dealt[dist.get_rank(copies)], list[Tensor]()
+    if own:  # else there are more groups than matrices
+
+        def compute_own(places: list[int], wholes: list[Tensor]) -> list[Tensor]:
+            return compute([own[place] for place in places], wholes)
+
+        made = on_whole(compute_own, [parts[i] for i in own], [shards[i] for i in own], group)
+    shapes = [[parts[index].shape for index in each] for each in dealt]
+    arrived = exchange([made for _ in numbers], shapes, parts[0], copies)
+    found = {index: x for each, xs in zip(dealt, arrived) for index, x in zip(each, xs)}
+    return [found[index] for index in range(len(parts))]
+
+
 def _dealt_out(shapes: Sequence[list[int]], ranks: int) -> list[int]:
     """Returns which rank has each matrix."""
     owners = [0] * len(shapes)

@@ -16,9 +16,9 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from gpt_lightning.parallel.mesh import ParallelMesh
-from gpt_lightning.parallel.shard import Shard
-from gpt_lightning.parallel.sharded_replicas import local, rows_of, sharing_group
-from gpt_lightning.parallel.whole import on_whole
+from gpt_lightning.parallel.shard import Shard, is_shared
+from gpt_lightning.parallel.sharded_replicas import copies_group, local, rows_of, sharing_group
+from gpt_lightning.parallel.whole import on_whole, on_whole_once
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -147,7 +147,10 @@ class MuonWithAdamW(Optimizer):
         def compute(numbers: list[int], wholes: list[Tensor]) -> list[Tensor]:
             return self._of_replica([matrices[n] for n in numbers], wholes)
 
-        return on_whole(compute, ahead, [rows_of(weight) for weight in shared], sharing_group(shared[0]))
+        rows, group = [rows_of(weight) for weight in shared], sharing_group(shared[0])
+        if (copies := copies_group(shared[0])) is None:
+            return on_whole(compute, ahead, rows, group)
+        return on_whole_once(compute, ahead, rows, group, copies)
 
     def _of_replica(self, matrices: Sequence[BlockMatrix], ahead: Sequence[Tensor]) -> list[Tensor]:
         """Returns the update of each weight, of which tensor-parallel peers may have parts."""

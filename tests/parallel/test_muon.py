@@ -1,6 +1,7 @@
 """The update of a cut matrix is that of the whole one, at every topology."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,14 @@ def fit_and_count(run: Run, corpus: Path) -> tuple[list[float], int]:
     return fit(run, corpus)["losses"], sum(counted)
 
 
-@pytest.mark.parametrize("tp, dp", [(1, 2), (2, 2)])
+@pytest.mark.parametrize("tp, dp, nodes", [(1, 2, 1), (2, 2, 1), (1, 4, 2)])
 def test_replicas_that_share_a_matrix_compute_it_once(
-    tp: int, dp: int, shared_corpus: Path, one_process: OneProcess
+    tp: int, dp: int, nodes: int, shared_corpus: Path, one_process: OneProcess
 ) -> None:
     options = {**MUON, "config": {}}
     one, run = one_process(**options)["losses"], Run(tp, dp, strategy={"shard_replicas": "full"}, **options)
-    ranks = run_ranks(fit_and_count, tp * dp, run, shared_corpus)
+    run = replace(run, trainer={"devices": tp * dp // nodes, "num_nodes": nodes})
+    ranks = run_ranks(fit_and_count, tp * dp, run, shared_corpus, nodes=nodes)
     n_matrices = 2 * (3 + 3)  # layers; q, k and v, and three others
     assert sum(count for _, count in ranks) == 20 * n_matrices
     for losses, count in ranks:
