@@ -1,5 +1,6 @@
 """What other modules than ours do: several names for a layer, frozen blocks, their own optimizers, hooks."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from gpt_lightning.parallel.plan import resolve
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, torchrun_environments
 from tests.parallel.runs import Recorder, Run, build, run_everywhere, trainer_of
 
 pytestmark = pytest.mark.slow
@@ -223,3 +224,32 @@ def test_a_file_takes_the_place_of_a_sharded_folder(shared_corpus: Path, tmp_pat
     assert path.is_file() and torch.load(path, weights_only=True)["global_step"] == 4
     run_everywhere(Run(2, 1, steps=6, strategy=sharded, save_to=str(path)), shared_corpus)
     assert path.is_dir() and not list(tmp_path.glob(".*"))
+
+
+def fit_by_forks(folder: Path, devices: int) -> dict[str, Tensor]:
+    """Has the Trainer start its ranks itself: the weights that the first process has in the end."""
+    for name in torchrun_environments(1)[0]:
+        os.environ.pop(name)
+    module, generator = Plain(), torch.Generator().manual_seed(1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=TensorParallelDDPStrategy(start_method="fork") if devices > 1 else "auto",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(torch.randn(32, 6, generator=generator), batch_size=8))
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def test_forked_ranks_leave_their_weights_to_the_first_process(tmp_path: Path) -> None:
+    (one,), (two,) = (run_ranks(fit_by_forks, 1, tmp_path, devices) for devices in (1, 2))
+    new = Plain()
+    assert not torch.equal(one["net.0.weight"], new.get_parameter("net.0.weight"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)

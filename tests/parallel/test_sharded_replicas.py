@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from gpt_lightning.callbacks.exact_resume import ExactResume
+from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, consolidate
 from gpt_lightning.parallel.sharded_replicas import gathered_apart, local
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -77,9 +79,15 @@ def test_variants(name: str, shared_corpus: Path, one_process: OneProcess) -> No
     assert_equal(ranks, one_process(**options))
 
 
-def test_nodes_hold_copies(shared_corpus: Path, one_process: OneProcess) -> None:
-    ranks = run_ranks(fit, 4, Run(1, 4, strategy=FULL, trainer=NODES), shared_corpus, nodes=2)
+def test_nodes_hold_copies_of_which_one_is_saved(
+    shared_corpus: Path, tmp_path: Path, one_process: OneProcess
+) -> None:
+    run = Run(1, 4, strategy={**FULL, "save_sharded": True}, trainer=NODES, save_to=str(tmp_path / "folder"))
+    ranks = run_ranks(fit, 4, run, shared_corpus, nodes=2)
     rows = [rank["replicated"] for rank in ranks]
+    consolidate(tmp_path / "folder", tmp_path / "whole")
+    saved = Checkpoint.open(tmp_path / "whole").contents["state_dict"]
+    assert all(torch.equal(saved[n], torch.cat([part, rows[1][n]])) for n, part in rows[0].items())
     for one, other, is_copy in ((0, 2, True), (1, 3, True), (0, 1, False)):
         assert all(torch.equal(own, rows[other][name]) for name, own in rows[one].items()) == is_copy
     assert_equal(ranks, one_process())
@@ -129,8 +137,9 @@ def test_a_run_goes_on_at_other_topologies(
 
 
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(shared_corpus: Path, tmp_path: Path) -> None:
-    """Bit for bit, moments and all."""
-    options: dict[str, Any] = {"steps": 8, "strategy": FULL, "accumulate": 1}
+    """Bit for bit, moments, dropout and all."""
+    options: dict[str, Any] = {"steps": 8, "strategy": FULL, "accumulate": 1, "config": {"dropout": 0.3}}
+    options["callbacks"] = lambda: [ExactResume()]
     ranks = run_everywhere(Run(1, 2, **options), shared_corpus)
     path = str(tmp_path / "run.ckpt")
     first = run_everywhere(Run(1, 2, stop_after=4, save_to=path, **options), shared_corpus)
@@ -161,15 +170,6 @@ def test_the_file_is_that_of_one_process(shared_corpus: Path, tmp_path: Path) ->
             for key, value in entry.items():
                 torch.testing.assert_close(theirs["state"][index][key], value, rtol=1e-3, atol=1e-6)
 
-
-# ---- what looks at parameters and gradients
-
-class Overflowing(RecordingModule):
-    """The rows of one rank get an infinite gradient in the fourth step."""
-
-    def on_after_backward(self) -> None:
-        if self.trainer.global_step == 3 and self.trainer.global_rank == 1:
-            local(self.model.blocks[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
 
 class SavedAfterFourSteps(pl.Callback):
     def __init__(self, path: Path) -> None:
@@ -222,6 +222,15 @@ def test_averages_are_those_of_one_process(shared_corpus: Path, tmp_path: Path) 
     assert at_one["losses"] == pytest.approx(one["losses"][4:], abs=2e-6, rel=0)
 
 
+# ---- what looks at parameters and gradients
+
+class Overflowing(RecordingModule):
+    """The rows of one rank get an infinite gradient in the fourth step."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 3 and self.trainer.global_rank == 1:
+            local(self.model.blocks[0].mlp.up_proj.weight.grad)[0, 0] = torch.inf
+
 
 def overflow(run: Run, corpus: Path) -> list[float]:
     module, datamodule = build(corpus, run)
@@ -255,17 +264,33 @@ class LeavingOut(RecordingModule):
         self.unchanged.append(all(torch.equal(before, now) for before, now in pairs))
 
 
-def leave_out(run: Run, corpus: Path) -> list[bool]:
+class LeftOutByTheHost(LeavingOut):
+    """Has NaN in one rank's rows of the second step's gradient, which the guard sees."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 1 and self.trainer.global_rank == 1:
+            local(self.model.blocks[0].mlp.up_proj.weight.grad)[0, 0] = torch.nan
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before = [local(parameter).clone() for parameter in self.parameters()]
+
+
+def leave_out(kind: type[LeavingOut], run: Run, corpus: Path) -> list[bool]:
     module, datamodule = build(corpus, run)
-    module.__class__ = LeavingOut
+    module.__class__ = kind
     trainer_of(run, corpus.parent, Recorder(None)).fit(module, datamodule)
     return module.unchanged
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_that_the_device_leaves_out_changes_nothing(name: str, shared_corpus: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, name", [(LeavingOut, "adamw"), (LeavingOut, "muon"), (LeftOutByTheHost, "adamw")]
+)
+def test_a_step_that_is_left_out_changes_nothing(
+    kind: type[LeavingOut], name: str, shared_corpus: Path
+) -> None:
     run = Run(1, 2, steps=3, accumulate=1, strategy=FULL, optimizer={"name": name})
-    assert run_ranks(leave_out, 2, run, shared_corpus) == [[False, True, False]] * 2
+    run = replace(run, callbacks=(lambda: [FiniteGuard(1)]) if kind is LeftOutByTheHost else None)
+    assert run_ranks(leave_out, 2, kind, run, shared_corpus) == [[False, True, False]] * 2
 
 
 class DriftingRows(RecordingModule):
@@ -452,6 +477,11 @@ class Scalar(Plain):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+class AveragedByEpoch(Plain):
+    def configure_callbacks(self) -> pl.Callback:
+        return pl.callbacks.StochasticWeightAveraging(0.1)
+
+
 def refusal(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> str:
     with pytest.raises(ValueError) as error:
         train(kind, folder, strategy)
@@ -464,6 +494,7 @@ def refusal(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -
         (Quasi, FULL, "LBFGS needs whole parameters, and data-parallel ranks hold parts"),
         (Manual, FULL, "shard_replicas cannot tell where a step ends of Manual"),
         (Scalar, FULL, "scale is a single number"),
+        (AveragedByEpoch, {}, "StochasticWeightAveraging averages whole weights"),
         (Plain, {"shard_replicas": "some"}, "shard_replicas=some is unknown"),
         (Plain, {"reduce_dtype": "fp8"}, "reduce_dtype=fp8 is unknown"),
         (Plain, {**FULL, "static_graph": True}, "static_graph=True is for DDP"),
@@ -476,9 +507,3 @@ def test_what_would_go_wrong_is_refused(
 ) -> None:
     for message in run_ranks(refusal, 2, kind, tmp_path, strategy):
         assert words in message
-class AveragedByEpoch(Plain):
-    def configure_callbacks(self) -> pl.Callback:
-        return pl.callbacks.StochasticWeightAveraging(0.1)
-
-
-        (AveragedByEpoch, {}, "StochasticWeightAveraging averages whole weights"),
