@@ -37,8 +37,8 @@ def read_chat(folder: Path) -> dict[str, Any]:
 def check_chat(state: object) -> bool:
     """Tells whether a checkpoint's entry is one that `read_chat` may have made."""
     match state:
-        case {"template": str(), "tokens": dict(tokens)} if len(state) == 2:
-            return all(type(key) is str and type(value) is str for key, value in tokens.items())
+        case {"template": str(), "tokens": dict(tokens), **rest}:
+            return not rest and {type(each) for pair in tokens.items() for each in pair} <= {str}
     return False
 
 
@@ -54,8 +54,8 @@ def render_chat(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        (text,), _ = render_jinja_template(
-            [[*messages]],
+        texts, _ = render_jinja_template(
+            [[{**message} for message in messages]],
             chat_template=chat["template"],
             add_generation_prompt=True,
             **{**chat["tokens"], **options},
@@ -63,7 +63,7 @@ def render_chat(
     except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"messages do not fit the model's chat template ({reason}); send others") from None
-    return str(text)
+    return "".join(texts)
 
 
 def _content(token: Any) -> str:

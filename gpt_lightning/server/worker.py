@@ -15,7 +15,8 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.engine import Engine, FinishReason, Request, Step
+from gpt_lightning.generation.engine import Engine, Request, Step
+from gpt_lightning.generation.rows import FinishReason
 from gpt_lightning.generation.surprise import ScoredToken
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.server.fields import Refusal

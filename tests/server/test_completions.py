@@ -132,7 +132,8 @@ def test_a_stop_string_ends_the_text_before_it(client: Any, is_stream: bool) -> 
 
 @pytest.mark.parametrize("is_echo", [False, True])
 def test_a_stream_comes_to_what_one_answer_holds(client: Any, is_echo: bool) -> None:
-    fields = {"prompt": ["The cat", "从前"], "n": 2, "logprobs": 3, "echo": is_echo, "temperature": 1.0, "seed": 1}
+    fields: dict[str, Any] = {"prompt": ["The cat", "从前"], "n": 2, "logprobs": 3, "echo": is_echo}
+    fields |= {"temperature": 1.0, "seed": 1}
     answer, found = ask(client, **fields), streamed(client, **fields)
     for choice in answer.choices:
         parts = found[choice.index]
