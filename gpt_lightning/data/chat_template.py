@@ -54,7 +54,7 @@ def render_chat(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, _ = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [[{**message} for message in messages]],
             chat_template=chat["template"],
             add_generation_prompt=True,
@@ -63,7 +63,7 @@ def render_chat(
     except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"messages do not fit the model's chat template ({reason}); send others") from None
-    return "".join(texts)
+    return str(rendered[0][0])
 
 
 def _content(token: Any) -> str:

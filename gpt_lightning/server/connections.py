@@ -15,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
 
+_UNREAD_BYTES = 2**17  # of an answer that the system keeps for a client which does not take it
+
 
 class Connections:
     """Knows the connections that have no request running, in the order of their silence."""
@@ -48,6 +50,7 @@ class Connection(H11Protocol):
         if (connected := transport.get_extra_info("socket")) is not None:
             # Of a machine that is gone without a word the system itself finds out.
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         self._group.n_open += 1
         self._group.metrics.connections = self._group.n_open
         self._wait_for_head()

@@ -36,7 +36,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("max_queue", "grace_seconds") else 1
+            least = 0 if field.name in ("max_queue", "grace_seconds") else 1 if type(value) is int else 0.1
             if not least <= value < float("inf"):
                 rule = f"is below {least} or infinite"
                 raise UserError(f"limits.{field.name}={value} {rule}; choose a number between")

@@ -127,7 +127,7 @@ def test_a_stream_comes_to_what_one_answer_holds(client: Any, folder: Path, toke
     assert [token.logprob for token in first.logprobs.content] == pytest.approx(logprobs, abs=1e-5)
     assert all(len(token.top_logprobs) == 2 for token in first.logprobs.content)
     assert b"".join(bytes(token.bytes) for token in first.logprobs.content).decode(errors="ignore") == text
-    texts, tokens, reasons, roles = ["", ""], [[], []], [None, None], [None, None]  # type: ignore[var-annotated]
+    texts, tokens, reasons, roles = ["", ""], [[], []], ["", ""], ["", ""]  # type: ignore[var-annotated]
     options = {"include_usage": True}
     *chunks, last = client.chat.completions.create(**fields, stream=True, stream_options=options)
     for chunk in chunks:
