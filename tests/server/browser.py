@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 PATIENCE = 20.0  # seconds
-WORDS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,900")
+WORDS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900")
 
 
 class Site:
@@ -24,9 +24,9 @@ class Site:
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process, self.url = process, url
 
-    def ask(self, **body: Any) -> dict[str, Any]:
+    def ask(self, what: str = "completions", **body: Any) -> dict[str, Any]:
         headers = {"content-type": "application/json"}
-        request = Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        request = Request(f"{self.url}/v1/{what}", json.dumps(body).encode(), headers)
         with urlopen(request, timeout=PATIENCE) as answer:
             return json.load(answer)
 

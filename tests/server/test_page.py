@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.server.reciting import write_checkpoint, write_reciting
 
 in_a_browser = [pytest.mark.slow, pytest.mark.xdist_group("page")]
 HOSTILE = "<script>hit=1</script><img src=x onerror=hit=2>\" onfocus='hit=3' {{ hit }} &lt;b&gt;\n我在\t年青😀"
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 KEY = "a-key-of-forty-letters-that-nobody-knows"
 
 
@@ -32,7 +33,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     sizes = dict(max_position_embeddings=32, n_layers=2, n_heads=2, d_model=16)
     model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
     write_checkpoint(folder / "writing" / "last.ckpt", model, tokenizer)
-    write_reciting(folder / "hostile" / "last.ckpt", HOSTILE, load_tokenizer("bytes"))
+    hostile = load_tokenizer("bytes")
+    hostile.chat = {"template": TEMPLATE, "tokens": {}}
+    write_reciting(folder / "hostile" / "last.ckpt", HOSTILE, hostile)
     paths = [f"--ckpt_path={folder / name / 'last.ckpt'}" for name in ("writing", "hostile")]
     with serving(folder, *paths, "--generation.max_new_tokens", "24") as opened:
         yield opened
@@ -101,7 +104,8 @@ class Tab:
         """Returns the text of each column, as its tokens have it."""
         return self.run(
             "return [...document.querySelectorAll('.column')].map((column) =>"
-            " [...column.querySelectorAll('.tokens > span:not(.prompt)')].map((span) => span.textContent).join(''))"
+            " [...column.querySelectorAll('.tokens > span:not(.prompt)')]"
+            ".map((span) => span.textContent).join(''))"
         )
 
     def requests(self) -> list[str]:
@@ -190,6 +194,37 @@ class TestInABrowser:
         tab.write("The")
         assert len(tab.all(".tokens > span")) == 5
 
+    def test_a_chat_goes_on_where_it_stands(self, tab: Tab) -> None:
+        tab["#layout [value=chat]"].find_element("xpath", "..").click()
+        tab.set("model", "hostile")
+        tab.set("system", "Be kind.")
+        tab.set("temperature", "0")
+        messages = [{"role": "system", "content": "Be kind."}]
+        for said in ("Who are you?", "我在年青时候"):
+            tab["#prompt"].send_keys(said)
+            tab.press("SHIFT", "ENTER")
+            assert tab["#prompt"].get_property("value") == said + "\n" and tab["#write"].is_enabled()
+            tab.press("BACKSPACE")
+            tab.press("ENTER")
+            tab.wait()
+            messages.append({"role": "user", "content": said})
+            answer = tab.site.ask("chat/completions", model="hostile", messages=messages, temperature=0)
+            messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+        turns = tab.run(
+            "return [...document.querySelectorAll('.turn')].flatMap((turn) =>"
+            " [turn.querySelector('.said').textContent, turn.querySelector('.tokens').textContent])"
+        )
+        assert turns == [message["content"] for message in messages[1:]]
+        tab["#again"].click()
+        tab.wait()
+        assert len(tab.all(".turn")) == 2 and tab.all("#tip") and tab["#prompt"].get_property("value") == ""
+        tab["#fresh"].click()
+        assert tab.all(".turn") == []
+        tab["#open-history"].click()
+        assert len(tab.all("#entries li")) == 1  # the whole conversation
+        tab["#entries .open"].click()
+        assert len(tab.all(".turn")) == 2
+
     def test_two_models_stand_side_by_side(self, tab: Tab) -> None:
         tab["#compare"].click()
         tab.set("temperature", "0", column=1)
@@ -250,7 +285,8 @@ class TestInABrowser:
         asked = tab.requests()
         paths = {address.removeprefix(tab.site.url) for address in asked}
         assert paths == {"/", "/v1/models", "/v1/completions"}
-        assert [entry for entry in tab.chrome.get_log("browser") if "Content Security" in entry["message"]] == []
+        said = [entry["message"] for entry in tab.chrome.get_log("browser")]
+        assert [message for message in said if "Content Security" in message] == []
 
     def test_a_narrow_screen_needs_no_scrolling_sideways(self, tab: Tab) -> None:
         size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
@@ -286,9 +322,10 @@ class TestInABrowser:
         tab.run(
             "const [one] = JSON.parse(localStorage['gpt_lightning.history']);"
             "const large = structuredClone(one.columns);"
-            "large[0].turns[0].tokens = Array(1000).fill({text: 'x'.repeat(40), name: '', logprob: 0, others: []});"
-            "localStorage['gpt_lightning.history'] = JSON.stringify("
-            " Array.from({length: 60}, (_, n) => ({...one, id: `old${n}`, columns: n < 20 ? one.columns : large})))"
+            "large[0].turns[0].tokens ="
+            " Array(1000).fill({text: 'x'.repeat(40), name: '', logprob: 0, others: []});"
+            "const entry = (_, n) => ({...one, id: `old${n}`, columns: n < 20 ? one.columns : large});"
+            "localStorage['gpt_lightning.history'] = JSON.stringify(Array.from({length: 60}, entry))"
         )
         tab.reload()
         tab.write("The newest")
@@ -300,7 +337,8 @@ class TestInABrowser:
         assert tab["#entries .what"].text == "The first one"
         tab["#clear"].click()
         tab.chrome.switch_to.alert.accept()
-        assert tab.all("#entries li") == [] and tab.run("return localStorage['gpt_lightning.history']") == "[]"
+        assert tab.all("#entries li") == []
+        assert tab.run("return localStorage['gpt_lightning.history']") == "[]"
 
     def test_a_broken_history_is_let_go(self, tab: Tab) -> None:
         for broken in ("{", "3", '[{"id": 1}]', "[null]"):
@@ -395,8 +433,9 @@ def test_no_text_can_become_an_element(html: str, tmp_path: Path) -> None:
 def test_each_field_has_a_label(html: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     wrapped = "".join(re.findall(r"<label>?.*?</label>", html, re.DOTALL))
-    fields = [(tag, a) for tag, a in Page(tmp_path / "page.html").elements if tag in ("input", "textarea", "select")]
-    for _, attributes in fields:
+    elements = Page(tmp_path / "page.html").elements
+    fields = [attributes for tag, attributes in elements if tag in ("input", "textarea", "select")]
+    for attributes in fields:
         named = f'for="{attributes.get("id")}"' in html or f'name="{attributes["name"]}"' in wrapped
         assert named, attributes
     assert len(fields) > 12
