@@ -125,7 +125,7 @@ class TestInABrowser:
     pytestmark = in_a_browser
 
     def test_the_streamed_text_is_that_of_the_answer_in_one_piece(self, tab: Tab) -> None:
-        for seed in (1, 2, 3):
+        for seed in (1, 2):
             tab.set("seed", str(seed))
             tab.write("从前 the cat")
             expected = tab.site.write(model="writing", prompt="从前 the cat", seed=seed)
@@ -152,7 +152,7 @@ class TestInABrowser:
         assert shares == pytest.approx([100 * math.exp(value) for value in likeliest], rel=0.01)
         assert len(shares) >= 5
 
-    def test_a_token_tells_of_itself_to_a_mouse_and_to_keys(self, tab: Tab) -> None:
+    def test_a_token_tells_of_itself_to_a_mouse_a_finger_and_keys(self, tab: Tab) -> None:
         from selenium.webdriver import ActionChains
 
         tab.write("The dog")
@@ -160,6 +160,9 @@ class TestInABrowser:
         by_mouse = tab["#tip"].text
         ActionChains(tab.chrome).move_to_element(tab["h1"]).perform()
         assert by_mouse and not tab.all("#tip.shown")
+        tab.all(".tokens > span")[3].click()  # as a tap is
+        ActionChains(tab.chrome).move_to_element(tab["h1"]).perform()
+        assert tab["#tip"].text == by_mouse
         tab.run("document.querySelector('.tokens > span').focus()")
         for _ in range(3):
             tab.press("ARROW_RIGHT")
