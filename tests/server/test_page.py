@@ -353,7 +353,7 @@ class TestInABrowser:
     def test_a_fault_stands_at_the_field_it_is_about(self, tab: Tab) -> None:
         tab.write("The cat")
         before = tab.texts()
-        for name, value in (("top_p", "3"), ("seed", "-5"), ("temperature", "-1")):
+        for name, value in (("top_p", "3"), ("max_tokens", "0"), ("temperature", "-1")):
             tab.set(name, value)
             tab["#write"].click()
             until(lambda: tab[f"#{name}-0-fault"].text)
