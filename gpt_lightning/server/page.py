@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 _PARTS = Path(__file__).with_name("web")
 _LOOKS = Path(__file__).parents[1] / "report" / "base.css"  # which the pages about runs have, too
-_SCRIPTS = ("api.js", "tokens.js", "history.js", "column.js", "page.js")  # each may use those before it
+# Each may use those before it.
+_SCRIPTS = ("api.js", "tokens.js", "turn.js", "history.js", "column.js", "page.js")
 
 
 def page_response() -> Response:

@@ -1,6 +1,5 @@
 """Holds the page to its promises, in a real browser before a real server, and as text."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.server.page import page
 from tests.report.pages import Page
-from tests.server.browser import Site, chromium, serving, until
+from tests.server.browser import Site, Tab, chromium, serving, until
 from tests.server.reciting import write_checkpoint, write_reciting
 
 in_a_browser = [pytest.mark.slow, pytest.mark.xdist_group("page")]
@@ -45,75 +44,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def chrome() -> Iterator[Any]:
     with chromium() as browser:
         yield browser
-
-
-class Tab:
-    """Is the page in the browser, driven as a person does it."""
-
-    def __init__(self, chrome: Any, site: Site) -> None:
-        self.chrome, self.site, self.run = chrome, site, chrome.execute_script
-        chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        chrome.get(site.url)
-        self.run("localStorage.clear()")
-        self.reload()
-
-    def reload(self) -> None:
-        self.chrome.get(self.site.url)
-        until(lambda: self["#write"].is_enabled())
-
-    def __getitem__(self, selector: str) -> Any:
-        return self.chrome.find_element("css selector", selector)
-
-    def all(self, selector: str) -> list[Any]:
-        return self.chrome.find_elements("css selector", selector)
-
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver import ActionChains, Keys
-
-        *held, last = [getattr(Keys, key, key) for key in keys]
-        actions = ActionChains(self.chrome)
-        for key in held:
-            actions.key_down(key)
-        actions.send_keys(last)
-        for key in held:
-            actions.key_up(key)
-        actions.perform()
-
-    def open_settings(self) -> None:
-        self.run("document.querySelectorAll('details').forEach((each) => (each.open = true))")
-
-    def set(self, name: str, value: str, column: int = 0) -> None:
-        self.open_settings()
-        field = self[f"#{name}-{column}"]
-        if field.tag_name == "select":
-            field.send_keys(value)
-        else:
-            field.clear()
-            field.send_keys(value)
-
-    def write(self, prompt: str) -> None:
-        self["#prompt"].clear()
-        self["#prompt"].send_keys(prompt)
-        self["#write"].click()
-        self.wait()
-
-    def wait(self) -> None:
-        until(lambda: self["#again"].is_enabled())
-
-    def texts(self) -> list[str]:
-        """Returns the text of each column, as its tokens have it."""
-        return self.run(
-            "return [...document.querySelectorAll('.column')].map((column) =>"
-            " [...column.querySelectorAll('.tokens > span:not(.prompt)')]"
-            ".map((span) => span.textContent).join(''))"
-        )
-
-    def requests(self) -> list[str]:
-        """Lists the addresses asked for since the last call."""
-        events = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
-        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        addresses = [each["request"]["url"] for each in sent]
-        return [address for address in addresses if not address.startswith("data:")]
 
 
 @pytest.fixture
