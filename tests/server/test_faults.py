@@ -25,14 +25,15 @@ from tests.server.test_refusals import BAD, content_of  # noqa: E402
 
 pytestmark = pytest.mark.faults
 N_REQUESTS = int(os.environ.get("SERVE_REQUESTS", "1000"))  # 5000 for the figure of docs/serving.md
-LIMITS = "max_body_bytes=20000 max_prompt_tokens=500 max_tokens=64 max_queue=36".split()
+LIMITS = "max_body_bytes=20000 max_prompt_tokens=500 max_tokens=64 max_queue=10".split()
 
 
 @contextmanager
 def program(folder: Path, *words: str, log: Any = subprocess.PIPE) -> Iterator[tuple[Any, str]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gpt_lightning", "serve", "--port", str(port), "--device", "cpu", *words]
+    words = ("--port", str(port), "--device", "cpu", *words)
+    command = [sys.executable, "-m", "gpt_lightning", "serve", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=folder, stderr=log, text=True, env=environment)
     address = f"http://127.0.0.1:{port}"
@@ -85,7 +86,8 @@ def test_bad_clients_leave_nothing_behind(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
     limits = [word for limit in LIMITS for word in f"--limits.{limit}".split("=")]
     with program(tmp_path, *limits, "--limits.header_seconds", "5") as (process, address):
-        silent = [socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) for _ in range(1000)]
+        place = ("127.0.0.1", int(address.rpartition(":")[2]))
+        silent = [socket.create_connection(place) for _ in range(1000)]
         expected = httpx.post(f"{address}/v1/completions", json={"temperature": 0, "max_tokens": 20}).json()
         kinds = [*BAD.values()]
 
@@ -120,9 +122,10 @@ def test_many_requests_take_no_more_memory_and_health_answers_at_once(tmp_path: 
         def ask(number: int) -> None:
             fields: dict[str, Any] = {"prompt": "The cat " * (number % 9), "max_tokens": 1 + number % 17}
             fields |= {"temperature": number % 3 / 2, "logprobs": number % 4, "stream": number % 2 == 0}
-            with httpx.stream("POST", f"{address}/v1/completions", json=fields, timeout=120) as answer:
+            with client.stream("POST", f"{address}/v1/completions", json=fields, timeout=120) as answer:
                 assert answer.status_code == 200 and len(answer.read()) > 50
 
+        client = httpx.Client(limits=httpx.Limits(max_connections=None))  # for all threads
         seconds: list[float] = []
         ended = threading.Event()
         health = threading.Thread(target=slowest_health, args=(address, ended, seconds))
@@ -136,7 +139,8 @@ def test_many_requests_take_no_more_memory_and_health_answers_at_once(tmp_path: 
         after = memory(process)
         seconds.sort()
         print(f"MiB after {N_REQUESTS // 4} requests {before:.1f}, after {N_REQUESTS} more {after:.1f};")
-        print(f"health: median {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms")
+        median, slowest = seconds[len(seconds) // 2] * 1000, seconds[-1] * 1000
+        print(f"health: median {median:.1f} ms, slowest {slowest:.1f} ms")
         assert after - before < 8
         assert seconds[int(len(seconds) * 0.99)] < 0.05
         process.send_signal(signal.SIGTERM)
