@@ -20,6 +20,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 
+from gpt_lightning.kernels.choose import PIN  # noqa: E402
 from tests.cli.test_generate import write_checkpoint  # noqa: E402
 from tests.server.test_refusals import BAD, content_of  # noqa: E402
 
@@ -34,7 +35,8 @@ def program(folder: Path, *words: str, log: Any = subprocess.PIPE) -> Iterator[t
         port = free.getsockname()[1]
     words = ("--port", str(port), "--device", "cpu", *words)
     command = [sys.executable, "-m", "gpt_lightning", "serve", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # oneDNN's products keep what they have made for each shape, until their cache of those is full.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", PIN: "linear,quantized"}
     process = subprocess.Popen(command, cwd=folder, stderr=log, text=True, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
