@@ -75,15 +75,6 @@ def leave_in_the_middle(address: str, number: int) -> None:
             opened.recv(10)
 
 
-def slowest_health(address: str, ended: threading.Event, found: list[float]) -> None:
-    with httpx.Client() as client:
-        while not ended.is_set():
-            start = time.monotonic()
-            assert client.get(f"{address}/health", timeout=30).status_code == 200
-            found.append(time.monotonic() - start)
-            ended.wait(0.01)
-
-
 def test_bad_clients_leave_nothing_behind(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
     limits = [word for limit in LIMITS for word in f"--limits.{limit}".split("=")]
@@ -117,7 +108,7 @@ def test_bad_clients_leave_nothing_behind(tmp_path: Path) -> None:
         assert process.returncode == 0 and "Traceback" not in said and len(said.splitlines()) < 5, said
 
 
-def test_many_requests_take_no_more_memory_and_health_answers_at_once(tmp_path: Path) -> None:
+def test_many_requests_take_no_more_memory_while_the_log_has_no_disk(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoints" / "run" / "last.ckpt")
     with open("/dev/full", "w") as full, program(tmp_path, log=full) as (process, address):
 
@@ -128,22 +119,12 @@ def test_many_requests_take_no_more_memory_and_health_answers_at_once(tmp_path: 
                 assert answer.status_code == 200 and len(answer.read()) > 50
 
         client = httpx.Client(limits=httpx.Limits(max_connections=None))  # for all threads
-        seconds: list[float] = []
-        ended = threading.Event()
-        health = threading.Thread(target=slowest_health, args=(address, ended, seconds))
         with ThreadPoolExecutor(32) as clients:
             list(clients.map(ask, range(N_REQUESTS // 4)))
             before = memory(process)
-            health.start()
             list(clients.map(ask, range(N_REQUESTS)))
-        ended.set()
-        health.join()
         after = memory(process)
-        seconds.sort()
-        print(f"MiB after {N_REQUESTS // 4} requests {before:.1f}, after {N_REQUESTS} more {after:.1f};")
-        median, slowest = seconds[len(seconds) // 2] * 1000, seconds[-1] * 1000
-        print(f"health: median {median:.1f} ms, slowest {slowest:.1f} ms")
+        print(f"MiB after {N_REQUESTS // 4} requests {before:.1f}, after {N_REQUESTS} more {after:.1f}")
         assert after - before < 8
-        assert seconds[int(len(seconds) * 0.99)] < 0.05
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
