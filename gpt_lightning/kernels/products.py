@@ -54,17 +54,21 @@ class OneRowProduct:
 
 
 class PackedProduct:
-    """Holds the weight in the blocks that oneDNN multiplies fastest for so many rows."""
+    """Holds the weight in the blocks that oneDNN multiplies fastest for so many rows.
+
+    One row is computed twice: alone it would be summed in another order than among others.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, n_rows: int) -> None:
         # What PyTorch's own compiler does with constant weights; there is no public name for it.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, max(2, n_rows))
         self._bias = bias
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
-        return output
+        rows = x.expand(2, *x.shape[1:]) if x.numel() == x.shape[-1] else x
+        output: Tensor = self._multiply(rows, self._weight, self._bias, "none", [], "")
+        return output if rows is x else output[:1]
 
 
 class IntegerProduct:
