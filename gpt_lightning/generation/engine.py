@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.prefill import compute, fill, holder
+from gpt_lightning.generation.prefill import PIECE, compute, fill, holder
 from gpt_lightning.generation.rows import Completion, Request, Row, Step
 from gpt_lightning.generation.sampling import GenerationConfig, Sampler, choose_each
 from gpt_lightning.kernels.attention import KVCache
@@ -57,9 +57,12 @@ class Engine:
         self._context = model.config.max_position_embeddings
         self._check(settings)
         self._ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-        self._batch_size, self._broadcast, self._prefill_tokens = batch_size, broadcast, prefill_tokens
+        self._batch_size, self._broadcast = batch_size, broadcast
         self._samplers: WeakValueDictionary[str, Sampler] = WeakValueDictionary()  # of the rows there are
         self._device = next(model.parameters()).device
+        at_once = PIECE if self._device.type == "cpu" else self._context
+        self._piece = min(at_once, prefill_tokens or at_once)
+        self._allowed = (prefill_tokens or math.inf) // self._piece * self._piece
         # The first one that waits may be in the cache in part, behind the rows in use.
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
@@ -187,7 +190,7 @@ class Engine:
         """Gives free rows to requests that wait, and reads as much of their texts as this step may."""
         self._make_room()
         left = self._allowance()
-        texts = {place: row.seen() for place, row in enumerate(self._rows)}
+        texts = {place: row.seen()[: row.n_read] for place, row in enumerate(self._rows)}
         missing: set[int] = set()
         while self._waiting and len(self._rows) < self._batch_size:
             row, place = self._waiting[0], len(self._rows)
@@ -195,31 +198,30 @@ class Engine:
             is_held = holder(text, texts) is not None
             n_missing = 0 if is_held else len(text) - row.n_cached
             if n_missing > left:
-                if left == self._prefill_tokens:  # which no step can read at once
-                    piece = text[: row.n_cached + self._prefill_tokens]
-                    row.n_cached = self._read(place, piece, row.n_cached)
+                if left == self._allowed:  # which no step can read at once
+                    self._read(row, text[: row.n_cached + int(left)])
                 break
             if row.n_cached > 0 and not is_held:
-                row.n_cached = self._read(place, text, row.n_cached)
+                self._read(row, text)
             else:
                 missing.add(place)
             left -= n_missing
-            texts[place] = text
+            texts[place], row.n_read = text, len(text)
             self._rows.append(self._waiting.popleft())
-        fill(self._model, self._cache, texts, missing, self._device)
+        fill(self._model, self._cache, texts, missing, self._device, self._piece)
         for place in missing:
             self._rows[place].n_cached = len(texts[place])
 
     def _allowance(self) -> float:
         """Returns how many tokens this step may read; a text that nobody waits behind is read at once."""
-        if self._prefill_tokens is None:
-            return math.inf
         first = self._waiting[0]
-        return max(self._prefill_tokens, 0 if self._rows else len(first.seen()) - first.n_cached)
+        return max(self._allowed, 0 if self._rows else len(first.seen()) - first.n_cached)
 
-    def _read(self, place: int, text: list[int], n_cached: int) -> int:
-        compute(self._model, self._cache, place, [text], self._device, n_cached)
-        return len(text)
+    def _read(self, row: Row, text: list[int]) -> None:
+        """Reads on behind the rows in use."""
+        place = len(self._rows)
+        compute(self._model, self._cache, place, [text], self._device, self._piece, row.n_cached)
+        row.n_cached = len(text)
 
     def _make_room(self) -> None:
         """Lets the cache grow where there are more or longer texts than it has room for."""

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt_lightning.kernels.attention import KVCache
+from gpt_lightning.kernels.attention import KVCache, in_blocks
 from gpt_lightning.model.gpt import GPTModel
 
-_MAX_PADDING = 0.25  # of the tokens that one pass is to compute
+PIECE = 128  # tokens of a text that a pass on a CPU reads; more are no faster there
 
 
 def visible_start(n_tokens: int, context_length: int, stride: int | None = None) -> int:
@@ -27,11 +27,16 @@ def visible_start(n_tokens: int, context_length: int, stride: int | None = None)
 
 
 def fill(
-    model: GPTModel, cache: KVCache, texts: dict[int, list[int]], missing: set[int], device: torch.device
+    model: GPTModel,
+    cache: KVCache,
+    texts: dict[int, list[int]],
+    missing: set[int],
+    device: torch.device,
+    piece: int,
 ) -> None:
-    """Makes the cache's rows hold their `texts`, which all but those of `missing` do already.
+    """Reads into the cache's rows their `texts`, which all but those of `missing` hold already.
 
-    Texts that begin alike, such as samples of one prompt, are computed once.
+    Equal texts, such as samples of one prompt, are computed once.
     """
     held = {place: tokens for place, tokens in texts.items() if place not in missing}
     computed: dict[int, list[int]] = {}
@@ -43,27 +48,22 @@ def fill(
         else:
             copies.append((source, place))
     for first, group in _groups(computed):
-        compute(model, cache, first, group, device)
+        compute(model, cache, first, group, device, piece)
     for source, place in copies:
         cache.copy_row(source, place, len(texts[place]))
 
 
 def holder(tokens: list[int], rows: dict[int, list[int]]) -> int | None:
-    """Finds a row that begins with these tokens."""
-    n = len(tokens)
-    # The last token first: of texts that begin alike, comparing all of them would take the longest.
-    alike = (place for place, others in rows.items() if others[n - 1 : n] == tokens[-1:])
-    return next((place for place in alike if rows[place][:n] == tokens), None)
+    """Finds a row that read these tokens; one that read others too would have rounded otherwise."""
+    return next((place for place, others in rows.items() if others == tokens), None)
 
 
 def _groups(rows: dict[int, list[int]]) -> Iterator[tuple[int, list[list[int]]]]:
-    """Yields neighbouring rows of similar length: the first one's place, and their tokens."""
+    """Yields neighbouring rows of as many blocks: the first one's place, and their tokens."""
     group: list[list[int]] = []
     first = 0
     for place, tokens in sorted(rows.items()):
-        together = [*group, tokens]
-        padded = len(together) * max(map(len, together))
-        if group and (place != first + len(group) or padded > (1 + _MAX_PADDING) * sum(map(len, together))):
+        if group and (place != first + len(group) or in_blocks(len(tokens)) != in_blocks(len(group[0]))):
             yield first, group
             group = []
         if not group:
@@ -79,16 +79,22 @@ def compute(
     first: int,
     texts: list[list[int]],
     device: torch.device,
+    piece: int,
     n_cached: int = 0,
 ) -> None:
-    """Runs one pass over what follows the first `n_cached` tokens of some rows' texts, which the cache holds.
+    """Reads what follows the first `n_cached` tokens of some rows' texts, which the cache holds, in pieces.
 
-    The shorter texts are padded at their ends, which nothing before them sees.
+    Each pass is padded to whole blocks, which nothing before them sees: so a text's own length alone decides
+    how it is computed, and its mates in the batch change no bit of it.
     """
     rows = cache.rows(first, first + len(texts))
     rows.lengths.fill_(n_cached)
+    room = min(in_blocks(cache.max_length), model.config.max_position_embeddings)
     longest = max(map(len, texts))
-    if longest > n_cached:
-        padded = [tokens[n_cached:] + [0] * (longest - len(tokens)) for tokens in texts]
+    for begin in range(n_cached, longest, piece):
+        end = min(begin + piece, longest)
+        width = min(in_blocks(end - begin), room - begin)
+        padded = [(tokens[begin:end] + [0] * width)[:width] for tokens in texts]
         model.hidden_states(torch.tensor(padded, device=device), kv_cache=rows)
-        rows.lengths.copy_(torch.tensor([len(tokens) for tokens in texts]))
+        rows.lengths.fill_(end)
+    rows.lengths.copy_(torch.tensor([len(tokens) for tokens in texts]))

@@ -70,6 +70,7 @@ class Row:
         self.uniforms = _uniforms(settings, request.number, request.sample)  # one for each new token
         self.tokens = list(request.prompt)  # the prompt and what followed
         self.n_cached = 0
+        self.n_read = 0  # of them; the others were drawn since
         self._context = context
         self._start = self._visible_start()  # of what is cached, and what follows it
         self._logprobs: list[float] = []

@@ -30,8 +30,16 @@ if TYPE_CHECKING:
 FLEX_BLOCK = 128  # FlexAttention's own default
 MIN_HEAD_DIM = 16  # of FlexAttention's kernels
 LONG_ROW = 512
+# Cached tokens are seen in blocks of so many: then a CPU's kernels add a row's products in the same order
+# whatever the longest row's length is.
+CACHE_BLOCK = 16
 # Multiplications of one product below which calling a CPU's blocks from Python costs more than it spares.
 _LEAST_WORK = {torch.bfloat16: 2**18, torch.float32: 2**27}
+
+
+def in_blocks(n_tokens: int) -> int:
+    """Rounds up to whole blocks of the cache."""
+    return -(-n_tokens // CACHE_BLOCK) * CACHE_BLOCK
 
 
 class KVCache:
@@ -59,7 +67,7 @@ class KVCache:
     def grow(self, batch_size: int, max_length: int) -> None:
         """Makes room for so many rows of so many tokens; what it holds stays."""
         n_more = batch_size - self._storage_rows
-        more = (0, 0, 0, max_length - self.max_length, 0, 0, 0, n_more)
+        more = (0, 0, 0, in_blocks(max_length) - in_blocks(self.max_length), 0, 0, 0, n_more)
         for n, layer in enumerate(self._layers):  # one after the other, so that only one is held twice
             self._layers[n] = F.pad(layer[0], more), F.pad(layer[1], more)
         self.lengths = F.pad(self.lengths, (0, n_more))
@@ -80,12 +88,14 @@ class KVCache:
         a pass that fails is begun again where it began.
         """
         longest = int(self.lengths.max())
-        self._end, self._n_tokens, self._n_written = longest + n_tokens, n_tokens, 0
-        assert self._end <= self.max_length, "the engine slides the window before the cache is full"
+        self._n_tokens, self._n_written, self._longest = n_tokens, 0, longest
         self._is_even = bool((self.lengths == longest).all())
+        is_first = longest == 0 and n_tokens > 1
+        self._end = n_tokens if is_first else in_blocks(longest + n_tokens)
+        assert self._end <= in_blocks(self.max_length), "the engine slides the window before it is full"
         positions = self.lengths[:, None] + torch.arange(n_tokens)
         mask: Tensor | None = None
-        if longest > 0 and not (n_tokens == 1 and self._is_even):
+        if not is_first:
             mask = (torch.arange(self._end) <= positions[:, :, None])[:, None].to(device)
         self._row = torch.arange(len(positions), device=device)[:, None]
         self._positions = positions.to(device)
@@ -94,18 +104,18 @@ class KVCache:
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the next layer's [B, N, T, K] at each row's length; returns all of its, [B, N, S, K].
 
-        S is the longest row's length afterwards; what lies beyond a shorter row's length is not meaningful,
-        and the mask hides it.
+        S is the longest row's length afterwards, but for the first tokens in whole blocks; what lies beyond a
+        shorter row's length is not meaningful, and the mask hides it.
         """
         if self._n_written == len(self._layers):
-            shape = (self._storage_rows, keys.shape[1], self.max_length, keys.shape[3])
+            shape = (self._storage_rows, keys.shape[1], in_blocks(self.max_length), keys.shape[3])
             self._layers.append((keys.new_zeros(shape), keys.new_zeros(shape)))
         layer = self._layers[self._n_written]
         self._n_written += 1
         all_keys, all_values = (storage[self._rows, :, : self._end] for storage in layer)
         for cached, new in ((all_keys, keys), (all_values, values)):
             if self._is_even:
-                cached[:, :, -self._n_tokens :] = new
+                cached[:, :, self._longest : self._longest + self._n_tokens] = new
             else:
                 cached[self._row, :, self._positions] = new.transpose(1, 2)  # indexed: [B, T, N, K]
         return all_keys, all_values

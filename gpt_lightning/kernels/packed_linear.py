@@ -44,6 +44,14 @@ def packed(
     return _with_layers(model, partial(FloatLinear, dtype=dtype, kernel=name, n_rows=n_rows))
 
 
+def steady_kernel(model: nn.Module, *, quantize: str | None) -> str | None:
+    """Names the kernel whose rows have the same bits however many are computed together; None: any has them.
+
+    So it is with the sums of integers, and where a model is left as it is.
+    """
+    return "packed" if quantize is None and decoding_shapes(model, quantize=None, n_rows=1) else None
+
+
 def decoding_shapes(model: nn.Module, *, quantize: str | None, n_rows: int) -> list[Shape]:
     """Returns the shape of each layer that a copy for decoding replaces; none where it gains nothing."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]

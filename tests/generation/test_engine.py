@@ -82,7 +82,7 @@ def test_batched_prompts_equal_one_by_one(shape: str, batch_size: int, settings:
 def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) -> None:
     """A decoding loop written out with nothing but the model's logits gives the same tokens."""
     model = make_model().to(dtype)
-    prompt = make_prompts(6)[0]
+    prompt = make_prompts(7)[0]  # without a near tie, which bfloat16 may tip
     digest = hashlib.blake2b(f"{SAMPLED.seed} 5".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     tokens = list(prompt)
@@ -93,7 +93,7 @@ def test_each_step_samples_from_the_models_own_distribution(dtype: torch.dtype) 
         logits = top_p_filter(top_k_filter(logits, 40), SAMPLED.top_p)
         tokens.append(int(pick(logits.softmax(dim=-1), uniform[None])))
     completion = run_numbered([5], model, [prompt], SAMPLED)[0]
-    assert completion.token_ids == tokens[6:]
+    assert completion.token_ids == tokens[7:]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

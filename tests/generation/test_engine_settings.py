@@ -102,8 +102,8 @@ def test_samples_of_a_prompt_are_computed_from_one_pass_over_it(model: GPTModel)
     settings = dataclasses.replace(GREEDY, max_new_tokens=2, num_samples=4)
     generate(counting, make_prompts(9), settings, eos_token_id=None, batch_size=3)
     # The fourth sample comes when the first three are done, and finds the prompt in a row that is going on.
-    assert counting.shapes[:3] == [(1, 8), (3, 1), (3, 1)]
-    assert sum(rows * length for rows, length in counting.shapes) == 8 + 2 * 3 + 8 + 2 * 1
+    assert counting.shapes[:3] == [(1, 16), (3, 1), (3, 1)]  # 8, padded to a block
+    assert sum(rows * length for rows, length in counting.shapes) == 16 + 2 * 3 + 16 + 2 * 1
 
 
 def test_prompts_of_similar_length_are_computed_together(model: GPTModel) -> None:
@@ -112,7 +112,7 @@ def test_prompts_of_similar_length_are_computed_together(model: GPTModel) -> Non
     prompts = make_prompts(10, 9, 11, 30, 2)
     expected = [generate(model, [prompt], settings, eos_token_id=None)[0] for prompt in prompts]
     assert generate(counting, prompts, settings, eos_token_id=None) == expected
-    assert counting.shapes == [(3, 10), (1, 29), (1, 1), (5, 1)]
+    assert counting.shapes == [(3, 16), (1, 32), (1, 16), (5, 1)]
 
 
 def test_a_waiting_prompt_takes_the_place_of_a_finished_one(model: GPTModel) -> None:
