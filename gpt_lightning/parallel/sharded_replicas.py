@@ -6,7 +6,7 @@ is called by the rows alone goes through `local`.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter  # for a subclass
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.parallel.mesh import ParallelMesh
@@ -96,6 +98,20 @@ class ShardedReplica(nn.Module):
             self.put_away()
 
 
+class ReduceInBf16(DefaultReduceScatter):
+    """Has gradients summed over the ranks in bfloat16, within a copy and between copies.
+
+    They are rounded when fully_shard copies them into what is allocated here. With its own option for that,
+    it would also add up the micro-batches of a step in bfloat16, which loses what is small beside the sum.
+    """
+
+    @override
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return super().allocate(size, dtype=torch.bfloat16, device=device)
+
+
 def share_out(
     module: nn.Module, mesh: ParallelMesh, kind: str, reduce_dtype: str | None
 ) -> ShardedReplica:
@@ -105,10 +121,11 @@ def share_out(
             rows = "which trainer.strategy.shard_replicas cuts by rows"
             raise UserError(f"{name} is a single number, {rows}; give it the shape [1]")
     replica = ShardedReplica(module, kind)
-    policy = MixedPrecisionPolicy(reduce_dtype=None if reduce_dtype is None else torch.bfloat16)
     for layer in [*gathered_apart(module), replica]:
         again = kind == FULL and layer is not replica  # what the root has is needed again at once
-        fully_shard(layer, mesh=mesh.replica_mesh, reshard_after_forward=again, mp_policy=policy)
+        sharing = fully_shard(layer, mesh=mesh.replica_mesh, reshard_after_forward=again)
+        if reduce_dtype is not None:
+            sharing.set_custom_reduce_scatter(ReduceInBf16())
     replica.register_forward_hook(replica.after_forward)  # after fully_shard's own
     return replica
 

@@ -43,7 +43,7 @@ def memory_of(setup: Setup) -> Memory:
     counts = count_parameters(setup.part)
     whole = counts.total * setup.weight_bytes
     weights, moments = _share(setup, whole), _share(setup, moment_bytes(setup, counts))
-    gradients = _added_up(setup, counts) if setup.accumulation > 1 else _share(setup, whole)
+    gradients = whole if setup.accumulation > 1 else _share(setup, whole)  # the sums are whole
     gathered = _gathered(setup, counts)
     kept = kept_activations(setup)
     activations = total_bytes(kept, setup)
@@ -66,12 +66,6 @@ def memory_of(setup: Setup) -> Memory:
     narrow = 0 if setup.activation_checkpointing else setup.config.n_layers * kept.narrow_weights
     kinds = (weights, gradients, moments, gathered, activations - narrow, narrow, loss.forward, program)
     return Memory(*kinds, peak=program + tensors)
-
-
-def _added_up(setup: Setup, counts: Parameters) -> int:
-    """Counts the whole sums over micro-batches, which fully_shard has in the dtype that it reduces."""
-    is_narrow = setup.reduce_dtype == "bf16" and setup.sharding != "none"
-    return counts.total * (2 if is_narrow else setup.weight_bytes)
 
 
 def _share(setup: Setup, n_bytes: int) -> int:

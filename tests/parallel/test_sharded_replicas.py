@@ -106,12 +106,62 @@ def test_lower_precision_differs_by_its_rounding(shared_corpus: Path, one_proces
 
 
 def test_bf16_gradients_differ_by_their_rounding_alone(shared_corpus: Path, one_process: OneProcess) -> None:
+    """DDP's hook rounds them as shared replicas do, after all micro-batches of a step."""
     one = one_process(steps=10)["losses"]
-    for strategy in ({}, FULL):
-        strategy = {"reduce_dtype": "bf16", **strategy}
-        losses = run_everywhere(Run(1, 2, strategy=strategy, steps=10), shared_corpus)[0]["losses"]
-        assert losses[0] == pytest.approx(one[0], abs=2e-6)
-        assert 1e-6 < max(abs(a - b) for a, b in zip(losses, one)) < 2e-3
+    runs = [Run(1, 2, strategy={"reduce_dtype": "bf16", **kind}, steps=10) for kind in ({}, FULL, OPTIMIZER)]
+    ddp, *shared = [run_everywhere(run, shared_corpus)[0]["losses"] for run in runs]
+    assert ddp[0] == pytest.approx(one[0], abs=2e-6)
+    assert 4e-6 < max(abs(a - b) for a, b in zip(ddp, one)) < 1e-4
+    for losses in shared:
+        assert losses == pytest.approx(ddp, abs=2e-6, rel=0)
+
+
+class Summing(Plain):
+    """Has one weight, whose gradient in a micro-batch is the batch; `gradient` is that of the step."""
+
+    def build(self) -> None:
+        self.net = nn.Linear(1, 1, bias=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.trainer.accumulate_grad_batches * self.net(batch).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.gradient = sum(float(local(p.grad).sum()) for p in self.parameters())
+
+
+def sum_of_micro_batches(folder: Path, strategy: dict[str, Any], nodes: int) -> float:
+    """In a rank: its part of the gradient, whose summands are finer than a step of bfloat16."""
+    module, world_size, n = Summing(), int(os.environ["WORLD_SIZE"]), 8
+    is_second_half = int(os.environ["RANK"]) >= world_size // 2
+    rows = torch.tensor([1 + is_second_half / 128] + [1 / 512] * (n - 1))[:, None]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world_size // nodes,
+        num_nodes=nodes,
+        strategy=TensorParallelDDPStrategy(reduce_dtype="bf16", **strategy),
+        max_steps=1,
+        accumulate_grad_batches=n,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=1))
+    return module.gradient
+
+
+@pytest.mark.parametrize(
+    "world_size, nodes, strategy", [(2, 1, {}), (2, 1, FULL), (2, 1, OPTIMIZER), (4, 2, FULL)]
+)
+def test_gradients_that_bf16_reduces_add_up_in_float32(
+    world_size: int, nodes: int, strategy: dict[str, Any], tmp_path: Path
+) -> None:
+    """1 + 7/512 and 1 + 11/512 are rounded to 1 + 8/512 and 1 + 12/512, and their mean to 1 + 8/512."""
+    found = run_ranks(sum_of_micro_batches, world_size, tmp_path, strategy, nodes, nodes=nodes)
+    has_row = world_size // nodes if strategy else 1  # of how many ranks one has the only row
+    assert found == [1 + 8 / 512 if rank % has_row == 0 else 0.0 for rank in range(world_size)]
 
 
 # ---- checkpoints
