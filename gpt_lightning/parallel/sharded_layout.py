@@ -78,7 +78,7 @@ class ShardedLayout:
         tied = _tied_names(checkpoint[WEIGHTS])
         tensors, scalars = _split(checkpoint, tied)
         check_rest(scalars)
-        parts = ((name, local(value)) for name, value in tensors.items())
+        parts = ((name, _part_of(value)) for name, value in tensors.items())
         if (name := _first_of(first_non_finite(parts))) is not None:
             raise NonFiniteCheckpointError(name)
         temporary = unfinished_folder(folder)
@@ -159,10 +159,15 @@ class ShardedLayout:
         )
 
 
+def _part_of(value: Tensor) -> Tensor:
+    """Returns what this rank has of a tensor of a checkpoint, over peers, replicas or both."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def _like(value: Tensor, own: Any) -> Tensor:
     """Returns this rank's part, as the module or the optimizer has it."""
-    rows = local(value)
-    return with_rows(rows, own) if is_shared(own) and isinstance(value, DTensor) else rows
+    part = _part_of(value)
+    return with_rows(part, own) if is_shared(own) and isinstance(value, DTensor) else part
 
 
 # ---- what the ranks tell each other
