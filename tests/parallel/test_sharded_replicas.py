@@ -521,6 +521,22 @@ def test_layers_that_share_a_tensor_stay_together() -> None:
     assert gathered_apart(nested) == [layer]
 
 
+class UsedByRank(Plain):
+    """Each rank uses another layer, of the same size."""
+
+    def build(self) -> None:
+        super().build()
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.experts[self.trainer.global_rank](x)
+
+
+def test_layers_that_only_some_ranks_use_end_the_run(tmp_path: Path) -> None:
+    for message in run_ranks(refusal, 2, UsedByRank, tmp_path, FULL, RuntimeError):
+        assert "after 1 optimizer steps, experts.0.weight has a gradient on some ranks" in message
+
+
 class Scalar(Plain):
     def build(self) -> None:
         super().build()
@@ -532,8 +548,13 @@ class AveragedByEpoch(Plain):
         return pl.callbacks.StochasticWeightAveraging(0.1)
 
 
-def refusal(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> str:
-    with pytest.raises(ValueError) as error:
+def refusal(
+    kind: Callable[[], Plain],
+    folder: Path,
+    strategy: dict[str, Any],
+    error_type: type[Exception] = ValueError,
+) -> str:
+    with pytest.raises(error_type) as error:
         train(kind, folder, strategy)
     return str(error.value)
 
