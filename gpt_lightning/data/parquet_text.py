@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 from gpt_lightning.data.unpacking import damaged
@@ -27,7 +28,7 @@ def parquet_texts(
     with _opened(path) as file:
         _check_is_text(file.schema_arrow, text_key, path)
         first, end = groups or (0, file.num_row_groups)
-        row, n_rows = _rows_before(file, first), file.metadata.num_rows
+        row, n_rows = sum(_rows_of_groups(file, first)), file.metadata.num_rows
         for batch in file.iter_batches(batch_size=64, row_groups=range(first, end), columns=[text_key]):
             for row, value in enumerate(batch.column(0), start=row + 1):
                 yield _parquet_text(value, text_key, f"{path}, row {row}")
@@ -38,11 +39,12 @@ def group_ends(path: str) -> list[int]:
     """Tells up to which byte of the file each group of rows reaches, about."""
     with _opened(path) as file:
         n_rows, size = max(1, file.metadata.num_rows), os.path.getsize(path)
-        return [size * _rows_before(file, group + 1) // n_rows for group in range(file.num_row_groups)]
+        return [size * row // n_rows for row in accumulate(_rows_of_groups(file, file.num_row_groups))]
 
 
-def _rows_before(file: Any, group: int) -> int:
-    return sum(file.metadata.row_group(index).num_rows for index in range(group))
+def _rows_of_groups(file: Any, end: int) -> Iterator[int]:
+    """Yields how many rows each of the groups before `end` has."""
+    return (file.metadata.row_group(group).num_rows for group in range(end))
 
 
 @contextmanager
