@@ -46,6 +46,7 @@ def setup_of_run(trainer: Trainer, module: GPTLightningModule) -> Setup | None:
         sequence_parallel=getattr(strategy, "sequence_parallel", False),
         shard_replicas=getattr(strategy, "shard_replicas", "none"),
         reduce_dtype=getattr(strategy, "reduce_dtype", None),
+        gather_dtype=getattr(strategy, "gather_dtype", None),
         document_mask=data.document_mask,
         on_cpu=module.device.type == "cpu",
     )

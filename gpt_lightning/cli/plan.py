@@ -25,6 +25,7 @@ from gpt_lightning.data.tokenizer import is_trained_here, load_tokenizer, reques
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.huggingface.importing import local_config
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.parallel.options import check_gathering
 from gpt_lightning.planning.advice import fits, proposal, remedies
 from gpt_lightning.planning.devices import Device, device_named, this_device
 from gpt_lightning.planning.memory import memory_of
@@ -141,20 +142,24 @@ def setup_of(settings: Any, config: GPTConfig, *, on_cpu: bool) -> Setup:
     arguments = {} if isinstance(strategy, str) else dict(getattr(strategy, "init_args", None) or {})
     if name.rpartition(".")[2].removesuffix("_spawn").removesuffix("_fork") not in (*SINGLE, *REPLICATED):
         raise UserError(f"trainer.strategy={name} is none that plan knows; choose ddp or one of its kind")
+    shard_replicas = settings.shard_replicas or arguments.get("shard_replicas", "none")
+    precision, gather_dtype = _precision(trainer.precision), arguments.get("gather_dtype")
+    check_gathering(gather_dtype, shard_replicas, precision)
     return Setup(
         config,
         data.seq_len,
         data.batch_size,
         accumulation=trainer.accumulate_grad_batches,
-        precision=_precision(trainer.precision),
+        precision=precision,
         optimizer=model_options(settings, "optimizer").get("name", "adamw"),
         activation_checkpointing=bool(_model_option(settings, "activation_checkpointing")),
         devices=_n_devices(trainer.devices),
         nodes=settings.nodes if settings.nodes is not None else trainer.num_nodes,
         tensor_parallel_size=arguments.get("tensor_parallel_size", 1),
         sequence_parallel=arguments.get("sequence_parallel", False),
-        shard_replicas=settings.shard_replicas or arguments.get("shard_replicas", "none"),
+        shard_replicas=shard_replicas,
         reduce_dtype=arguments.get("reduce_dtype"),
+        gather_dtype=gather_dtype,
         document_mask=data.document_mask,
         on_cpu=on_cpu,
     )

@@ -8,18 +8,22 @@ is called by the rows alone goes through `local`.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter  # for a subclass
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from gpt_lightning.exit_codes import UserError
+from gpt_lightning.kernels.linear import is_plain_linear
+from gpt_lightning.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from gpt_lightning.parallel.mesh import ParallelMesh
 from gpt_lightning.parallel.shard import Shard, is_shared
 
@@ -113,19 +117,32 @@ class ReduceInBf16(DefaultReduceScatter):
 
 
 def share_out(
-    module: nn.Module, mesh: ParallelMesh, kind: str, reduce_dtype: str | None
+    module: nn.Module, mesh: ParallelMesh, kind: str, *, reduce_dtype: str | None, gather_dtype: str | None
 ) -> ShardedReplica:
-    """Leaves in the module this rank's rows of every parameter; the parameters are other objects then."""
+    """Leaves in the module this rank's rows of every parameter; the parameters are other objects then.
+
+    With `gather_dtype` a layer's linear layers are a group of their own: what autocast would round is
+    gathered rounded. The rows stay float32, and so do sums of gradients.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dim() == 0:
             rows = "which trainer.strategy.shard_replicas cuts by rows"
             raise UserError(f"{name} is a single number, {rows}; give it the shape [1]")
     replica = ShardedReplica(module, kind)
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in [*gathered_apart(module), replica]:
         again = kind == FULL and layer is not replica  # what the root has is needed again at once
-        sharing = fully_shard(layer, mesh=mesh.replica_mesh, reshard_after_forward=again)
+        share = partial(fully_shard, mesh=mesh.replica_mesh, reshard_after_forward=again)
+        linear = rounded_layers(layer) if gather_dtype and layer is not replica else []
+        if linear:
+            for each in linear:
+                each.register_forward_hook(_leave_base)  # before fully_shard's own
+            share(linear, mp_policy=rounded)
+        if layer not in linear:
+            share(layer)
         if reduce_dtype is not None:
-            sharing.set_custom_reduce_scatter(ReduceInBf16())
+            for group in {layer, *linear[:1]}:
+                cast(FSDPModule, group).set_custom_reduce_scatter(ReduceInBf16())
     replica.register_forward_hook(replica.after_forward)  # after fully_shard's own
     return replica
 
@@ -148,6 +165,33 @@ def gathered_apart(module: nn.Module) -> list[nn.Module]:
                 yield from found_in(child)
 
     return [*found_in(module)]
+
+
+def rounded_layers(layer: nn.Module) -> list[nn.Module]:
+    """Finds the linear layers in a layer, or itself, whose parameters autocast rounds, and nobody else reads.
+
+    Other classes, or parametrized weights, may do anything with theirs.
+    """
+    of_all = _uses(layer)
+    found = [each for each in layer.modules() if _is_rounded(each)]
+    of_found = sum((_uses(each) for each in found), Counter[nn.Parameter]())
+    return [each for each in found if all(of_all[own] == of_found[own] for own in each.parameters())]
+
+
+def _is_rounded(layer: nn.Module) -> bool:
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight, and never calls it
+    is_linear = is_plain_linear(layer) or isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
+    names = {name for name, _ in layer.named_parameters()}
+    return is_linear and "weight" in names and names <= {"weight", "bias"}
+
+
+def _leave_base(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Makes the output none of autograd's views, as that of F.linear is.
+
+    From a view, what changes it in place takes the hook that gathers the weights for the backward pass.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def _uses(module: nn.Module) -> Counter[nn.Parameter]:

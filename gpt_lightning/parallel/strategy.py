@@ -84,6 +84,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
         parallel_devices: Those of a node, in the Trainer's place.
         cluster_environment: Which tells a process its rank, in the Trainer's place.
         checkpoint_io: Which writes and reads files, in the Trainer's place.
+        gather_dtype: Gather the shared weights of a layer's linear layers in bf16, as bf16-mixed rounds them,
+            which halves that traffic and spares their rounded copies; null for their own.
     """
 
     mesh: ParallelMesh  # the process groups of this rank, from setup_distributed on
@@ -109,6 +111,7 @@ class TensorParallelDDPStrategy(DDPStrategy):
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         checkpoint_io: CheckpointIO | None = None,
+        gather_dtype: Literal["bf16"] | None = None,
     ) -> None:
         super().__init__(
             parallel_devices=parallel_devices,
@@ -123,7 +126,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
             bucket_cap_mb=bucket_cap_mb,
         )
         self.tensor_parallel_size = tensor_parallel_size
-        self.shard_replicas, self.reduce_dtype = shard_replicas, reduce_dtype
+        self.shard_replicas = shard_replicas
+        self.reduce_dtype, self.gather_dtype = reduce_dtype, gather_dtype
         self.ddp_comm_hook, self.ddp_comm_state = ddp_comm_hook, ddp_comm_state
         self.ddp_comm_wrapper, self.start_method = ddp_comm_wrapper, start_method
         self.sequence_parallel = sequence_parallel and tensor_parallel_size > 1
@@ -140,9 +144,9 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def set_world_ranks(self) -> None:
         """Refuses settings that cannot work, before Lightning, which calls this, starts a process."""
         check_devices(self.num_processes, self.tensor_parallel_size)
-        names = ("tensor_parallel_size", "shard_replicas", "reduce_dtype", "replica_check_every_n_steps")
-        own = {name: getattr(self, name) for name in (*names, "ddp_comm_hook", "start_method")}
-        check_options({**self._ddp_kwargs, **own})
+        names = ("tensor_parallel_size", "shard_replicas", "reduce_dtype", "gather_dtype", "ddp_comm_hook")
+        own = {name: getattr(self, name) for name in (*names, "start_method", "replica_check_every_n_steps")}
+        check_options({**self._ddp_kwargs, **own, "precision": str(self.precision_plugin.precision)})
         if self._layer_sync is not None:
             raise UserError("trainer.sync_batchnorm=true is not for TensorParallelDDPStrategy; remove it")
         super().set_world_ranks()
@@ -224,8 +228,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
             self.model = self.precision_plugin.convert_module(self._module)
             self._check_replicas("at the start")
             if fits and self.mesh.shard_size > 1:
-                kind, dtype = self.shard_replicas, self.reduce_dtype
-                self._shared_out = share_out(self._module, self.mesh, kind, dtype)
+                dtypes = {"reduce_dtype": self.reduce_dtype, "gather_dtype": self.gather_dtype}
+                self._shared_out = share_out(self._module, self.mesh, self.shard_replicas, **dtypes)
         if self._shared_out is not None:
             check_use(trainer.state.fn, self.shard_replicas)
             self.model = self._shared_out
@@ -270,7 +274,12 @@ class TensorParallelDDPStrategy(DDPStrategy):
     @contextmanager
     def gathered(self) -> Generator[None, None, None]:
         """Has all ranks' models whole inside, for passes that are not the strategy's steps."""
-        with nullcontext() if self._shared_out is None else self._shared_out.gathered():
+        if self._shared_out is None:
+            yield
+            return
+        # Weights that are gathered rounded multiply rounded activations alone.
+        rounding = self.precision_plugin.forward_context() if self.gather_dtype else nullcontext()
+        with rounding, self._shared_out.gathered():
             yield
 
     def _reduce_metrics_over(self, group: dist.ProcessGroup | None) -> None:

@@ -156,8 +156,11 @@ def _mlp(setup: Setup) -> int:
 
 
 def _converted_weights(setup: Setup) -> int:
-    """Counts the narrow copies of the weights; a column-parallel layer makes its own for each product."""
-    if not setup.is_mixed:
+    """Counts the narrow copies of the weights; a column-parallel layer makes its own for each product.
+
+    What is gathered narrow needs none, and is gathered again for the backward pass.
+    """
+    if not setup.is_mixed or setup.gathers_rounded:
         return 0
     config = setup.part
     width, F = config.n_heads * config.head_dim, config.mlp_width

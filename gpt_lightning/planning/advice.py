@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from gpt_lightning.exit_codes import UserError
@@ -19,6 +19,7 @@ WORDS = {
     "tensor_parallel_size": "trainer.strategy.tensor_parallel_size",
     "sequence_parallel": "trainer.strategy.sequence_parallel",
     "shard_replicas": "trainer.strategy.shard_replicas",
+    "gather_dtype": "trainer.strategy.gather_dtype",
     **OPTIONS,
     "activation_checkpointing": "model.activation_checkpointing",
 }
@@ -36,7 +37,7 @@ class Change:
         """Says by which options it differs."""
         changed = {name: getattr(self.setup, name) for name in WORDS}
         options = [
-            f"--{WORDS[name]} {str(value).lower()}"
+            f"--{WORDS[name]} {'null' if value is None else str(value).lower()}"
             for name, value in changed.items()
             if value != getattr(former, name)
         ]
@@ -75,7 +76,12 @@ def _single_changes(setup: Setup) -> Iterator[Setup]:
     if not setup.activation_checkpointing:
         yield replace(setup, activation_checkpointing=True)
     if setup.replicas > 1:
-        yield from (replace(setup, shard_replicas=way) for way in SHARDINGS if way != setup.shard_replicas)
+        for way in SHARDINGS:
+            if way != setup.shard_replicas:
+                gather_dtype = None if way == "none" else setup.gather_dtype
+                yield replace(setup, shard_replicas=way, gather_dtype=gather_dtype)
+    if setup.gather_dtype is None and "bf16" in _gather_dtypes(setup, setup.sharding):
+        yield replace(setup, gather_dtype="bf16")
     if setup.tensor_parallel_size > 1 and not setup.sequence_parallel:
         yield from _possible(setup, sequence_parallel=True)
     for size in (2, 4, 8):
@@ -91,16 +97,22 @@ def _arrangements(setup: Setup) -> Iterator[Setup]:
     """Yields the simplest first: no tensor parallelism, nothing shared, nothing computed again."""
     for size in (1, 2, 4, 8):
         for sharding in SHARDINGS:
-            for again in (False, True):
-                for rows in range(_MOST_ROWS, 0, -1):
-                    yield from _arranged(
-                        setup,
-                        tensor_parallel_size=size,
-                        sequence_parallel=size > 1 and setup.seq_len % size == 0,
-                        shard_replicas=sharding,
-                        activation_checkpointing=again,
-                        batch_size=rows,
-                    )
+            ways = product(_gather_dtypes(setup, sharding), (False, True), range(_MOST_ROWS, 0, -1))
+            for gather_dtype, again, rows in ways:
+                yield from _arranged(
+                    setup,
+                    tensor_parallel_size=size,
+                    sequence_parallel=size > 1 and setup.seq_len % size == 0,
+                    shard_replicas=sharding,
+                    gather_dtype=gather_dtype,
+                    activation_checkpointing=again,
+                    batch_size=rows,
+                )
+
+
+def _gather_dtypes(setup: Setup, sharding: str) -> list[str | None]:
+    """Lists those that go with the precision, where replicas share weights so."""
+    return [None, "bf16"] if sharding != "none" and setup.precision == "bf16-mixed" else [None]
 
 
 def _arranged(setup: Setup, **changes: Any) -> Iterator[Setup]:

@@ -11,6 +11,7 @@ from gpt_lightning.kernels.cross_entropy import SOFTMAX_ELEMENTS, chunk_rows
 from gpt_lightning.planning.activations import kept_activations, residual_bytes, total_bytes
 from gpt_lightning.planning.parameters import Parameters, count_parameters
 from gpt_lightning.planning.setup import Setup
+from gpt_lightning.planning.traffic import gathered_bytes
 
 _MULTIPLE = 64  # to which the loss pads a vocabulary in half precision
 _AT_ONCE = 2**24  # numbers that Muon orthogonalises together
@@ -89,7 +90,7 @@ def _gathered(setup: Setup, counts: Parameters) -> int:
     if setup.sharding == "none":
         return 0
     if setup.sharding == "optimizer":
-        return counts.total * setup.weight_bytes
+        return _outside_bytes(setup, counts) + gathered_bytes(setup, counts)
     return _gathered_in_block(setup, counts)
 
 
@@ -97,13 +98,15 @@ def _gathered_in_block(setup: Setup, counts: Parameters) -> int:
     """Counts what is whole within a block: two of them, one on its way, and what is outside of blocks."""
     if setup.sharding == "none":
         return 0
-    blocks = counts.matrices + counts.vectors
+    outside, blocks = _outside_bytes(setup, counts), gathered_bytes(setup, counts)
     if setup.sharding == "optimizer":
-        return counts.total * setup.weight_bytes
-    outside = counts.total - blocks
-    a_block = blocks // setup.config.n_layers
+        return outside + blocks
     # And the gradients of a block, whole until they are summed.
-    return (outside + 3 * a_block) * setup.weight_bytes
+    return outside + (2 * blocks + counts.blocks * setup.weight_bytes) // setup.config.n_layers
+
+
+def _outside_bytes(setup: Setup, counts: Parameters) -> int:
+    return (counts.total - counts.blocks) * setup.weight_bytes
 
 
 class _Loss:

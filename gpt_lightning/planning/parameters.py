@@ -8,19 +8,30 @@ from gpt_lightning.model.config import GPTConfig
 class Parameters(NamedTuple):
     """Counts parameters: of the token table, of positions, of blocks, of the last norm, of an untied head.
 
-    `matrices` are the weights of the blocks' linear layers, which Muon updates.
+    `matrices` are the weights of the blocks' linear layers, which Muon updates, `biases` and `norms` all else
+    in the blocks.
     """
 
     tokens: int
     positions: int
     matrices: int
-    vectors: int  # of the blocks: biases and norms
+    biases: int
+    norms: int
     last_norm: int
     head: int
 
     @property
     def total(self) -> int:
         return sum(self)
+
+    @property
+    def blocks(self) -> int:
+        return self.matrices + self.biases + self.norms
+
+    @property
+    def rounded(self) -> int:
+        """Counts those that `gather_dtype` rounds: of the blocks' linear layers."""
+        return self.matrices + self.biases
 
     @property
     def multiplied(self) -> int:
@@ -34,16 +45,15 @@ def count_parameters(config: GPTConfig) -> Parameters:
     has_gate = config.activation == "swiglu"
     matrices = D * (rows + width + (3 if has_gate else 2) * config.mlp_width)
     norm = norm_parameters(config)
-    vectors = 2 * norm + (2 * config.head_dim if config.qk_norm else 0)
-    if config.has_qkv_bias:
-        vectors += rows
+    biases = rows if config.has_qkv_bias else 0
     if config.has_other_biases:
-        vectors += 2 * D + (2 if has_gate else 1) * config.mlp_width
+        biases += 2 * D + (2 if has_gate else 1) * config.mlp_width
     return Parameters(
         tokens=config.vocab_size * D,
         positions=config.max_position_embeddings * D if config.positions == "learned" else 0,
         matrices=config.n_layers * matrices,
-        vectors=config.n_layers * vectors,
+        biases=config.n_layers * biases,
+        norms=config.n_layers * (2 * norm + (2 * config.head_dim if config.qk_norm else 0)),
         last_norm=norm,
         head=0 if config.tie_embeddings else config.vocab_size * D,
     )

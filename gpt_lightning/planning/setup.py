@@ -35,6 +35,7 @@ class Setup:
     sequence_parallel: bool = False
     shard_replicas: str = "none"
     reduce_dtype: str | None = None
+    gather_dtype: str | None = None
     document_mask: bool = False
     on_cpu: bool = False
 
@@ -65,6 +66,11 @@ class Setup:
     def sharding(self) -> str:
         """Is what one replica alone leaves of `shard_replicas`: there is no other to share with."""
         return self.shard_replicas if self.replicas > 1 else "none"
+
+    @property
+    def gathers_rounded(self) -> bool:
+        """Tells whether replicas gather linear layers as autocast rounds them, which then makes no copies."""
+        return self.gather_dtype is not None and self.sharding != "none" and self.precision == "bf16-mixed"
 
     @property
     def shards(self) -> int:

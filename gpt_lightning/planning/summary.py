@@ -115,7 +115,8 @@ def _what(plan: Plan) -> Iterator[tuple[str, str]]:
     if setup.cuts_sequence:
         ways.append("sequence parallel")
     if setup.sharding != "none":
-        ways.append(f"replicas share {'all' if setup.sharding == 'full' else 'the optimizer'}")
+        rounded = ", gathered in bf16" if setup.gathers_rounded else ""
+        ways.append(f"replicas share {'all' if setup.sharding == 'full' else 'the optimizer'}{rounded}")
     if setup.activation_checkpointing:
         ways.append("activation checkpointing")
     yield "arrangement", ", ".join(ways)

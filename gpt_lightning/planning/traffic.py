@@ -6,7 +6,7 @@ Shapes: L layers of width D, n tokens a pass.
 
 from typing import NamedTuple
 
-from gpt_lightning.planning.parameters import count_parameters
+from gpt_lightning.planning.parameters import Parameters, count_parameters
 from gpt_lightning.planning.setup import Setup
 
 
@@ -25,6 +25,12 @@ class Traffic(NamedTuple):
 
 def traffic_of(setup: Setup) -> Traffic:
     return Traffic(_among_peers(setup), *_among_replicas(setup))
+
+
+def gathered_bytes(setup: Setup, counts: Parameters) -> int:
+    """Counts the blocks' parameters in the dtypes in which replicas gather them."""
+    rounded = counts.rounded if setup.gathers_rounded else 0
+    return rounded * setup.compute_bytes + (counts.blocks - rounded) * setup.weight_bytes
 
 
 def _among_peers(setup: Setup) -> float:
@@ -57,8 +63,9 @@ def _among_replicas(setup: Setup) -> tuple[float, float, float]:
     if setup.sharding == "none":
         return 2 * of_gradients * (replicas - 1) / replicas, 0.0, 0.0
     copies, share = replicas // shards, (shards - 1) / shards
-    gathered = counts.total
+    of_blocks = gathered_bytes(setup, counts)
+    gathered = of_blocks + (counts.total - counts.blocks) * setup.weight_bytes
     if setup.sharding == "full":
-        gathered = setup.accumulation * (counts.total + counts.matrices + counts.vectors)
+        gathered = setup.accumulation * (gathered + of_blocks)
     between = 2 * of_gradients / shards * (copies - 1) / copies
-    return of_gradients * share, gathered * setup.weight_bytes * share, between
+    return of_gradients * share, gathered * share, between

@@ -13,6 +13,7 @@ from gpt_lightning.model.gpt import GPTModel
 from tests.cli.test_generate import write_checkpoint
 
 H100 = ["--device", "h100"]
+ROUNDED = ["--trainer.strategy.gather_dtype", "bf16"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,10 @@ def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, A
             "model.config.vocab_size=512 contradicts data.tokenizer=bytes, which has 257 ids",
         ),
         ([*H100, "--shard_replicas", "some"], "shard_replicas='some' is unknown; choose one of none, "),
+        (
+            [*H100, "--config", "gpt2_xl_8gpu", *ROUNDED, "--shard_replicas", "none"],
+            "trainer.strategy.gather_dtype=bf16 is for weights that replicas share, and shard_replicas=none",
+        ),
         ([*H100, "--nodes", "0"], "trainer.num_nodes=0 is below 1"),
         ([*H100, "--price", "-1"], "price=-1.0 is not above 0"),
         ([*H100, "--trainer.strategy", "fsdp"], "trainer.strategy=fsdp is none that plan knows"),
@@ -153,6 +158,22 @@ def test_more_nodes_and_slower_links_take_their_time(capsys: pytest.CaptureFixtu
     sent = plans[2]["bytes_sent_a_step"]["gradients"]
     assert sent == pytest.approx(2 * 31 / 32 * 4 * 124_439_808)
     assert plans[2]["message_seconds_a_step"] == pytest.approx(sent / 0.8e9)
+
+
+def test_weights_that_are_gathered_rounded_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "gpt2_xl_8gpu", "--device", "rtx4090"]
+    whole, narrow = (planned([*words, *more], capsys) for more in ([], ROUNDED))
+    assert whole["memory"]["narrow_weights"] > 2.7 * 2**30 and narrow["memory"]["narrow_weights"] == 0
+    assert narrow["memory"]["peak"] < whole["memory"]["peak"] - whole["memory"]["narrow_weights"]
+    assert narrow["bytes_sent_a_step"]["weights"] < 0.6 * whole["bytes_sent_a_step"]["weights"]
+    assert gather_is_told(whole) and not gather_is_told(narrow)
+    main(["plan", *words, *ROUNDED])
+    assert "replicas share all, gathered in bf16" in capsys.readouterr().out
+
+
+def gather_is_told(plan: dict[str, Any]) -> bool:
+    changes = [*plan["remedies"], plan["proposal"]]
+    return any("--trainer.strategy.gather_dtype bf16" in change["options"] for change in changes if change)
 
 
 @pytest.mark.slow

@@ -11,15 +11,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from gpt_lightning.callbacks.exact_resume import ExactResume
 from gpt_lightning.callbacks.finite_guard import FiniteGuard
 from gpt_lightning.checkpoint.checkpoint import Checkpoint, consolidate
-from gpt_lightning.parallel.sharded_replicas import gathered_apart, local
+from gpt_lightning.parallel.sharded_replicas import gathered_apart, local, rounded_layers
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
+from gpt_lightning.planning.activations import kept_activations
+from gpt_lightning.planning.setup import Setup
+from gpt_lightning.planning.traffic import traffic_of
 from tests.distributed import run_ranks
+from tests.parallel.pretended import Messages
 from tests.parallel.runs import Recorder, RecordingModule, Run, build, fit, run_everywhere, trainer_of
 from tests.parallel.test_equality import assert_equal_runs
 from tests.parallel.test_other_modules import (
@@ -99,10 +104,103 @@ def test_lower_precision_differs_by_its_rounding(shared_corpus: Path, one_proces
         ({"trainer": {"precision": "bf16-mixed"}}, 2.2e-3),
         ({"plugins": half_precision, "accumulate": 1}, 4.1e-4),
     ):
-        one = one_process(steps=6, **extra)
-        for rank in run_everywhere(Run(2, 2, strategy=FULL, steps=6, **extra), shared_corpus):
+        one, run = one_process(steps=6, **extra), Run(2, 2, strategy=FULL, steps=6, **extra)
+        for rank, *rounded in run_ranks(fit_both_ways, 4, run, shared_corpus):
             assert rank["losses"] == pytest.approx(one["losses"], abs=tolerance, rel=0)
             assert rank["scales"] == one["scales"]
+            assert len(rounded) == ("plugins" not in extra)
+            for other in rounded:
+                assert_same(other, rank)
+
+
+def fit_both_ways(run: Run, corpus: Path) -> list[dict[str, Any]]:
+    """In a rank: gathers weights as they are and then, where that is not refused, as autocast rounds them."""
+    rounded = replace(run, strategy={**run.strategy, "gather_dtype": "bf16"})
+    return [fit(each, corpus) for each in ([run] if run.plugins else [run, rounded])]
+
+
+def assert_same(rank: dict[str, Any], other: dict[str, Any]) -> None:
+    """Bit for bit."""
+    assert rank["losses"] == other["losses"] and rank["norms"] == other["norms"]
+    for kind in ("replicated", "parts"):
+        assert all(torch.equal(tensor, other[kind][name]) for name, tensor in rank[kind].items())
+
+
+class Watching(pl.Callback):
+    """Counts a step's bytes that are gathered, and those that are kept for a backward pass."""
+
+    def __init__(self) -> None:
+        self.messages, self.gathered, self.kept = Messages(), 0, 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.found: list[torch.UntypedStorage] = []
+        self.messages.taken()
+        self.messages.__enter__()
+        self.hooks = saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        self.hooks.__enter__()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.found.append(tensor.untyped_storage())
+        return tensor
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.hooks.__exit__()
+        self.kept = sum({storage._cdata: storage.nbytes() for storage in self.found}.values())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.messages.__exit__(None, None, None)
+        sent = self.messages.taken().items()
+        self.gathered += sum(n * count for (name, _, n), count in sent if name == "allgather")
+
+
+def watch(run: Run, again: Run, corpus: Path, folder: Path) -> dict[str, Any]:
+    """In a rank: what two runs leave behind, by what is gathered; of the first, what it sends and keeps."""
+    found: dict[str, Any] = {}
+    for dtype in (None, "bf16"):
+        watching, path = Watching(), str(folder / f"{dtype}.ckpt")
+        strategy = {**run.strategy, "gather_dtype": dtype}
+        first = fit(replace(run, strategy=strategy, callbacks=lambda: [watching]), corpus)
+        second = fit(replace(again, strategy=strategy, stop_after=2, save_to=path), corpus)
+        counts = {"gathered": watching.gathered, "kept": watching.kept}
+        found[str(dtype)] = {**counts, "first": first, "second": second}
+    found["all"] = fit(again, corpus)
+    found["rest"] = fit(replace(again, strategy=strategy, resume_from=path), corpus)
+    return found
+
+
+def test_rounded_weights_spare_bytes_and_change_none(shared_corpus: Path, tmp_path: Path) -> None:
+    """Bit for bit; what is sent, and what is kept no more, is what a plan says."""
+    data = {"tokenizer": "bpe:302"}  # rows that two ranks can share evenly
+    options: dict[str, Any] = {"trainer": {"precision": "bf16-mixed"}, "strategy": FULL, "steps": 4}
+    run = Run(1, 2, config={"positions": "rope", "d_head": 10}, data=data, **options)
+    noisy = {**SHARED, "dropout": 0.3}
+    again = Run(1, 2, config=noisy, module={"activation_checkpointing": True}, **options)
+    again = replace(again, callbacks=lambda: [ExactResume()])
+    config = build(shared_corpus, run)[0].model.config
+    plan = Setup(config, 15, 4, accumulation=2, devices=2, precision="bf16-mixed", on_cpu=True, **FULL)
+    rounded = replace(plan, gather_dtype="bf16")
+    for rank in run_ranks(watch, 2, run, again, shared_corpus, tmp_path):
+        whole, narrow = rank["None"], rank["bf16"]
+        assert_same(whole["first"], narrow["first"])
+        assert_same(whole["second"], narrow["second"])
+        assert narrow["second"]["losses"] + rank["rest"]["losses"] == rank["all"]["losses"]
+        assert_same({**rank["rest"], "losses": [], "norms": []}, {**rank["all"], "losses": [], "norms": []})
+        for found, setup in ((whole, plan), (narrow, rounded)):
+            assert found["gathered"] / 2 == run.steps * traffic_of(setup).weights
+        kept = [config.n_layers * kept_activations(setup).narrow_weights for setup in (plan, rounded)]
+        assert whole["kept"] - narrow["kept"] == kept[0] > kept[1] == 0
+    files = [Checkpoint.open(tmp_path / f"{dtype}.ckpt").contents for dtype in (None, "bf16")]
+    one, other = map(tensors_in, files)
+    assert len(one) > 40 and one.keys() == other.keys()
+    assert all(torch.equal(tensor, one[key]) for key, tensor in other.items())
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+
+
+def tensors_in(contents: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights and moments by name."""
+    (optimizer,) = contents["optimizer_states"]
+    states = {f"{n} {key}": v for n, state in optimizer["state"].items() for key, v in state.items()}
+    return {**contents["state_dict"], **states}
 
 
 def test_bf16_gradients_differ_by_their_rounding_alone(shared_corpus: Path, one_process: OneProcess) -> None:
@@ -410,6 +508,18 @@ def test_validation_and_text_between_and_after_steps(shared_corpus: Path, tmp_pa
             assert "predict needs whole layers" in rank["refusal"]
 
 
+def evaluate_both_ways(run: Run, corpus: Path, path: str) -> list[dict[str, Any]]:
+    rounded = replace(run, strategy={**run.strategy, "gather_dtype": "bf16"})
+    return [evaluate_after_fit(each, corpus, path) for each in (run, rounded)]
+
+
+def test_rounded_weights_are_evaluated_and_write_text(shared_corpus: Path, tmp_path: Path) -> None:
+    validations = {"limit_val_batches": 1.0, "val_check_interval": 3, "precision": "bf16-mixed"}
+    run = Run(1, 2, strategy=FULL, steps=4, trainer=validations)
+    for whole, rounded in run_ranks(evaluate_both_ways, 2, run, shared_corpus, str(tmp_path / "run.ckpt")):
+        assert rounded == whole
+
+
 # ---- memory
 
 
@@ -485,7 +595,23 @@ class Listed(Plain):
         return self.scale * last(torch.tanh(second(third(torch.tanh(first(x))))))
 
 
-def train(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> list[float]:
+class InPlace(Plain):
+    """Changes in place what a linear layer returns; one is never called, and another's weight is computed."""
+
+    def build(self) -> None:
+        torch.manual_seed(4)
+        weight_norm = nn.utils.parametrizations.weight_norm
+        first = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.ReLU(inplace=True))
+        second = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True)
+        self.net = nn.Sequential(first, second, weight_norm(nn.Linear(12, 12)), nn.Linear(12, 3))
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.net(x.unflatten(0, (2, -1))).flatten(0, 1)
+
+
+def train(
+    kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any], precision: Any = "32-true"
+) -> list[float]:
     """In a rank: the losses, of the same rows on all of them."""
     module = kind()
     rows = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
@@ -500,10 +626,17 @@ def train(kind: Callable[[], Plain], folder: Path, strategy: dict[str, Any]) -> 
         enable_model_summary=False,
         use_distributed_sampler=False,
         gradient_clip_val=0.1,
+        precision=precision,
         default_root_dir=folder,
     )
     trainer.fit(module, DataLoader(rows, batch_size=8))
     return module.losses
+
+
+def train_by_each(kinds: list[Callable[[], Plain]], folder: Path) -> list[list[list[float]]]:
+    """In a rank: the losses of each, gathered as it is, and rounded."""
+    ways = (FULL, {**FULL, "gather_dtype": "bf16"}, {**OPTIMIZER, "gather_dtype": "bf16"})
+    return [[train(kind, folder, way, "bf16-mixed") for way in ways] for kind in kinds]
 
 
 @pytest.mark.parametrize("kind", [Plain, SecondName, BuiltLate, Frozen, Listed])
@@ -512,6 +645,23 @@ def test_any_module_without_a_plan(kind: Callable[[], Plain], tmp_path: Path) ->
     assert one[-1] < one[0]
     for losses in run_ranks(train, 2, kind, tmp_path, FULL):
         assert losses == pytest.approx(one, abs=1e-6)
+
+
+def test_any_module_may_gather_what_autocast_rounds(tmp_path: Path) -> None:
+    """Bit for bit, whatever a module does with its layers."""
+    for found in run_ranks(train_by_each, 2, [Plain, SecondName, Frozen, Listed, InPlace], tmp_path):
+        for whole, *rounded in found:
+            assert rounded == [whole, whole] and whole[-1] < whole[0]
+
+
+def test_linear_layers_that_are_more_are_not_rounded() -> None:
+    module = InPlace()
+    first, second, normed, last = module.net
+    assert rounded_layers(first) == [first[0], first[2]]
+    assert rounded_layers(second) == [second.linear1, second.linear2]
+    assert rounded_layers(normed) == [] and rounded_layers(last) == [last]
+    second.linear2.bias = second.norm2.bias
+    assert rounded_layers(second) == [second.linear1]
 
 
 def test_layers_that_share_a_tensor_stay_together() -> None:
@@ -568,6 +718,9 @@ def refusal(
         (AveragedByEpoch, {}, "StochasticWeightAveraging averages whole weights"),
         (Plain, {"shard_replicas": "some"}, "shard_replicas=some is unknown"),
         (Plain, {"reduce_dtype": "fp8"}, "reduce_dtype=fp8 is unknown"),
+        (Plain, {**FULL, "gather_dtype": "fp8"}, "gather_dtype=fp8 is unknown"),
+        (Plain, {"gather_dtype": "bf16"}, "replicas share, and shard_replicas=none; choose full"),
+        (Plain, {**FULL, "gather_dtype": "bf16"}, "trainer.precision=32-true; choose bf16-mixed"),
         (Plain, {**FULL, "static_graph": True}, "static_graph=True is for DDP"),
         (Plain, {"reduce_dtype": "bf16", "ddp_comm_hook": print}, "both say how gradients are reduced"),
         (Plain, {**FULL, "start_method": "fork"}, "start_method=fork gives the first process"),

@@ -52,6 +52,9 @@ def test_each_option_saves_what_it_is_for() -> None:
     for way in ("optimizer", "full"):
         shared = memory_of(replace(XL, shard_replicas=way))
         assert shared.moments == -(-plain.moments // 8) and shared.peak < plain.peak
+        narrow = memory_of(replace(XL, shard_replicas=way, gather_dtype="bf16"))
+        assert narrow.narrow_weights == 0 and narrow.activations == shared.activations
+        assert narrow.gathered < shared.gathered and narrow.peak < shared.peak - shared.narrow_weights
     cut = memory_of(replace(XL, tensor_parallel_size=4))
     assert plain.weights / 4 < cut.weights < plain.weights / 3.9
     both = memory_of(replace(XL, tensor_parallel_size=4, sequence_parallel=True))
@@ -71,6 +74,12 @@ def test_sharing_moves_the_bytes_that_fsdp_moves() -> None:
     assert traffic_of(replace(full, nodes=4)).nodes == 2 * 3 / 4 * 4 * counts.total / 8
     assert traffic_of(replace(full, nodes=4))[1:3] == traffic_of(full)[1:3]
     assert traffic_of(replace(full, reduce_dtype="bf16")).gradients == weights / 2
+    rounded = 2 * (counts.matrices + counts.biases) * 7 / 8  # bytes fewer, in each gathering
+    narrow = replace(full, gather_dtype="bf16")
+    assert traffic_of(narrow).weights == traffic_of(full).weights - 2 * 60 * rounded
+    once = replace(narrow, shard_replicas="optimizer")
+    assert traffic_of(once).weights == weights - rounded
+    assert traffic_of(once).gradients == traffic_of(narrow).gradients == weights
 
 
 def test_gradients_that_add_up_are_whole() -> None:
