@@ -77,14 +77,14 @@ class Connection(H11Protocol):
         self._look()
 
     def _look(self) -> None:
-        """Starts the clock where a head has begun, and stops it where a request runs."""
+        """Starts the clock where a head has begun or a body is left, and stops it where a request runs."""
         is_running = self.cycle is not None and not self.cycle.response_complete
         if is_running:
             self._group.silent.pop(self, None)
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
-        elif self.conn.trailing_data[0]:
+        elif self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY:  # of a refused request
             self._wait_for_head()
         else:
             self._group.silent[self] = None

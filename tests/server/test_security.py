@@ -102,6 +102,16 @@ def test_a_silent_connection_is_closed_and_one_that_dribbles_too(address: str) -
     assert time.monotonic() - start < 5
 
 
+def test_the_body_of_a_refused_request_is_not_taken_for_ever(address: str) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n"
+    with closing(connected(address, head)) as opened:
+        ended = time.monotonic() + 5
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while time.monotonic() < ended:
+                opened.sendall(b"x")
+                threading.Event().wait(0.05)
+
+
 def test_connections_that_say_nothing_make_room(address: str, metrics: Metrics) -> None:
     silent = [connected(address) for _ in range(60)]
     for _ in range(5):
