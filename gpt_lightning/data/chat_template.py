@@ -12,6 +12,11 @@ from gpt_lightning.exit_codes import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
+# What transformers' renderer is told by these names is no option of a template's.
+SAID_OTHERWISE = frozenset(
+    "messages conversations chat_template add_generation_prompt continue_final_message tools documents "
+    "return_assistant_tokens_mask self".split()
+)
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -50,7 +55,6 @@ def render_chat(
     `options` are names that the template knows beside the messages. Raises UserError with what the template
     says of messages that it does not take.
     """
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -60,8 +64,8 @@ def render_chat(
             add_generation_prompt=True,
             **{**chat["tokens"], **options},
         )
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # a template is a program, and may fail in any way of Python's
+        reason = " ".join(str(error).split())[:160].encode(errors="replace").decode()
         raise UserError(f"messages do not fit the model's chat template ({reason}); send others") from None
     return str(rendered[0][0])
 

@@ -4,13 +4,12 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from gpt_lightning.generation.surprise import ScoredToken
 from gpt_lightning.server.fields import Refusal
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
@@ -22,6 +21,7 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # by which proxies pass on at once
 ]
+_AT_ONCE = 256  # tokens written without a pause
 _CLIENT_LEFT = 499  # what proxies log of it; nobody reads it
 
 
@@ -34,7 +34,7 @@ class Form(Protocol):
 
     def before(self) -> list[dict[str, Any]]: ...
 
-    def scores(self, prompt: int, scored: list[ScoredToken]) -> list[dict[str, Any]]: ...
+    def scores(self, scores: Scores) -> list[dict[str, Any]]: ...
 
     def piece(self, piece: Piece) -> dict[str, Any]: ...
 
@@ -50,9 +50,9 @@ class Answer:
         self._n_completion_tokens = 0
         self._has_first = False
         self._head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time())}
-        metrics.prompt_tokens += sum(map(len, asked.prompts))
         if self._job.n_open:
             asked.model.worker.submit(self._job)  # or raises a Refusal
+        metrics.prompt_tokens += sum(map(len, asked.prompts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(_tell_of_leaving(self._job, receive))
@@ -78,7 +78,8 @@ class Answer:
             return
         whole = [self._form.whole(parts[index]) for index in sorted(parts)]
         body = {**self._head, "object": self._form.kind, "model": self._asked.model.name}
-        await JSONResponse({**body, "choices": whole, "usage": self._usage()})(scope, receive, send)
+        text = await _json({**body, "choices": whole, "usage": self._usage()})
+        await Response(text, media_type="application/json")(scope, receive, send)
 
     async def _send_stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -102,7 +103,7 @@ class Answer:
         n_open = self._job.n_choices_and_scores
         while n_open:
             news = await self._next()
-            n_open -= sum(isinstance(each, Scores) or each.finish_reason is not None for each in news)
+            n_open -= sum(map(_is_last, news))
             yield [part for each in _merged(news) for part in self._written(each)]
 
     async def _next(self) -> list[Piece | Scores]:
@@ -121,7 +122,7 @@ class Answer:
 
     def _written(self, news: Piece | Scores) -> list[dict[str, Any]]:
         if isinstance(news, Scores):
-            return self._form.scores(news.prompt, news.tokens)
+            return self._form.scores(news)
         self._n_completion_tokens += len(news.tokens)
         if not self._has_first:
             self._has_first = True
@@ -137,21 +138,46 @@ class Answer:
         }
 
 
-def _merged(news: list[Piece | Scores]) -> list[Piece | Scores]:
+def _is_last(news: Piece | Scores) -> bool:
+    """Tells whether it is the end of a choice or of a prompt's scores."""
+    return news.is_last if isinstance(news, Scores) else news.finish_reason is not None
+
+
+def _merged(news: list[Piece | Scores]) -> Iterator[Piece | Scores]:
     """Makes one piece of those of each choice: a client that reads slowly gets fewer and longer ones."""
-    merged: dict[tuple[type, int], Piece | Scores] = {}
+    pieces: dict[int, list[Piece]] = {}
     for each in news:
-        if isinstance(each, Piece) and (before := merged.get((Piece, each.choice))) is not None:
-            assert isinstance(before, Piece)
-            text, tokens = before.text + each.text, before.tokens + each.tokens
-            each = Piece(each.choice, text, tokens, each.finish_reason)
-        merged[type(each), each[0]] = each
-    return [*merged.values()]
+        if isinstance(each, Scores):
+            yield each
+        else:
+            pieces.setdefault(each.choice, []).append(each)
+    for choice, several in pieces.items():
+        text = "".join(piece.text for piece in several)
+        tokens = [token for piece in several for token in piece.tokens]
+        yield Piece(choice, text, tokens, several[-1].finish_reason)
+
+
+async def _json(value: Any) -> str:
+    """Writes JSON; what is long in parts, between which the loop has its turn."""
+    if isinstance(value, dict):
+        return "{%s}" % ",".join([f"{_dumped(name)}:{await _json(each)}" for name, each in value.items()])
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:  # choices
+        return "[%s]" % ",".join([await _json(each) for each in value])
+    if not isinstance(value, list) or len(value) <= _AT_ONCE:
+        return _dumped(value)
+    written = []
+    for begin in range(0, len(value), _AT_ONCE):
+        written.append(_dumped(value[begin : begin + _AT_ONCE])[1:-1])
+        await asyncio.sleep(0)
+    return "[%s]" % ",".join(written)
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _event(*bodies: dict[str, Any]) -> Message:
-    texts = (json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for body in bodies)
-    body = "".join(f"data: {text}\n\n" for text in texts).encode()
+    body = "".join(f"data: {_dumped(body)}\n\n" for body in bodies).encode()
     return {"type": "http.response.body", "body": body, "more_body": True}
 
 

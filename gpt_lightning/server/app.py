@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gpt_lightning.exit_codes import UserError
 from gpt_lightning.server.answer import Answer, Form
 from gpt_lightning.server.chat import ChatForm, read_chat_completion
 from gpt_lightning.server.completions import CompletionForm, read_completion
@@ -82,7 +83,10 @@ class Service:
         body = read_object(await self._body(request))
         model = self._named(body.get("model"))
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(self._encoders, read, body, model, self.limits)
+        try:
+            asked = await loop.run_in_executor(self._encoders, read, body, model, self.limits)
+        except UserError as error:  # the tokenizer's, of a text that it does not take
+            raise Refusal(str(error)) from None
         return Answer(asked, form(asked), self.limits, self.metrics)
 
     def _named(self, name: object) -> ServedModel:
@@ -141,6 +145,7 @@ def make_app(models: Sequence[ServedModel], limits: Limits, metrics: Metrics, ac
         exception_handlers={Refusal: _refused, HTTPException: _not_there},  # type: ignore[dict-item]
         lifespan=service.running,
     )
+    app.router.redirect_slashes = False  # it would lead to whatever the Host header names
     app.state.service = service
     return app
 
@@ -178,6 +183,9 @@ class _Counting:
 
         try:
             await self._app(scope, receive, counted)
+        except asyncio.CancelledError:  # the grace time is over
+            self._service.metrics.cut += 1
+            raise
         except Exception as error:
             _log.error("a request has failed", exc_info=error)
             if not status:

@@ -4,11 +4,10 @@ import codecs
 from collections.abc import Mapping
 from typing import Any
 
-from gpt_lightning.data.chat_template import render_chat
+from gpt_lightning.data.chat_template import SAID_OTHERWISE, render_chat
 from gpt_lightning.data.token_names import token_name
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.generation.surprise import ScoredToken
 from gpt_lightning.server.completions import FINISH_REASONS, check_length, read_stream
 from gpt_lightning.server.fields import Fields, Refusal, as_text
 from gpt_lightning.server.limits import Limits
@@ -20,7 +19,7 @@ from gpt_lightning.server.settings import (
     read_n_tokens,
     read_settings,
 )
-from gpt_lightning.server.worker import Piece, Token
+from gpt_lightning.server.worker import Piece, Scores, Token
 
 _MOST_MESSAGES = 1024
 _UNSUPPORTED = "tools tool_choice functions function_call audio prediction web_search_options".split()
@@ -110,8 +109,11 @@ def _options(given: object) -> Mapping[str, Any]:
         return {}
     if not isinstance(given, dict) or not all(isinstance(value, bool | str) for value in given.values()):
         raise Refusal(f"{name} is no object of texts, true and false; send one", name)
-    if taken := {"messages", "chat_template", "conversations", "add_generation_prompt"} & given.keys():
+    if taken := SAID_OTHERWISE & given.keys():
         raise Refusal(f"{name} holds {min(taken)}, which is said otherwise; leave it out", name)
+    for value in given.values():
+        if isinstance(value, str):
+            as_text(value, name)
     return given
 
 
@@ -131,7 +133,7 @@ class ChatForm:
         delta = {"role": "assistant", "content": ""}
         return [self._choice(choice, delta, None, None) for choice in range(self._asked.n)]
 
-    def scores(self, prompt: int, scored: list[ScoredToken]) -> list[dict[str, Any]]:
+    def scores(self, scores: Scores) -> list[dict[str, Any]]:
         return []  # nobody can ask for them here
 
     def piece(self, piece: Piece) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from gpt_lightning.data.token_names import token_name, token_string
 from gpt_lightning.data.tokenizer import TextTokenizer
-from gpt_lightning.generation.surprise import ScoredToken
 from gpt_lightning.server.fields import Fields, Refusal, as_text
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.served import Asked, ServedModel
@@ -17,7 +16,7 @@ from gpt_lightning.server.settings import (
     read_n_tokens,
     read_settings,
 )
-from gpt_lightning.server.worker import Piece, Token
+from gpt_lightning.server.worker import Piece, Scores, Token
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "exhausted": "stop"}
 
@@ -142,6 +141,7 @@ class CompletionForm:
         self._writers = [
             TokenWriter(asked.model.tokenizer, length) for length in lengths for _ in range(asked.n)
         ]
+        self._echoing: dict[int, TokenWriter] = {}  # of the prompts
 
     def before(self) -> list[dict[str, Any]]:
         """Returns what stands before all tokens: the prompts, where they are wanted without scores."""
@@ -151,19 +151,17 @@ class CompletionForm:
         echoes = [echo for echo in self._asked.echoes for _ in range(self._asked.n)]
         return [self._choice(choice, text, None, reason) for choice, text in enumerate(echoes)]
 
-    def scores(self, prompt: int, scored: list[ScoredToken]) -> list[dict[str, Any]]:
-        """Returns a prompt and the log-probabilities of its tokens, for each of its choices."""
+    def scores(self, scores: Scores) -> list[dict[str, Any]]:
+        """Returns the next tokens of a prompt with their log-probabilities, the first ones with its text."""
         assert self._asked.echoes is not None
-        writer = TokenWriter(self._asked.model.tokenizer, 0)
+        prompt, n = scores.prompt, self._asked.n
+        text = "" if prompt in self._echoing else self._asked.echoes[prompt]
+        writer = self._echoing.setdefault(prompt, TokenWriter(self._asked.model.tokenizer, 0))
         tokens = [Token(token_id, _rounded(logprob), _with_own(token_id, logprob, others, self._n_likeliest))
-                  for token_id, logprob, others in scored]
-        reason = None if self._asked.has_completion else "length"
+                  for token_id, logprob, others in scores.tokens]
+        reason = "length" if scores.is_last and not self._asked.has_completion else None
         logprobs = self._logprobs(writer, tokens)
-        first, n = prompt * self._asked.n, self._asked.n
-        return [
-            self._choice(choice, self._asked.echoes[prompt], logprobs, reason)
-            for choice in range(first, first + n)
-        ]
+        return [self._choice(choice, text, logprobs, reason) for choice in range(prompt * n, prompt * n + n)]
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         logprobs = None

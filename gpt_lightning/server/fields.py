@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 _SHOWN = 64  # characters of a name that a client has made up
@@ -27,12 +28,27 @@ class Refusal(Exception):
 def read_object(body: bytes) -> dict[str, Any]:
     """Reads a JSON object; what JSON does not have, such as NaN, is refused too."""
     try:
-        found = json.loads(body, parse_constant=_no_number)
+        found = json.loads(body, parse_constant=_no_number, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         raise Refusal("the body is no JSON; send an object such as {\"prompt\": \"The \"}") from None
     if not isinstance(found, dict):
         raise Refusal("the body is no JSON object; send one such as {\"prompt\": \"The \"}")
     return found
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a name that comes twice, of which readers take the one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = _shown(Counter(name for name, _ in pairs).most_common(1)[0][0])
+        raise Refusal(f"{twice} is given twice; leave one out", twice)
+    return found
+
+
+def _shown(name: str) -> str:
+    """Makes of a name that a client has made up one that can be written, and is not long."""
+    shown = name.encode(errors="replace").decode()
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def _no_number(name: str) -> NoReturn:
@@ -85,7 +101,7 @@ class Fields:
 
     def finish(self) -> None:
         for name in self._left:
-            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            shown = _shown(name)
             raise Refusal(f"{shown} is no field of this request; leave it out", shown)
 
 

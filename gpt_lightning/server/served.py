@@ -2,13 +2,15 @@
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.generation.engine import Engine, Request
+from gpt_lightning.generation.prefill import PIECE
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.generation.surprise import ScoredToken, score_tokens
+from gpt_lightning.generation.surprise import ScoredToken, score_in_pieces
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.server.limits import Limits
@@ -101,12 +103,15 @@ def served_model(
             model, settings, eos_token_id=ends, batch_size=n_rows, prefill_tokens=prefill_tokens
         )
 
-    def score(token_ids: list[int], n_others: int) -> list[ScoredToken]:
+    context = model.config.max_position_embeddings
+    at_once = PIECE if next(model.parameters()).device.type == "cpu" else context
+    piece = min(at_once, prefill_tokens or at_once)
+
+    def score(token_ids: list[int], n_others: int) -> Iterator[tuple[list[ScoredToken], bool]]:
         stride = settings.context_stride
-        return score_tokens(model, token_ids, n_others=n_others, context_stride=stride)
+        return score_in_pieces(model, token_ids, n_others=n_others, context_stride=stride, piece=piece)
 
     worker = Worker(make_engine, score, metrics, n_rows + limits.max_queue)
-    context = model.config.max_position_embeddings
     return ServedModel(name, tokenizer, model.config.vocab_size, context, settings, seed, worker)
 
 

@@ -49,8 +49,10 @@ def read_settings(
 def read_n_tokens(
     fields: Fields, names: Sequence[str], model: ServedModel, limits: Limits, least: int
 ) -> int:
-    """Reads how long a completion may be, by the first of these names that is given."""
-    given = [fields.whole(name, 1, least, limits.max_tokens) for name in names if name in fields]
+    """Reads how long a completion may be, by whichever of these names is given."""
+    given = {fields.whole(name, 1, least, limits.max_tokens) for name in names if name in fields}
+    if len(given) > 1:
+        raise Refusal(f"{' and '.join(names)} are not the same; send one of them", names[0])
     return next(iter(given), min(model.settings.max_new_tokens, limits.max_tokens))
 
 
@@ -74,7 +76,8 @@ def _biases(value: object, default: dict[int, float], vocab_size: int) -> dict[i
         message = f"logit_bias is no object of at most {_MOST_BIASES} token ids with numbers; send one"
         raise Refusal(message, "logit_bias")
     for key in value:
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+        is_id = key.isascii() and key.isdigit() and len(key) < 10 and key == str(int(key))
+        if not is_id or int(key) >= vocab_size:
             message = f"logit_bias names a token that there is not; use ids from 0 to {vocab_size - 1}"
             raise Refusal(message, "logit_bias")
     return {int(key): as_number(bias, "logit_bias", -100, 100) for key, bias in value.items()}

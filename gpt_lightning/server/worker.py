@@ -6,10 +6,11 @@ thread says to the loop goes out some fifty times a second, and at once where a 
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -44,13 +45,16 @@ class Piece(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Holds the tokens of a prompt with their log-probabilities."""
+    """Holds the next tokens of a prompt with their log-probabilities."""
 
     prompt: int
     tokens: list[ScoredToken]
+    is_last: bool
 
 
 News = Piece | Scores | Refusal
+# Scores a prompt pass by pass, and tells after each whether something is kept for the next one.
+Score = Callable[[list[int], int], Iterator[tuple[list[ScoredToken], bool]]]
 
 
 @dataclass(eq=False)
@@ -96,19 +100,22 @@ class Worker:
     def __init__(
         self,
         make_engine: Callable[[], Engine],
-        score: Callable[[list[int], int], list[ScoredToken]],
+        score: Score,
         metrics: Metrics,
         n_places: int,
     ) -> None:
+        self._engine = make_engine()  # here, where what it refuses ends the program
         self._make_engine, self._score, self._metrics = make_engine, score, metrics
         self._n_places, self._n_taken = n_places, 0  # rows and places of the queue
         self._orders: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
         self._running: dict[Job, None] = {}  # the thread's, in the order in which they came
-        self._to_score: deque[tuple[Job, int]] = deque()
+        self._to_score: deque[tuple[Job, int, int, Iterator[tuple[list[ScoredToken], bool]]]] = deque()
         self._jobs: dict[Request, Job] = {}
         self._out: dict[Job, list[News]] = {}
         self._is_urgent, self._last_sent = False, 0.0
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        self._has_failed = False
+        self._n_unsent = 0  # choices and scores whose end the loop has not been told of
 
     # ---- the event loop's side
 
@@ -123,10 +130,12 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_failed
 
     def submit(self, job: Job) -> None:
-        """Has the job run, or raises the Refusal that tells of a full queue."""
+        """Has the job run, or raises a Refusal: the queue is full, or nothing runs any more."""
+        if self._has_failed:
+            raise _failed()
         if self._n_taken + job.n_open > self._n_places:
             raise Refusal(
                 "the server has as many requests as it takes; try again later",
@@ -148,30 +157,49 @@ class Worker:
             self._metrics.completion_tokens += sum(len(piece.tokens) for piece in pieces)
             job.put(news)
 
+    def _give_up(self) -> None:
+        """Tells those who came after the thread had failed; who comes later is refused."""
+        self._has_failed = True
+        while not self._orders.empty():
+            _, job = self._orders.get()
+            if job is not None:
+                job.put([_failed()])
+
     # ---- the thread's side
 
     def _run(self) -> None:
-        engine = self._make_engine()
+        """Generates until it is told to stop; whatever else ends it leaves no client to wait for ever."""
+        try:
+            while self._go_on():
+                pass
+        except BaseException as error:
+            _log.critical("no text can be generated any more; start the server anew", exc_info=error)
+            self._send(self._fail_all())
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _go_on(self) -> bool:
+        """Does what is ordered, and then a step; tells whether another follows."""
         n_ended = 0
-        while True:
+        try:
             order = self._next_order(wait=not self._running)
             while order is not None:
                 what, job = order
                 if job is None:
-                    return
+                    return False
                 if what == "add":
-                    self._begin(engine, job)
+                    n_ended += self._begin(job)
                 else:
-                    n_ended += self._drop(engine, job)
+                    n_ended += self._drop(job)
                 order = self._next_order(wait=False)
-            try:
-                n_ended += self._work(engine)
-            except Exception as error:
-                n_ended += self._fail_all(error)
-                engine = self._make_engine()
-            n_ended = self._send(n_ended)
-            self._metrics.rows[id(self)] = engine.n_rows
-            self._metrics.waiting[id(self)] = engine.n_waiting + len(self._to_score)
+            n_ended += self._work()
+        except Exception as error:
+            _log_failure(error)
+            n_ended += self._fail_all()
+            self._engine = self._make_engine()
+        self._n_unsent = self._send(self._n_unsent + n_ended)
+        self._metrics.rows[id(self)] = self._engine.n_rows
+        self._metrics.waiting[id(self)] = self._engine.n_waiting + len(self._to_score)
+        return True
 
     def _next_order(self, *, wait: bool) -> tuple[str, Job | None] | None:
         try:
@@ -179,18 +207,25 @@ class Worker:
         except Empty:
             return None
 
-    def _begin(self, engine: Engine, job: Job) -> None:
+    def _begin(self, job: Job) -> int:
         self._running[job] = None
-        self._to_score.extend((job, place) for place in range(len(job.to_score)))
-        if not job.to_score:
-            self._add(engine, job)
+        for place, prompt in enumerate(job.to_score):
+            self._to_score.append((job, place, len(prompt), self._score(prompt, job.n_others)))
+        return 0 if job.to_score else self._add(job)
 
-    def _add(self, engine: Engine, job: Job) -> None:
-        for request in job.requests:
-            self._jobs[request] = job
-            engine.add(request)
+    def _add(self, job: Job) -> int:
+        """Gives the texts to the Engine; returns how many have ended, as one that it refuses ends all."""
+        try:
+            for request in job.requests:
+                self._engine.add(request)
+                self._jobs[request] = job
+        except UserError as error:
+            n_open = self._drop(job)
+            self._tell(job, Refusal(str(error)), urgent=True)
+            return n_open
+        return 0
 
-    def _drop(self, engine: Engine, job: Job) -> int:
+    def _drop(self, job: Job) -> int:
         """Frees all that a job holds; returns how many of its choices and scores had not ended."""
         if job not in self._running:
             return 0
@@ -198,27 +233,44 @@ class Worker:
         self._to_score = deque(entry for entry in self._to_score if entry[0] is not job)
         for request in job.requests:
             if self._jobs.pop(request, None) is not None:
-                engine.cancel(request)
+                self._engine.cancel(request)
         self._out.pop(job, None)
         return job.n_open
 
-    def _work(self, engine: Engine) -> int:
-        """Scores a prompt, takes a step, and ends what has run too long; returns how much has ended."""
+    def _work(self) -> int:
+        """Scores on, takes a step, and ends what has run too long; returns how much has ended."""
         n_ended = 0
         now = time.monotonic()
         for job in [job for job in self._running if job.deadline < now]:
-            n_ended += self._drop(engine, job)
+            n_ended += self._drop(job)
             late = "the request has taken longer than the server lets one; ask for less, or try again later"
             self._tell(job, Refusal(late, status=503, kind="server_error", code="timeout"), urgent=True)
         if self._to_score:
-            job, place = self._to_score.popleft()
-            self._tell(job, Scores(place, self._score(job.to_score[place], job.n_others)), urgent=True)
-            n_ended += self._end_one(job)
-            if not any(other is job for other, _ in self._to_score):
-                self._add(engine, job)
-        if engine.n_rows or engine.n_waiting:
-            for step in engine.step():
+            n_ended += self._score_some()
+        if self._engine.n_rows or self._engine.n_waiting:
+            for step in self._engine.step():
                 n_ended += self._note(step)
+        return n_ended
+
+    def _score_some(self) -> int:
+        """Takes a pass over a prompt that is to be scored; after a context others have their turn."""
+        job, place, n_left, passes = self._to_score.popleft()
+        tokens, is_context_read = next(passes)
+        if not all(math.isfinite(token.logprob or 0.0) for token in tokens):
+            _log.error("the scores of a prompt are not finite: the weights diverged; use an earlier checkpoint")
+            n_open = self._drop(job)
+            self._tell(job, _failed(), urgent=True)
+            return n_open
+        n_left -= len(tokens)
+        if tokens:
+            self._tell(job, Scores(place, tokens, not n_left), urgent=True)
+        if n_left:
+            entry = job, place, n_left, passes
+            self._to_score.append(entry) if is_context_read else self._to_score.appendleft(entry)
+            return 0
+        n_ended = self._end_one(job)
+        if not any(other is job for other, *_ in self._to_score):
+            n_ended += self._add(job)
         return n_ended
 
     def _note(self, step: Step) -> int:
@@ -245,15 +297,11 @@ class Worker:
             self._running.pop(job, None)
         return 1
 
-    def _fail_all(self, error: Exception) -> int:
-        """Ends all jobs after an error that is none of a client's."""
-        if not isinstance(error, UserError):
-            _log.error("a step of generation failed", exc_info=error)
-        else:
-            _log.error(f"a step of generation failed: {error}")
+    def _fail_all(self) -> int:
+        """Ends all jobs after an error that is none of a client's; returns how much of them had not ended."""
         n_open = sum(job.n_open for job in self._running)
         for job in self._running:
-            self._tell(job, Refusal("the model failed", status=500, kind="server_error"), urgent=True)
+            self._tell(job, _failed(), urgent=True)
         self._running.clear()
         self._to_score.clear()
         self._jobs.clear()
@@ -272,3 +320,14 @@ class Worker:
         self._loop.call_soon_threadsafe(self._hand_out, self._out, n_ended)
         self._out, self._is_urgent, self._last_sent = {}, False, now
         return 0
+
+
+def _failed() -> Refusal:
+    return Refusal("the model failed", status=500, kind="server_error")
+
+
+def _log_failure(error: Exception) -> None:
+    if isinstance(error, UserError):  # which says all, as of weights that have diverged
+        _log.error(f"a step of generation failed: {error}")
+    else:
+        _log.error("a step of generation failed", exc_info=error)

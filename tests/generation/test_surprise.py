@@ -5,7 +5,7 @@ import torch
 
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.generation.surprise import score_tokens
+from gpt_lightning.generation.surprise import score_in_pieces, score_tokens
 from tests.generation.models import make_model, make_prompts, transformers_model
 
 
@@ -35,6 +35,13 @@ def test_scores_are_the_engines_beyond_the_context(n_prompt: int, stride: int | 
     scored = score_tokens(model, prompts[0] + completion.token_ids, context_stride=stride)
     found = [token.logprob for token in scored[n_prompt:]]
     assert found == pytest.approx(completion.logprobs, abs=1e-4)
+    text = prompts[0] + completion.token_ids
+    pieces = [tokens for tokens, _ in score_in_pieces(model, text, context_stride=stride, piece=5)]
+    assert max(map(len, pieces)) <= 5
+    for token, expected in zip([token for tokens in pieces for token in tokens], scored, strict=True):
+        assert token.token_id == expected.token_id
+        assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert [index for index, _ in token.others] == [index for index, _ in expected.others]
 
 
 def test_the_model_is_left_in_its_mode() -> None:

@@ -160,6 +160,19 @@ BAD = {
         {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "x"}},
         "chat_template_kwargs",
     ),
+    "tools for the template": (
+        {"messages": MESSAGES, "chat_template_kwargs": {"return_assistant_tokens_mask": True}},
+        "chat_template_kwargs",
+    ),
+    "half a character": (
+        {"messages": MESSAGES, "chat_template_kwargs": {"bos_token": "\ud800"}},
+        "chat_template_kwargs",
+    ),
+    "half a name": ({"messages": [{"role": "user", "content": "x", "\ud800": 1}]}, "?"),
+    "two lengths": (
+        {"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 3},
+        "max_completion_tokens",
+    ),
     "unknown": ({"messages": MESSAGES, "max_token": 2}, "max_token"),
 }
 
@@ -167,7 +180,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_cannot_be_is_refused_by_name(kind: str, address: str) -> None:
     body, param = BAD[kind]
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(body).encode())
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 

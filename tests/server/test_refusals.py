@@ -23,6 +23,8 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "a list": ([], 400, None),
     "too long": ({"prompt": "x" * 30_000}, 413, None),
     "unknown": ({"max_new_tokens": 4}, 400, "max_new_tokens"),
+    "an unknown half": ('{"\\ud800": 1}', 400, "?"),
+    "one field twice": ('{"prompt": "a", "prompt": "b"}', 400, "prompt"),
     "an unknown model": ({"model": "gpt-9"}, 404, "model"),
     "a model that is no text": ({"model": ["small"]}, 400, "model"),
     "best_of": ({"best_of": 2}, 400, "best_of"),
@@ -67,6 +69,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "logprobs by yes": ({"logprobs": True}, 400, "logprobs"),
     "a bias of no token": ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     "a bias beyond": ({"logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    "a bias by two names": ({"logit_bias": {"1": 5, "01": -5}}, 400, "logit_bias"),
     "a bias too strong": ({"logit_bias": {"1": 101}}, 400, "logit_bias"),
     "a list of biases": ({"logit_bias": [1]}, 400, "logit_bias"),
     "echo as text": ({"echo": "yes"}, 400, "echo"),
@@ -109,6 +112,8 @@ def test_what_changes_nothing_is_taken(address: str) -> None:
         ("GET", "/v1/completions", 405),
         ("DELETE", "/", 405),
         ("GET", "/v1/models/x", 404),
+        ("GET", "/health/", 404),
+        ("OPTIONS", "/v1/completions", 405),
     ],
 )
 def test_addresses_that_are_not_are_refused_in_the_same_form(

@@ -1,7 +1,8 @@
 """The thread that generates: who leaves, is late or comes in vain leaves nothing behind."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,16 +21,25 @@ from tests.server.in_process import small_served  # noqa: E402
 LONG = GenerationConfig(temperature=0.0, max_new_tokens=100_000, logit_bias={0: -100.0})
 
 
+WRONG = replace(LONG, logit_bias={10**6: 1.0})
+
+
 def job_of(model: ServedModel, *, n: int = 1, seconds: float = 60.0, prompts: Any = ((1, 2, 3),)) -> Job:
     asked = Asked(model, [[*prompt] for prompt in prompts], LONG, n=n)
     return asked.job(Limits(request_seconds=seconds))
 
 
+def scored(model: ServedModel, *prompts: Sequence[int], settings: GenerationConfig | None = None) -> Job:
+    """Asks for the prompts' scores, and for texts by the settings, if there are some."""
+    asked = Asked(model, [[*prompt] for prompt in prompts], settings or LONG, n_likeliest=1, echoes=["", ""])
+    return replace(asked, has_completion=settings is not None).job(Limits())
+
+
 def run(test: Callable[[ServedModel, Metrics, list[Engine]], Any], **options: Any) -> None:
     """Runs a test in an event loop beside a worker, whose engines it can look into."""
-    metrics, engines = Metrics(), []
+    metrics = Metrics()
     model = small_served(metrics=metrics, **options)
-    make_engine = model.worker._make_engine
+    make_engine, engines = model.worker._make_engine, [model.worker._engine]
 
     def remembered() -> Engine:
         engines.append(make_engine())
@@ -148,5 +158,63 @@ def test_a_step_that_fails_ends_those_it_was_for_and_no_others() -> None:
         model.worker.cancel(later)
         await until(lambda: is_empty(engines[1], model))
         assert len(engines) == 2 and model.worker.is_alive
+
+    run(test)
+
+
+def test_a_request_that_the_engine_refuses_ends_alone() -> None:
+    async def test(model: ServedModel, metrics: Metrics, engines: list[Engine]) -> None:
+        running = job_of(model)
+        model.worker.submit(running)
+        await tokens(running, 2)
+        for job in (job_of(model, prompts=[(1, 2), (10**6,)]), scored(model, (1,), (2, 3), settings=WRONG)):
+            model.worker.submit(job)
+            found = []
+            while not any(isinstance(news, Refusal) for news in found):
+                found += await job.take()
+            assert isinstance(found[-1], Refusal) and found[-1].status == 400
+        await tokens(running, 5)
+        model.worker.cancel(running)
+        await until(lambda: is_empty(engines[0], model))
+        assert len(engines) == 1 and model.worker.is_alive
+
+    run(test)
+
+
+def test_a_thread_that_cannot_go_on_lets_nobody_wait(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(model: ServedModel, metrics: Metrics, engines: list[Engine]) -> None:
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("a device is gone")
+
+        model.worker._make_engine = engines[0].step = engines[0].cancel = fail  # type: ignore[method-assign]
+        running, later = job_of(model), job_of(model)
+        model.worker.submit(running)
+        model.worker.submit(later)
+        for job in (running, later):
+            (refusal,) = await job.take()
+            assert isinstance(refusal, Refusal) and refusal.status == 500
+        await until(lambda: not model.worker.is_alive)
+        with pytest.raises(Refusal):
+            model.worker.submit(job_of(model))
+
+    run(test)
+    assert "start the server anew" in caplog.text
+
+
+def test_a_long_prompt_is_scored_beside_the_others() -> None:
+    async def test(model: ServedModel, metrics: Metrics, engines: list[Engine]) -> None:
+        running, long, short = job_of(model), scored(model, [5] * 3000), scored(model, [6] * 20)
+        model.worker.submit(running)
+        await tokens(running, 2)
+        model.worker.submit(long)
+        model.worker.submit(short)
+        ids: list[int] = []
+        while len(ids) < 20:
+            ids += [token.token_id for news in await short.take() for token in news.tokens]
+        await tokens(running, 20)
+        assert ids == [6] * 20 and long.n_open == 1  # of which a part is scored
+        model.worker.cancel(long)
+        model.worker.cancel(running)
+        await until(lambda: is_empty(engines[0], model))
 
     run(test)
