@@ -35,9 +35,19 @@ def open_socket(host: str, port: int) -> socket.socket:
     return opened
 
 
+def _listen(opened: socket.socket) -> None:
+    """Takes the port for good: two programs may have the same one until either listens."""
+    try:
+        opened.listen()
+    except OSError as error:
+        host, port = opened.getsockname()[:2]
+        raise UserError(f"host={host} port={port} cannot be used ({error.strerror}); give another") from None
+
+
 def serve(app: Starlette, opened: socket.socket, limits: Limits, said: Callable[[], None]) -> int:
     """Serves until a signal; returns the exit code: 0, or the signal's where a request was cut off."""
     server = make_server(app, limits, said)
+    _listen(opened)
     asyncio.run(server.serve([opened]))
     if not app.state.service.metrics.cut:
         return 0
