@@ -155,6 +155,8 @@ class TensorParallelDDPStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Readies, at the last moment before Lightning sets up the callbacks, those that average weights."""
         super().setup_environment()
+        if self.lightning_module is None:  # called by hand, to start the processes alone
+            return
         callbacks = self._module.trainer.callbacks
         check_callbacks(callbacks, save_sharded=self.save_sharded)
         access = Access(self._share_out_alike, self._put_away, self._whole_state, self._load_trained)
