@@ -50,7 +50,7 @@ class Step(NamedTuple):
     """Holds the next token of one request and, in its last step, the completion.
 
     `token_id` is None where a completion ends without one: at the eos, or where no token is left. `logprob`
-    and `top_logprobs` are None unless the settings ask for them.
+    and `top_logprobs` are None unless the settings ask for them; at the eos, `end_id`, they are its own.
     """
 
     request: Request
@@ -58,6 +58,7 @@ class Step(NamedTuple):
     logprob: float | None
     top_logprobs: list[tuple[int, float]] | None
     completion: Completion | None
+    end_id: int | None = None
 
 
 class Row:
@@ -102,7 +103,7 @@ class Row:
         token_id, ends_with = int(token), self.request.ends_with
         likeliest = _likeliest(logprobs)
         if token_id in ends:
-            return self._step(None, logprobs, likeliest, "eos")
+            return self._step(None, logprobs, likeliest, "eos")._replace(end_id=token_id)
         self.tokens.append(token_id)
         self._logprobs += logprobs[:1]
         self._top_logprobs.append(likeliest)

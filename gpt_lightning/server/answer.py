@@ -154,7 +154,7 @@ def _merged(news: list[Piece | Scores]) -> Iterator[Piece | Scores]:
     for choice, several in pieces.items():
         text = "".join(piece.text for piece in several)
         tokens = [token for piece in several for token in piece.tokens]
-        yield Piece(choice, text, tokens, several[-1].finish_reason)
+        yield Piece(choice, text, tokens, several[-1].finish_reason, several[-1].end)
 
 
 async def _json(value: Any) -> str:

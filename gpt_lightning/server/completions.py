@@ -166,7 +166,9 @@ class CompletionForm:
     def piece(self, piece: Piece) -> dict[str, Any]:
         logprobs = None
         if self._asked.n_likeliest is not None:
-            tokens = [token._replace(logprob=_rounded(token.logprob)) for token in piece.tokens]
+            # Programs that score texts count on a token after the echoed ones, which may be the eos.
+            end = [piece.end] if piece.end is not None and self._asked.is_scored else []
+            tokens = [token._replace(logprob=_rounded(token.logprob)) for token in [*piece.tokens, *end]]
             logprobs = self._logprobs(self._writers[piece.choice], tokens)
         reason = None if piece.finish_reason is None else FINISH_REASONS[piece.finish_reason]
         return self._choice(piece.choice, piece.text, logprobs, reason)

@@ -36,12 +36,13 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Holds what is new of one choice: text, tokens and, where it has ended, why."""
+    """Holds what is new of one choice: text, tokens and, where it has ended, why, and by which eos."""
 
     choice: int
     text: str
     tokens: list[Token]
     finish_reason: FinishReason | None = None
+    end: Token | None = None
 
 
 class Scores(NamedTuple):
@@ -257,7 +258,7 @@ class Worker:
         job, place, n_left, passes = self._to_score.popleft()
         tokens, is_context_read = next(passes)
         if not all(math.isfinite(token.logprob or 0.0) for token in tokens):
-            _log.error("the scores of a prompt are not finite: the weights diverged; use an earlier checkpoint")
+            _log.error("a prompt has scores that are not finite: the weights diverged; use an earlier one")
             n_open = self._drop(job)
             self._tell(job, _failed(), urgent=True)
             return n_open
@@ -280,7 +281,9 @@ class Worker:
         tokens = []
         if step.token_id is not None:
             tokens = [Token(step.token_id, step.logprob, step.top_logprobs or [])]
-        reason = None
+        reason, end = None, None
+        if step.end_id is not None:
+            end = Token(step.end_id, step.logprob, step.top_logprobs or [])
         if step.completion is not None:
             text.end()
             reason = step.completion.finish_reason
@@ -288,7 +291,7 @@ class Worker:
         new = text.text[job.n_sent[choice] :]
         is_first = not job.n_sent[choice]
         job.n_sent[choice] += len(new)
-        self._tell(job, Piece(choice, new, tokens, reason), urgent=is_first or reason is not None)
+        self._tell(job, Piece(choice, new, tokens, reason, end), urgent=is_first or reason is not None)
         return self._end_one(job) if reason is not None else 0
 
     def _end_one(self, job: Job) -> int:

@@ -191,6 +191,13 @@ def test_an_eos_ends_a_text_and_is_not_counted() -> None:
         n = completion.token_ids.index(end)
         assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == n
         assert len(answer.choices[0].logprobs.tokens) == n and whole.startswith(answer.choices[0].text)
+        # lm_eval asks for one token after an echoed text, and leaves out the last log-probability.
+        ids = TOKENIZER.encode(PROMPT) + completion.token_ids[:n]
+        for fields in ({"max_tokens": 1}, {"max_tokens": 4}):
+            choice = ask(client, prompt=ids, echo=True, logprobs=1, **fields).choices[0]
+            assert choice.finish_reason == "stop" and len(choice.logprobs.tokens) == len(ids) + 1
+            assert choice.logprobs.token_logprobs[-1] == max(choice.logprobs.top_logprobs[-1].values())
+            assert choice.logprobs.tokens[-1] == TOKENIZER.decode([end])
 
 
 def test_two_models_are_asked_by_name() -> None:
