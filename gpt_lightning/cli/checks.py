@@ -126,7 +126,10 @@ def _refused(verb: str, settings: Any, positions: int | None) -> Iterator[tuple[
 
 
 def _refused_of_trainer(verb: str, trainer: Any) -> Iterator[tuple[str, str]]:
-    """Yields what Lightning would take without a word, or divide by."""
+    """Yields what Lightning would take without a word, divide by, or answer with a page of its own."""
+    if isinstance(trainer.strategy, str) and "." in trainer.strategy:
+        given = f"--trainer.strategy.class_path {trainer.strategy}, or in a file"
+        yield "trainer.strategy", f" is a class; write {given} strategy: {{class_path: {trainer.strategy}}}"
     for name, least in (("log_every_n_steps", 1), ("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if trainer[name] is not None and trainer[name] < least:
             yield f"trainer.{name}", f" is below {least}; raise it, or leave it out"

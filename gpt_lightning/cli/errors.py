@@ -91,6 +91,10 @@ def _exhausted(error: BaseException) -> tuple[str, int] | None:
 
 def shorten(message: str) -> str:
     """Makes a parser's message one line: option, value and what would do, without the nested types tried."""
+    nested = re.search(r"""Parser key "([\w.]+)":.*?NestedArg\(key='([\w.]+)', val=(.*?)\)""", message, re.DOTALL)
+    if nested:
+        option, value = f"{nested[1]}.{nested[2]}", _cut(nested[3].strip("'"), 200)
+        return f"{option}={value} is an option of a class; give --{nested[1]} package.Class, too"
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Given value: (.*)|Got value: (.*)", message)
     expected = re.findall(

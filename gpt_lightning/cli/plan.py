@@ -153,7 +153,7 @@ def setup_of(settings: Any, config: GPTConfig, *, on_cpu: bool) -> Setup:
         precision=precision,
         optimizer=model_options(settings, "optimizer").get("name", "adamw"),
         activation_checkpointing=bool(_model_option(settings, "activation_checkpointing")),
-        devices=_n_devices(trainer.devices),
+        devices=_n_devices(trainer.devices, are_here=settings.device is None),
         nodes=settings.nodes if settings.nodes is not None else trainer.num_nodes,
         tensor_parallel_size=arguments.get("tensor_parallel_size", 1),
         sequence_parallel=arguments.get("sequence_parallel", False),
@@ -187,11 +187,13 @@ def _model_option(settings: Any, name: str) -> Any:
     return arguments.get(name)
 
 
-def _n_devices(given: Any) -> int:
+def _n_devices(given: Any, *, are_here: bool) -> int:
     """Counts the devices of a node; `auto` are all GPUs that are here, or one."""
     if isinstance(given, (list, tuple)):
         return len(given)
     text = str(given)
+    if text == "-1" and not are_here:
+        raise UserError("trainer.devices=-1 are all of this machine; with --device give how many a node has")
     if text in ("auto", "-1"):
         return max(1, torch.cuda.device_count())
     if "," in text:

@@ -45,3 +45,28 @@ def test_a_vocabulary_in_a_file_that_is_not_the_texts_is_refused(
     assert exit.value.code == 2
     said = "model.config.vocab_size=512 contradicts data.tokenizer=bytes, which has 257 ids"
     assert said in capsys.readouterr().err and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "fit --trainer.strategy gpt_lightning.TensorParallelDDPStrategy",
+            "is a class; write --trainer.strategy.class_path gpt_lightning.TensorParallelDDPStrategy",
+        ),
+        (
+            "fit --trainer.strategy ddp --trainer.strategy.shard_replicas full",
+            "trainer.strategy.shard_replicas=full is an option of a class; give --trainer.strategy",
+        ),
+        ("plan --device h100 --trainer.devices -1", "with --device give how many a node has"),
+    ],
+)
+def test_a_strategy_that_is_half_said_is_refused_in_a_line(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(words.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and said in error and "Traceback" not in error
+    assert not [*tmp_path.iterdir()]
