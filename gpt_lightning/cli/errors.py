@@ -91,8 +91,8 @@ def _exhausted(error: BaseException) -> tuple[str, int] | None:
 
 def shorten(message: str) -> str:
     """Makes a parser's message one line: option, value and what would do, without the nested types tried."""
-    nested = re.search(r"""Parser key "([\w.]+)":.*?NestedArg\(key='([\w.]+)', val=(.*?)\)""", message, re.DOTALL)
-    if nested:
+    of_a_class = r"""Parser key "([\w.]+)":.*?NestedArg\(key='([\w.]+)', val=(.*?)\)"""
+    if nested := re.search(of_a_class, message, re.DOTALL):
         option, value = f"{nested[1]}.{nested[2]}", _cut(nested[3].strip("'"), 200)
         return f"{option}={value} is an option of a class; give --{nested[1]} package.Class, too"
     key = re.search(r'Parser key "([\w.]+)"', message)
