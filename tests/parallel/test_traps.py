@@ -3,6 +3,7 @@
 None of these faults raises an error by itself. So every test also runs the fault and sees it.
 """
 
+import ctypes
 import inspect
 import os
 from collections.abc import Callable
@@ -25,7 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 from gpt_lightning.parallel.gradients import TensorParallelGradScaler, norm
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
 from tests.distributed import run_ranks
-from tests.parallel.runs import Recorder, RecordingModule, Run, build, run_everywhere, trainer_of, validate
+from tests.parallel.runs import (
+    Recorder,
+    RecordingModule,
+    Run,
+    build,
+    fit,
+    run_everywhere,
+    trainer_of,
+    validate,
+)
 
 pytestmark = pytest.mark.slow
 OneProcess = Callable[..., dict[str, Any]]
@@ -284,3 +294,29 @@ def test_the_best_checkpoint_is_replaced(shared_corpus: Path) -> None:
     assert run_ranks(best_checkpoint, 4, run, shared_corpus) == ["step=6.ckpt"] * 4
     wrong = replace(run, strategy_class=DecidesByDataParallelRank)
     assert run_ranks(best_checkpoint, 4, wrong, shared_corpus) == ["step=2.ckpt"] * 4
+
+
+class HeapState(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)] + [
+        (name, ctypes.c_size_t) for name in "ij"
+    ]
+
+
+def grown_by_messages(run: Run, corpus: Path) -> int:
+    """In a rank: the bytes of the heap that a thousand messages leave in use."""
+    fit(run, corpus)
+    heap = ctypes.CDLL(None).mallinfo2
+    heap.restype = HeapState
+    message, before = torch.ones(8), heap().used
+    for _ in range(1000):
+        dist.all_reduce(message)
+    return int(heap().used - before)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc")
+def test_messages_leave_no_records_on_the_heap(shared_corpus: Path) -> None:
+    run = Run(2, 1, steps=2, accumulate=1)
+    for grown in run_ranks(grown_by_messages, 2, run, shared_corpus):
+        assert grown < 200_000
