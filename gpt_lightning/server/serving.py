@@ -103,6 +103,7 @@ class Server(uvicorn.Server):
 
     def _end(self, number: int) -> None:
         if self.should_exit:  # a second one
+            logging.getLogger("uvicorn.error").disabled = True  # it would show where all was cut off
             for task in self.server_state.tasks:
                 task.cancel()
             self.force_exit = True
