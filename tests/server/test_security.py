@@ -18,6 +18,7 @@ from gpt_lightning.generation.sampling import GenerationConfig  # noqa: E402
 from gpt_lightning.server.limits import Limits  # noqa: E402
 from gpt_lightning.server.metrics import Metrics  # noqa: E402
 from gpt_lightning.server.security import is_loopback, make_access  # noqa: E402
+from gpt_lightning.server.serving import _listen, open_socket  # noqa: E402
 from tests.server.in_process import serving, small_served  # noqa: E402
 
 KEY = "a-key-of-some-length"
@@ -119,6 +120,15 @@ def test_connections_that_say_nothing_make_room(address: str, metrics: Metrics) 
         assert metrics.connections <= LIMITS.max_connections
     for opened in silent:
         opened.close()
+
+
+def test_a_port_that_another_program_took_meanwhile_is_refused() -> None:
+    first = open_socket("127.0.0.1", 0)
+    second = open_socket("127.0.0.1", first.getsockname()[1])  # neither listens yet
+    with closing(first), closing(second):
+        _listen(first)
+        with pytest.raises(UserError, match=r"port=\d+ cannot be used"):
+            _listen(second)
 
 
 @pytest.mark.slow
