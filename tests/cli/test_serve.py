@@ -93,11 +93,11 @@ def test_models_are_called_after_their_runs() -> None:
         _names([paths[0], paths[0]], None)
 
 
-def drawn(address: str, **fields: Any) -> dict[str, Any]:
+def drawn(address: str, **fields: Any) -> list[dict[str, Any]]:
     answer = httpx.post(f"{address}/v1/completions", json=fields, timeout=120)
     assert answer.status_code == 200, answer.text
-    choice: dict[str, Any] = answer.json()["choices"][0]
-    return choice
+    choices: list[dict[str, Any]] = answer.json()["choices"]
+    return choices
 
 
 def predicted(folder: Path, prompts: list[str], *words: str) -> list[dict[str, Any]]:
@@ -124,17 +124,14 @@ def test_each_text_is_that_of_predict_while_others_are_busy(
 
         with ThreadPoolExecutor(31) as others:
             busy = [others.submit(disturb, number) for number in range(31)]
-            found = [
-                [drawn(address, prompt=prompt, max_tokens=40, logprobs=1, **each) for prompt in prompts]
-                for each in settings
-            ]
+            found = [drawn(address, prompt=prompts, max_tokens=40, logprobs=1, **each) for each in settings]
             ended.set()
             for other in busy:
                 other.result()
     for each, choices in zip(settings, found):
         words = [f"--generation.{name}={value}" for name, value in each.items()]
-        for prompt, choice in zip(prompts, choices):
-            (row,) = predicted(tmp_path, [prompt], "--generation.logprobs", "true", *words, *common)
+        rows = predicted(tmp_path, prompts, "--generation.logprobs", "true", *words, *common)
+        for row, choice in zip(rows, choices, strict=True):
             assert choice["text"] == row["completion"]
             # As far as one row's kernel rounds like many rows' one.
             assert choice["logprobs"]["token_logprobs"] == pytest.approx(row["logprobs"], abs=2e-5)
