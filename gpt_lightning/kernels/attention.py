@@ -169,14 +169,31 @@ class Attend:
         q, group = q.transpose(1, 2), q.shape[2] // k.shape[2]  # q [B, H, T, K]
         k, v = cache.write(k.transpose(1, 2), v.transpose(1, 2))  # each [B, N, S, K]
         assert self.mask is None or isinstance(self.mask, Tensor)
+        if self.mask is not None and self.mask.dtype != q.dtype:
+            # Added to the scores, as PyTorch would make of it in every layer anew.
+            self.mask = torch.zeros_like(self.mask, dtype=q.dtype).masked_fill_(~self.mask, -math.inf)
         if q.shape[2] > 1:
             if group > 1:
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None)
             return y.transpose(1, 2)
-        # One token's heads of a group see the same keys, as if they were a group of tokens.
-        y = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.shape[3]), k, v, self.mask)
-        return y.reshape(q.shape).transpose(1, 2)
+        if group > 1:
+            return _of_groups(q, k, v, self.mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, self.mask).transpose(1, 2)
+
+
+def _of_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attends with one token, q [B, H, 1, K], to k and v [B, N, S, K], which its heads share in groups."""
+    B, N, S, K = k.shape
+    if q.dtype != torch.float32 or q.device.type != "cpu":
+        # The heads see the same keys, as if they were a group of tokens.
+        return F.scaled_dot_product_attention(q.reshape(B, N, -1, K), k, v, mask).reshape(q.shape)
+    # Such a group would be summed in an order that changes with S. Each group's heads are a batch instead,
+    # and keys and values are repeated in name only.
+    q = q.reshape(B * N, -1, 1, K)
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = None if mask is None else mask.expand(B, N, 1, S).reshape(B * N, 1, 1, S)
+    return F.scaled_dot_product_attention(q, k, v, mask).view(B, -1, 1, K)
 
 
 def runs_in_blocks(q: Tensor) -> bool:

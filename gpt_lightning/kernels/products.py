@@ -23,6 +23,8 @@ Product = Callable[[Tensor], Tensor]  # [..., D] to [..., N]
 Room = Callable[[torch.Size], tuple[Tensor, Tensor]]
 # Without VNNI the kernels for x86 add two products in 16 bits, which overflow at the full range.
 _INT8_FITS = torch.cpu._is_vnni_supported() or not is_x86()
+_VECTORS = 32  # numbers that a loop over a tensor takes at once, with AVX-512
+_ONE_SUM = 1024  # inputs, of which oneDNN adds up one row's products as those of several rows
 _ZERO = 128  # stands for 0 where integers have no sign
 
 
@@ -56,19 +58,30 @@ class OneRowProduct:
 class PackedProduct:
     """Holds the weight in the blocks that oneDNN multiplies fastest for so many rows.
 
-    One row is computed twice: alone it would be summed in another order than among others.
+    Where it is made for several, a row has the same bits however many of them there are. One row alone is
+    computed twice where its sum is so long that it would be added up in another order. Rows lie apart by
+    whole vectors of the processor: what is computed of each number then, such as SiLU, would else round by
+    where in a vector that lies.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, n_rows: int) -> None:
+        self._n_outputs, n_inputs = weight.shape
+        self._is_apart = bool(n_more := -self._n_outputs % _VECTORS)
+        if self._is_apart:
+            weight = F.pad(weight, (0, 0, 0, n_more))
+            bias = None if bias is None else F.pad(bias, (0, n_more))
         # What PyTorch's own compiler does with constant weights; there is no public name for it.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, max(2, n_rows))
-        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, n_rows)
+        self._bias, self._doubles = bias, n_rows > 1 and n_inputs > _ONE_SUM
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.expand(2, *x.shape[1:]) if x.numel() == x.shape[-1] else x
+        is_one = self._doubles and x.numel() == x.shape[-1]
+        rows = x.expand(2, *x.shape[1:]) if is_one else x
         output: Tensor = self._multiply(rows, self._weight, self._bias, "none", [], "")
-        return output if rows is x else output[:1]
+        if self._is_apart:
+            output = output[..., : self._n_outputs]
+        return output[:1] if is_one else output
 
 
 class IntegerProduct:

@@ -15,8 +15,8 @@ from gpt_lightning.model.gpt import GPTModel
 from tests.generation.models import make_model
 from tests.shapes import SHAPES
 
-SETTINGS = GenerationConfig(max_new_tokens=24, temperature=1.0, top_p=0.95, top_logprobs=3)
-LENGTHS = [3, 170, 1, 90, 40, 17, 16, 200, 5, 64, 33, 128, 129, 2, 250, 77]
+SETTINGS = GenerationConfig(max_new_tokens=8, temperature=1.0, top_p=0.95, top_logprobs=3)
+LENGTHS = [3, 170, 1, 90, 40, 17, 16, 200, 5, 64, 33, 128, 129, 2, 252, 77, *range(9, 25)]
 
 
 def steady_model(shape: str, dtype: str) -> GPTModel:
@@ -45,11 +45,7 @@ def run(
     return {step.request.number: step.completion for step in steps if step.completion is not None}
 
 
-@pytest.mark.parametrize(
-    "shape, dtype",
-    # Grouped queries in float32 differ in the last bits.
-    [pair for pair in product(SHAPES, ["float32", "bfloat16", "int8"]) if pair != ("grouped", "float32")],
-)
+@pytest.mark.parametrize("shape, dtype", [*product(SHAPES, ["float32", "bfloat16", "int8"])])
 def test_a_row_has_the_same_bits_in_every_batch(shape: str, dtype: str) -> None:
     """Past the context, too; log-probabilities are compared without a tolerance."""
     if dtype == "bfloat16" and not onednn_multiplies(torch.bfloat16):
@@ -58,8 +54,8 @@ def test_a_row_has_the_same_bits_in_every_batch(shape: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(512, (length,), generator=generator) for length in LENGTHS]
     prompts = {number: each.tolist() for number, each in enumerate(ids)}
-    whole = run(model, prompts, 16, None)
-    assert run(model, prompts, 7, 2 * PIECE) == whole
-    assert run(model, prompts, 16, PIECE) == whole
-    for numbers in ([0], [1], [14], [3, 8], [2, 7, 9]):
-        assert run(model, {n: prompts[n] for n in numbers}, 32, None) == {n: whole[n] for n in numbers}
+    whole = run(model, prompts, 32, None)
+    first = {number: prompts[number] for number in range(31)}
+    assert run(model, first, 31, PIECE) == {number: whole[number] for number in first}
+    for numbers in ([0], [14], [3, 8], [1, 7, 9, 11, 12, 20, 21]):
+        assert run(model, {n: prompts[n] for n in numbers}, 7, None) == {n: whole[n] for n in numbers}
