@@ -14,7 +14,8 @@ from gpt_lightning.cli.model_options import add_model_options, choose_device, op
 from gpt_lightning.cli.parser import PlainParser
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.generation.sampling import GenerationConfig
-from gpt_lightning.kernels.packed_linear import packed
+from gpt_lightning.kernels.choose import pinned
+from gpt_lightning.kernels.packed_linear import packed, steady_kernel
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
 
@@ -98,7 +99,12 @@ def _open_models(options: Any, limits: Limits, metrics: Metrics) -> list[Any]:
     return [
         served_model(
             name,
-            packed(model, quantize=settings.quantize, n_rows=options.rows),
+            packed(
+                model,
+                quantize=settings.quantize,
+                n_rows=options.rows,
+                kernel=None if pinned() else steady_kernel(model, quantize=settings.quantize),
+            ),
             tokenizer,
             settings,
             seed=options.generation.seed,
