@@ -1,15 +1,18 @@
 """Loads `serve` with many clients, beside the Engine alone and transformers' server on the same weights.
 
     python tests/benchmarks/serve.py --ckpt_path checkpoints/quickstart/last.ckpt [--exported FOLDER]
+    pip install fastapi opentelemetry-api                            what `transformers serve` needs
 
 Prints for each number of clients tokens a second, and the milliseconds to the first token and between tokens
 (half of them, and 99 in 100, take at most so long). Every client sends requests of its own lengths, one after
-the other, and reads the streams. `--exported` is the folder that `export-hf` made of the checkpoint.
+the other, and reads the streams. `--exported` is the folder that `export-hf` made of the checkpoint, and
+`--theirs` the options of transformers' server, which never asks the hub.
 """
 
 import argparse
 import http.client
 import json
+import os
 import random
 import socket
 import statistics
@@ -102,7 +105,9 @@ def server(words: list[str], path: str) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    process = subprocess.Popen([word.format(port=port) for word in words], stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([word.format(port=port) for word in words], env=environment, **quiet)
     try:
         deadline = time.monotonic() + 120
         while not _answers(port, path):
@@ -132,8 +137,10 @@ def engine_rate(checkpoint: Path, jobs: list[Job], n_rows: int) -> float:
     of_jobs = [replace(settings, max_new_tokens=job.n_new) for job in jobs]
     prompts = [tokenizer.encode(job.prompt) for job in jobs]
     requests = [Request(prompt, settings=each) for prompt, each in zip(prompts, of_jobs)]
-    start = time.perf_counter()
     engine = Engine(model, settings, eos_token_id=tokenizer.eos_token_ids, batch_size=n_rows)
+    warm_up = replace(settings, max_new_tokens=4)
+    engine.complete([Request(prompt, settings=warm_up) for prompt in prompts[:n_rows]])
+    start = time.perf_counter()
     n_tokens = sum(len(completion.token_ids) for completion in engine.complete(requests))
     return n_tokens / (time.perf_counter() - start)
 
@@ -146,11 +153,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--longest", type=int, default=64, help="words of a prompt, tokens of a completion")
     parser.add_argument("--jobs", type=int, default=2, help="of each client")
+    parser.add_argument("--theirs", default="--continuous-batching --dtype float32", help="as one word")
     options: Any = parser.parse_args()
     name = "benchmark"
     ours = [sys.executable, "-m", "gpt_lightning", "serve", "--port", "{port}", "--name", name]
     ours += ["--ckpt_path", str(options.ckpt_path), "--rows", str(options.rows)]
-    theirs = ["transformers", "serve", "--port", "{port}", "--continuous-batching", "--dtype", "float32"]
+    script = str(Path(sys.executable).with_name("transformers"))
+    theirs = [script, "serve", "--port", "{port}", "--device", "cpu", *options.theirs.split()]
     print("server, clients | tokens/s | first token, ms: half / 99% | between tokens, ms: half / 99%")
     for n_clients in options.clients:
         jobs = make_jobs(options.jobs * n_clients, options.longest)
@@ -164,6 +173,7 @@ def main() -> None:
             for n_clients in options.clients:
                 jobs = make_jobs(options.jobs * n_clients, options.longest)
                 who = "ours" if words is ours else "transformers"
+                load(port, model, jobs[: min(n_clients, options.rows)], n_clients)
                 print(f"{who}, {n_clients:3d} | {load(port, model, jobs, n_clients)}", flush=True)
 
 
