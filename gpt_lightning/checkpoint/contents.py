@@ -227,12 +227,38 @@ def _problems_of_data(state: Any) -> Iterator[str]:
         if name not in SETTINGS or not SETTINGS[name](value):
             yield f"holds data.{name}={short(value)}, which no checkpoint decides so; name another"
     yield from problems_of_position(state)
-    match text := state.get("text", {}):
-        case dict() if not text or all(map(_are_files, (text.get("train_files"), text.get("val_files")))):
-            if not {type(text.get(name)) for name in ("text_key", "document_separator")} <= {str, type(None)}:
-                yield f"holds {short(text)} as the text that it was trained on; name another"
-        case _:
-            yield f"holds {short(text)} as the text that it was trained on; name another"
+    if not _is_text(text := state.get("text", {})):
+        yield f"holds {short(text)} as the text that it was trained on; name another"
+    if "mixture" in state and not _is_mixture(state["mixture"]):
+        yield f"holds {short(state['mixture'])} as its mixture of texts; name another"
+
+
+def _is_text(text: Any) -> bool:
+    """Tells what describes a text: its files, and what cuts them; nothing does, too."""
+    if not isinstance(text, dict):
+        return False
+    cutting = {type(text.get(name)) for name in ("text_key", "document_separator")}
+    are_files = all(_are_files(text.get(name)) for name in ("train_files", "val_files"))
+    return not text or are_files and cutting <= {str, type(None)}
+
+
+def _is_mixture(state: Any) -> bool:
+    """Tells weights of named texts, as many each as there are steps from which they hold."""
+    match state:
+        case {"steps": list(steps), "starts": list(starts), "weights": dict(weights), "texts": dict(texts)}:
+            n = len(steps)
+            shares = [*weights.values()]
+            return (
+                all(map(is_count, [*steps, *starts]))
+                and steps[:1] == [0]
+                and len(starts) in (0, n)
+                and starts[:1] in ([], [0])
+                and all(isinstance(each, list) and len(each) == n for each in shares)
+                and all(type(share) in (int, float) for each in shares for share in each)
+                and weights.keys() == texts.keys()
+                and all(map(_is_text, texts.values()))
+            )
+    return False
 
 
 def _problems_of_tokenizer(state: Any, key: str) -> Iterator[str]:

@@ -148,7 +148,7 @@ class GPTLightningCLI(LightningCLI):
         """Settles every option: what fits only a checkpoint's weights and split comes from it."""
         self.config = settings = parser.parse_args(args)  # type: ignore[arg-type]
         self.given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
-        give_way(settings.trainer, self.given)
+        give_way(settings, self.given)
         check_paths(settings)
         if settings.get("weights_only") is False:
             reason = "would let a checkpoint run code, and none of ours needs it; leave it out"
@@ -292,10 +292,10 @@ class GPTLightningCLI(LightningCLI):
     def _prepare_text(self) -> None:
         saved = self._restored.get(DATA_KEY, {})
         if self.verb == "fit":
-            self.datamodule.trained_text.resume(saved)
+            self.datamodule.resume_text(saved)
         splits = self.datamodule.prepare(others_at_work() if self.verb == "prepare" else None)
         for name, split in splits.items():
-            where = "repeat another" if name == "train" else "also in train"
+            where = "repeat another" if name.startswith("train") else "also in train"
             repeated = f", {split.n_repeated:,} of them {where}" if split.n_repeated else ""
             documents = f"{split.n_documents:,} document{'s' if split.n_documents != 1 else ''}"
             say(f"{name}: {split.n_tokens:,} tokens in {documents}{repeated}")
@@ -304,9 +304,9 @@ class GPTLightningCLI(LightningCLI):
             if not self.datamodule.keeps_text("val"):
                 check_monitors(self.trainer.callbacks)
         if self.verb in ("validate", "test"):
-            if warning := self.datamodule.trained_text.warning(saved, self.verb):
+            if warning := self.datamodule.text_warning(saved, self.verb):
                 say(f"warning: {warning}")
-        if self.verb == "test" and "test" not in splits:
+        if self.verb == "test" and not any(name.startswith("test") for name in splits):
             say("no data.test_files: what follows is measured on the validation text")
 
 

@@ -61,8 +61,11 @@ def recipe_beneath(contents: list[Any], *, is_fine_tuning: bool | None) -> Path 
     return recipe(FINE_TUNING if is_fine_tuning else QUICKSTART)
 
 
-def give_way(trainer: Any, given: Any) -> None:
-    """Fits the recipe's end and times of validation to what of them is given."""
+def give_way(settings: Any, given: Any) -> None:
+    """Fits the recipe's text, end and times of validation to what of them is given."""
+    if given.get("data.mixture") is not None and given.get("data.train_files") is None:
+        settings.data.train_files = None
+    trainer = settings.trainer
     has_end = trainer.max_epochs is not None or trainer.max_time is not None
     if given.get("trainer.max_steps") is None and has_end:
         trainer.max_steps = -1
@@ -80,6 +83,8 @@ def name_of_run(settings: Any) -> str:
         return str(settings.run_name)
     if settings.config:
         return Path(str(settings.config[-1])).stem
+    if settings.data.mixture is not None:
+        return "mixture"
     files = settings.data.train_files
     first = files if isinstance(files, str) else next(iter(files or ()), "")
     return QUICKSTART if first in ("", SOURCE_NAME) else _name_of_text(first)

@@ -38,13 +38,22 @@ class Corpus:
     document_separator: str | None
 
     @classmethod
-    def find(cls, patterns: dict[str, list[str] | str | None], **settings: Any) -> "Corpus":
-        """Finds the files that the `patterns` of train_files, val_files and test_files stand for."""
+    def find(
+        cls,
+        patterns: dict[str, list[str] | str | None],
+        *,
+        label: Callable[[str], str] = "data.{}".format,
+        **settings: Any,
+    ) -> "Corpus":
+        """Finds the files that the `patterns` of train_files, val_files and test_files stand for.
+
+        `label` names such an option as the user gives it.
+        """
         files: dict[str, Any] = {}
         for option, given in patterns.items():
             given = [given] if isinstance(given, str) else given
-            files[option] = () if given is None else tuple(resolve_sources(given, f"data.{option}"))
-        refuse_shared_files(files)
+            files[option] = () if given is None else tuple(resolve_sources(given, label(option)))
+        refuse_shared_files(files, label)
         return cls(**files, **settings)
 
     @property

@@ -61,9 +61,9 @@ class TrainedText:
         }
         self._check()
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Refuses, now and from now on, other text than that of the run whose datamodule's state this is."""
-        self._resumed = state.get("text", {})
+    def resume(self, described: dict[str, Any]) -> None:
+        """Refuses, now and from now on, other text than was `described` in a checkpoint."""
+        self._resumed = described
         self._check()
 
     def _check(self) -> None:
@@ -71,11 +71,11 @@ class TrainedText:
             problem = f"{change} since the checkpoint was saved, and what it held out could be trained on"
             raise UserError(f"{problem}; give the text as it was, or train anew")
 
-    def warning(self, state: dict[str, Any], verb: str) -> str | None:
+    def warning(self, described: dict[str, Any], verb: str) -> str | None:
         """Warns that a model may know what it is judged on: another part is held out of another text."""
         assert self._corpus is not None
         own_files = self._corpus.val_files or (verb == "test" and self._corpus.test_files)
-        change = None if own_files else text_difference(state.get("text", {}), self.described)
+        change = None if own_files else text_difference(described, self.described)
         return change and f"{change} since the checkpoint was saved; what is held out now may be known to it"
 
 

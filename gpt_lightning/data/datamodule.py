@@ -2,40 +2,47 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from gpt_lightning.data.corpus import Corpus, no_train_files
+from gpt_lightning.data.corpus import no_train_files
 from gpt_lightning.data.corpus_identity import (
-    TrainedText,
     refuse_other_settings,
     settings_of_a_run,
     tokenizer_of_checkpoint,
 )
-from gpt_lightning.data.loader import EpochBatches, TokenBatch, WindowBatches, batch_loader, rank_and_ranks
+from gpt_lightning.data.loader import (
+    EpochBatches,
+    HeldOutBatches,
+    TokenBatch,
+    WindowBatches,
+    batch_loader,
+    rank_and_ranks,
+)
+from gpt_lightning.data.mixed_text import MixedSplit
+from gpt_lightning.data.mixture import Mixture, MixtureSource
+from gpt_lightning.data.option_checks import check_options
+from gpt_lightning.data.overlap import refuse_shared_sources
 from gpt_lightning.data.position import Position, TrainingOrder
 from gpt_lightning.data.prompts import (
     PromptBatch,
     PromptShare,
-    first_words,
     read_prompts,
     special_token_hint,
 )
-from gpt_lightning.data.token_cache import TokenSplit, loss_warning, prepare_tokens
-from gpt_lightning.data.tokenizer import TextTokenizer, is_trained_here, requested_vocab_size
+from gpt_lightning.data.text_source import TextSource, beginnings, keeps_text
+from gpt_lightning.data.text_state import resume_texts, state_of_texts, warning_of_texts
+from gpt_lightning.data.token_cache import TokenSplit
+from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.data.tokenizer_cache import tokenizer_named
-from gpt_lightning.data.windows import Epochs
+from gpt_lightning.data.windows import Epochs, SampleOrder
 from gpt_lightning.exit_codes import UserError
 
 _log = logging.getLogger("gpt_lightning")
-
-OPENING = 64  # tokens in which a document's first words lie
 
 
 class TextDataModule(LightningDataModule):
@@ -44,6 +51,7 @@ class TextDataModule(LightningDataModule):
     Args:
         train_files: Files, folders or globs of .txt, .jsonl or .parquet text (.gz and .zst too), or
             `python:docs`, the documentation that every Python carries.
+        mixture: Several texts in the place of train_files, each with its share of the tokens.
         val_files: Text to validate on; without it `val_fraction` of the training text is held out.
         test_files: Text to test on; without it the validation text is.
         val_fraction: Share of the training text to hold out, by whole documents where there are enough.
@@ -67,6 +75,7 @@ class TextDataModule(LightningDataModule):
         self,
         *,
         train_files: list[str] | str | None = None,
+        mixture: list[MixtureSource] | None = None,
         val_files: list[str] | str | None = None,
         test_files: list[str] | str | None = None,
         val_fraction: float = 0.1,
@@ -96,23 +105,11 @@ class TextDataModule(LightningDataModule):
         self.parse_special_tokens = parse_special_tokens
         self.all_prompts: list[str] = []  # once set up to predict
         self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
-        self._check_options()
+        self.mixture = None if mixture is None else Mixture(mixture)
+        check_options(self)
+        self.sources = self._sources()
         self._text_tokenizer: TextTokenizer | None = None
-        self._splits: dict[str, TokenSplit] | None = None
-        self.trained_text = TrainedText()
         self._order = TrainingOrder(self)
-
-    def _check_options(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            option = f"data.val_fraction={self.val_fraction}"
-            raise UserError(f"{option} is not in [0, 1); choose a fraction such as 0.1")
-        for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
-            if getattr(self, option) < least:
-                raise UserError(f"data.{option}={getattr(self, option)} is below {least}; raise it")
-        if self.document_separator == "":
-            raise UserError("data.document_separator='' separates nothing; leave it out or give some text")
-        if is_trained_here(self.tokenizer):
-            requested_vocab_size(self.tokenizer)
 
     @classmethod
     @override
@@ -130,7 +127,7 @@ class TextDataModule(LightningDataModule):
     def text_tokenizer(self) -> TextTokenizer:
         """Is loaded, or trained on the training text, at first use."""
         if self._text_tokenizer is None:
-            named = self.tokenizer, self._corpus, self.cache_dir
+            named = self.tokenizer, self.sources, self.cache_dir
             self._text_tokenizer = tokenizer_named(*named, self._check_tokens)
         return self._text_tokenizer
 
@@ -142,65 +139,63 @@ class TextDataModule(LightningDataModule):
     def use_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Encodes with this tokenizer, such as a checkpoint's, whatever `data.tokenizer` says."""
         self._text_tokenizer = tokenizer
-        self._splits = None
+        for source in self.sources:
+            source.splits = None
 
     def prepare(self, others: Literal["wait", "leave"] | None = None) -> dict[str, TokenSplit]:
         """Opens the token cache, building what is missing or stale: the splits that have tokens, by name.
 
-        Every process may call it: one builds, the others wait. With `others` each builds some of it, and then
-        waits for them, or leaves with OthersAtWork.
+        Of a mixture the names are as `train/novels`. Every process may call it: one builds, the others wait.
+        With `others` each builds some of it, and then waits for them, or leaves with OthersAtWork.
         """
-        if self._splits is None:
-            corpus = self._corpus()
-            if not corpus.sources:
-                raise no_train_files()
-            checks = (self._check_tokens, partial(self.trained_text.take, corpus))
-            cache = (corpus, self.text_tokenizer, self.cache_dir)
-            splits = prepare_tokens(*cache, *checks, drop_repeated=self.drop_repeated, others=others)
-            if corpus.train_files:
-                self._check_tokens(splits["train"].n_tokens)
-            self._splits = splits
-            losing = [split for split in splits.values() if not self.keeps_text(split.name)]
-            if losing:
-                rank_zero_only(_log.warning)("warning: %s", loss_warning(losing))
-        return self._splits
+        if any(source.splits is None for source in self.sources):
+            if self.mixture is not None:
+                refuse_shared_sources({str(source.name): source.corpus().sources for source in self.sources})
+            cache = self.text_tokenizer, self.cache_dir, self._check_tokens
+            for source in self.sources:
+                source.prepare(*cache, drop_repeated=self.drop_repeated, others=others)
+        return dict(named for source in self.sources for named in source.named_splits())
 
-    def _check_tokens(self, n_tokens: int) -> None:
+    def _check_tokens(self, source: TextSource, n_tokens: int) -> None:
+        label = source.label("train_files")
         if n_tokens == 0:
-            raise UserError(f"data.train_files={self.train_files} is empty; give files with text")
+            raise UserError(f"{label}={source.files} is empty; give files with text")
         if n_tokens < self.seq_len + 1:
             needs = f"data.seq_len={self.seq_len} needs {self.seq_len + 1} training tokens"
-            remedy = "lower data.seq_len or add text to data.train_files"
+            remedy = f"lower data.seq_len or add text to {label}"
             raise UserError(f"{needs}, but there are {n_tokens}; {remedy}")
 
-    def keeps_text(self, name: str) -> bool:
+    def keeps_text(self, name: str, of: str | None = None) -> bool:
         """Tells whether a split's tokens say all that its text says; else its bits per byte mean nothing."""
-        split = self._split(name)
-        lost_share = split.lost_share if split else 0
-        return self.text_tokenizer.keeps_text if lost_share is None else lost_share == 0
+        splits = self._splits(name, of)
+        return all(keeps_text(split, self.text_tokenizer) for split in splits)
 
-    def split_counts(self, name: str) -> tuple[int, int]:
-        """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte."""
-        split = self._split(name)
-        return (split.n_tokens, split.n_bytes) if split else (0, 0)
+    def split_counts(self, name: str, of: str | None = None) -> tuple[int, int]:
+        """Counts tokens and UTF-8 bytes of a split: their ratio turns nats per token into bits per byte.
+
+        It is all of the split, or what is of one source.
+        """
+        splits = self._splits(name, of)
+        return sum(split.n_tokens for split in splits), sum(split.n_bytes for split in splits)
 
     def beginnings(self, name: str, count: int) -> list[str]:
         """Returns the first words of up to so many documents of a split, from all over it."""
-        if (split := self._split(name)) is None:
-            return []
-        chosen = np.unique(np.linspace(0, split.n_documents, count, endpoint=False).astype(int))
-        opening, decode = split.opening, self.text_tokenizer.decode
-        return [first_words(decode(opening(document, OPENING))) for document in chosen.tolist()]
+        return beginnings(self._splits(name), self.text_tokenizer, count)
 
-    def _split(self, name: str) -> TokenSplit | None:
-        """Finds a split; without test files the validation text is the test text."""
-        splits = self.prepare()
-        return splits.get(name, splits.get("val") if name == "test" else None)
+    def _splits(self, name: str, of: str | None = None) -> list[TokenSplit]:
+        """Finds what each source, or one of them, has of a split."""
+        self.prepare()
+        sources = (source for source in self.sources if of in (None, source.name))
+        return [split for source in sources if (split := source.split(name)) is not None]
 
-    def _corpus(self) -> Corpus:
+    def _sources(self) -> tuple[TextSource, ...]:
         patterns = {name: getattr(self, name) for name in ("train_files", "val_files", "test_files")}
-        settings = ("val_fraction", "seed", "text_key", "document_separator")
-        return Corpus.find(patterns, **{name: getattr(self, name) for name in settings})
+        settings = {
+            name: getattr(self, name) for name in ("val_fraction", "seed", "text_key", "document_separator")
+        }
+        if self.mixture is None:
+            return (TextSource(patterns, settings),)
+        return self.mixture.texts(patterns, settings)
 
     # ---- loaders
 
@@ -213,21 +208,29 @@ class TextDataModule(LightningDataModule):
             return
         self.prepare()
         if stage == "fit":
-            if self.train_files is None:
+            if self.train_files is None and self.mixture is None:
                 raise no_train_files()
             self._order.start()
-        elif self._split({"validate": "val"}.get(stage, stage)) is None:
+            if self.mixture is not None and not self._order.restored.batches:
+                self.mixture.starts = None  # those of an earlier run
+        elif not self._splits({"validate": "val"}.get(stage, stage)):
             option = f"data.val_fraction={self.val_fraction}"
             raise UserError(f"{option} leaves no text to {stage} on; raise it or give data.val_files")
 
     @override
     def train_dataloader(self) -> DataLoader[TokenBatch]:
-        split = self._split("train")
-        if split is None:
+        splits = self._splits("train")
+        if not splits:
             raise no_train_files()
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        start = self._order.restored.consumed_samples
-        dataset = self._window_batches(split, seed=self.seed, start=start, accumulate=accumulate)
+        deal = self._deal(start=self._order.restored.consumed_samples, accumulate=accumulate)
+        if self.mixture is None:
+            dataset = self._window_batches(
+                splits[0], Epochs(n_tokens=splits[0].n_tokens, seed=self.seed, **deal)
+            )
+        else:
+            order = self.mixture.order([split.n_tokens for split in splits], self.seed, **deal)
+            dataset = self._window_batches(MixedSplit(splits), order)
         if self.trainer is None:
             return self._whole_loader(dataset)
         self._order.take_epochs(dataset.epochs)
@@ -257,17 +260,24 @@ class TextDataModule(LightningDataModule):
             rank_zero_only(_log.info)(hint)
 
     def _evaluation_loader(self, name: str) -> DataLoader[TokenBatch] | list[Any]:
-        split = self._split(name)
-        return [] if split is None else self._whole_loader(self._window_batches(split))
+        """Scores every token once, and no batch has text of two sources."""
+        parts = {}
+        for source in self.sources if self._splits(name) else ():
+            if (split := source.split(name)) is not None:
+                epochs = Epochs(n_tokens=split.n_tokens, **self._deal())
+                parts[source.name] = self._window_batches(split, epochs)
+        return self._whole_loader(HeldOutBatches(parts)) if parts else []
 
-    def _whole_loader(self, dataset: WindowBatches) -> DataLoader[TokenBatch]:
-        batches = EpochBatches(range(dataset.epochs.first_batches), dataset.epochs.epoch_batches)
+    def _whole_loader(self, dataset: WindowBatches | HeldOutBatches) -> DataLoader[TokenBatch]:
+        batches = EpochBatches(range(dataset.first_batches), len(dataset))
         return self._loader(dataset, lambda: batches)
 
-    def _window_batches(self, split: TokenSplit, **order: int) -> WindowBatches:
+    def _deal(self, **place: int) -> dict[str, int]:
+        """Tells how samples are dealt to the batches of all ranks."""
+        return {"seq_len": self.seq_len, "global_batch": self.batch_size * self._rank_and_ranks()[1], **place}
+
+    def _window_batches(self, split: TokenSplit | MixedSplit, epochs: SampleOrder) -> WindowBatches:
         rank, ranks = self._rank_and_ranks()
-        global_batch = self.batch_size * ranks
-        epochs = Epochs(n_tokens=split.n_tokens, seq_len=self.seq_len, global_batch=global_batch, **order)
         return WindowBatches(
             split=split,
             epochs=epochs,
@@ -277,7 +287,9 @@ class TextDataModule(LightningDataModule):
             vocab_size=self.vocab_size,
         )
 
-    def _loader(self, dataset: WindowBatches, batches: Callable[[], EpochBatches]) -> DataLoader[TokenBatch]:
+    def _loader(
+        self, dataset: WindowBatches | HeldOutBatches, batches: Callable[[], EpochBatches]
+    ) -> DataLoader[TokenBatch]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch_loader(dataset, batches, num_workers=self.num_workers, pin_memory=on_gpu)
 
@@ -301,14 +313,22 @@ class TextDataModule(LightningDataModule):
             **self._order.position()._asdict(),
             "settings": settings_of_a_run(self),
             "tokenizer": self.text_tokenizer.state,
-            "text": self.trained_text.described,
+            **state_of_texts(self.sources, self.mixture),
         }
+
+    def resume_text(self, state: dict[str, Any]) -> None:
+        """Refuses, now and from now on, other text than that of the run whose datamodule's state this is."""
+        resume_texts(self.sources, self.mixture, state)
+
+    def text_warning(self, state: dict[str, Any], verb: str) -> str | None:
+        """Warns that a model may know what it is judged on: another part is held out of another text."""
+        return warning_of_texts(self.sources, state, verb)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is None or self.trainer.state.fn == "fit":
             refuse_other_settings(self, state_dict["settings"])
-            self.trained_text.resume(state_dict)
+            self.resume_text(state_dict)
         own, saved = self._text_tokenizer, state_dict["tokenizer"]
         self._text_tokenizer = tokenizer_of_checkpoint(own, saved, self.tokenizer)
         self._order.restore(Position(*(state_dict[name] for name in Position._fields)))

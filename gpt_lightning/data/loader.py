@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 from typing_extensions import override
 
+from gpt_lightning.data.mixed_text import MixedSplit
 from gpt_lightning.data.token_cache import TokenSplit
-from gpt_lightning.data.windows import IGNORED_TARGET, Epochs, document_ids, gather
+from gpt_lightning.data.windows import IGNORED_TARGET, SampleOrder
 from gpt_lightning.exit_codes import UserError
 
 _PR_SET_PDEATHSIG = 1
@@ -31,6 +32,7 @@ class TokenBatch(NamedTuple):
     document_ids: Tensor | None = None  # [B, T]
     sample_ids: Tensor | None = None  # [B], positions in the training order; -1 for a row that none fills
     step_tokens: int | None = None  # scored by all ranks in all micro-batches of the optimizer step
+    source: str | None = None  # the one text of a mixture that all rows are of, in evaluation
 
     def scored(self) -> Tensor:
         """Counts the targets that are scored, on the batch's device."""
@@ -78,13 +80,13 @@ class StepBatch(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class WindowBatches(Dataset[TokenBatch]):
-    """Makes one rank's batches of a split, each in one go.
+    """Makes one rank's batches of a split, or of those of several texts, each in one go.
 
     Its name is all that a worker is told: what a batch holds cannot depend on how many workers there are.
     """
 
-    split: TokenSplit
-    epochs: Epochs
+    split: TokenSplit | MixedSplit
+    epochs: SampleOrder
     rank: int
     ranks: int
     document_mask: bool
@@ -93,6 +95,11 @@ class WindowBatches(Dataset[TokenBatch]):
     def __len__(self) -> int:
         return self.epochs.epoch_batches
 
+    @property
+    def first_batches(self) -> int:
+        """Counts those of the epoch in which the order begins."""
+        return self.epochs.first_batches
+
     def __getitem__(self, batch: StepBatch) -> TokenBatch:
         sizes = {"rows": self.epochs.global_batch // self.ranks, "seq_len": self.epochs.seq_len}
         first, last = self.epochs.span(batch.number)
@@ -100,7 +107,7 @@ class WindowBatches(Dataset[TokenBatch]):
         positions = np.arange(first + self.rank, last, self.ranks)
         starts, lengths = self.epochs.cut(positions)
         self.split.check(starts, self.epochs.seq_len, documents=self.document_mask)
-        inputs, targets = gather(self.split.tokens, starts, lengths, **sizes)
+        inputs, targets = self.split.gather(starts, lengths, **sizes)
         # Any other input is a target too.
         if (largest := max(targets.max(), inputs[:, 0].max())) >= self.vocab_size:
             raise UserError(
@@ -109,8 +116,7 @@ class WindowBatches(Dataset[TokenBatch]):
             )
         documents = None
         if self.document_mask:
-            n_tokens, starts_of = self.split.n_tokens, self.split.document_starts
-            documents = torch.from_numpy(document_ids(starts_of, starts, lengths, n_tokens=n_tokens, **sizes))
+            documents = torch.from_numpy(self.split.document_ids(starts, lengths, **sizes))
         sample_ids = np.full(len(inputs), -1)
         sample_ids[: len(positions)] = positions
         return TokenBatch(
@@ -120,6 +126,28 @@ class WindowBatches(Dataset[TokenBatch]):
             torch.from_numpy(sample_ids),
             self.epochs.n_targets(batch.step),
         )
+
+
+class HeldOutBatches(Dataset[TokenBatch]):
+    """Makes the batches of one text after another, each of which says whose it is."""
+
+    def __init__(self, parts: Mapping[str | None, WindowBatches]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts.values()))
+
+    @property
+    def first_batches(self) -> int:
+        return len(self)
+
+    def __getitem__(self, batch: StepBatch) -> TokenBatch:
+        number = batch.number
+        for source, part in self._parts.items():
+            if number < len(part):
+                return part[StepBatch(number, range(number, number + 1))]._replace(source=source)
+            number -= len(part)
+        raise IndexError(batch.number)
 
 
 class EpochBatches(NamedTuple):

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -25,22 +25,46 @@ Marked = Iterable[tuple[str, Piece]]
 Dropped = dict[str, NDArray[np.bool_]]  # of each split that is held out, its documents
 
 
-def refuse_shared_files(files: dict[str, tuple[str, ...]]) -> None:
-    """Refuses a file to hold out that is trained on, also under another name.
+def refuse_shared_files(
+    files: dict[str, tuple[str, ...]], label: Callable[[str], str] = "data.{}".format
+) -> None:
+    """Refuses a file to hold out that is trained on, also under another name."""
+    trained = files["train_files"]
+    for option in ("val_files", "test_files"):
+        for file, other in _same_files(files[option], trained):
+            if file == other:
+                problem = f"{label(option)}={file} is also in {label('train_files')}"
+                raise UserError(f"{problem}; remove it from one")
+            problem = f"{label(option)}={file} has the same text as {other} of {label('train_files')}"
+            raise UserError(f"{problem}; remove one of them")
+
+
+def refuse_shared_sources(files: dict[str, tuple[str, ...]]) -> None:
+    """Refuses a file in two sources of a mixture: what the one holds out could be trained on in the other."""
+    names = list(files)
+    for number, name in enumerate(names):
+        others = [file for other in names[:number] for file in files[other]]
+        for file, same in _same_files(files[name], others):
+            other = next(each for each in names if same in files[each])
+            problem = f"data.mixture: {file} of {name} is the same text as {same} of {other}"
+            raise UserError(f"{problem}, which could hold out what is trained on here; leave out one of them")
+
+
+def _same_files(files: Iterable[str], others: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields files with those of the others that have the same text, be it under another name.
 
     Only files of equal size are read, as far as they are equal.
     """
-    trained = defaultdict(list)
-    for file in files["train_files"]:
-        trained[_size(file)].append(file)
-    for option in ("val_files", "test_files"):
-        for file in files[option]:
-            if file in files["train_files"]:
-                raise UserError(f"data.{option}={file} is also in data.train_files; remove it from one")
-            for other in trained[size] if (size := _size(file)) else ():
-                if filecmp.cmp(file, other, shallow=False):
-                    problem = f"data.{option}={file} has the same text as {other} of data.train_files"
-                    raise UserError(f"{problem}; remove one of them")
+    by_size = defaultdict(list)
+    for other in others:
+        by_size[_size(other)].append(other)
+    for file in files:
+        size = _size(file)
+        if file in by_size[size]:
+            yield file, file
+        for other in by_size[size] if size else ():
+            if filecmp.cmp(file, other, shallow=False):
+                yield file, other
 
 
 def _size(file: str) -> int:

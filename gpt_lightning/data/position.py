@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningDataModule, Trainer
 
 from gpt_lightning.data.loader import EpochBatches
-from gpt_lightning.data.windows import Epochs
+from gpt_lightning.data.windows import SampleOrder
 
 
 class Position(NamedTuple):
@@ -25,7 +25,7 @@ class TrainingOrder:
 
     def __init__(self, datamodule: LightningDataModule) -> None:
         self._datamodule = datamodule
-        self._epochs: Epochs | None = None
+        self._epochs: SampleOrder | None = None
         self._usual_reload: int | None = None
         self.restored = Position()
         self._first_epoch_is_finished = False
@@ -56,7 +56,7 @@ class TrainingOrder:
         consumed_samples = self._epochs.span(since_restored)[0]
         return Position(consumed_samples, batches.total.processed, batches.current.processed)
 
-    def take_epochs(self, epochs: Epochs) -> None:
+    def take_epochs(self, epochs: SampleOrder) -> None:
         """Counts by these; Lightning is to ask again for the length after an epoch resumed otherwise."""
         self._epochs = epochs
         if self.batches().epoch_length != epochs.epoch_batches:

@@ -29,6 +29,7 @@ from gpt_lightning.data.parts import SharedWork, parts_folder_of
 from gpt_lightning.data.progress import reading
 from gpt_lightning.data.token_files import with_notes, write_text
 from gpt_lightning.data.tokenizer import TextTokenizer
+from gpt_lightning.data.windows import Ints, document_ids, gather
 from gpt_lightning.exit_codes import UserError
 
 _MOST_READ = 10_000_000  # documents whose starts are read to find the longest
@@ -82,7 +83,7 @@ class TokenSplit:
             problem = f"data.cache_dir: {self.folder} does not hold the {self.n_tokens} tokens it tells of"
             raise UserError(f"{problem}; remove that folder, and it is built anew")
 
-    def check(self, starts: NDArray[np.int64], seq_len: int, *, documents: bool) -> None:
+    def check(self, starts: Ints, seq_len: int, *, documents: bool) -> None:
         """Refuses damaged files before windows of `seq_len` targets from `starts` on are read from them."""
         of_tokens, of_documents = self._checked
         of_tokens.check(starts - 1, seq_len + 1)
@@ -90,6 +91,15 @@ class TokenSplit:
             of_documents.check_sorted(starts, starts + seq_len)
             around_the_end = max(1, int(starts.max()) + seq_len - self.n_tokens)
             of_documents.check_sorted(np.array([0]), np.array([around_the_end]))
+
+    def gather(self, starts: Ints, lengths: Ints, *, rows: int, seq_len: int) -> tuple[Ints, Ints]:
+        """Reads inputs and targets [rows, seq_len] of the windows."""
+        return gather([self.tokens] * len(starts), starts, lengths, rows=rows, seq_len=seq_len)
+
+    def document_ids(self, starts: Ints, lengths: Ints, *, rows: int, seq_len: int) -> Ints:
+        """Tells which document each input is in, counted within its window."""
+        sizes = {"n_tokens": self.n_tokens, "rows": rows, "seq_len": seq_len}
+        return document_ids(self.document_starts, starts, lengths, **sizes)
 
     def opening(self, document: int, n_tokens: int) -> list[int]:
         """Returns the first tokens of a document, up to so many."""

@@ -7,12 +7,15 @@ A sample's position is one global counter; the epoch is position // n_windows.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 IGNORED_TARGET = -100
 
@@ -22,24 +25,26 @@ _BLOCK = 4096
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Epochs:
-    """Deals each epoch's windows to batches and optimizer steps, from position `start` on.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleOrder(ABC):
+    """Deals windows by their positions to batches and optimizer steps, from position `start` on.
 
-    A resumed run may deal otherwise. Without a seed windows come in reading order, as evaluation wants them.
+    A resumed run may deal otherwise.
     """
 
-    n_tokens: int
     seq_len: int
     global_batch: int = 1
     accumulate: int = 1
     start: int = 0
-    seed: int | None = None
 
-    @cached_property
+    @property
+    @abstractmethod
     def windows(self) -> int:
-        """Counts the windows of an epoch, the last of which may be short."""
-        return -(-self.n_tokens // self.seq_len)
+        """Counts the windows of an epoch."""
+
+    @abstractmethod
+    def cut(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Returns the first target and the number of targets of each window; all are of one epoch."""
 
     @cached_property
     def epoch_batches(self) -> int:
@@ -70,16 +75,6 @@ class Epochs:
         last = first + self.global_batch
         return epoch_start + min(self.windows, first), epoch_start + min(self.windows, last)
 
-    def cut(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Returns the first target and the number of targets of each window; all are of one epoch."""
-        epoch = int(positions[0]) // self.windows if len(positions) else 0
-        index, offset = positions - epoch * self.windows, 0
-        if self.seed is not None:
-            index = _permuted(index, self.windows, _hash(self.seed, epoch, "order"))
-            offset = _hash(self.seed, epoch, "offset") % self.n_tokens
-        starts = index * self.seq_len
-        return (starts + offset) % self.n_tokens, np.minimum(self.n_tokens - starts, self.seq_len)
-
     @lru_cache(maxsize=4)  # each micro-batch of a step asks
     def n_targets(self, batches: range) -> int:
         """Counts the targets that all ranks score in these batches, which may reach into another epoch."""
@@ -89,13 +84,39 @@ class Epochs:
         return sum(int(self.cut(np.arange(*bound))[1].sum()) for bound in bounds)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Epochs(SampleOrder):
+    """Orders the windows of one text anew in each epoch; without a seed they come in reading order."""
+
+    n_tokens: int
+    seed: int | None = None
+
+    @cached_property
+    def windows(self) -> int:
+        """Counts the windows of an epoch, the last of which may be short."""
+        return -(-self.n_tokens // self.seq_len)
+
+    @override
+    def cut(self, positions: Ints) -> tuple[Ints, Ints]:
+        epoch = int(positions[0]) // self.windows if len(positions) else 0
+        index, offset = positions - epoch * self.windows, 0
+        if self.seed is not None:
+            index = _permuted(index, self.windows, keyed_hash(self.seed, epoch, "order"))
+            offset = keyed_hash(self.seed, epoch, "offset") % self.n_tokens
+        starts = index * self.seq_len
+        return (starts + offset) % self.n_tokens, np.minimum(self.n_tokens - starts, self.seq_len)
+
+
 def gather(
-    tokens: NDArray[np.integer], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
+    texts: Sequence[NDArray[np.integer]], starts: Ints, lengths: Ints, *, rows: int, seq_len: int
 ) -> tuple[Ints, Ints]:
-    """Reads inputs and targets [rows, seq_len]; what no window fills has input 0 and an ignored target."""
+    """Reads inputs and targets [rows, seq_len], each window from its own of the `texts`.
+
+    What no window fills has input 0 and an ignored target.
+    """
     # [B, T + 1]; past a window's end it reads on around the circle, which the mask then hides.
-    window = np.empty((len(starts), seq_len + 1), dtype=tokens.dtype)
-    for row, start in zip(window, starts.tolist(), strict=True):
+    window = np.empty((len(starts), seq_len + 1), dtype=texts[0].dtype if texts else np.uint16)
+    for row, tokens, start in zip(window, texts, starts.tolist(), strict=True):
         if 0 < start <= len(tokens) - seq_len:
             row[:] = tokens[start - 1 : start + seq_len]
         else:
@@ -171,7 +192,7 @@ def _feistel(value: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint6
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = value >> shift, value & mask
     for round_number in range(_ROUNDS):
-        round_key = np.uint64(_hash(key, round_number, "round"))
+        round_key = np.uint64(keyed_hash(key, round_number, "round"))
         left, right = right, left ^ (_mix(right ^ round_key) & mask)
     return left << shift | right
 
@@ -184,7 +205,7 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=64)
-def _hash(first: int, second: int, purpose: str) -> int:
+def keyed_hash(first: int, second: int, purpose: str) -> int:
     """Gives 64 bits, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{purpose} {first} {second}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

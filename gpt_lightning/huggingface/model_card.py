@@ -52,8 +52,12 @@ def model_card(checkpoint: Checkpoint, name: str, kind: Family) -> str:
 def _data(checkpoint: Checkpoint) -> dict[str, str]:
     n_ids = checkpoint.tokenizer.vocab_size
     state = checkpoint.contents[DATA_KEY]
-    text, settings = _mapping(state.get("text")), state["settings"]
-    train, held_out = _file_names(text.get("train_files")), _file_names(text.get("val_files"))
+    settings = state["settings"]
+    texts = [state.get("text"), *_mapping(_mapping(state.get("mixture")).get("texts")).values()]
+    train, held_out = (
+        ", ".join(filter(None, (_file_names(_mapping(text).get(name)) for text in texts)))
+        for name in ("train_files", "val_files")
+    )
     if not held_out and train and "val_fraction" in settings:
         held_out = f"{settings['val_fraction']} of it, held out before anything was cut into windows"
     return {

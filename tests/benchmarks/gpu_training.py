@@ -136,7 +136,7 @@ class SyntheticText(TextDataModule):
         token_file(scale, folder)
         starts.astype(np.uint64).tofile(folder / "train.documents.bin")
         self._vocab_size = scale.vocab_size
-        self._splits = {
+        self.sources[0].splits = {
             "train": TokenSplit(folder, "train", "uint16", scale.n_tokens, scale.n_tokens, len(starts))
         }
 

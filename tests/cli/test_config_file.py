@@ -225,7 +225,7 @@ def test_the_command_line_holds_over_files_wherever_they_stand(capsys: pytest.Ca
 def test_the_recipes_end_gives_way(given: dict[str, Any], steps: int, interval: int | None) -> None:
     trainer = Namespace(max_epochs=None, max_time=None, max_steps=2000, val_check_interval=400)
     vars(trainer).update(given)
-    give_way(trainer, {f"trainer.{name}": value for name, value in given.items()})
+    give_way(Namespace(trainer=trainer), {f"trainer.{name}": value for name, value in given.items()})
     assert (trainer.max_steps, trainer.val_check_interval) == (steps, interval)
 
 
@@ -245,7 +245,7 @@ def test_the_recipes_end_gives_way(given: dict[str, Any], steps: int, interval: 
     ],
 )
 def test_a_run_is_named_after_its_text(files: Any, name: str | None, tmp_path: Path) -> None:
-    settings = Namespace(run_name=None, config=None, data=Namespace(train_files=files))
+    settings = Namespace(run_name=None, config=None, data=Namespace(train_files=files, mixture=None))
     assert name_of_run(settings) == (name or tmp_path.name)
     assert name_of_run(Namespace(**{**vars(settings), "config": ["x/mine.yaml"]})) == "mine"
     assert name_of_run(Namespace(**{**vars(settings), "run_name": "given"})) == "given"

@@ -69,11 +69,11 @@ def test_damage_is_found_and_repaired(
 
 def test_a_damaged_tokenizer_is_trained_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
-    trained = prepare_tokenizer(corpus(source), 300, cache)
+    trained = prepare_tokenizer([corpus(source)], 300, cache)
     (path,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.json")
     path.write_text(path.read_text().replace('"id": 0', '"id": 1'))
     caplog.clear()
-    assert prepare_tokenizer(corpus(source), 300, cache).fingerprint == trained.fingerprint
+    assert prepare_tokenizer([corpus(source)], 300, cache).fingerprint == trained.fingerprint
     assert building_reasons(caplog) == ["tokenizer.json is damaged"]
 
 

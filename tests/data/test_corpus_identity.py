@@ -35,7 +35,7 @@ def state_of(module: TextDataModule) -> dict[str, Any]:
 
 
 def resumed(module: TextDataModule, state: dict[str, Any]) -> TextDataModule:
-    module.trained_text.resume(state)
+    module.resume_text(state)
     module.prepare()
     return module
 
@@ -126,17 +126,17 @@ def test_judging_on_text_that_may_be_known_is_warned_of(folder: Path, tmp_path: 
     state = state_of(datamodule(folder))
     same = datamodule(folder)
     same.prepare()
-    assert same.trained_text.warning(state, "validate") is None
+    assert same.text_warning(state, "validate") is None
     (folder / "a.txt").write_text("another text altogether. " * 40)
     other = datamodule(folder)
     other.prepare()
     for verb in ("validate", "test"):
-        assert "a.txt has changed" in (other.trained_text.warning(state, verb) or "")
+        assert "a.txt has changed" in (other.text_warning(state, verb) or "")
     (tmp_path / "test.txt").write_text("a text of its own. " * 40)
     own = datamodule(folder, test_files=str(tmp_path / "test.txt"))
     own.prepare()
-    assert own.trained_text.warning(state, "test") is None
-    assert own.trained_text.warning(state, "validate") is not None
+    assert own.text_warning(state, "test") is None
+    assert own.text_warning(state, "validate") is not None
 
 
 def test_a_datamodule_is_not_made_from_a_checkpoint() -> None:

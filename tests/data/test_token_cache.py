@@ -206,7 +206,7 @@ def test_content_change_of_the_same_size_and_time_is_seen(
 
 def test_other_settings_build_another_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, cache = write_documents(tmp_path / "a.jsonl"), str(tmp_path / "cache")
-    trained = prepare_tokenizer(corpus(source), 300, cache)
+    trained = prepare_tokenizer([corpus(source)], 300, cache)
     folders = {
         prepare_tokens(settings, tokenizer, cache)["train"].folder
         for settings in (corpus(source), corpus(source, val_fraction=0.3))
@@ -297,16 +297,16 @@ def test_tokenizer_never_sees_held_out_text(tmp_path: Path, caplog: pytest.LogCa
     rows = [f"common words {chr(0x4E00 + index)} " * 30 for index in range(30)]
     source, cache = tmp_path / "a.jsonl", str(tmp_path / "cache")
     source.write_text("\n".join(json.dumps({"text": row}) for row in rows))
-    tokenizer = prepare_tokenizer(corpus(source), 2000, cache)
+    tokenizer = prepare_tokenizer([corpus(source)], 2000, cache)
     splits = prepare_tokens(corpus(source), BYTES, cache)
     marks = {name: {text[13] for text in documents_of(split)} for name, split in splits.items()}
     assert marks["train"] and marks["val"]
     assert all(len(tokenizer.encode(f" {mark}")) == 1 for mark in marks["train"])
     assert all(len(tokenizer.encode(f" {mark}")) > 1 for mark in marks["val"])
     building_reasons(caplog)
-    assert prepare_tokenizer(corpus(source), 2000, cache).fingerprint == tokenizer.fingerprint
+    assert prepare_tokenizer([corpus(source)], 2000, cache).fingerprint == tokenizer.fingerprint
     assert building_reasons(caplog) == []
-    assert prepare_tokenizer(corpus(source), None, cache).vocab_size <= 512
+    assert prepare_tokenizer([corpus(source)], None, cache).vocab_size <= 512
 
 
 def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
@@ -322,7 +322,7 @@ def test_training_a_tokenizer_shows_what_it_does_also_when_all_is_read(
 
     monkeypatch.setattr(tokenizer_cache, "reading", note)
     monkeypatch.setattr(tokenizer_cache, "waiting", note)
-    prepare_tokenizer(corpus(write_documents(tmp_path / "a.jsonl")), 300, str(tmp_path / "cache"))
+    prepare_tokenizer([corpus(write_documents(tmp_path / "a.jsonl"))], 300, str(tmp_path / "cache"))
     reading, merging = "Reading text for the tokenizer", "Merging pairs into tokens"
     assert shown == [f"begins {reading}", f"ends {reading}", f"begins {merging}", f"ends {merging}"]
 

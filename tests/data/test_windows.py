@@ -20,7 +20,7 @@ def epoch_targets(n_tokens: int, seq_len: int, seed: int, epoch: int) -> list[tu
     epochs = Epochs(n_tokens=n_tokens, seq_len=seq_len, seed=seed)
     count = epochs.windows
     starts, lengths = epochs.cut(np.arange(epoch * count, (epoch + 1) * count))
-    inputs, targets = windows.gather(tokens, starts, lengths, rows=count, seq_len=seq_len)
+    inputs, targets = windows.gather([tokens] * len(starts), starts, lengths, rows=count, seq_len=seq_len)
     scored = targets != windows.IGNORED_TARGET
     return list(zip(inputs[scored].tolist(), targets[scored].tolist(), strict=True))
 
@@ -78,8 +78,8 @@ def test_a_batch_is_permuted_as_its_windows_are(size: int, stride: int) -> None:
         epochs = Epochs(n_tokens=3 * size, seq_len=3, seed=8)
         starts, _ = epochs.cut(positions)
         one_by_one = [epochs.cut(position)[0].item() for position in positions[:, None]]
-        key = windows._hash(8, 0, "order")
-        offset = windows._hash(8, 0, "offset")
+        key = windows.keyed_hash(8, 0, "order")
+        offset = windows.keyed_hash(8, 0, "offset")
         permuted = windows.permute(positions, size, key=key)
         assert starts.tolist() == one_by_one == ((3 * permuted + offset) % (3 * size)).tolist()
 
@@ -166,7 +166,7 @@ def test_evaluation_scores_every_token_once_in_equally_many_batches(batch_size: 
         for batch in range(epochs.epoch_batches):
             positions = np.arange(*epochs.span(batch))[rank::ranks]
             cut = epochs.cut(positions)
-            inputs, targets = windows.gather(tokens, *cut, rows=batch_size, seq_len=seq_len)
+            inputs, targets = windows.gather([tokens] * len(cut[0]), *cut, rows=batch_size, seq_len=seq_len)
             assert inputs.shape == targets.shape == (batch_size, seq_len)
             scored = targets != windows.IGNORED_TARGET
             assert (inputs[scored] == (targets[scored] - 1) % n_tokens).all()
@@ -223,7 +223,7 @@ def test_windows_are_read_token_by_token() -> None:
         cuts, starts, lengths, seq_len = random_cut(draw)
         n_tokens, rows = cuts[-1], len(starts) + draw.randrange(1, 3)
         tokens = np.arange(100, 100 + n_tokens, dtype=draw.choice([np.uint16, np.uint32]))
-        inputs, targets = windows.gather(tokens, starts, lengths, rows=rows, seq_len=seq_len)
+        inputs, targets = windows.gather([tokens] * len(starts), starts, lengths, rows=rows, seq_len=seq_len)
         boundaries = np.array(cuts, dtype=np.uint64)
         documents = windows.document_ids(
             boundaries, starts, lengths, n_tokens=n_tokens, rows=rows, seq_len=seq_len
