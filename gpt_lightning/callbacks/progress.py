@@ -246,10 +246,13 @@ class StepProgressBar(ProgressBar, CompletionCallback):
 
     def _say_validated(self, trainer: Trainer) -> None:
         step = f"step {trainer.global_step:,}:"
+        losses = [name for name in trainer.callback_metrics if name.startswith("val/loss/")]
         line = f"{step} {_describe(trainer, 'train/loss', 'val/loss', 'val/ppl', 'val/bpb', 'val/share')}"
         rate = trainer.callback_metrics.get("throughput/tokens_per_second")
         rated = line if rate is None else f"{line}  {shortened(float(rate))} tok/s"
         self._say(rated if not self._is_on_screen or len(rated) <= self._console.width else line)
+        if losses:
+            self._say(f"  of each text: {_describe(trainer, *losses)}")
 
     def _say(self, line: str) -> None:
         if self._enabled and self.trainer.is_global_zero:

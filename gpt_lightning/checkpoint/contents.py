@@ -293,10 +293,17 @@ def _problems_of_notes(checkpoint: Mapping[str, Any]) -> Iterator[str]:
     match checkpoint.get(VALIDATION_KEY):
         case None:
             pass
-        case {"step": step, "loss": int() | float(), "whole": bool()} if is_count(step):
+        case {"step": step, "loss": int() | float(), "whole": bool()} as last if (
+            is_count(step) and _are_losses(last.get("sources", {}))
+        ):
             pass
         case other:
             yield f"holds {VALIDATION_KEY}={short(other)}; name another"
+
+
+def _are_losses(value: Any) -> bool:
+    """Tells the losses of a mixture's texts, by their names."""
+    return isinstance(value, dict) and all(type(loss) is float for loss in value.values())
 
 
 def _are_ids(value: Any) -> bool:

@@ -101,8 +101,15 @@ def _result(checkpoint: Checkpoint) -> str:
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return (
         f"Perplexity **{perplexity:,.2f}** (loss {loss:.4f} nats a token) over {part} of the validation "
-        f"text, at step {step:,} of {checkpoint.step:,}."
+        f"text, at step {step:,} of {checkpoint.step:,}.{_of_sources(last)}"
     )
+
+
+def _of_sources(validation: Mapping[str, Any]) -> str:
+    """Names the perplexity of each text of a mixture."""
+    losses = _mapping(validation.get("sources")).items()
+    found = [f"{_code(name)} {math.exp(min(loss, 700)):,.2f}" for name, loss in losses]
+    return f" Of each text: {', '.join(found)}." if found else ""
 
 
 # ---- text

@@ -56,6 +56,9 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         chart
         for chart in (
             _losses(runs),
+            _prefixed(runs, "val/loss/", "loss-of-texts", "Validation loss of each text"),
+            _prefixed(runs, "val/bpb/", "bits-of-texts", "Bits per byte of each text"),
+            _prefixed(runs, "data/epochs/", "epochs-of-texts", "Epochs of each text"),
             _prefixed(runs, "eval/", "evaluation", "Evaluation"),
             # Of one run it has the shape of the loss; several may have different tokenizers.
             _one_tag(runs, "val/bpb", "bits-per-byte", "Bits per byte") if len(runs) > 1 else None,

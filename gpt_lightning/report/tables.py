@@ -17,7 +17,8 @@ MEASURED = ("train/", "val/", "test/", "eval/", SAMPLES)
 RUN_NAMES = ("run_name", "ckpt_path", "config")  # differ without making a difference
 _LONGEST = 40  # characters of a value on a terminal
 _OURS = re.compile(
-    r"(train|val|test)/(loss|ppl|bpb|share|grad_norm)|(lr-|eval/|samples/|throughput/).*|epoch|step|hp_metric"
+    r"train/(loss|ppl|grad_norm)|(val|test)/(loss|ppl|bpb|share)(/[^/]+)?|epoch|step|hp_metric"
+    r"|(data/epochs/|lr-|eval/|samples/|throughput/).*"
 ).fullmatch
 
 
@@ -52,7 +53,7 @@ def figures(run: Run) -> Table:
     """Lists the last value of what was measured, and the lowest of what should be low."""
     rows, own = [], own_tags([run])
     for tag in sorted(run.curves):
-        if tag in own or tag.startswith(MEASURED) and not tag.endswith(("/share", "/grad_norm")):
+        if tag in own or tag.startswith(MEASURED) and not re.search("/(share|grad_norm)(/|$)", tag):
             is_loss = tag.startswith("val/") or tag in ("train/loss", "train/ppl")
             lowest = run.lowest(tag) if is_loss else None
             where = (lowest.value, lowest.step) if lowest else (None, None)

@@ -1,17 +1,14 @@
 """Gathers and logs the numbers of a step, and sums the loss over batches exactly."""
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import rank_and_ranks
 from gpt_lightning.parallel.gradients import norm
 from gpt_lightning.parallel.strategy import TensorParallelDDPStrategy
@@ -118,29 +115,3 @@ class TokenLoss:
             sums = summed(torch.stack([self.nll, self.tokens.to(self.nll.dtype)]), strategy)
             self.nll, self.tokens = sums[0], sums[1].long()
         return self.nll / self.tokens
-
-
-def scored_share(trainer: Trainer, split: str, n_tokens: int) -> float:
-    """Tells which part of a held-out split was scored: `n_tokens`, as trainer.limit_val_batches has it."""
-    if isinstance(trainer.datamodule, TextDataModule):
-        return n_tokens / trainer.datamodule.split_counts(split)[0]
-    is_test = split == "test"  # of loaders of somebody's own only the batches are known
-    loaders = trainer.test_dataloaders if is_test else trainer.val_dataloaders
-    done = sum(trainer.num_test_batches if is_test else trainer.num_val_batches)
-    every = sum(sized_len(loader) or done for loader in (loaders if isinstance(loaders, list) else [loaders]))
-    return min(1.0, done / every) if every else 1.0
-
-
-def in_other_units(trainer: Trainer, split: str, loss: Tensor, share: float) -> dict[str, Tensor | float]:
-    """Returns perplexity, and bits per byte by the split's own number of bytes per token.
-
-    Of what was not all of the split, the share stands beside.
-    """
-    values: dict[str, Tensor | float] = {f"{split}/ppl": loss.exp()}
-    if share < 1:
-        values[f"{split}/share"] = share
-    data = trainer.datamodule
-    if isinstance(data, TextDataModule) and data.keeps_text(split):  # others do not know their bytes
-        n_tokens, n_bytes = data.split_counts(split)
-        values[f"{split}/bpb"] = loss / math.log(2) * n_tokens / n_bytes
-    return values

@@ -28,14 +28,12 @@ from gpt_lightning.model.gpt import GPTModel, GPTOutput
 from gpt_lightning.parallel.dropout import own_numbers
 from gpt_lightning.parallel.plan import ParallelStyle
 from gpt_lightning.training.compilation import check_backend, compile_blocks
+from gpt_lightning.training.held_out import HeldOutLoss, remembered
 from gpt_lightning.training.metrics import (
     OptimizerStep,
     StepRow,
-    TokenLoss,
     epochs_trained,
     gradient_norm,
-    in_other_units,
-    scored_share,
 )
 from gpt_lightning.training.optim import (
     OptimizerConfig,
@@ -107,7 +105,7 @@ class GPTLightningModule(LightningModule):
         check_backend(compile_backend)
         self.compile_backend = compile_backend
         self.generation = GenerationConfig()
-        self.held_out_loss = TokenLoss()
+        self.held_out_loss = HeldOutLoss()
         self.step_row = StepRow()
         self.step = OptimizerStep()  # which is under way
         self.tokenizer: TextTokenizer | None = None  # of a checkpoint that was loaded, or as you set it
@@ -228,14 +226,14 @@ class GPTLightningModule(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self.held_out_loss = TokenLoss()  # an interrupted evaluation may have left sums
+        self.held_out_loss = HeldOutLoss()  # an interrupted evaluation may have left sums
 
     on_test_epoch_start = on_validation_epoch_start
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         batch = token_batch(batch)
-        self.held_out_loss.update(self._nll(batch), batch.scored())
+        self.held_out_loss.update(self._nll(batch), batch.scored(), batch.source)
 
     test_step = validation_step
 
@@ -252,16 +250,14 @@ class GPTLightningModule(LightningModule):
 
     def _log_held_out(self, split: str) -> None:
         """Logs the loss per token, and what follows from it."""
-        held_out, self.held_out_loss = self.held_out_loss, TokenLoss()
+        held_out, self.held_out_loss = self.held_out_loss, HeldOutLoss()
         if held_out.is_empty:  # the step is a child class's, which logs its own loss
             return
-        loss = held_out.compute(self.trainer.strategy)
-        share = scored_share(self.trainer, split, int(held_out.tokens))
+        values = held_out.values(self.trainer, split)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            step, whole = self.trainer.global_step, share == 1
-            self._last_validation = {"step": step, "loss": float(loss), "whole": whole}
-        self.log(f"{split}/loss", loss, prog_bar=True)
-        self.log_dict(in_other_units(self.trainer, split, loss, share))
+            self._last_validation = remembered(values, self.trainer.global_step)
+        self.log(f"{split}/loss", values.pop(f"{split}/loss"), prog_bar=True)
+        self.log_dict(values)
 
     # Prediction
 

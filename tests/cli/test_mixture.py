@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 from gpt_lightning.checkpoint.checkpoint import Checkpoint
 from gpt_lightning.cli.main import main
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.report.run import read_run
+from gpt_lightning.training.module import GPTLightningModule
 from tests.conftest import write_corpus
 
 
@@ -48,3 +52,25 @@ def test_a_resumed_mixture_equals_the_uninterrupted_one(
         assert found["TextDataModule"] == expected["TextDataModule"]
         for name, weight in expected["state_dict"].items():
             assert torch.equal(found["state_dict"][name], weight), name
+
+
+def test_each_text_is_validated_as_if_it_were_alone(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = {"max_steps": 1, "val_check_interval": 1, "default_root_dir": str(tmp_path)}
+    config = mixed(tiny_config, tmp_path, trainer=trainer)
+    main(["fit", "--config", str(config)])
+    path = tmp_path / "checkpoints" / "tiny" / "last.ckpt"
+    last = Checkpoint.open(path).contents["last_validation"]
+    run = read_run(path.parent, "tiny")
+    settings = yaml.safe_load(config.read_text())["data"]
+    total, n_all = 0.0, 0
+    for source in settings.pop("mixture"):
+        data = TextDataModule(**{**settings, "train_files": source["files"]})
+        module = GPTLightningModule.load_from_checkpoint(path)
+        data.use_tokenizer(module.tokenizer)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        (found,) = Trainer(accelerator="cpu", **quiet).validate(module, data, verbose=False)
+        n_tokens = data.split_counts("val")[0]
+        total, n_all = total + found["val/loss"] * n_tokens, n_all + n_tokens
+        assert abs(last["sources"][source["name"]] - found["val/loss"]) < 1e-6
+        assert abs(run.curves[f"val/bpb/{source['name']}"][-1].value - found["val/bpb"]) < 1e-6
+    assert abs(last["loss"] - total / n_all) < 1e-6 and last["whole"]
