@@ -70,11 +70,11 @@ class RunFacts(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         data = trainer.datamodule
-        if not isinstance(data, TextDataModule) or "val" not in data.prepare():
+        if not isinstance(data, TextDataModule) or (held_out := _held_out(data)) is None:
             return
         tokenizer = data.text_tokenizer
         room = min(HELD_OUT_TOKENS, data.seq_len - 1)
-        token_ids = [tokenizer.eos_token_id, *_beginning(data.prepare()["val"], room)]
+        token_ids = [tokenizer.eos_token_id, *_beginning(held_out, room)]
         # In eager mode, since a length of its own would be compiled; on every rank: they do it together.
         with torch.compiler.set_stance("force_eager"), whole_model(trainer):
             scored = score_tokens(pl_module.model, token_ids)
@@ -133,6 +133,11 @@ def _counts(split: TokenSplit) -> dict[str, Any]:
         "longest": split.longest_document,
         "repeated": split.n_repeated,
     }
+
+
+def _held_out(data: TextDataModule) -> TokenSplit | None:
+    """Finds the validation text, or that of a mixture's first source that has any."""
+    return next((split for name, split in data.prepare().items() if name.partition("/")[0] == "val"), None)
 
 
 def _beginning(split: TokenSplit, n_tokens: int) -> list[int]:

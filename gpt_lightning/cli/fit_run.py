@@ -17,6 +17,7 @@ from gpt_lightning.callbacks.overview import Overview
 from gpt_lightning.callbacks.run_checkpoint import RunCheckpoint
 from gpt_lightning.callbacks.run_config import RunConfig
 from gpt_lightning.callbacks.run_facts import RunFacts
+from gpt_lightning.callbacks.source_epochs import SourceEpochs
 from gpt_lightning.callbacks.text_samples import TextSamples
 from gpt_lightning.callbacks.throughput import Throughput
 from gpt_lightning.checkpoint.contents import ORIGIN_KEY
@@ -89,6 +90,8 @@ class FitRun:
         compared = compared_options(self._settings, parser.get_defaults(), n_parameters)
         overview = Overview(compared if trainer["enable_autolog_hparams"] else {})
         callbacks = [self._guard, ExactResume(), Throughput(), overview, self._samples, self.evaluation]
+        if self._settings.data.mixture is not None:
+            callbacks.insert(0, SourceEpochs())
         if self._origin.checkpoint is not None and self._origin.init_from is not None:
             callbacks.insert(0, InitialWeights(self._origin.init_from, self._origin.checkpoint.contents))
         if trainer["enable_checkpointing"] is not False:

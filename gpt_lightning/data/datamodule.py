@@ -52,6 +52,7 @@ class TextDataModule(LightningDataModule):
         train_files: Files, folders or globs of .txt, .jsonl or .parquet text (.gz and .zst too), or
             `python:docs`, the documentation that every Python carries.
         mixture: Several texts in the place of train_files, each with its share of the tokens.
+        mixture_used_up: What follows when one of them is used up: it begins its next epoch, or the run ends.
         val_files: Text to validate on; without it `val_fraction` of the training text is held out.
         test_files: Text to test on; without it the validation text is.
         val_fraction: Share of the training text to hold out, by whole documents where there are enough.
@@ -76,6 +77,7 @@ class TextDataModule(LightningDataModule):
         *,
         train_files: list[str] | str | None = None,
         mixture: list[MixtureSource] | None = None,
+        mixture_used_up: Literal["repeat", "stop"] = "repeat",
         val_files: list[str] | str | None = None,
         test_files: list[str] | str | None = None,
         val_fraction: float = 0.1,
@@ -106,6 +108,7 @@ class TextDataModule(LightningDataModule):
         self.all_prompts: list[str] = []  # once set up to predict
         self.finished_prompts: set[int] = set()  # places in it of those that are not to be run again
         self.mixture = None if mixture is None else Mixture(mixture)
+        self.mixture_used_up = mixture_used_up
         check_options(self)
         self.sources = self._sources()
         self._text_tokenizer: TextTokenizer | None = None
@@ -222,19 +225,21 @@ class TextDataModule(LightningDataModule):
         splits = self._splits("train")
         if not splits:
             raise no_train_files()
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        deal = self._deal(start=self._order.restored.consumed_samples, accumulate=accumulate)
-        if self.mixture is None:
-            dataset = self._window_batches(
-                splits[0], Epochs(n_tokens=splits[0].n_tokens, seed=self.seed, **deal)
-            )
-        else:
-            order = self.mixture.order([split.n_tokens for split in splits], self.seed, **deal)
-            dataset = self._window_batches(MixedSplit(splits), order)
+        text = splits[0] if self.mixture is None else MixedSplit(splits)
+        dataset = self._window_batches(text, self.train_order())
         if self.trainer is None:
             return self._whole_loader(dataset)
         self._order.take_epochs(dataset.epochs)
         return self._loader(dataset, self._order.batches)
+
+    def train_order(self) -> SampleOrder:
+        """Orders the training windows and deals them to batches, from where a run begins or goes on."""
+        n_tokens = [split.n_tokens for split in self._splits("train")]
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        deal = self._deal(start=self._order.restored.consumed_samples, accumulate=accumulate)
+        if self.mixture is None:
+            return Epochs(n_tokens=n_tokens[0], seed=self.seed, **deal)
+        return self.mixture.order(n_tokens, self.seed, **deal)
 
     @override
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
@@ -302,6 +307,11 @@ class TextDataModule(LightningDataModule):
     def consumed_samples(self) -> int:
         """Counts the windows trained on so far, over all ranks and epochs."""
         return self._order.position().consumed_samples
+
+    @property
+    def reached_samples(self) -> int:
+        """Counts the windows trained on with those of the batch that is under way."""
+        return self._order.reached()
 
     def close_epoch_first(self) -> None:
         """Resumes a checkpoint saved when all of an epoch was trained and Lightning had not closed it."""

@@ -6,6 +6,7 @@ be dealt the one goes first that must be dealt first, which always fits where th
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ from gpt_lightning.data.windows import Epochs, Ints, SampleOrder
 
 PERIOD = 65_536  # windows, of which a weight is a whole number
 _BLOCK = 1024
+_FAR = 1 << 60  # windows, which no run takes
 
 
 @lru_cache(maxsize=64)
@@ -145,6 +147,26 @@ class MixtureOrder(SampleOrder):
         cuts = [source.cut(part) for part in np.split(window, ends)]
         starts, lengths = (np.concatenate(column) for column in zip(*cuts, strict=True))
         return starts + self._begins[index], lengths
+
+    def epochs(self, position: int) -> list[float]:
+        """Tells how often each source was gone through before a position."""
+        used = zip(self.consumed(position), self.sources, strict=True)
+        return [windows / source.windows for windows, source in used]
+
+    @cached_property
+    def first_end(self) -> tuple[int, int] | None:
+        """Finds the first position at which a source begins again, and which one; None if none ever does."""
+        ends = []
+        for index, source in enumerate(self.sources):
+            end = bisect_right(range(_FAR), source.windows, key=lambda at: self.consumed(at + 1)[index])
+            if end < _FAR:
+                ends.append((end, index))
+        return min(ends, default=None)
+
+    def steps_until(self, position: int) -> int:
+        """Counts the whole steps from `start` on that end at a position or before."""
+        steps = range(_FAR // (self.global_batch * self.accumulate))
+        return bisect_right(steps, position, key=lambda step: self.span((step + 1) * self.accumulate - 1)[1])
 
     def consumed(self, position: int) -> list[int]:
         """Counts the windows of each source before a position."""

@@ -93,6 +93,11 @@ class Mixture:
         weights = {name: list(of_phases) for name, of_phases in zip(self.names, zip(*self.weights))}
         return {"steps": self.steps, "starts": self.starts or [], "weights": weights}
 
+    def described_weights(self) -> dict[str, str]:
+        """Writes down the weights of each source."""
+        by_source = zip(self.names, zip(*self.weights, strict=True), strict=True)
+        return {name: _by_step(self.steps, weights) for name, weights in by_source}
+
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Goes on with a run's order; refuses other sources or weights than that had."""
         weights: dict[str, list[float]] = saved["weights"]

@@ -13,6 +13,9 @@ def check_options(data: Any) -> None:
     for option, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
         if getattr(data, option) < least:
             raise UserError(f"data.{option}={getattr(data, option)} is below {least}; raise it")
+    if data.mixture is None and data.mixture_used_up != "repeat":
+        problem = f"data.mixture_used_up={data.mixture_used_up} goes with data.mixture alone"
+        raise UserError(f"{problem}; leave it out, or end the run with trainer.max_epochs")
     if data.document_separator == "":
         raise UserError("data.document_separator='' separates nothing; leave it out or give some text")
     if is_trained_here(data.tokenizer):

@@ -56,6 +56,12 @@ class TrainingOrder:
         consumed_samples = self._epochs.span(since_restored)[0]
         return Position(consumed_samples, batches.total.processed, batches.current.processed)
 
+    def reached(self) -> int:
+        """Counts the windows trained on with those of the batch that is under way."""
+        if self._datamodule.trainer is None or self._epochs is None:
+            return self.restored.consumed_samples
+        return self._epochs.span(max(0, self._counted.total.ready - self.restored.batches))[0]
+
     def take_epochs(self, epochs: SampleOrder) -> None:
         """Counts by these; Lightning is to ask again for the length after an epoch resumed otherwise."""
         self._epochs = epochs

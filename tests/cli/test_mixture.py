@@ -1,6 +1,7 @@
 """A mixture through the command line: a run that was killed goes on as if it had not been."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.report.run import read_run
 from gpt_lightning.training.module import GPTLightningModule
 from tests.conftest import write_corpus
+
+pytestmark = pytest.mark.slow
 
 
 def mixed(tiny_config: Callable[..., Path], tmp_path: Path, **sections: Any) -> Path:
@@ -34,7 +37,6 @@ def mixed(tiny_config: Callable[..., Path], tmp_path: Path, **sections: Any) -> 
     return path
 
 
-@pytest.mark.slow
 def test_a_resumed_mixture_equals_the_uninterrupted_one(
     tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -74,3 +76,26 @@ def test_each_text_is_validated_as_if_it_were_alone(tiny_config: Callable[..., P
         assert abs(last["sources"][source["name"]] - found["val/loss"]) < 1e-6
         assert abs(run.curves[f"val/bpb/{source['name']}"][-1].value - found["val/bpb"]) < 1e-6
     assert abs(last["loss"] - total / n_all) < 1e-6 and last["whole"]
+
+
+def test_a_run_says_when_a_text_begins_again_and_may_end_before(
+    tiny_config: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = {"max_steps": 16, "val_check_interval": 16, "default_root_dir": str(tmp_path)}
+    config = str(mixed(tiny_config, tmp_path, trainer=trainer))
+    main(["fit", "--config", config, "--run_name", "repeating"])
+    said = capfd.readouterr().err
+    begun = re.findall(r"step (\d+): all text of two is used, and its epoch 2 begins", said)
+    assert len(begun) == 1 and "mixture: two with weight {0: 1, 5: 3}" in said
+    epochs = read_run(tmp_path / "checkpoints" / "repeating", "repeating").curves["data/epochs/two"]
+    first = next(step for step, value, _ in epochs if value > 1)
+    assert len(epochs) == 16 and first == int(begun[0])
+
+    main(["fit", "--config", config, "--run_name", "ending", "--data.mixture_used_up", "stop"])
+    said = capfd.readouterr().err
+    assert f"the run ends at step {first - 1}, before two begins again (data.mixture_used_up=stop)" in said
+    assert Checkpoint.open(tmp_path / "checkpoints" / "ending" / "last.ckpt").step == first - 1
+    (tmp_path / "tiny.yaml").write_text(Path(config).read_text().replace("batch_size: 4", "batch_size: 4000"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, "--run_name", "none", "--data.mixture_used_up", "stop"])
+    assert "two has less text than the first step takes of it; lower data.batch" in capfd.readouterr().err

@@ -162,3 +162,16 @@ def test_seeking_far_takes_as_long_as_seeking_near() -> None:
         assert (lengths > 0).all() and (starts < 3 * 10**13 + 3).all()
         took.append(time.process_time() - begun)
     assert max(took) < 0.2
+
+
+def test_the_first_source_to_begin_again_is_found() -> None:
+    dealing, windows = order(3, 1, 2, accumulate=2), [11, 5, 26]
+    assert dealing.first_end is not None
+    end, index = dealing.first_end
+    assert dealing.consumed(end)[index] == windows[index]
+    assert dealing.consumed(end + 1)[index] == windows[index] + 1
+    assert all(used <= of for used, of in zip(dealing.consumed(end), windows, strict=True))
+    steps = dealing.steps_until(end)
+    assert dealing.span(2 * steps - 1)[1] <= end < dealing.span(2 * steps + 1)[1]
+    (other, number) = order({0: 1, 1: 0}, {0: 1, 1: 0}, {0: 0, 1: 1}).first_end or (0, 0)
+    assert number == 2 and other == 26 + 4  # the first step took nothing of it
