@@ -5,7 +5,7 @@ looked at when it is first read. A block is as large as what a system reads arou
 """
 
 import hashlib
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,8 +88,10 @@ class CheckedFile:
     def check(self, starts: NDArray[np.int64], length: int) -> None:
         """Refuses a damaged file before so many numbers from each start on, around the end, are read."""
         # The last block, which a step across the end may leave out, was looked at when the file was opened.
-        steps = np.arange(0, length + self._block_items - 1, self._block_items).clip(max=length - 1)
-        blocks = (starts[:, None] + steps) % len(self._content) // self._block_items
+        blocks = (starts[:, None] + _steps(length, self._block_items)) % len(self._content)
+        blocks //= self._block_items
+        if self._is_checked[blocks].all():
+            return
         for block in np.unique(blocks[~self._is_checked[blocks]]).tolist():
             content = self._content[block * self._block_items : (block + 1) * self._block_items]
             if _hash(content.data).digest() != self._digests[block].tobytes():
@@ -112,6 +114,12 @@ class CheckedFile:
     def _refuse(self) -> NoReturn:
         problem = f"data.cache_dir: {self._path} is not as it was written"
         raise UserError(f"{problem}; remove {self._path.parent}, and it is built anew")
+
+
+@lru_cache(maxsize=64)
+def _steps(length: int, block_items: int) -> NDArray[np.int64]:
+    """Gives numbers from 0 to length - 1 of which at least one is in each block that a stretch reaches."""
+    return np.arange(0, length + block_items - 1, block_items).clip(max=length - 1)
 
 
 def _digests_of(path: Path) -> Path:

@@ -38,9 +38,11 @@ import torch
 from tokenizers import Tokenizer
 
 from gpt_lightning.data.corpus import Corpus
+from gpt_lightning.data.dealing import MixtureOrder, phases_of
 from gpt_lightning.data.documents import Piece, read_pieces
 from gpt_lightning.data.encoding import encode_pieces
 from gpt_lightning.data.loader import EpochBatches, WindowBatches, batch_loader
+from gpt_lightning.data.mixed_text import MixedSplit
 from gpt_lightning.data.python_docs import SOURCE_NAME
 from gpt_lightning.data.token_cache import TokenSplit, prepare_tokens
 from gpt_lightning.data.tokenizer import load_tokenizer, train_bpe
@@ -227,6 +229,22 @@ def our_batches(
     return iter(batch_loader(dataset, lambda: EpochBatches(range(10**9), 10**9)))
 
 
+def mixed_batches(split: TokenSplit, n_sources: int = 4) -> Iterator[Any]:
+    """Batches of several sources at unequal weights, each as large as the one beside which they are timed."""
+    sources = tuple(Epochs(n_tokens=split.n_tokens, seq_len=SEQ_LEN, seed=seed) for seed in range(n_sources))
+    phases = phases_of([tuple(1.0 + index / 7 for index in range(n_sources))], [0])
+    order = MixtureOrder(sources=sources, phases=phases, seq_len=SEQ_LEN, global_batch=BATCH)
+    dataset = WindowBatches(
+        split=MixedSplit([split] * n_sources),
+        epochs=order,
+        rank=0,
+        ranks=1,
+        document_mask=False,
+        vocab_size=50_257,
+    )
+    return iter(batch_loader(dataset, lambda: EpochBatches(range(10**9), 10**9)))
+
+
 def nanogpt_get_batch(folder: Path, checkout: str | None) -> Callable[[], object]:
     """The function of a checkout's train.py, or one that does what it does."""
     if checkout is None:
@@ -285,6 +303,7 @@ def measure_batches(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             "ours": our_batches(split),
             "ours, document mask": our_batches(split, mask=True),
             "ours, evaluation": our_batches(split, seed=None),
+            "ours, mixture of 4": mixed_batches(split),
             "ours 8 x 128": our_batches(split, batch=8, seq_len=128),
         }
         contenders: dict[str, tuple[Callable[[], object], int]] = {
@@ -309,6 +328,8 @@ def batch_cases(medians: dict[str, float]) -> dict[str, dict[str, float]]:
         case = f"batch {BATCH} x {SEQ_LEN}{title.removeprefix('ours')}"
         ratio = medians["nanoGPT"] / medians[title]
         cases[case] = {"vs_nanogpt": round(ratio, 2), "cost": round(1 / ratio, 3)}
+    mixed = medians["ours, mixture of 4"] / medians["ours"]
+    cases["mixture of 4 beside one text"] = {"cost": round(mixed, 3)}
     share = medians["ours 8 x 128"] / medians["a step, 2 layers of 128, 8 x 128"]
     cases["data of the smallest step"] = {"share_of_step": round(share, 5)}
     return cases
