@@ -129,25 +129,30 @@ class WindowBatches(Dataset[TokenBatch]):
 
 
 class HeldOutBatches(Dataset[TokenBatch]):
-    """Makes the batches of one text after another, each of which says whose it is."""
+    """Makes the batches of several texts, each of one, which it names.
+
+    They come in turns by how many each has, so that the first so many have some of every text.
+    """
 
     def __init__(self, parts: Mapping[str | None, WindowBatches]) -> None:
-        self._parts = parts
+        self._parts = [*parts.items()]
+        lengths = [len(part) for part in parts.values()]
+        turns = np.concatenate([(np.arange(length) + 0.5) / length for length in lengths])
+        order = turns.argsort(kind="stable")
+        self._part = np.repeat(np.arange(len(lengths)), lengths)[order]
+        self._number = np.concatenate([np.arange(length) for length in lengths])[order]
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts.values()))
+        return len(self._part)
 
     @property
     def first_batches(self) -> int:
         return len(self)
 
     def __getitem__(self, batch: StepBatch) -> TokenBatch:
-        number = batch.number
-        for source, part in self._parts.items():
-            if number < len(part):
-                return part[StepBatch(number, range(number, number + 1))]._replace(source=source)
-            number -= len(part)
-        raise IndexError(batch.number)
+        source, part = self._parts[self._part[batch.number]]
+        number = int(self._number[batch.number])
+        return part[StepBatch(number, range(number, number + 1))]._replace(source=source)
 
 
 class EpochBatches(NamedTuple):
