@@ -24,7 +24,8 @@ HOME = "training/trainer.py"
 # What a room needs beside: a type, and what its classes have of their parents and do not define.
 BESIDE = {
     "checkpoint": {"_PATH"},
-    "parallel": {"_layer_sync", "_timeout", "_ddp_kwargs"},
+    # The latter three of WeightAveraging, which gives no other way to average what ranks have parts of.
+    "parallel": {"_layer_sync", "_timeout", "_ddp_kwargs", "_device", "_use_buffers", "_kwargs"},
     "callbacks": {"_save_topk_checkpoint", "_monitor_candidates"},
     "training": {"_trainer"},
     "cli": {"_actions", "_action_groups"},  # of argparse
@@ -37,6 +38,7 @@ INHERITED = {
         "_save_checkpoint",
         "_remove_checkpoint",
     },
+    "parallel/averages.py": {"_swap_models"},
 }
 
 
@@ -60,6 +62,9 @@ INHERITED = {
         (DDPStrategy(), "_ddp_kwargs"),
         (pl.callbacks.ModelCheckpoint, "_save_topk_checkpoint"),
         (pl.callbacks.ModelCheckpoint, "_monitor_candidates"),
+        (pl.callbacks.WeightAveraging(), "_device"),
+        (pl.callbacks.WeightAveraging(), "_use_buffers"),
+        (pl.callbacks.WeightAveraging(), "_kwargs"),
         (pl.LightningModule(), "_trainer"),
         (_ChildProcessObserver(0, []), "_child_processes"),
     ],
@@ -73,7 +78,8 @@ def private_uses(path: Path) -> set[str]:
     """Private names that are imported from Lightning, or read from what is not the file's own."""
     found = set()
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    own = {node.name for node in nodes if isinstance(node, kinds)}
     own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     for node in nodes:
