@@ -116,7 +116,7 @@ class Worker:
         self._is_urgent, self._last_sent = False, 0.0
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._has_failed = False
-        self._n_unsent = 0  # choices and scores whose end the loop has not been told of
+        self._n_ended = 0  # choices and scores whose end the loop has not been told of
 
     # ---- the event loop's side
 
@@ -175,12 +175,12 @@ class Worker:
                 pass
         except BaseException as error:
             _log.critical("no text can be generated any more; start the server anew", exc_info=error)
-            self._send(self._fail_all())
+            self._fail_all()
+            self._send()
             self._loop.call_soon_threadsafe(self._give_up)
 
     def _go_on(self) -> bool:
         """Does what is ordered, and then a step; tells whether another follows."""
-        n_ended = 0
         try:
             order = self._next_order(wait=not self._running)
             while order is not None:
@@ -188,16 +188,16 @@ class Worker:
                 if job is None:
                     return False
                 if what == "add":
-                    n_ended += self._begin(job)
+                    self._begin(job)
                 else:
-                    n_ended += self._drop(job)
+                    self._drop(job)
                 order = self._next_order(wait=False)
-            n_ended += self._work()
+            self._work()
         except Exception as error:
             _log_failure(error)
-            n_ended += self._fail_all()
+            self._fail_all()
             self._engine = self._make_engine()
-        self._n_unsent = self._send(self._n_unsent + n_ended)
+        self._send()
         self._metrics.rows[id(self)] = self._engine.n_rows
         self._metrics.waiting[id(self)] = self._engine.n_waiting + len(self._to_score)
         return True
@@ -208,74 +208,70 @@ class Worker:
         except Empty:
             return None
 
-    def _begin(self, job: Job) -> int:
+    def _begin(self, job: Job) -> None:
         self._running[job] = None
         for place, prompt in enumerate(job.to_score):
             self._to_score.append((job, place, len(prompt), self._score(prompt, job.n_others)))
-        return 0 if job.to_score else self._add(job)
+        if not job.to_score:
+            self._add(job)
 
-    def _add(self, job: Job) -> int:
-        """Gives the texts to the Engine; returns how many have ended, as one that it refuses ends all."""
+    def _add(self, job: Job) -> None:
+        """Gives the texts to the Engine; one that it refuses ends all."""
         try:
             for request in job.requests:
                 self._engine.add(request)
                 self._jobs[request] = job
         except UserError as error:
-            n_open = self._drop(job)
+            self._drop(job)
             self._tell(job, Refusal(str(error)), urgent=True)
-            return n_open
-        return 0
 
-    def _drop(self, job: Job) -> int:
-        """Frees all that a job holds; returns how many of its choices and scores had not ended."""
+    def _drop(self, job: Job) -> None:
+        """Ends what stands open of a job, and frees all that it holds; one that has ended holds nothing."""
         if job not in self._running:
-            return 0
+            return
         del self._running[job]
+        self._n_ended += job.n_open
         self._to_score = deque(entry for entry in self._to_score if entry[0] is not job)
         for request in job.requests:
             if self._jobs.pop(request, None) is not None:
                 self._engine.cancel(request)
         self._out.pop(job, None)
-        return job.n_open
 
-    def _work(self) -> int:
-        """Scores on, takes a step, and ends what has run too long; returns how much has ended."""
-        n_ended = 0
+    def _work(self) -> None:
+        """Scores on, takes a step, and ends what has run too long."""
         now = time.monotonic()
         for job in [job for job in self._running if job.deadline < now]:
-            n_ended += self._drop(job)
+            self._drop(job)
             late = "the request has taken longer than the server lets one; ask for less, or try again later"
             self._tell(job, Refusal(late, status=503, kind="server_error", code="timeout"), urgent=True)
         if self._to_score:
-            n_ended += self._score_some()
+            self._score_some()
         if self._engine.n_rows or self._engine.n_waiting:
             for step in self._engine.step():
-                n_ended += self._note(step)
-        return n_ended
+                self._note(step)
 
-    def _score_some(self) -> int:
+    def _score_some(self) -> None:
         """Takes a pass over a prompt that is to be scored; after a context others have their turn."""
         job, place, n_left, passes = self._to_score.popleft()
         tokens, is_context_read = next(passes)
         if not all(math.isfinite(token.logprob or 0.0) for token in tokens):
             _log.error("a prompt has scores that are not finite: the weights diverged; use an earlier one")
-            n_open = self._drop(job)
+            self._drop(job)
             self._tell(job, _failed(), urgent=True)
-            return n_open
+            return
         n_left -= len(tokens)
         if tokens:
             self._tell(job, Scores(place, tokens, not n_left), urgent=True)
         if n_left:
             entry = job, place, n_left, passes
             self._to_score.append(entry) if is_context_read else self._to_score.appendleft(entry)
-            return 0
-        n_ended = self._end_one(job)
+            return
+        self._end_one(job)
         if not any(other is job for other, *_ in self._to_score):
-            n_ended += self._add(job)
-        return n_ended
+            self._add(job)
 
-    def _note(self, step: Step) -> int:
-        """Tells what a step has added to a text; returns 1 where that has ended."""
+    def _note(self, step: Step) -> None:
+        """Tells what a step has added to a text."""
         job = self._jobs[step.request]
         choice, text = job.choices[step.request], job.texts[step.request]
         tokens = []
@@ -292,37 +288,36 @@ class Worker:
         is_first = not job.n_sent[choice]
         job.n_sent[choice] += len(new)
         self._tell(job, Piece(choice, new, tokens, reason, end), urgent=is_first or reason is not None)
-        return self._end_one(job) if reason is not None else 0
+        if reason is not None:
+            self._end_one(job)
 
-    def _end_one(self, job: Job) -> int:
+    def _end_one(self, job: Job) -> None:
+        """Notes the end of a choice or of a prompt's scores."""
+        self._n_ended += 1
         job.n_open -= 1
         if not job.n_open:
-            self._running.pop(job, None)
-        return 1
+            del self._running[job]
 
-    def _fail_all(self) -> int:
-        """Ends all jobs after an error that is none of a client's; returns how much of them had not ended."""
-        n_open = sum(job.n_open for job in self._running)
+    def _fail_all(self) -> None:
+        """Ends all jobs after an error that is none of a client's."""
+        self._n_ended += sum(job.n_open for job in self._running)
         for job in self._running:
             self._tell(job, _failed(), urgent=True)
         self._running.clear()
         self._to_score.clear()
         self._jobs.clear()
-        return n_open
 
     def _tell(self, job: Job, news: News, *, urgent: bool) -> None:
         self._out.setdefault(job, []).append(news)
         self._is_urgent |= urgent
 
-    def _send(self, n_ended: int) -> int:
-        """Hands over to the loop what is due; returns the number that it has not been told."""
+    def _send(self) -> None:
+        """Hands over to the loop what is due."""
         now = time.monotonic()
-        is_due = self._is_urgent or n_ended or now - self._last_sent >= _BETWEEN
-        if not is_due or not (self._out or n_ended):
-            return n_ended
-        self._loop.call_soon_threadsafe(self._hand_out, self._out, n_ended)
-        self._out, self._is_urgent, self._last_sent = {}, False, now
-        return 0
+        is_due = self._is_urgent or self._n_ended or now - self._last_sent >= _BETWEEN
+        if is_due and (self._out or self._n_ended):
+            self._loop.call_soon_threadsafe(self._hand_out, self._out, self._n_ended)
+            self._out, self._n_ended, self._is_urgent, self._last_sent = {}, 0, False, now
 
 
 def _failed() -> Refusal:

@@ -162,6 +162,23 @@ def test_a_step_that_fails_ends_those_it_was_for_and_no_others() -> None:
     run(test)
 
 
+def test_a_step_that_fails_keeps_no_place_of_what_ended_just_before_it() -> None:
+    async def test(model: ServedModel, metrics: Metrics, engines: list[Engine]) -> None:
+        def fail() -> Any:
+            raise RuntimeError("a device is gone")
+
+        engines[0].step = fail  # type: ignore[method-assign]
+        job = scored(model, (1, 2), settings=LONG)
+        model.worker.submit(job)
+        found = []
+        while not any(isinstance(news, Refusal) for news in found):
+            found += await job.take()
+        await until(lambda: len(engines) == 2)
+        await until(lambda: is_empty(engines[1], model))
+
+    run(test)
+
+
 def test_a_request_that_the_engine_refuses_ends_alone() -> None:
     async def test(model: ServedModel, metrics: Metrics, engines: list[Engine]) -> None:
         running = job_of(model)
