@@ -59,10 +59,13 @@ def make_access(
     for origin in origins:
         if origin != "*" and (not origin.startswith(("http://", "https://")) or origin.count("/") != 2):
             raise UserError(f"cors_origin={origin} is no origin; give e.g. https://example.org")
+    for name in hosts:
+        if "/" in name or "[" in name or name.count(":") == 1:
+            raise UserError(f"allowed_host={name} is no name; give it without a port, e.g. model.example.org")
     names = {host, "localhost", "127.0.0.1", "::1", *hosts} if is_loopback(host) or hosts else None
     return Access(
         None if names is None else frozenset(name.lower() for name in names),
-        frozenset(origins),
+        frozenset(origin.lower() for origin in origins),  # as browsers send them
         () if api_key_file is None else _read_keys(api_key_file),
     )
 

@@ -90,6 +90,19 @@ def test_only_who_says_so_lets_other_machines_in(tmp_path: Path) -> None:
             make_access("0.0.0.0", api_key_file=str(tmp_path / name), no_auth=False)
 
 
+def test_an_origin_and_a_host_are_known_however_they_are_written() -> None:
+    options: dict[str, Any] = {"api_key_file": None, "no_auth": False}
+    access = make_access("127.0.0.1", **options, origins=["https://Page.example"], hosts=["Model.example"])
+    with serving([small_served()], access=access) as address:
+        headers = {"origin": "https://page.example", "host": "model.example:8080"}
+        answer = httpx.get(f"{address}/v1/models", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    for name in ("model.example:8080", "http://model.example", "[::1]"):  # which no Host header would match
+        with pytest.raises(UserError, match=r"allowed_host=.* is no name"):
+            make_access("127.0.0.1", **options, hosts=[name])
+
+
 def test_a_silent_connection_is_closed_and_one_that_dribbles_too(address: str) -> None:
     start = time.monotonic()
     body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
