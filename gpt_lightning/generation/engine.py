@@ -62,7 +62,7 @@ class Engine:
         self._device = next(model.parameters()).device
         at_once = PIECE if self._device.type == "cpu" else self._context
         self._piece = min(at_once, prefill_tokens or at_once)
-        self._allowed = (prefill_tokens or math.inf) // self._piece * self._piece
+        self._allowed = math.inf if prefill_tokens is None else prefill_tokens // self._piece * self._piece
         # The first one that waits may be in the cache in part, behind the rows in use.
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []

@@ -85,10 +85,6 @@ class Fields:
     def number(self, name: str, default: float, least: float, most: float) -> float:
         return as_number(self._left.pop(name, default), name, least, most)
 
-    def text(self, name: str, default: str | None = None) -> str | None:
-        value = self._left.pop(name, default)
-        return value if value is None else as_text(value, name)
-
     def refuse(self, name: str, reason: str) -> None:
         """Refuses a field that OpenAI has and this server has not."""
         if name in self._left:
