@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from gpt_lightning.server.fields import Refusal
+from gpt_lightning.server.job import Job, News, Piece, Scores
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
 from gpt_lightning.server.served import Asked
-from gpt_lightning.server.worker import Job, News, Piece, Scores
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -10,6 +10,7 @@ from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
 from gpt_lightning.server.completions import FINISH_REASONS, check_length, read_stream
 from gpt_lightning.server.fields import Fields, Refusal, as_text
+from gpt_lightning.server.job import Piece, Scores, Token
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.served import Asked, ServedModel
 from gpt_lightning.server.settings import (
@@ -19,7 +20,6 @@ from gpt_lightning.server.settings import (
     read_n_tokens,
     read_settings,
 )
-from gpt_lightning.server.worker import Piece, Scores, Token
 
 _MOST_MESSAGES = 1024
 _UNSUPPORTED = "tools tool_choice functions function_call audio prediction web_search_options".split()

@@ -7,6 +7,7 @@ from typing import Any
 from gpt_lightning.data.token_names import token_name, token_string
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.server.fields import Fields, Refusal, as_text
+from gpt_lightning.server.job import Piece, Scores, Token
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.served import Asked, ServedModel
 from gpt_lightning.server.settings import (
@@ -16,7 +17,6 @@ from gpt_lightning.server.settings import (
     read_n_tokens,
     read_settings,
 )
-from gpt_lightning.server.worker import Piece, Scores, Token
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "exhausted": "stop"}
 

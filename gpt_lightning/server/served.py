@@ -13,9 +13,10 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.surprise import ScoredToken, score_in_pieces
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.server.job import Job
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
-from gpt_lightning.server.worker import Job, Worker
+from gpt_lightning.server.worker import Worker
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ pytest.importorskip("starlette")
 from gpt_lightning.generation.engine import Engine  # noqa: E402
 from gpt_lightning.generation.sampling import GenerationConfig  # noqa: E402
 from gpt_lightning.server.fields import Refusal  # noqa: E402
+from gpt_lightning.server.job import Job, Piece  # noqa: E402
 from gpt_lightning.server.limits import Limits  # noqa: E402
 from gpt_lightning.server.metrics import Metrics  # noqa: E402
 from gpt_lightning.server.served import Asked, ServedModel  # noqa: E402
-from gpt_lightning.server.worker import Job, Piece  # noqa: E402
 from tests.server.in_process import small_served  # noqa: E402
 
 LONG = GenerationConfig(temperature=0.0, max_new_tokens=100_000, logit_bias={0: -100.0})
