@@ -87,6 +87,7 @@ class Service:
             asked = await loop.run_in_executor(self._encoders, read, body, model, self.limits)
         except UserError as error:  # the tokenizer's, of a text that it does not take
             raise Refusal(str(error)) from None
+        asked.check_size(self.limits)
         return Answer(asked, form(asked), self.limits, self.metrics)
 
     def _named(self, name: object) -> ServedModel:

@@ -13,6 +13,7 @@ class Limits:
         max_body_bytes: Of one request; a longer one gets 413.
         max_prompt_tokens: Of one prompt; the model sees as many of the last ones as fit into its context.
         max_tokens: Of one completion.
+        max_logprobs: Of one answer, those of the likeliest tokens and of each choice's echo counted too.
         max_queue: Completions that wait for a row; a request for more gets 429.
         max_connections: Open at a time; of more, those go that have said nothing for the longest time.
         header_seconds: For a request's head, and again for its body.
@@ -25,6 +26,7 @@ class Limits:
     max_body_bytes: int = 2**20
     max_prompt_tokens: int = 2**15
     max_tokens: int = 4096
+    max_logprobs: int = 2**20
     max_queue: int = 256
     max_connections: int = 512
     header_seconds: float = 10.0

@@ -13,6 +13,7 @@ from gpt_lightning.generation.sampling import GenerationConfig
 from gpt_lightning.generation.surprise import ScoredToken, score_in_pieces
 from gpt_lightning.generation.text_stream import TextStream
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.server.fields import Refusal
 from gpt_lightning.server.job import Job
 from gpt_lightning.server.limits import Limits
 from gpt_lightning.server.metrics import Metrics
@@ -70,6 +71,17 @@ class Asked:
     def is_scored(self) -> bool:
         """Tells whether the prompts' own tokens are given log-probabilities."""
         return self.echoes is not None and self.n_likeliest is not None
+
+    def check_size(self, limits: Limits) -> None:
+        """Refuses an answer that would hold more log-probabilities than the server gives at a time."""
+        if self.n_likeliest is None:
+            return
+        n_written = len(self.prompts) * self.settings.max_new_tokens if self.has_completion else 0
+        n_echoed = sum(map(len, self.prompts)) if self.is_scored else 0
+        n = self.n * (n_written + n_echoed) * (1 + self.n_likeliest)
+        if n > (most := limits.max_logprobs):
+            message = f"the answer may hold {n:,} log-probabilities, the server gives {most:,}; ask for fewer"
+            raise Refusal(f"{message} tokens, choices or likeliest ones", "logprobs")
 
     def job(self, limits: Limits) -> Job:
         texts: dict[Request, TextStream] = {}

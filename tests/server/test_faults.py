@@ -26,7 +26,7 @@ from tests.server.test_refusals import BAD, content_of  # noqa: E402
 
 pytestmark = pytest.mark.faults
 N_REQUESTS = int(os.environ.get("SERVE_REQUESTS", "1000"))  # 5000 for the figure of docs/serving.md
-LIMITS = "max_body_bytes=20000 max_prompt_tokens=500 max_tokens=64 max_queue=10".split()
+LIMITS = "max_body_bytes=20000 max_prompt_tokens=500 max_tokens=64 max_logprobs=1000 max_queue=10".split()
 
 
 @contextmanager

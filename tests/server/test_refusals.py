@@ -12,7 +12,9 @@ pytest.importorskip("starlette")
 from gpt_lightning.server.limits import Limits  # noqa: E402
 from tests.server.in_process import serving, small_served  # noqa: E402
 
-LIMITS = Limits(max_body_bytes=20_000, max_prompt_tokens=500, max_tokens=64, max_queue=4)
+LIMITS = Limits(
+    max_body_bytes=20_000, max_prompt_tokens=500, max_tokens=64, max_logprobs=1000, max_queue=4
+)
 # Kinds of bad bodies: the body (text is sent as it is), the status, and the field that is named.
 BAD: dict[str, tuple[Any, int, str | None]] = {
     "nothing": ("", 400, None),
@@ -66,6 +68,10 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "a seed in part": ({"seed": 1.5}, 400, "seed"),
     "a huge seed": ({"seed": 2**64}, 400, "seed"),
     "many logprobs": ({"logprobs": 21}, 400, "logprobs"),
+    "logprobs of many tokens": ({"logprobs": 20, "max_tokens": 48}, 400, "logprobs"),  # 48 x 21
+    "logprobs of a prompt": (
+        {"prompt": [1] * 334, "echo": True, "logprobs": 0, "n": 3, "max_tokens": 0}, 400, "logprobs"
+    ),
     "logprobs by yes": ({"logprobs": True}, 400, "logprobs"),
     "a bias of no token": ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     "a bias beyond": ({"logit_bias": {"99999": 1}}, 400, "logit_bias"),
@@ -98,6 +104,12 @@ def test_what_is_wrong_is_named(kind: str, address: str) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert error["message"] and set(error) == {"message", "type", "param", "code"}
+
+
+def test_as_many_log_probabilities_are_given_as_may_be(address: str) -> None:
+    echo = {"prompt": [1] * 500, "echo": True, "logprobs": 1, "max_tokens": 0}
+    for body in (echo, {"logprobs": 20, "max_tokens": 47}):  # 500 x 2, and 47 x 21
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
 
 
 def test_what_changes_nothing_is_taken(address: str) -> None:
