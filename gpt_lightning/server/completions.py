@@ -111,16 +111,16 @@ class TokenWriter:
     """Writes tokens one after the other, and knows where in the text each begins."""
 
     def __init__(self, tokenizer: TextTokenizer, offset: int) -> None:
-        self._tokenizer, self._offset = tokenizer, offset
+        self._tokenizer, self.offset = tokenizer, offset  # of the next token
         self._piece: Callable[[int], str] = tokenizer.pieces()
         self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
 
     def add(self, token: Token) -> tuple[str, str, int, dict[str, float]]:
         """Returns how the token is written and called, where it begins, and the likeliest ones there."""
-        begun, offset = self._decoder.getstate()[0], self._offset
+        begun, offset = self._decoder.getstate()[0], self.offset
         name = token_name(self._tokenizer, token.token_id, begun)
         self._decoder.decode(self._tokenizer.bytes_of(token.token_id) or b"\n")
-        self._offset += len(self._piece(token.token_id))
+        self.offset += len(self._piece(token.token_id))
         own = token_string(self._tokenizer, token.token_id)
         own_logprob = [] if token.logprob is None else [(token.token_id, token.logprob)]
         likeliest: dict[str, float] = {}
@@ -152,15 +152,15 @@ class CompletionForm:
         return [self._choice(choice, text, None, reason) for choice, text in enumerate(echoes)]
 
     def scores(self, scores: Scores) -> list[dict[str, Any]]:
-        """Returns the next tokens of a prompt with their log-probabilities, the first ones with its text."""
+        """Returns the next tokens of a prompt with their log-probabilities, and the text that they write."""
         assert self._asked.echoes is not None
         prompt, n = scores.prompt, self._asked.n
-        text = "" if prompt in self._echoing else self._asked.echoes[prompt]
         writer = self._echoing.setdefault(prompt, TokenWriter(self._asked.model.tokenizer, 0))
         tokens = [Token(token_id, _rounded(logprob), _with_own(token_id, logprob, others, self._n_likeliest))
                   for token_id, logprob, others in scores.tokens]
         reason = "length" if scores.is_last and not self._asked.has_completion else None
-        logprobs = self._logprobs(writer, tokens)
+        begin, logprobs = writer.offset, self._logprobs(writer, tokens)
+        text = self._asked.echoes[prompt][begin : None if scores.is_last else writer.offset]
         return [self._choice(choice, text, logprobs, reason) for choice in range(prompt * n, prompt * n + n)]
 
     def piece(self, piece: Piece) -> dict[str, Any]:

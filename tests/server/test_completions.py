@@ -174,6 +174,14 @@ def test_echoed_prompts_are_scored_by_a_plain_pass(client: Any) -> None:
     assert ask(client, prompt="The", echo=True, max_tokens=2).choices[0].text.startswith("The")
 
 
+def test_a_streams_chunks_bring_an_echo_with_its_tokens(client: Any) -> None:
+    chunks = [*ask(client, prompt="The cat sees the dog.", echo=True, logprobs=0, max_tokens=0, stream=True)]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "The cat sees the dog."
+    assert len(chunks) > 1
+    for chunk in chunks:
+        assert chunk.choices[0].text == "".join(chunk.choices[0].logprobs.tokens)
+
+
 def test_a_streams_last_chunk_tells_the_usage_where_it_is_asked(client: Any) -> None:
     *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
     assert not last.choices and last.usage == ask(client).usage

@@ -82,6 +82,19 @@ class TestInABrowser:
         assert shares == pytest.approx([100 * math.exp(value) for value in likeliest], rel=0.01)
         assert len(shares) >= 5
 
+    def test_tokens_keep_their_text_beside_characters_of_several_tokens(self, tab: Tab) -> None:
+        """Also where one chunk brings them all, as that of an echo."""
+        prompt = "我们 the 国王。cat 在 sees"
+        tab.open_settings()
+        tab["#echo-0"].click()
+        tab.write(prompt)
+        answer = tab.site.ask(model="writing", prompt=prompt, seed=1, logprobs=5, echo=True, max_tokens=0)
+        tokens = answer["choices"][0]["logprobs"]["tokens"]
+        spans = tab.run("return [...document.querySelectorAll('.prompt')].map((each) => each.textContent)")
+        assert "".join(spans) == prompt
+        plain = [(token, span) for token, span in zip(tokens, spans, strict=True) if token[:6] != "bytes:"]
+        assert 0 < len(plain) < len(tokens) and all(token == span for token, span in plain)
+
     def test_a_token_tells_of_itself_to_a_mouse_a_finger_and_keys(self, tab: Tab) -> None:
         from selenium.webdriver import ActionChains
 

@@ -17,11 +17,27 @@ function tokensOf(text, logprobs) {
   }
   let start = 0;
   rows.forEach((row, n) => {
-    const piece = n === rows.length - 1 ? text.slice(start) : text.startsWith(row.text, start) ? row.text : "";
-    row.text = piece;
-    start += piece.length;
+    const end = endOf(text, start, row, rows[n + 1]);
+    row.text = text.slice(start, end);
+    start = end;
   });
   return rows;
+}
+
+// Where a token's part of the text ends. Of a character in several tokens, which match nothing, the last has it.
+function endOf(text, start, row, next) {
+  if (!next) {
+    return text.length;
+  }
+  if (text.startsWith(row.text, start)) {
+    return start + row.text.length;
+  }
+  const isLast = isPart(row.text) && !isPart(next.text);
+  return isLast ? Math.max(start, text.indexOf(next.text, start)) : start;
+}
+
+function isPart(token) {
+  return token.startsWith("bytes:") || token.includes("�");
 }
 
 function fromChat({token, name, logprob, top_logprobs: others}) {
