@@ -159,8 +159,13 @@ async def _refused(request: Request, refusal: Refusal) -> Response:
 
 
 async def _not_there(request: Request, error: HTTPException) -> Response:
-    what = {404: "there is no such address", 405: "this address is asked otherwise"}.get(error.status_code)
-    refusal = Refusal(what or error.detail, status=error.status_code)
+    what = error.detail
+    if error.status_code == 404:
+        what = "there is no such address; ask /v1/completions, /v1/chat/completions or /v1/models"
+    elif error.status_code == 405:
+        method = (error.headers or {}).get("Allow", "another")
+        what = f"this address is not asked by this method; send {method}"
+    refusal = Refusal(what, status=error.status_code)
     return JSONResponse(refusal.body, error.status_code, headers=error.headers)
 
 

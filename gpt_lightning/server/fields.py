@@ -5,6 +5,13 @@ import math
 from collections import Counter
 from typing import Any, NoReturn
 
+# What is meant by a field that another address has, or another program.
+_INSTEAD = {
+    "messages": "ask /v1/chat/completions with it",
+    "prompt": "ask /v1/completions with it",
+    "max_new_tokens": "send max_tokens",
+    "n_predict": "send max_tokens",
+}
 _SHOWN = 64  # characters of a name that a client has made up
 
 
@@ -98,7 +105,8 @@ class Fields:
     def finish(self) -> None:
         for name in self._left:
             shown = _shown(name)
-            raise Refusal(f"{shown} is no field of this request; leave it out", shown)
+            remedy = _INSTEAD.get(name, "leave it out")
+            raise Refusal(f"{shown} is no field of this request; {remedy}", shown)
 
 
 def as_number(value: object, name: str, least: float, most: float) -> float:

@@ -18,6 +18,7 @@ from gpt_lightning.server.connections import Connections
 from gpt_lightning.server.limits import Limits
 
 _HEAD_BYTES = 2**14
+_log = logging.getLogger(__name__)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -107,5 +108,8 @@ class Server(uvicorn.Server):
             for task in self.server_state.tasks:
                 task.cancel()
             self.force_exit = True
+        elif n_running := len(self.server_state.tasks):
+            grace = f"{self.config.timeout_graceful_shutdown:g} s to end; a second signal does not wait"
+            _log.info("requests under way: %d; they have up to %s", n_running, grace)
         self.ended_by = self.ended_by or number
         self._service.is_closing = self.should_exit = True

@@ -135,6 +135,15 @@ def test_addresses_that_are_not_are_refused_in_the_same_form(
     assert answer.status_code == status and answer.json()["error"]["message"]
 
 
+def test_a_request_to_the_wrong_address_is_told_the_right_one(address: str) -> None:
+    told = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "messages": []}).json()
+    assert told["error"]["message"].endswith("ask /v1/chat/completions with it")
+    told = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_new_tokens": 2}).json()
+    assert told["error"]["message"].endswith("send max_tokens")
+    assert "ask /v1/completions" in httpx.post(f"{address}/completions").json()["error"]["message"]
+    assert httpx.get(f"{address}/v1/completions").json()["error"]["message"].endswith("send POST")
+
+
 def test_no_path_of_a_request_is_a_file(address: str) -> None:
     for path in ("/../setup.cfg", "/v1/models/../../../etc/passwd", "/v1/models/%2e%2e%2fetc", "//etc"):
         answer = httpx.get(address + path)
