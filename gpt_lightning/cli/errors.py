@@ -32,6 +32,11 @@ ADVERTS = (
     *("💡", "GPU available", "TPU available", "HPU available", "Seed set to"),
     *("Restoring states from", "Restored all states from", "Loaded model weights from"),
 )
+# What options of some kinds look like, whose names of types say little.
+_FORMS = {
+    "MixtureSource": "a list such as [{name: novels, files: novels/*.txt, weight: 3}]",
+    "dict[int, float]": "a number, or {step: number} from step 0 on, as {0: 1, 1500: 4}",
+}
 
 
 def this_rank() -> int:
@@ -100,6 +105,8 @@ def shorten(message: str) -> str:
     expected = re.findall(
         r"Expected (?:an? )?(<class '\w+'>|typing\.Literal\[.*\]|dot import path string)", message
     )
+    if key and given and (form := next((form for kind, form in _FORMS.items() if kind in message), None)):
+        return f"{key[1]}={_cut(given[1] or given[2], 200)} does not fit; give {form}"
     if key and given and expected:
         kinds = ", ".join(dict.fromkeys(_plain_type(kind) for kind in expected))
         return f"{key[1]}={_cut(given[1] or given[2], 200)} does not fit; give {kinds}"

@@ -56,6 +56,9 @@ def import_class(path: str, allowed: Iterable[str]) -> "type[GPTLightningModule]
     from gpt_lightning.training.module import GPTLightningModule
 
     module, _, name = path.rpartition(".")
+    if not module or not all(part.isidentifier() for part in path.split(".")):
+        remedy = f"name one, as package.Class; a checkpoint is --ckpt_path {path}"
+        raise UserError(f"model={path} is no class; {remedy}")
     if not any(f"{path}.".startswith(f"{package}.") for package in ("gpt_lightning", *allowed)):
         package = path.split(".")[0]
         raise UserError(f"model={path} is not imported; if you trust it, add {ALLOW_IMPORT} {package}")

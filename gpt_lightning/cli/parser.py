@@ -31,6 +31,7 @@ DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 NAMED = re.compile(
     r"""Parser key "([\w.]+)"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not"""
 )
+OF_AN_ITEM = re.compile(r"[Uu]nrecognized arguments: --(\d+\.[\w.]+)")
 NO_CLASS = re.compile(r"No module named .*|module .* has no attribute .*|Import path does not correspond .*")
 ALLOW_IMPORT = "--allow_import"
 # What options are called in other programs, by their last names here.
@@ -58,6 +59,10 @@ ELSEWHERE = {
     "min_lr": "min_lr_ratio",
     "compile": "compile_backend",
     "max_tokens": "max_new_tokens",
+    "api_key": "api_key_file",
+    "served_model_name": "name",
+    "max_num_seqs": "rows",
+    "allowed_origins": "cors_origin",
 }
 TRUSTED = ("gpt_lightning", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 # What options can need of the large ones: the rest of them also starts programs and downloads code.
@@ -114,7 +119,11 @@ class PlainParser(ArgumentParser):
             reason = f"class_path={given[1]} does not fit: {wrong[0]}; name a class, as package.Class"
         if unread := NO_CONFIG.match(message):
             reason = f"{unread[1]}={unread[2]} is neither a file of options nor {{option: value}}"
-        if denied := DENIED.search(message):
+        if inner := OF_AN_ITEM.search(message):
+            reason = f"{inner[1]} is of one item of a list; give the whole list, or write it in a file"
+            message = ""  # of which an option of the item would be suggested
+        # A list of files in the place of a mixture is taken for names of classes.
+        if "MixtureSource" not in message and (denied := DENIED.search(message)):
             package = denied[1].split(".")[0]
             why = f"only {', '.join(TRUSTED)} are trusted"
             if package in TRUSTED:  # more of it than a configuration needs
@@ -256,9 +265,11 @@ def _for_expanded(words: Sequence[str], word: str) -> list[str]:
 
 def _for_bare_words(words: str, known: list[str]) -> list[str]:
     """Suggests the option that words without one may be meant for."""
+    word = words.partition(" ")[0]
+    if "ckpt_path" in known and (word.endswith(".ckpt") or os.path.exists(os.path.join(word, "last.ckpt"))):
+        return [f"a checkpoint is --ckpt_path {shlex.quote(word)}"]
     if "prompt" in known:
         return [f"a prompt is --prompt {shlex.quote(words)}"]
-    word = words.partition(" ")[0]
     if "data.train_files" in known and os.path.exists(word):
         return [f"the text is --data.train_files {word}"]
     return [f"a recipe, or a file of options, is --config {word}"] if "config" in known else []

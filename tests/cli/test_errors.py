@@ -58,6 +58,12 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str], folder: Path) ->
         (["--data=."], ["--data . is a text", "write --data.train_files ."]),
         (["--data", '["a b.txt"]'], ["is neither a file of options", """--data.train_files '["a b.txt"]'"""]),
         (["--trainer", "4"], ["trainer=4 is neither a file of options nor {option: value}"]),
+        (["--data.mixture", "[a.txt, b.txt]"], ["data.mixture=['a.txt', 'b.txt']", "[{name: novels, files:"]),
+        (
+            ["--data.mixture", "[{name: a, files: a.txt, weight: high}]"],
+            ["weight=high does not fit; give a number, or {step: number}"],
+        ),
+        (["--data.mixture.0.weight", "3"], ["0.weight is of one item of a list; give the whole list"]),
         (["shakespeare"], ["a recipe, or a file of options, is --config shakespeare"]),
         (["--model.config.n_layers", "three"], ["model.config.n_layers=three", "int"]),
         (["--model.config.d_model", "30", "--model.config.n_heads", "4"], ["d_model=30", "n_heads=4"]),

@@ -63,6 +63,11 @@ WRONG = {
     "prefill": (["--prefill_tokens", "0"], "prefill_tokens=0"),
     "three": (["--ckpt_path", "a", "--ckpt_path", "b", "--ckpt_path", "c"], "name one or two"),
     "names": (["--name", "a", "--name", "b"], "one name for each checkpoint"),
+    "key of vLLM": (["--api-key", "x"], "did you mean --api_key_file?"),
+    "name of vLLM": (["--served-model-name", "x"], "did you mean --name?"),
+    "rows of vLLM": (["--max-num-seqs", "4"], "did you mean --rows?"),
+    "bare checkpoint": (["checkpoints/run"], "a checkpoint is --ckpt_path checkpoints/run"),
+    "checkpoint as model": (["--model", "checkpoints/run"], "a checkpoint is --ckpt_path checkpoints/run"),
 }
 
 
@@ -158,7 +163,9 @@ def test_what_runs_at_sigterm_ends_within_the_grace_time(
                 process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert process.wait(60) == code
-        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert f"requests under way: 1; they have up to {grace} s to end" in said and "Traceback" not in said
     if code == 0:
         assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["usage"]["completion_tokens"] == n
     else:
