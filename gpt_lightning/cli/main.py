@@ -31,7 +31,7 @@ VERBS = {
     "export-gguf": "make a file of a checkpoint that llama.cpp runs",
 }
 # What other programs call them.
-ELSEWHERE = {"train": "fit", "pretrain": "fit", "finetune": "fit", "sample": "generate"}
+ELSEWHERE = {"train": "fit", "pretrain": "fit", "finetune": "fit", "sample": "generate", "chat": "generate"}
 HELP = """usage: gpt-lightning VERB [--config FILE] [--option value ...]
 
 Train a GPT from your own text, and sample from it.

@@ -103,13 +103,14 @@ class Mixture:
         weights: dict[str, list[float]] = saved["weights"]
         if [*weights] != self.names:
             problem = f"data.mixture has the sources {', '.join(self.names)}, and the checkpoint's run has"
-            raise UserError(f"{problem} {', '.join(weights)}; leave them as they were, or train anew")
+            remedy = "leave them as they were, or train anew, from it by --init_from"
+            raise UserError(f"{problem} {', '.join(weights)}; {remedy}")
         own = self.state()
         for name in self.names:
             now, then = (_by_step(state["steps"], state["weights"][name]) for state in (own, saved))
             if now != then:
                 problem = f"data.mixture: the weight of {name} is {now}, and in the checkpoint {then}"
-                raise UserError(f"{problem}; leave it as it was, or train anew")
+                raise UserError(f"{problem}; leave it as it was, or train anew, from it by --init_from")
         self.starts = saved["starts"] or None
 
 

@@ -276,6 +276,7 @@ def test_options_before_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_unknown_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean predict?" in fails(["predcit"], capsys, tmp_path)
+    assert "did you mean generate?" in fails(["chat"], capsys, tmp_path)
 
 
 @pytest.mark.parametrize("verb", ["predict", "validate", "test"])

@@ -148,7 +148,7 @@ def test_a_checkpoint_keeps_where_weights_change(folder: Path) -> None:
         ({"latin": 2, "greek": 1}, "the weight of latin is 2, and in the checkpoint 3; leave it as it was"),
         ({"latin": {0: 3, 9: 1}, "greek": 1}, "the weight of latin is {0: 3, 9: 1}, and in the checkpoint 3"),
         ({"greek": 1, "latin": 3}, "has the sources greek, latin, and the checkpoint's run has latin, greek"),
-        ({"latin": 3}, "has the sources latin, and the checkpoint's run has latin, greek"),
+        ({"latin": 3}, "latin, greek; leave them as they were, or train anew, from it by --init_from"),
     ],
 )
 def test_a_run_goes_on_with_its_own_mixture_alone(folder: Path, weights: Any, message: str) -> None:
