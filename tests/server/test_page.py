@@ -338,7 +338,7 @@ class TestInABrowser:
         words = [f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}", f"--api_key_file={tmp_path / 'keys'}"]
         with serving(tmp_path, *words) as guarded:
             chrome.get(guarded.url)
-            field = until(lambda: chrome.find_element("css selector", "#key[open] #key-field"))
+            (field,) = until(lambda: chrome.find_elements("css selector", "#key[open] #key-field"))
             field.send_keys("not-the-key\n")
             until(lambda: "not taken" in chrome.find_element("css selector", "#key-about").text)
             field.send_keys(KEY + "\n")
