@@ -122,8 +122,8 @@ def generate(device: PretendedCuda) -> list[str]:
     assert [len(each.token_ids) for each in done] == [4, 4, 4]
     reads = [wait for wait in device.waits if "_to_copy" not in wait]
     n_numbers = 3 * 4 * 3  # of 3 texts, for each of 4 tokens; `tolist` reads fake ones number by number
-    assert reads.count("aten._local_scalar_dense.default in engine.py:step") == n_numbers
-    return [wait for wait in reads if not wait.endswith("in engine.py:step")]
+    assert reads.count("aten._local_scalar_dense.default in engine.py:_choose") == n_numbers
+    return [wait for wait in reads if not wait.endswith("in engine.py:_choose")]
 
 
 PARTS: dict[str, Part] = {

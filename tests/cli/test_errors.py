@@ -386,7 +386,7 @@ def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "words, function",
     [
-        (["fit"], "data.datamodule.prepare_tokens"),
+        (["fit"], "data.text_source.prepare_tokens"),
         (["prepare"], "data.corpus.plan_split"),
         (["predict", "--ckpt_path", "a.ckpt"], "cli.origin.find_checkpoint"),
         (["generate", "--prompt", "A", "--ckpt_path", "a.ckpt"], "cli.model_options.load_model"),
