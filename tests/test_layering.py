@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -111,3 +112,20 @@ def test_a_room_begins_with_its_charter() -> None:
 def test_no_public_name_is_missing() -> None:
     for name in gpt_lightning.__all__:
         assert getattr(gpt_lightning, name).__name__ == name
+
+
+def test_every_file_that_is_no_code_is_in_the_package() -> None:
+    """An editable install, as tests have it, would find those that are left out."""
+    settings = ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+    data = {
+        path
+        for room, patterns in settings["options.package_data"].items()
+        for pattern in patterns.split(",")
+        for path in (PACKAGE / room.removeprefix("gpt_lightning.")).glob(pattern.strip())
+    }
+    kinds = (".html", ".css", ".js", ".yaml", ".json")
+    others = {path for path in PACKAGE.rglob("*.*") if path.suffix in kinds}
+    assert others and others <= data
+    rooms = {f"gpt_lightning.{room}" for room in MAY_IMPORT}
+    assert set(settings["options"]["packages"].split()) == {"gpt_lightning", "gpt_lightning.configs", *rooms}
