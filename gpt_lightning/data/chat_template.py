@@ -3,11 +3,11 @@
 A template is a program in jinja's language. It runs in a sandbox, in which it reaches no file and no module.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt_lightning.data.tokenizer_folder import NAMED, options_in
 from gpt_lightning.exit_codes import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -17,7 +17,6 @@ SAID_OTHERWISE = frozenset(
     "messages conversations chat_template add_generation_prompt continue_final_message tools documents "
     "return_assistant_tokens_mask self".split()
 )
-_NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def read_chat(folder: Path) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def read_chat(folder: Path) -> dict[str, Any]:
 
     Of several templates that older folders list, it is the one called default.
     """
-    config = _options(folder / _CONFIG)
+    config = options_in(folder / _CONFIG)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
@@ -34,8 +33,9 @@ def read_chat(folder: Path) -> dict[str, Any]:
         template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     if not isinstance(template, str) or not template:
         return {}
-    options = {**_options(folder / "special_tokens_map.json"), **config}
-    tokens = {name: _content(options[name]) for name in _NAMED if options.get(name) is not None}
+    options = {**options_in(folder / "special_tokens_map.json"), **config}
+    names = [f"{kind}_token" for kind in NAMED]
+    tokens = {name: _content(options[name]) for name in names if options.get(name) is not None}
     return {"template": template, "tokens": tokens}
 
 
@@ -72,7 +72,3 @@ def render_chat(
 
 def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _options(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

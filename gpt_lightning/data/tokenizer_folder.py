@@ -15,7 +15,7 @@ _PROBES = (
 )
 # Endings of a document in the tokenizers of the world, for folders that do not name theirs.
 _USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-_NAMED = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")  # special tokens
+NAMED = ("eos", "bos", "unk", "sep", "pad", "cls", "mask")  # special tokens
 _OPTIONS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}  # of an added token
 _SEVERAL = ("additional_special_tokens", "extra_special_tokens")
 
@@ -29,7 +29,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if "tokenizer.json" in present:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return tokenizer if _agrees(folder, tokenizer) else None
-    options = _options(folder / "tokenizer_config.json")
+    options = options_in(folder / "tokenizer_config.json")
     is_changed = options.get("added_tokens_decoder") or options.get("add_prefix_space")
     if is_changed or "added_tokens.json" in present or not present >= {"vocab.json", "merges.txt"}:
         return None
@@ -45,7 +45,7 @@ def byte_level(model: models.BPE) -> Tokenizer:
 
 def named_eos(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (token := _options(folder / name).get("eos_token")) is not None:
+        if (token := options_in(folder / name).get("eos_token")) is not None:
             content = token.get("content") if isinstance(token, dict) else token
             if not isinstance(content, str):
                 raise ValueError(f"eos_token={content!r} in its {name} is not text")
@@ -76,9 +76,9 @@ def lost_token(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 def _agrees(folder: Path, tokenizer: Tokenizer) -> bool:
     """Tells whether all ids and special tokens that the other files name are those of tokenizer.json."""
-    config = _options(folder / "tokenizer_config.json")
-    mapped = _options(folder / "special_tokens_map.json")
-    ids = _options(folder / "added_tokens.json")
+    config = options_in(folder / "tokenizer_config.json")
+    mapped = options_in(folder / "special_tokens_map.json")
+    ids = options_in(folder / "added_tokens.json")
     if any(tokenizer.token_to_id(token) != index for token, index in ids.items()):
         return False
     added = tokenizer.get_added_tokens_decoder()
@@ -88,12 +88,12 @@ def _agrees(folder: Path, tokenizer: Tokenizer) -> bool:
             return False
     special = {token.content for token in added.values() if token.special}
     named = {*_special_tokens(config), *_special_tokens(mapped)}
-    kinds = config.keys() & mapped.keys() & {f"{kind}_token" for kind in _NAMED}
+    kinds = config.keys() & mapped.keys() & {f"{kind}_token" for kind in NAMED}
     return named <= special and all(_content(config[kind]) == _content(mapped[kind]) for kind in kinds)
 
 
 def _special_tokens(options: dict[str, Any]) -> Iterator[str]:
-    named = [options.get(f"{kind}_token") for kind in _NAMED]
+    named = [options.get(f"{kind}_token") for kind in NAMED]
     for several in map(options.get, _SEVERAL):
         named += several.values() if isinstance(several, dict) else several or []
     return (_content(token) for token in named if token is not None)
@@ -103,5 +103,6 @@ def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _options(path: Path) -> dict[str, Any]:
+def options_in(path: Path) -> dict[str, Any]:
+    """Reads a file of options beside a tokenizer; nothing where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -8,7 +8,7 @@ from gpt_lightning.data.chat_template import SAID_OTHERWISE, render_chat
 from gpt_lightning.data.token_names import token_name
 from gpt_lightning.data.tokenizer import TextTokenizer
 from gpt_lightning.exit_codes import UserError
-from gpt_lightning.server.completions import FINISH_REASONS, check_length, read_stream
+from gpt_lightning.server.completions import FINISH_REASONS, check_length, read_stream, rounded
 from gpt_lightning.server.fields import Fields, Refusal, as_text
 from gpt_lightning.server.job import Piece, Scores, Token
 from gpt_lightning.server.limits import Limits
@@ -173,7 +173,7 @@ def _entry(tokenizer: TextTokenizer, token_id: int, logprob: float | None, begun
     found = tokenizer.bytes_of(token_id) or tokenizer.name_of(token_id).encode()
     return {
         "token": found.decode(errors="replace"),
-        "logprob": None if logprob is None else round(logprob, 6),
+        "logprob": rounded(logprob),
         "bytes": [*found],
         "name": token_name(tokenizer, token_id, begun),
     }

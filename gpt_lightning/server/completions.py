@@ -156,8 +156,10 @@ class CompletionForm:
         assert self._asked.echoes is not None
         prompt, n = scores.prompt, self._asked.n
         writer = self._echoing.setdefault(prompt, TokenWriter(self._asked.model.tokenizer, 0))
-        tokens = [Token(token_id, _rounded(logprob), _with_own(token_id, logprob, others, self._n_likeliest))
-                  for token_id, logprob, others in scores.tokens]
+        tokens = [
+            Token(token_id, rounded(logprob), _with_own(token_id, logprob, others, self._n_likeliest))
+            for token_id, logprob, others in scores.tokens
+        ]
         reason = "length" if scores.is_last and not self._asked.has_completion else None
         begin, logprobs = writer.offset, self._logprobs(writer, tokens)
         text = self._asked.echoes[prompt][begin : None if scores.is_last else writer.offset]
@@ -168,7 +170,7 @@ class CompletionForm:
         if self._asked.n_likeliest is not None:
             # Programs that score texts count on a token after the echoed ones, which may be the eos.
             end = [piece.end] if piece.end is not None and self._asked.is_scored else []
-            tokens = [token._replace(logprob=_rounded(token.logprob)) for token in [*piece.tokens, *end]]
+            tokens = [token._replace(logprob=rounded(token.logprob)) for token in [*piece.tokens, *end]]
             logprobs = self._logprobs(self._writers[piece.choice], tokens)
         reason = None if piece.finish_reason is None else FINISH_REASONS[piece.finish_reason]
         return self._choice(piece.choice, piece.text, logprobs, reason)
@@ -211,5 +213,5 @@ def _with_own(
     return sorted([(token_id, logprob), *others], key=lambda pair: -pair[1])[:n]
 
 
-def _rounded(logprob: float | None) -> float | None:
+def rounded(logprob: float | None) -> float | None:
     return None if logprob is None else round(logprob, 6)  # as predict writes it
